@@ -1,0 +1,214 @@
+//! A disk in memory that forgets, at [`MemoryDisk::crash`], all that was not synced.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::disk::{Disk, File, Mapped, Open, parent};
+
+/// See the module. Clones share the same files.
+#[derive(Clone, Default)]
+pub struct MemoryDisk {
+    names: Arc<Mutex<Names>>,
+}
+
+#[derive(Default)]
+struct Names {
+    current: BTreeMap<PathBuf, Arc<MemoryFile>>,
+    durable: BTreeMap<PathBuf, Arc<MemoryFile>>,
+}
+
+#[derive(Default)]
+struct MemoryFile {
+    bytes: Mutex<Content>,
+}
+
+#[derive(Default)]
+struct Content {
+    current: Vec<u8>,
+    durable: Vec<u8>,
+    fail_sync: bool,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl MemoryDisk {
+    /// An empty disk.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// What a power failure leaves: names and bytes that were synced. Handles that are still open
+    /// see the same.
+    pub fn crash(&self) {
+        let mut names = locked(&self.names);
+        names.current = names.durable.clone();
+        for file in names.current.values() {
+            let mut content = locked(&file.bytes);
+            content.current = content.durable.clone();
+        }
+    }
+
+    /// As [`MemoryDisk::crash`], but of the bytes that were appended to `path` and not synced the
+    /// first `keep` survive: a torn write.
+    pub fn crash_torn(&self, path: &Path, keep: usize) {
+        let torn = locked(&self.names).current.get(path).cloned();
+        let kept = torn.as_ref().map(|file| {
+            let content = locked(&file.bytes);
+            let end = (content.durable.len() + keep).min(content.current.len());
+            content.current[..end].to_vec()
+        });
+        self.crash();
+        if let (Some(file), Some(kept)) = (torn, kept) {
+            let mut content = locked(&file.bytes);
+            content.current = kept.clone();
+            content.durable = kept;
+        }
+    }
+
+    /// From now on `sync` of this file fails, as a broken device makes it.
+    pub fn fail_sync(&self, path: &Path) {
+        if let Some(file) = locked(&self.names).current.get(path) {
+            locked(&file.bytes).fail_sync = true;
+        }
+    }
+
+    fn find(&self, path: &Path) -> io::Result<Arc<MemoryFile>> {
+        locked(&self.names).current.get(path).cloned().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotFound, format!("{}: no such file", path.display()))
+        })
+    }
+}
+
+impl File for MemoryFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let content = locked(&self.bytes);
+        let start = (offset as usize).min(content.current.len());
+        let n = buf.len().min(content.current.len() - start);
+        buf[..n].copy_from_slice(&content.current[start..start + n]);
+        Ok(n)
+    }
+
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.read_at(buf, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut content = locked(&self.bytes);
+        let end = offset as usize + bytes.len();
+        if content.current.len() < end {
+            content.current.resize(end, 0);
+        }
+        content.current[offset as usize..end].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(locked(&self.bytes).current.len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        locked(&self.bytes).current.resize(len as usize, 0);
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut content = locked(&self.bytes);
+        if content.fail_sync {
+            return Err(io::Error::other("injected fsync error"));
+        }
+        content.durable = content.current.clone();
+        Ok(())
+    }
+}
+
+impl Disk for MemoryDisk {
+    fn open(&self, path: &Path, open: Open) -> io::Result<Arc<dyn File>> {
+        if open == Open::Create {
+            let mut names = locked(&self.names);
+            return Ok(names.current.entry(path.to_owned()).or_default().clone());
+        }
+        Ok(self.find(path)?)
+    }
+
+    fn map(&self, path: &Path) -> io::Result<Mapped> {
+        Ok(Arc::new(locked(&self.find(path)?.bytes).current.clone()))
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        Ok(locked(&self.names).current.contains_key(path))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let file = self.find(from)?;
+        let mut names = locked(&self.names);
+        names.current.remove(from);
+        names.current.insert(to.to_owned(), file);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.find(path)?;
+        locked(&self.names).current.remove(path);
+        Ok(())
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
+        let names = locked(&self.names);
+        Ok(names.current.keys().filter(|p| parent(p) == dir).cloned().collect())
+    }
+
+    fn create_dir(&self, _dir: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        let mut guard = locked(&self.names);
+        let names = &mut *guard;
+        let inside: BTreeSet<PathBuf> = (names.current.keys().chain(names.durable.keys()))
+            .filter(|p| parent(p) == dir)
+            .cloned()
+            .collect();
+        for path in inside {
+            match names.current.get(&path) {
+                Some(file) => names.durable.insert(path, file.clone()),
+                None => names.durable.remove(&path),
+            };
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::{read_all, replace};
+
+    #[test]
+    fn crash_keeps_exactly_what_was_synced() {
+        let disk = MemoryDisk::new();
+        let path = Path::new("/d/file");
+        let file = disk.open(path, Open::Create).unwrap();
+        file.write_at(b"synced", 0).unwrap();
+        file.sync().unwrap();
+        disk.sync_dir(Path::new("/d")).unwrap();
+        file.write_at(b" lost", 6).unwrap();
+        disk.open(Path::new("/d/unnamed"), Open::Create).unwrap().sync().unwrap();
+        disk.crash_torn(path, 2);
+        assert_eq!(read_all(&disk, path).unwrap(), b"synced l");
+        assert!(!disk.exists(Path::new("/d/unnamed")).unwrap());
+    }
+
+    #[test]
+    fn replace_is_durable_and_whole() {
+        let disk = MemoryDisk::new();
+        let path = Path::new("/d/file");
+        replace(&disk, path, b"one").unwrap();
+        replace(&disk, path, b"two").unwrap();
+        disk.crash();
+        assert_eq!(read_all(&disk, path).unwrap(), b"two");
+    }
+}

@@ -1,0 +1,103 @@
+//! Tids and the clock.
+//!
+//! A tid is a `persistent.TimeStamp`: the upper four bytes count minutes in a calendar that starts
+//! in 1900 and has months of 31 days, the lower four are the fraction of the minute in units of
+//! 60/2³² seconds. Source: `persistent/_timestamp.c`.
+
+use std::time::Duration;
+
+use crate::Tid;
+
+const SECONDS_PER_DAY: u64 = 86_400;
+const MINUTE_SCALE: f64 = 60.0 / 4_294_967_296.0;
+
+/// The tid of a moment given as the time since the Unix epoch (UTC).
+pub fn tid_at(since_epoch: Duration) -> Tid {
+    let seconds = since_epoch.as_secs();
+    let (year, month, day) = civil_from_days((seconds / SECONDS_PER_DAY) as i64);
+    let minute_of_day = seconds % SECONDS_PER_DAY / 60;
+    let months = (year - 1900).max(0) as u64 * 12 + (month - 1);
+    let minutes = (months * 31 + day - 1) * 1440 + minute_of_day;
+    let second = (seconds % 60) as f64 + f64::from(since_epoch.subsec_nanos()) / 1e9;
+    Tid((minutes << 32) | (second / MINUTE_SCALE) as u64 & 0xffff_ffff)
+}
+
+/// The moment of a tid as the time since the Unix epoch; zero for tids before 1970.
+pub fn time_of(tid: Tid) -> Duration {
+    let minutes = tid.0 >> 32;
+    let second = (tid.0 & 0xffff_ffff) as f64 * MINUTE_SCALE;
+    let (days, minute_of_day) = (minutes / 1440, minutes % 1440);
+    let (months, day) = (days / 31, days % 31 + 1);
+    let (year, month) = ((months / 12) as i64 + 1900, months % 12 + 1);
+    let seconds =
+        days_from_civil(year, month, day) * SECONDS_PER_DAY as i64 + minute_of_day as i64 * 60;
+    Duration::from_secs(seconds.max(0) as u64) + Duration::from_secs_f64(second)
+}
+
+/// Year, month (1–12) and day (1–31) of a moment, in UTC.
+pub fn date_of(since_epoch: Duration) -> (i64, u64, u64) {
+    civil_from_days((since_epoch.as_secs() / SECONDS_PER_DAY) as i64)
+}
+
+/// The tid for a new transaction: the clock's, but always above `last`.
+pub fn new_tid(since_epoch: Duration, last: Tid) -> Tid {
+    tid_at(since_epoch).max(last.next())
+}
+
+/// Days since 1970-01-01 to (year, month 1–12, day 1–31), proleptic Gregorian.
+fn civil_from_days(days: i64) -> (i64, u64, u64) {
+    // Years are counted from March, so that the leap day is the last of its year; 400 years
+    // are one era of 146 097 days.
+    let shifted = days + 719_468;
+    let era = shifted.div_euclid(146_097);
+    let day_of_era = shifted.rem_euclid(146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    (year, month as u64, day as u64)
+}
+
+fn days_from_civil(year: i64, month: u64, day: u64) -> i64 {
+    let year = if month <= 2 { year - 1 } else { year };
+    let era = year.div_euclid(400);
+    let year_of_era = year.rem_euclid(400);
+    let shifted_month = (month as i64 + 9) % 12;
+    let day_of_year = (153 * shifted_month + 2) / 5 + day as i64 - 1;
+    let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
+    era * 146_097 + day_of_era - 719_468
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The raw values are what `persistent.TimeStamp.TimeStamp(...).raw()` prints.
+    #[test]
+    fn agrees_with_persistent_timestamp() {
+        for (seconds, raw) in [
+            (1_795_489_799.5, 0x040d_38dd_fddd_dddd_u64),
+            (1_709_164_800.0, 0x03f6_d9e0_0000_0000),
+            (1_709_251_199.999, 0x03f6_df7f_fffe_e861),
+            (0.0, 0x023c_2b00_0000_0000),
+        ] {
+            let tid = tid_at(Duration::from_secs_f64(seconds));
+            // The fraction of the minute goes through floating point: a microsecond is exact enough.
+            assert!(tid.0.abs_diff(raw) < 72, "{seconds}: {tid} instead of {raw:016x}");
+            let back = time_of(tid).as_secs_f64();
+            assert!((back - seconds).abs() < 1e-6, "{seconds} -> {tid} -> {back}");
+        }
+    }
+
+    #[test]
+    fn new_tid_never_goes_back() {
+        let now = Duration::from_secs(1_700_000_000);
+        let first = new_tid(now, Tid::NONE);
+        assert_eq!(new_tid(now, first), first.next());
+        assert_eq!(new_tid(now - Duration::from_secs(86_400), first), first.next());
+        assert!(new_tid(now + Duration::from_secs(1), first) > first.next());
+    }
+}
