@@ -1,0 +1,171 @@
+//! Appending a transaction.
+
+use bytes::{BufMut, BytesMut};
+use standby_types::{Oid, Position, Tid};
+
+use crate::StorageError;
+use crate::format::{DataHeader, TXN_HEADER, TxnHeader};
+use crate::storage::{FileStorage, Mark};
+use crate::transaction::{Record, RecordData, Transaction, TransactionMeta};
+
+/// Up to here a transaction is written by one call.
+const BUFFER: usize = 4 << 20;
+
+/// A transaction while it is being written. Nobody sees it before [`Appender::finish`]; dropped
+/// instead, it leaves bytes behind the file's end that the next one overwrites.
+///
+/// A transaction that does not fit the buffer is written with status `c` first, so that a reader
+/// of the file after a crash takes it for what it is: a torn tail. One that stands in the file
+/// already ([`crate::Extent::UpTo`]) is overwritten by what is there.
+pub struct Appender<'a> {
+    storage: &'a mut FileStorage,
+    header: TxnHeader,
+    start: Mark,
+    /// Offset of the first byte of `buffer` in the file.
+    flushed_to: u64,
+    buffer: BytesMut,
+    records: Vec<(Oid, Position)>,
+}
+
+impl FileStorage {
+    /// Appends a transaction; it is visible on return, and durable after [`FileStorage::sync`].
+    pub fn append(&mut self, transaction: &Transaction) -> Result<Mark, StorageError> {
+        let mut appender = self.begin(&transaction.meta)?;
+        for record in &transaction.records {
+            appender.record(record)?;
+        }
+        appender.finish()
+    }
+
+    /// Begins a transaction, to which records are given one by one.
+    pub fn begin(&mut self, meta: &TransactionMeta) -> Result<Appender<'_>, StorageError> {
+        let start = self.mark();
+        if meta.tid <= start.tid || meta.tid > Tid::MAX {
+            return Err(StorageError::OutOfOrder {
+                path: self.shared.path.clone(),
+                last: start.tid,
+                tid: meta.tid,
+            });
+        }
+        let len = |name, bytes: &[u8]| {
+            u16::try_from(bytes.len()).map_err(|_| StorageError::MetaTooLong(name))
+        };
+        if self.again.front().is_some_and(|again| again.tid != meta.tid) {
+            self.forget_what_follows()?;
+        }
+        let header = TxnHeader {
+            tid: meta.tid,
+            length: 0,
+            status: meta.status,
+            user_len: len("user", &meta.user)?,
+            description_len: len("description", &meta.description)?,
+            extension_len: len("extension", &meta.extension)?,
+        };
+        let mut buffer = BytesMut::with_capacity(1024);
+        buffer.put_slice(&header.to_bytes());
+        buffer.put_slice(&meta.user);
+        buffer.put_slice(&meta.description);
+        buffer.put_slice(&meta.extension);
+        let flushed_to = start.position.0;
+        Ok(Appender { storage: self, header, start, flushed_to, buffer, records: Vec::new() })
+    }
+
+    /// The file ends with the last transaction from now on.
+    fn forget_what_follows(&mut self) -> Result<(), StorageError> {
+        self.again.clear();
+        let end = self.mark().position.0;
+        self.shared.file.set_len(end).map_err(StorageError::io(&self.shared.path, "cut"))
+    }
+}
+
+impl Appender<'_> {
+    /// Adds a record. Records of one transaction that name the same object all follow the
+    /// revision before the transaction; the last one is the current one.
+    pub fn record(&mut self, record: &Record) -> Result<(), StorageError> {
+        let shared = &self.storage.shared;
+        let previous = shared.read().index.get(record.oid).unwrap_or(Position(0));
+        let position = Position(self.flushed_to + self.buffer.len() as u64);
+        let data_len = match &record.data {
+            RecordData::Data(data) => data.len() as u64,
+            RecordData::Back(_) | RecordData::Gone => 0,
+        };
+        let header = DataHeader {
+            oid: record.oid,
+            serial: self.header.tid,
+            previous,
+            transaction: self.start.position,
+            version_len: 0,
+            data_len,
+        };
+        self.buffer.put_slice(&header.to_bytes());
+        match &record.data {
+            RecordData::Data(data) if !data.is_empty() => self.buffer.put_slice(data),
+            // The format cannot tell empty data from none; ZODB never stores empty data.
+            RecordData::Data(_) | RecordData::Gone => self.buffer.put_u64(0),
+            RecordData::Back(tid) => {
+                let back = self.storage.reader().position_of(record.oid, *tid)?;
+                let back = back.ok_or_else(|| StorageError::NoRevision {
+                    path: shared.path.clone(),
+                    oid: record.oid,
+                    tid: *tid,
+                })?;
+                self.buffer.put_u64(back.0);
+            }
+        }
+        self.records.push((record.oid, position));
+        if self.buffer.len() >= BUFFER {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Completes the transaction and makes it visible.
+    pub fn finish(mut self) -> Result<Mark, StorageError> {
+        let end_of_records = self.flushed_to + self.buffer.len() as u64;
+        self.header.length = end_of_records - self.start.position.0;
+        self.buffer.put_u64(self.header.length);
+        let header = self.header.to_bytes();
+        if self.flushed_to == self.start.position.0 {
+            self.buffer[..TXN_HEADER as usize].copy_from_slice(&header);
+            self.flush()?;
+        } else {
+            self.flush()?;
+            self.write(&header, self.start.position.0)?;
+        }
+        let mark = Mark { position: Position(self.flushed_to), tid: self.header.tid };
+        let mut state = self.storage.shared.write();
+        for (oid, position) in &self.records {
+            state.index.insert(*oid, *position);
+        }
+        state.mark = mark;
+        drop(state);
+        if self.storage.again.pop_front().is_some_and(|again| again != mark) {
+            self.storage.forget_what_follows()?;
+        }
+        Ok(mark)
+    }
+
+    fn flush(&mut self) -> Result<(), StorageError> {
+        if self.flushed_to == self.start.position.0 && self.header.length == 0 {
+            // First part of a long transaction.
+            let header = match self.storage.again.front() {
+                Some(again) => {
+                    let length = again.position.0.saturating_sub(self.start.position.0 + 8);
+                    TxnHeader { length, ..self.header }
+                }
+                // A length beyond any file, and status 'c'.
+                None => TxnHeader { status: b'c', length: u64::MAX >> 2, ..self.header },
+            };
+            self.buffer[..TXN_HEADER as usize].copy_from_slice(&header.to_bytes());
+        }
+        self.write(&self.buffer, self.flushed_to)?;
+        self.flushed_to += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> Result<(), StorageError> {
+        let shared = &self.storage.shared;
+        shared.file.write_at(bytes, at).map_err(StorageError::io(&shared.path, "write"))
+    }
+}

@@ -1,0 +1,202 @@
+//! Iterating over transactions: `iterator(start, stop)` of ZODB's storages.
+
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use standby_types::{Oid, Position, Tid};
+
+use crate::StorageError;
+use crate::format::{DATA_HEADER, REFERENCE_LIMIT};
+use crate::read::Reader;
+use crate::scan::Window;
+use crate::storage::{Mark, transaction_before};
+use crate::transaction::{Record, RecordData, TransactionMeta};
+
+/// Transactions in order. What is committed after the iterator was made is not seen.
+pub struct Transactions {
+    path: PathBuf,
+    reader: Reader,
+    position: u64,
+    end: u64,
+    stop: Tid,
+}
+
+/// A transaction in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredTransaction {
+    /// Its head.
+    pub meta: TransactionMeta,
+    /// Where it begins.
+    pub position: Position,
+    records: u64,
+    end: u64,
+}
+
+impl StoredTransaction {
+    /// The byte after it.
+    pub fn end(&self) -> Position {
+        Position(self.end)
+    }
+}
+
+impl Reader {
+    /// The transactions with `start <= tid <= stop`.
+    pub fn transactions(&self, start: Tid, stop: Tid) -> Result<Transactions, StorageError> {
+        let mark = self.mark();
+        let path = self.shared.path.clone();
+        let position = self.first_from(start, mark)?;
+        Ok(Transactions { path, reader: self.clone(), position, end: mark.position.0, stop })
+    }
+
+    /// Where the first transaction at or above `tid` begins. Walks from the end: what is asked
+    /// for is nearly always near it, and a file has no index by tid.
+    fn first_from(&self, tid: Tid, mark: Mark) -> Result<u64, StorageError> {
+        if tid == Tid::NONE {
+            return Ok(Mark::START.position.0);
+        }
+        let mut window = Window::new(&self.shared.path, self.shared.file.clone());
+        let mut position = mark.position;
+        while position != Mark::START.position {
+            let (start, found) = transaction_before(&mut window, position)?;
+            if found < tid {
+                break;
+            }
+            position = start;
+        }
+        Ok(position.0)
+    }
+
+    /// The newest transactions, newest first, with the oids of each, until `enough` says so.
+    pub fn newest_oids(
+        &self,
+        mut enough: impl FnMut(Tid, usize) -> bool,
+    ) -> Result<Vec<(Tid, Vec<Oid>)>, StorageError> {
+        let mut window = Window::new(&self.shared.path, self.shared.file.clone());
+        let mut position = self.mark().position;
+        let (mut found, mut objects) = (Vec::new(), 0);
+        while position != Mark::START.position {
+            let (start, tid) = transaction_before(&mut window, position)?;
+            if enough(tid, objects) {
+                break;
+            }
+            let mut oids = Vec::new();
+            let transaction = self.stored_at(&mut window, start.0)?;
+            let mut at = transaction.records;
+            while at < transaction.end - 8 {
+                let Some(header) = window.data_header(at)? else {
+                    return window.damaged(at, "a data record is cut off");
+                };
+                oids.push(header.oid);
+                at = at.saturating_add(header.full_len());
+            }
+            objects += oids.len();
+            found.push((tid, oids));
+            position = start;
+        }
+        Ok(found)
+    }
+
+    fn stored_at(
+        &self,
+        window: &mut Window<'_>,
+        position: u64,
+    ) -> Result<StoredTransaction, StorageError> {
+        let header = window.txn_header(position)?;
+        let end = header.and_then(|h| position.checked_add(h.length)?.checked_add(8));
+        let (Some(header), Some(end)) = (header, end) else {
+            return window.damaged(position, "a transaction is cut off");
+        };
+        let texts = header.full_len();
+        let Some(bytes) = window.get(position, texts as usize)? else {
+            return window.damaged(position, "a transaction is cut off");
+        };
+        let bytes = Bytes::copy_from_slice(&bytes[crate::format::TXN_HEADER as usize..]);
+        let user = usize::from(header.user_len);
+        let description = user + usize::from(header.description_len);
+        let meta = TransactionMeta {
+            tid: header.tid,
+            status: header.status,
+            user: bytes.slice(..user),
+            description: bytes.slice(user..description),
+            extension: bytes.slice(description..),
+        };
+        Ok(StoredTransaction { meta, position: Position(position), records: position + texts, end })
+    }
+}
+
+impl Transactions {
+    /// The next transaction.
+    pub fn advance(&mut self) -> Result<Option<StoredTransaction>, StorageError> {
+        if self.position >= self.end {
+            return Ok(None);
+        }
+        let mut window = Window::new(&self.path, self.reader.shared.file.clone());
+        let transaction = self.reader.stored_at(&mut window, self.position)?;
+        if transaction.end > self.end
+            || transaction.records > transaction.end - 8
+            || window.number(transaction.end - 8)? != Some(transaction.end - 8 - self.position)
+        {
+            return window.damaged(self.position, "a transaction's length is wrong");
+        }
+        if transaction.meta.tid > self.stop {
+            self.position = self.end;
+            return Ok(None);
+        }
+        self.position = transaction.end;
+        Ok(Some(transaction))
+    }
+
+    /// Gives each record of a transaction to `each`, one at a time in memory.
+    pub fn records<E: From<StorageError>>(
+        &self,
+        transaction: &StoredTransaction,
+        mut each: impl FnMut(Record) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut window = Window::new(&self.path, self.reader.shared.file.clone());
+        let mut at = transaction.records;
+        while at < transaction.end - 8 {
+            let (record, len) = next_record(&mut window, at, transaction.end - 8)?;
+            each(record)?;
+            at += len;
+        }
+        Ok(())
+    }
+}
+
+/// The record at `at`, which must end by `end`, and its length in the file.
+fn next_record(window: &mut Window<'_>, at: u64, end: u64) -> Result<(Record, u64), StorageError> {
+    let header = match window.data_header(at)? {
+        Some(header) if at.saturating_add(header.full_len()) <= end => header,
+        _ => return window.damaged(at, "a data record is longer than its transaction"),
+    };
+    let data = if header.data_len > 0 {
+        match window.get(at + DATA_HEADER, header.data_len as usize)? {
+            Some(bytes) => RecordData::Data(Bytes::copy_from_slice(bytes)),
+            None => return window.damaged(at, "a data record is longer than the file"),
+        }
+    } else {
+        shared_data(window, at, header.oid)?
+    };
+    Ok((Record { oid: header.oid, data }, header.full_len()))
+}
+
+/// What the back pointer of the record at `at` means: the revision that owns the data.
+fn shared_data(window: &mut Window<'_>, at: u64, oid: Oid) -> Result<RecordData, StorageError> {
+    let mut from = at;
+    for _ in 0..REFERENCE_LIMIT {
+        let back = match window.number(from + DATA_HEADER)? {
+            Some(0) => return Ok(RecordData::Gone),
+            Some(back) if back < from => back,
+            _ => return window.damaged(from, "a back pointer leads nowhere"),
+        };
+        match window.data_header(back)? {
+            Some(header) if header.oid != oid => {
+                return window.damaged(from, "a back pointer leads to another object");
+            }
+            Some(header) if header.data_len > 0 => return Ok(RecordData::Back(header.serial)),
+            Some(_) => from = back,
+            None => return window.damaged(from, "a back pointer leads nowhere"),
+        }
+    }
+    window.damaged(at, "too many back pointers")
+}

@@ -1,0 +1,36 @@
+//! ZODB's `Data.fs`, the format of `ZODB.FileStorage`: read, append, recover, index.
+//!
+//! A [`FileStorage`] is the one writer of a file; any number of [`Reader`]s look into it at the
+//! same time. What a reader sees is always a whole number of transactions. Everything blocks,
+//! and goes through [`standby_types::Disk`].
+//!
+//! Reading order: `format.rs` (the bytes), `scan.rs` (walking over a file, telling a torn tail
+//! from damage), `index/` (oid → newest position), `storage.rs` (opening), `read.rs`,
+//! `append.rs`, `iterate.rs`, `transaction.rs` (a transaction as it travels between nodes).
+//!
+//! What this crate does not do: it decides nothing about commits. Whoever appends has made sure
+//! that the transaction is committed and that its tid is above the last one.
+
+mod append;
+mod error;
+mod format;
+mod index;
+mod iterate;
+mod read;
+mod scan;
+mod storage;
+mod transaction;
+
+pub use append::Appender;
+pub use error::StorageError;
+pub use format::{Magic, REFERENCE_LIMIT};
+pub use iterate::{StoredTransaction, Transactions};
+pub use read::{Access, Reader, Revision};
+pub use storage::{Extent, FileStorage, Mark, Opened, Tail};
+pub use transaction::{
+    DecodeError, Record, RecordData, Transaction, TransactionMeta, put_meta, put_record,
+    record_len, take_meta, take_record,
+};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,353 @@
+//! Opening, cutting and rewinding a file.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use standby_types::disk::{Open, parent, read_full};
+use standby_types::{Disk, File, Position, Tid};
+
+use crate::StorageError;
+use crate::format::{DataHeader, Magic, TXN_HEADER};
+use crate::index::{Index, Sorted};
+use crate::read::Reader;
+use crate::scan::{Found, Scanner, Window};
+
+/// The end of a transaction: where the next one begins, and its tid. The start of an empty file
+/// is (4, [`Tid::NONE`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// Offset of the byte after the transaction.
+    pub position: Position,
+    /// The transaction.
+    pub tid: Tid,
+}
+
+impl Mark {
+    /// The mark of a file without transactions.
+    pub const START: Mark = Mark { position: Position(4), tid: Tid::NONE };
+}
+
+/// How much of a file counts when it is opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// All of it, less a torn tail, which is kept as `PATH.tr0`, `.tr1`, ….
+    Whole,
+    /// It is known to be good up to `mark`.
+    UpTo {
+        /// The last transaction that counts.
+        mark: Mark,
+        /// Transactions after `mark` that the caller is about to append again (see [`Tail`]). They
+        /// stay in the file, invisible, until each is overwritten by the same bytes: whoever opens
+        /// the file after this process was killed finds them. What follows them is cut off, and
+        /// all of them as soon as something else is appended.
+        again: Vec<Mark>,
+    },
+}
+
+/// The one writer of a `Data.fs`. Dropping it loses nothing.
+pub struct FileStorage {
+    pub(crate) shared: Arc<Shared>,
+    /// What stands in the file after the last transaction: see [`Extent::UpTo`].
+    pub(crate) again: VecDeque<Mark>,
+}
+
+pub(crate) struct Shared {
+    pub path: PathBuf,
+    pub file: Arc<dyn File>,
+    pub disk: Arc<dyn Disk>,
+    pub index_path: PathBuf,
+    pub magic: Magic,
+    state: RwLock<State>,
+}
+
+/// What a reader sees. Changed as a whole, under the lock, once per transaction.
+///
+/// Invariants: every position in `index` is below `mark.position`; the file has no transaction
+/// after `mark` that is not also being written right now.
+pub(crate) struct State {
+    pub index: Index,
+    pub mark: Mark,
+}
+
+impl Shared {
+    pub fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// What opening a file found out.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Opened {
+    /// The file was made.
+    pub created: bool,
+    /// Bytes of a torn tail that were cut off, and the file that keeps them.
+    pub torn: Option<(u64, PathBuf)>,
+    /// Transactions that had to be scanned because no index file told of them.
+    pub scanned: u64,
+}
+
+impl FileStorage {
+    /// Opens `path`, making it (with `magic`) if it does not exist.
+    ///
+    /// `progress(done, total)` is called now and then, in bytes.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        path: &Path,
+        index_path: &Path,
+        magic: Magic,
+        extent: Extent,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(FileStorage, Opened), StorageError> {
+        let io = |action| StorageError::io(path, action);
+        let mut opened = Opened::default();
+        if !disk.exists(path).map_err(io("look for it"))? {
+            let file = disk.open(path, Open::Create).map_err(io("create"))?;
+            file.write_at(magic.bytes(), 0).map_err(io("write"))?;
+            file.sync().map_err(io("sync"))?;
+            disk.sync_dir(parent(path)).map_err(io("sync the directory of"))?;
+            opened.created = true;
+        }
+        let file = disk.open(path, Open::Write).map_err(io("open"))?;
+        let magic = read_magic(path, &*file)?;
+        let len = file.len().map_err(io("read the length of"))?;
+        let (limit, again) = match extent {
+            Extent::Whole => (len, Vec::new()),
+            Extent::UpTo { mark, again } => {
+                check_mark(path, file.clone(), mark)?;
+                let end = again.last().unwrap_or(&mark).position.0;
+                if end < len {
+                    file.set_len(end).map_err(io("cut"))?;
+                    file.sync().map_err(io("sync"))?;
+                }
+                (mark.position.0, again)
+            }
+        };
+        let sorted = Sorted::open(&*disk, index_path).filter(|sorted| {
+            sorted.mark.position.0 <= limit && check_mark(path, file.clone(), sorted.mark).is_ok()
+        });
+        let (mut index, start) = match sorted {
+            Some(sorted) => {
+                let mark = sorted.mark;
+                (Index::from_sorted(sorted), mark)
+            }
+            None => (Index::default(), Mark::START),
+        };
+
+        let mut scanner = Scanner::new(path, file.clone(), start.position, start.tid, limit);
+        loop {
+            let found = scanner.next(&mut |record, position| index.insert(record.oid, position))?;
+            match found {
+                Found::Transaction { end, .. } => {
+                    opened.scanned += 1;
+                    if opened.scanned % 1024 == 0 {
+                        progress(end.0, limit);
+                    }
+                }
+                Found::End => break,
+                Found::TornTail => {
+                    let kept = save_tail(&*disk, path, &*file, scanner.position.0, limit)?;
+                    opened.torn = Some((limit - scanner.position.0, kept));
+                    break;
+                }
+            }
+        }
+        let mark = Mark { position: scanner.position, tid: scanner.last_tid };
+        let shared = Shared {
+            path: path.to_owned(),
+            file,
+            disk,
+            index_path: index_path.to_owned(),
+            magic,
+            state: RwLock::new(State { index, mark }),
+        };
+        Ok((FileStorage { shared: Arc::new(shared), again: again.into() }, opened))
+    }
+
+    /// A handle for reading; any number may be used at the same time.
+    pub fn reader(&self) -> Reader {
+        Reader { shared: self.shared.clone() }
+    }
+
+    /// The end of the last transaction.
+    pub fn mark(&self) -> Mark {
+        self.shared.read().mark
+    }
+
+    /// The file's first four bytes.
+    pub fn magic(&self) -> Magic {
+        self.shared.magic
+    }
+
+    /// Makes all that was appended durable; returns how far that reaches.
+    pub fn sync(&self) -> Result<Mark, StorageError> {
+        self.reader().sync()
+    }
+
+    /// Cuts off every transaction above `tid`. No reader may be in use meanwhile.
+    pub fn rewind(&mut self, tid: Tid) -> Result<Mark, StorageError> {
+        let shared = &self.shared;
+        let io = |action| StorageError::io(&shared.path, action);
+        // The index file may name positions that are about to go.
+        if shared.disk.exists(&shared.index_path).map_err(io("look for the index of"))? {
+            shared.disk.remove(&shared.index_path).map_err(io("remove the index of"))?;
+        }
+        self.again.clear();
+        let mut state = shared.write();
+        let mut window = Window::new(&shared.path, shared.file.clone());
+        let mut mark = state.mark;
+        while mark.tid > tid {
+            let (start, _) = transaction_before(&mut window, mark.position)?;
+            // The predecessors of a transaction's records are all older than it.
+            let mut scanner =
+                Scanner::new(&shared.path, shared.file.clone(), start, Tid::NONE, mark.position.0);
+            let index = &mut state.index;
+            scanner.next(&mut |record: &DataHeader, _| match record.previous {
+                Position(0) => index.remove(record.oid),
+                previous => index.insert(record.oid, previous),
+            })?;
+            mark = mark_at(&mut window, start)?;
+        }
+        shared.file.set_len(mark.position.0).map_err(io("cut"))?;
+        shared.file.sync().map_err(io("sync"))?;
+        state.mark = mark;
+        Ok(mark)
+    }
+}
+
+/// What stands in a file after a known transaction; tells whether somebody else wrote to it.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Tail {
+    /// The known transaction is in its place, followed by these, and perhaps by a torn one.
+    Follows(Vec<Mark>),
+    /// The file is another one: packed, replaced, or cut.
+    Different(String),
+}
+
+impl Tail {
+    /// Looks at what follows `mark` in the file `path`, without changing anything. It ends where the
+    /// bytes stop making sense: what follows `mark` was perhaps never synced, and will be cut.
+    pub fn read(disk: &dyn Disk, path: &Path, mark: Mark) -> Result<Tail, StorageError> {
+        let io = |action| StorageError::io(path, action);
+        if !disk.exists(path).map_err(io("look for it"))? {
+            return Ok(Tail::Different("it is gone".into()));
+        }
+        let file = disk.open(path, Open::Read).map_err(io("open"))?;
+        let len = file.len().map_err(io("read the length of"))?;
+        read_magic(path, &*file)?;
+        if let Err(error) = check_mark(path, file.clone(), mark) {
+            return match error {
+                StorageError::Damaged { reason, .. } => Ok(Tail::Different(reason)),
+                other => Err(other),
+            };
+        }
+        let mut scanner = Scanner::new(path, file, mark.position, mark.tid, len);
+        let mut after = Vec::new();
+        loop {
+            match scanner.next(&mut |_, _| ()) {
+                Ok(Found::Transaction { header, end, .. }) => {
+                    after.push(Mark { position: end, tid: header.tid });
+                }
+                Ok(Found::End | Found::TornTail) | Err(StorageError::Damaged { .. }) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Tail::Follows(after))
+    }
+}
+
+fn read_magic(path: &Path, file: &dyn File) -> Result<Magic, StorageError> {
+    let mut bytes = [0; 4];
+    let n = read_full(file, &mut bytes, 0).map_err(StorageError::io(path, "read"))?;
+    Magic::parse(&bytes[..n]).ok_or_else(|| StorageError::NotFileStorage {
+        path: path.to_owned(),
+        found: bytes[..n].escape_ascii().to_string(),
+    })
+}
+
+/// Fails unless the transaction `mark.tid` ends at `mark.position`.
+fn check_mark(path: &Path, file: Arc<dyn File>, mark: Mark) -> Result<(), StorageError> {
+    let mut window = Window::new(path, file);
+    let found = if mark.position == Mark::START.position {
+        Mark::START
+    } else {
+        mark_at(&mut window, mark.position)?
+    };
+    if found != mark {
+        return window.damaged(
+            mark.position.0,
+            format!("expected the end of transaction {}, found that of {}", mark.tid, found.tid),
+        );
+    }
+    Ok(())
+}
+
+/// The mark of the transaction that ends at `end`.
+fn mark_at(window: &mut Window<'_>, end: Position) -> Result<Mark, StorageError> {
+    if end == Mark::START.position {
+        return Ok(Mark::START);
+    }
+    let (_, tid) = transaction_before(window, end)?;
+    Ok(Mark { position: end, tid })
+}
+
+/// Where the transaction that ends at `end` begins, and its tid.
+pub(crate) fn transaction_before(
+    window: &mut Window<'_>,
+    end: Position,
+) -> Result<(Position, Tid), StorageError> {
+    let length = match end.0.checked_sub(8) {
+        Some(at) => window.number(at)?,
+        None => None,
+    };
+    let start = length.and_then(|length| end.0.checked_sub(8)?.checked_sub(length));
+    let start =
+        start.filter(|start| *start >= Mark::START.position.0 && end.0 - start >= TXN_HEADER + 8);
+    let Some(start) = start else {
+        return window.damaged(end.0, "no transaction ends here");
+    };
+    match window.txn_header(start)? {
+        Some(header) if Some(header.length) == length => Ok((Position(start), header.tid)),
+        _ => window.damaged(start, "no transaction begins here, though one ends where it should"),
+    }
+}
+
+/// Moves the bytes `from..to` into the first free `PATH.trN`.
+fn save_tail(
+    disk: &dyn Disk,
+    path: &Path,
+    file: &dyn File,
+    from: u64,
+    to: u64,
+) -> Result<PathBuf, StorageError> {
+    let io = |action| StorageError::io(path, action);
+    let mut n = 0;
+    let kept = loop {
+        let candidate = PathBuf::from(format!("{}.tr{n}", path.display()));
+        if !disk.exists(&candidate).map_err(io("keep the torn tail of"))? {
+            break candidate;
+        }
+        n += 1;
+    };
+    let copy = disk.open(&kept, Open::Create).map_err(StorageError::io(&kept, "create"))?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = from;
+    while at < to {
+        let want = (to - at).min(buffer.len() as u64) as usize;
+        let n = read_full(file, &mut buffer[..want], at).map_err(io("read"))?;
+        if n == 0 {
+            break;
+        }
+        copy.write_at(&buffer[..n], at - from).map_err(StorageError::io(&kept, "write"))?;
+        at += n as u64;
+    }
+    copy.sync().map_err(StorageError::io(&kept, "sync"))?;
+    disk.sync_dir(parent(path)).map_err(io("sync the directory of"))?;
+    file.set_len(from).map_err(io("cut the torn tail of"))?;
+    file.sync().map_err(io("sync"))?;
+    Ok(kept)
+}
