@@ -1,0 +1,230 @@
+use std::io;
+use std::sync::Arc;
+
+use super::*;
+use crate::message::Reply;
+
+const OID: [u8; 8] = [0, 0, 0, 0, 0, 0, 0, 1];
+const TID: [u8; 8] = [3, 0, 0, 0, 0, 0, 0, 1];
+
+struct Client {
+    session: Session,
+    encoding: Encoding,
+}
+
+impl Client {
+    fn connect(encoding: Encoding, read_only_listener: bool) -> Client {
+        let options = Options {
+            msgpack: false,
+            read_only: read_only_listener,
+            make_spill: Arc::new(|| Err(io::ErrorKind::Unsupported.into())),
+        };
+        let mut client = Client { session: Session::new(options), encoding };
+        assert!(client.frame(Bytes::from_static(encoding.version())).is_empty());
+        client
+    }
+
+    fn registered(encoding: Encoding) -> Client {
+        let mut client = Client::connect(encoding, false);
+        let effects = client.call("register", vec![Value::str("1"), false.into()]);
+        let [Effect::Register { storage, read_only, .. }] = &effects[..] else {
+            panic!("{effects:?}")
+        };
+        assert_eq!((storage.as_str(), *read_only), ("1", false));
+        client.session.registered(true);
+        client
+    }
+
+    fn frame(&mut self, frame: Bytes) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        self.session.receive(frame, &mut effects);
+        effects
+    }
+
+    fn call(&mut self, method: &str, args: Vec<Value>) -> Vec<Effect> {
+        let frame = self.encoding.call(&Value::Int(1), method, args).slice(4..);
+        self.frame(frame)
+    }
+
+    fn notify(&mut self, method: &str, args: Vec<Value>) -> Vec<Effect> {
+        let frame = self.encoding.notify(method, args).slice(4..);
+        self.frame(frame)
+    }
+
+    fn result(&self, frame: &Bytes) -> Result<Value, (String, Value)> {
+        match self.encoding.decode(&frame.slice(4..)) {
+            Ok(Incoming::Reply(Reply { result, .. })) => result,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn replied(&mut self, method: &str, args: Vec<Value>) -> Result<Value, (String, Value)> {
+        let effects = self.call(method, args);
+        let [Effect::Send(frame)] = &effects[..] else { panic!("{effects:?}") };
+        self.result(frame)
+    }
+
+    fn begin_and_store(&mut self, name: i64) {
+        let text = Value::bytes(b"");
+        let begin = vec![
+            name.into(),
+            text.clone(),
+            text,
+            Value::Dict(vec![]),
+            Value::None,
+            Value::str(" "),
+        ];
+        assert!(self.notify("tpc_begin", begin).is_empty());
+        self.store(name, TID, b"data");
+    }
+
+    fn store(&mut self, name: i64, serial: [u8; 8], data: &[u8]) {
+        let store = vec![OID.into(), serial.into(), Value::bytes(data), name.into()];
+        assert!(self.notify("storea", store).is_empty());
+    }
+}
+
+fn closed(effects: &[Effect]) -> &CloseReason {
+    match effects {
+        [Effect::Close(reason)] => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn commit_in_both_encodings() {
+    for encoding in [Encoding::Pickle, Encoding::Msgpack] {
+        let mut client = Client::registered(encoding);
+        client.begin_and_store(99);
+        let effects = client.call("vote", vec![99.into()]);
+        let [Effect::Vote(request)] = &effects[..] else { panic!("{effects:?}") };
+        assert_eq!(request.writes, [(Oid(1), Tid::from_slice(&TID).unwrap())]);
+        let reply = client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
+        assert_eq!(client.result(&reply).unwrap().items(), Some(&[][..]));
+        let effects = client.call("tpc_finish", vec![99.into()]);
+        let [Effect::Finish { transaction, .. }] = &effects[..] else { panic!("{effects:?}") };
+        assert_eq!(&transaction.data_of(Oid(1)).unwrap()[..], b"data");
+        assert_eq!(client.replied("tpc_abort", vec![99.into()]), Ok(Value::None));
+    }
+}
+
+#[test]
+fn a_conflict_is_answered_with_what_resolution_needs() {
+    let mut client = Client::registered(Encoding::Pickle);
+    client.begin_and_store(99);
+    client.call("vote", vec![99.into()]);
+    let conflicts = VoteAnswer::Conflicts(vec![(Oid(1), Tid(8))]);
+    let reply = client.session.voted(VoteOutcome::Answer(conflicts)).unwrap();
+    let expected = Value::List(vec![Value::Dict(vec![
+        (Value::str("oid"), OID.into()),
+        (Value::str("serials"), Value::Tuple(vec![Tid(8).to_bytes().into(), TID.into()])),
+        (Value::str("data"), Value::bytes(b"data")),
+    ])]);
+    assert_eq!(client.result(&reply), Ok(expected));
+    client.store(99, Tid(8).to_bytes(), b"resolved");
+    let effects = client.call("vote", vec![99.into()]);
+    let [Effect::Vote(request)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(request.writes, [(Oid(1), Tid(8))]);
+}
+
+#[test]
+fn calls_that_do_not_fit_the_transaction() {
+    let mut client = Client::registered(Encoding::Pickle);
+    let (class, args) = client.replied("vote", vec![5.into()]).unwrap_err();
+    assert_eq!(class, "ZODB.POSException.StorageTransactionError");
+    assert_eq!(args, Value::Tuple(vec![Value::None, 5.into()]));
+    assert_eq!(client.replied("tpc_finish", vec![5.into()]), Ok(Value::None));
+    client.begin_and_store(1);
+    let (class, _) = client.replied("tpc_finish", vec![1.into()]).unwrap_err();
+    assert_eq!(class, "builtins.AssertionError");
+    let (_, args) = client.replied("vote", vec![2.into()]).unwrap_err();
+    assert_eq!(args, Value::Tuple(vec![1.into(), 2.into()]));
+    let effects =
+        client.notify("storea", vec![OID.into(), TID.into(), Value::bytes(b""), 2.into()]);
+    assert!(matches!(closed(&effects), CloseReason::OneWay { .. }));
+}
+
+#[test]
+fn a_failed_vote_forgets_the_transaction() {
+    let mut client = Client::registered(Encoding::Pickle);
+    client.begin_and_store(1);
+    client.call("vote", vec![1.into()]);
+    let conflict = VoteAnswer::ReadConflict(Oid(1), Tid(9), Tid(8));
+    let reply = client.session.voted(VoteOutcome::Answer(conflict)).unwrap();
+    assert_eq!(client.result(&reply).unwrap_err().0, "ZODB.POSException.ReadConflictError");
+    let (_, args) = client.replied("vote", vec![1.into()]).unwrap_err();
+    assert_eq!(args, Value::Tuple(vec![Value::None, 1.into()]));
+}
+
+#[test]
+fn read_only_sessions() {
+    let mut client = Client::connect(Encoding::Pickle, true);
+    let (class, _) = client.replied("register", vec![Value::str("1"), false.into()]).unwrap_err();
+    assert_eq!(class, "ZODB.POSException.ReadOnlyError");
+    let effects = client.call("register", vec![Value::str("1"), true.into()]);
+    assert!(matches!(effects[..], [Effect::Register { read_only: true, .. }]));
+    client.session.registered(true);
+    assert!(client.session.settled_for_read_only());
+    assert!(!client.session.is_read_write());
+    let (class, _) = client.replied("new_oids", vec![]).unwrap_err();
+    assert_eq!(class, "ZODB.POSException.ReadOnlyError");
+}
+
+#[test]
+fn strangers_are_closed() {
+    let stranger = |frame: &'static [u8]| {
+        let mut client = Client::connect(Encoding::Pickle, false);
+        client.session.state = State::AwaitingVersion;
+        client.frame(Bytes::from_static(frame))
+    };
+    for version in [&b"Z4"[..], b"Z3101", b"X5", b"", b"GET / HTTP/1.1"] {
+        assert!(matches!(closed(&stranger(version)), CloseReason::Version(_)));
+    }
+    assert!(matches!(stranger(b"ruok")[..], [Effect::Ruok]));
+
+    let mut client = Client::connect(Encoding::Pickle, false);
+    let reason = client.call("lastTransaction", vec![]);
+    assert_eq!(*closed(&reason), CloseReason::NotRegistered("lastTransaction".into()));
+    let mut client = Client::registered(Encoding::Pickle);
+    let reason = client.call("__class__", vec![]);
+    assert_eq!(*closed(&reason), CloseReason::UnknownMethod("__class__".into()));
+    let mut client = Client::registered(Encoding::Pickle);
+    let reason = client.frame(Bytes::from_static(b"\x80\x03cos\nsystem\n."));
+    assert!(matches!(closed(&reason), CloseReason::Message(_)));
+}
+
+#[test]
+fn wrong_arguments_are_type_errors() {
+    let mut client = Client::registered(Encoding::Pickle);
+    for (method, args) in [
+        ("loadBefore", vec![OID.into()]),
+        ("getInvalidations", vec![5.into()]),
+        ("lastTransaction", vec![Value::None]),
+        ("new_oids", vec![Value::str("many")]),
+    ] {
+        let (class, _) = client.replied(method, args).unwrap_err();
+        assert_eq!(class, "builtins.TypeError", "{method}");
+    }
+    let (class, _) = client.replied("getTid", vec![Value::bytes(b"short")]).unwrap_err();
+    assert_eq!(class, "ZODB.POSException.POSKeyError");
+}
+
+#[test]
+fn texts_that_do_not_fit_the_file_fail_the_vote() {
+    let mut client = Client::registered(Encoding::Pickle);
+    let long = Value::bytes(&[b'x'; 65_536]);
+    let text = Value::bytes(b"");
+    assert!(client.notify("tpc_begin", vec![1.into(), long, text, Value::Dict(vec![])]).is_empty());
+    let (class, _) = client.replied("vote", vec![1.into()]).unwrap_err();
+    assert_eq!(class, "ZODB.FileStorage.FileStorage.FileStorageError");
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_frame_is_answered_or_closes(frame: Vec<u8>) {
+        for encoding in [Encoding::Pickle, Encoding::Msgpack] {
+            let mut client = Client::registered(encoding);
+            client.frame(Bytes::from(frame.clone()));
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! The commits of one storage: who may vote, who may finish.
+//!
+//! ```text
+//!             vote                locks held           finish             applied
+//!   (none) ─────────▶ Waiting ─────────────▶ Voted ───────────▶ Finishing ────────▶ (none)
+//!                        │                    │  ▲ vote again
+//!                        ▼ abort              ▼  │ (conflict: the place is kept)
+//!                      (none)              Conflicted
+//! ```
+//!
+//! A transaction holds the locks of its own objects from `Voted` or `Conflicted` until it is
+//! applied or aborted. Serials are compared only while they are held, with what is applied; so a
+//! transaction that voted without conflict has none when it is applied.
+//!
+//! `Finishing` cannot be aborted: the entry is in the log, and only the log knows its fate.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use standby_types::{Oid, Tid};
+
+use crate::SessionId;
+use crate::locks::{Locks, Mode};
+
+/// What a transaction wants to change, and on what it relies.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VoteRequest {
+    /// Objects to write, with the serial that the change is based on (zero: new).
+    pub writes: Vec<(Oid, Tid)>,
+    /// Objects that must still have this serial.
+    pub checks: Vec<(Oid, Tid)>,
+}
+
+/// What became of a vote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VoteAnswer {
+    /// No conflict: the transaction may finish.
+    Voted,
+    /// These objects have other serials (the committed ones are given). The locks are kept; the
+    /// client resolves and votes again, or aborts.
+    Conflicts(Vec<(Oid, Tid)>),
+    /// A checked object has another serial (the committed one is given, then the client's). The
+    /// transaction is forgotten.
+    ReadConflict(Oid, Tid, Tid),
+}
+
+/// `finish` of a transaction that has not voted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("finish without a successful vote")]
+pub struct FinishRefused;
+
+#[derive(Debug, PartialEq, Eq)]
+enum Phase {
+    Waiting,
+    Voted,
+    Conflicted,
+    Finishing,
+}
+
+struct Transaction {
+    phase: Phase,
+    request: VoteRequest,
+    /// When the session is to be closed, if the transaction is then still undecided.
+    deadline: Option<Duration>,
+}
+
+/// See the module. `now` is a monotonic time.
+pub struct Transactions {
+    locks: Locks<SessionId>,
+    transactions: HashMap<SessionId, Transaction>,
+    timeout: Option<Duration>,
+}
+
+impl Transactions {
+    /// `timeout`: how long a transaction may hold its locks (`transaction-timeout`).
+    pub fn new(timeout: Option<Duration>) -> Transactions {
+        Transactions { locks: Locks::default(), transactions: HashMap::new(), timeout }
+    }
+
+    /// A client votes. Returns the sessions whose locks are complete now; the caller answers each
+    /// by way of [`Transactions::examine`].
+    pub fn vote(
+        &mut self,
+        now: Duration,
+        session: SessionId,
+        request: VoteRequest,
+    ) -> Vec<SessionId> {
+        let wanted = modes(&request);
+        if let Some(transaction) = self.transactions.get_mut(&session)
+            && transaction.phase == Phase::Conflicted
+            && self.locks.holds(session, &wanted)
+        {
+            transaction.request = request;
+            return vec![session];
+        }
+        let mut complete = self.abort(now, session);
+        let phase = Phase::Waiting;
+        self.transactions.insert(session, Transaction { phase, request, deadline: None });
+        if self.locks.acquire(session, wanted) {
+            self.start_clock(now, session);
+            complete.push(session);
+        }
+        complete
+    }
+
+    /// Compares the serials of a transaction whose locks are complete. `committed` gives the
+    /// serial of an object's newest revision, `None` if there is none. Answers `None` if the
+    /// session has no transaction any more.
+    pub fn examine<E>(
+        &mut self,
+        session: SessionId,
+        mut committed: impl FnMut(Oid) -> Result<Option<Tid>, E>,
+    ) -> Result<Option<VoteAnswer>, E> {
+        let Some(transaction) = self.transactions.get_mut(&session) else {
+            return Ok(None);
+        };
+        for (oid, read) in &transaction.request.checks {
+            match committed(*oid)? {
+                Some(serial) if serial != *read => {
+                    return Ok(Some(VoteAnswer::ReadConflict(*oid, serial, *read)));
+                }
+                _ => {}
+            }
+        }
+        let mut conflicts = Vec::new();
+        for (oid, based_on) in &transaction.request.writes {
+            match committed(*oid)? {
+                Some(serial) if serial != *based_on => conflicts.push((*oid, serial)),
+                _ => {}
+            }
+        }
+        if conflicts.is_empty() {
+            transaction.phase = Phase::Voted;
+            Ok(Some(VoteAnswer::Voted))
+        } else {
+            transaction.phase = Phase::Conflicted;
+            Ok(Some(VoteAnswer::Conflicts(conflicts)))
+        }
+    }
+
+    /// A client finishes. After this only [`Transactions::applied`] or [`Transactions::clear`]
+    /// ends the transaction.
+    pub fn finish(&mut self, session: SessionId) -> Result<(), FinishRefused> {
+        match self.transactions.get_mut(&session) {
+            Some(transaction) if transaction.phase == Phase::Voted => {
+                transaction.phase = Phase::Finishing;
+                transaction.deadline = None;
+                Ok(())
+            }
+            _ => Err(FinishRefused),
+        }
+    }
+
+    /// A client aborts, or is gone. Returns the sessions whose locks are complete now.
+    pub fn abort(&mut self, now: Duration, session: SessionId) -> Vec<SessionId> {
+        match self.transactions.get(&session) {
+            Some(transaction) if transaction.phase != Phase::Finishing => self.end(now, session),
+            _ => Vec::new(),
+        }
+    }
+
+    /// A finished transaction is applied. Returns the sessions whose locks are complete now.
+    pub fn applied(&mut self, now: Duration, session: SessionId) -> Vec<SessionId> {
+        match self.transactions.get(&session) {
+            Some(transaction) if transaction.phase == Phase::Finishing => self.end(now, session),
+            _ => Vec::new(),
+        }
+    }
+
+    /// This node is not primary any more: forgets everything.
+    pub fn clear(&mut self) {
+        self.locks = Locks::default();
+        self.transactions.clear();
+    }
+
+    /// Sessions that have held their locks for too long. The caller closes them and then calls
+    /// [`Transactions::abort`].
+    pub fn expired(&self, now: Duration) -> Vec<SessionId> {
+        let late = |t: &Transaction| t.deadline.is_some_and(|deadline| deadline <= now);
+        self.transactions.iter().filter(|(_, t)| late(t)).map(|(session, _)| *session).collect()
+    }
+
+    /// Transactions that wait for locks.
+    pub fn waiting(&self) -> usize {
+        self.transactions.values().filter(|t| t.phase == Phase::Waiting).count()
+    }
+
+    /// Transactions between vote and the end.
+    pub fn len(&self) -> usize {
+        self.transactions.len()
+    }
+
+    /// True if no transaction is between vote and the end.
+    pub fn is_empty(&self) -> bool {
+        self.transactions.is_empty()
+    }
+
+    fn end(&mut self, now: Duration, session: SessionId) -> Vec<SessionId> {
+        self.transactions.remove(&session);
+        let complete = self.locks.release(session);
+        for session in &complete {
+            self.start_clock(now, *session);
+        }
+        complete
+    }
+
+    fn start_clock(&mut self, now: Duration, session: SessionId) {
+        if let Some(transaction) = self.transactions.get_mut(&session) {
+            transaction.deadline = self.timeout.map(|timeout| now + timeout);
+        }
+    }
+}
+
+fn modes(request: &VoteRequest) -> Vec<(Oid, Mode)> {
+    let mut modes = BTreeMap::new();
+    for (oid, _) in &request.checks {
+        modes.insert(*oid, Mode::Shared);
+    }
+    for (oid, _) in &request.writes {
+        modes.insert(*oid, Mode::Exclusive);
+    }
+    modes.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    const NOW: Duration = Duration::from_secs(100);
+
+    fn writes(list: &[(u64, u64)]) -> VoteRequest {
+        let writes = list.iter().map(|(oid, tid)| (Oid(*oid), Tid(*tid))).collect();
+        VoteRequest { writes, checks: Vec::new() }
+    }
+
+    fn examine(t: &mut Transactions, session: u64, serial: Option<u64>) -> VoteAnswer {
+        t.examine(SessionId(session), |_| Ok::<_, Infallible>(serial.map(Tid)))
+            .unwrap_or_else(|never| match never {})
+            .unwrap()
+    }
+
+    #[test]
+    fn disjoint_transactions_vote_at_the_same_time() {
+        let mut t = Transactions::new(None);
+        assert_eq!(t.vote(NOW, SessionId(1), writes(&[(1, 5)])), [SessionId(1)]);
+        assert_eq!(t.vote(NOW, SessionId(2), writes(&[(2, 5)])), [SessionId(2)]);
+        assert_eq!(examine(&mut t, 1, Some(5)), VoteAnswer::Voted);
+        assert_eq!(examine(&mut t, 2, Some(5)), VoteAnswer::Voted);
+        assert_eq!(t.finish(SessionId(1)), Ok(()));
+        assert_eq!(t.finish(SessionId(2)), Ok(()));
+    }
+
+    #[test]
+    fn a_conflict_keeps_the_place() {
+        let mut t = Transactions::new(None);
+        t.vote(NOW, SessionId(1), writes(&[(1, 4)]));
+        let conflict = VoteAnswer::Conflicts(vec![(Oid(1), Tid(5))]);
+        assert_eq!(examine(&mut t, 1, Some(5)), conflict);
+        assert_eq!(t.vote(NOW, SessionId(2), writes(&[(1, 5)])), []);
+        assert_eq!(t.finish(SessionId(1)), Err(FinishRefused));
+        assert_eq!(t.vote(NOW, SessionId(1), writes(&[(1, 5)])), [SessionId(1)]);
+        assert_eq!(examine(&mut t, 1, Some(5)), VoteAnswer::Voted);
+        assert_eq!(t.finish(SessionId(1)), Ok(()));
+        assert_eq!(t.applied(NOW, SessionId(1)), [SessionId(2)]);
+    }
+
+    #[test]
+    fn a_second_vote_with_more_objects_goes_to_the_end_of_the_queue() {
+        let mut t = Transactions::new(None);
+        t.vote(NOW, SessionId(1), writes(&[(1, 4)]));
+        examine(&mut t, 1, Some(5));
+        assert_eq!(t.vote(NOW, SessionId(2), writes(&[(1, 5), (2, 5)])), []);
+        assert_eq!(t.vote(NOW, SessionId(1), writes(&[(1, 5), (2, 5)])), [SessionId(2)]);
+        examine(&mut t, 2, Some(5));
+        assert_eq!(t.waiting(), 1);
+    }
+
+    #[test]
+    fn new_objects_and_checks() {
+        let mut t = Transactions::new(None);
+        let request =
+            VoteRequest { writes: vec![(Oid(1), Tid(0))], checks: vec![(Oid(2), Tid(3))] };
+        t.vote(NOW, SessionId(1), request.clone());
+        assert_eq!(examine(&mut t, 1, None), VoteAnswer::Voted);
+        t.abort(NOW, SessionId(1));
+        t.vote(NOW, SessionId(1), request);
+        assert_eq!(examine(&mut t, 1, Some(7)), VoteAnswer::ReadConflict(Oid(2), Tid(7), Tid(3)));
+    }
+
+    /// Row 11 of the end cases: a client that votes and then hangs delays only those who want the
+    /// same objects, and only until its time is over.
+    #[test]
+    fn row_11_a_hanging_client_loses_its_locks() {
+        let mut t = Transactions::new(Some(Duration::from_secs(10)));
+        t.vote(NOW, SessionId(1), writes(&[(1, 0)]));
+        examine(&mut t, 1, None);
+        assert_eq!(t.vote(NOW, SessionId(2), writes(&[(1, 0)])), []);
+        assert_eq!(t.vote(NOW, SessionId(3), writes(&[(2, 0)])), [SessionId(3)]);
+        t.abort(NOW, SessionId(3));
+        assert_eq!(t.expired(NOW + Duration::from_secs(9)), []);
+        let late = NOW + Duration::from_secs(10);
+        assert_eq!(t.expired(late), [SessionId(1)]);
+        assert_eq!(t.abort(late, SessionId(1)), [SessionId(2)]);
+        // The clock of the next one starts when it gets its locks.
+        assert_eq!(t.expired(late + Duration::from_secs(9)), []);
+        assert_eq!(t.expired(late + Duration::from_secs(10)), [SessionId(2)]);
+    }
+
+    #[test]
+    fn what_is_finishing_cannot_be_aborted() {
+        let mut t = Transactions::new(Some(Duration::from_secs(10)));
+        t.vote(NOW, SessionId(1), writes(&[(1, 0)]));
+        examine(&mut t, 1, None);
+        t.finish(SessionId(1)).unwrap();
+        t.vote(NOW, SessionId(2), writes(&[(1, 0)]));
+        assert_eq!(t.abort(NOW, SessionId(1)), []);
+        assert_eq!(t.expired(NOW + Duration::from_secs(99)), []);
+        assert_eq!(t.applied(NOW, SessionId(1)), [SessionId(2)]);
+    }
+}
