@@ -1,0 +1,135 @@
+//! What an entry of the log means.
+//!
+//! ```text
+//! transaction   't' storage, head (length 4, bytes) · part count 4, indexes 8 each · last part
+//! part          'p' bytes
+//! ceiling       'c' storage · oid 8
+//! ```
+//!
+//! A transaction's head and records (which this crate does not look into) stand in its closing
+//! entry. A long row of records is cut into *parts* of at most [`PART_LEN`], entries of their own that
+//! come before; the closing entry lists their indexes and holds the rest. Parts without a
+//! closing entry mean nothing. They belong to the leader of their term: when an entry of a later
+//! term has come, no closing entry can follow.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use standby_types::{LogIndex, Oid};
+
+use crate::codec::{Malformed, Reader, put_bytes, put_list};
+
+/// The longest part, so that heartbeats flow between them and memory is bounded.
+pub const PART_LEN: usize = 1 << 20;
+
+/// An entry's meaning.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// A part of a transaction that is closed later.
+    Part(Bytes),
+    /// A transaction is committed.
+    Transaction(Ending),
+    /// Oids up to this one may be handed out by whoever proposed this; nobody else may.
+    OidCeiling {
+        /// The storage.
+        storage: String,
+        /// The highest oid reserved.
+        ceiling: Oid,
+    },
+}
+
+/// The end of a transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ending {
+    /// The storage.
+    pub storage: String,
+    /// What it says about itself.
+    pub head: Bytes,
+    /// The entries that hold the beginning of its records, in order.
+    pub parts: Vec<LogIndex>,
+    /// What comes after them.
+    pub rest: Bytes,
+}
+
+impl Command {
+    /// The entry's data.
+    pub fn encode(&self) -> Bytes {
+        let mut out = BytesMut::with_capacity(64 + self.len());
+        match self {
+            Command::Part(bytes) => {
+                out.put_u8(b'p');
+                out.put_slice(bytes);
+            }
+            Command::Transaction(ending) => {
+                out.put_u8(b't');
+                put_bytes(&mut out, ending.storage.as_bytes());
+                put_bytes(&mut out, &ending.head);
+                put_list(&mut out, ending.parts.iter(), |out, index| out.put_u64(index.0));
+                out.put_slice(&ending.rest);
+            }
+            Command::OidCeiling { storage, ceiling } => {
+                out.put_u8(b'c');
+                put_bytes(&mut out, storage.as_bytes());
+                out.put_u64(ceiling.0);
+            }
+        }
+        out.freeze()
+    }
+
+    /// Reads an entry's data; shares its memory.
+    pub fn decode(bytes: Bytes) -> Result<Command, Malformed> {
+        let mut reader = Reader::new(bytes, "log entry");
+        Ok(match reader.u8()? {
+            b'p' => Command::Part(reader.rest()),
+            b't' => Command::Transaction(Ending {
+                storage: reader.string()?,
+                head: reader.bytes()?,
+                parts: reader.list(|r| r.u64().map(LogIndex))?,
+                rest: reader.rest(),
+            }),
+            b'c' => {
+                let command =
+                    Command::OidCeiling { storage: reader.string()?, ceiling: Oid(reader.u64()?) };
+                reader.end()?;
+                command
+            }
+            _ => return Err(reader.malformed()),
+        })
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Command::Part(bytes) => bytes.len(),
+            Command::Transaction(ending) => {
+                ending.head.len() + ending.parts.len() * 8 + ending.rest.len()
+            }
+            Command::OidCeiling { .. } => 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_travel() {
+        for command in [
+            Command::Part(Bytes::from_static(b"part")),
+            Command::Transaction(Ending {
+                storage: "1".into(),
+                head: Bytes::from_static(b"head"),
+                parts: vec![LogIndex(4), LogIndex(6)],
+                rest: Bytes::from_static(b"rest"),
+            }),
+            Command::OidCeiling { storage: "main".into(), ceiling: Oid(9) },
+        ] {
+            assert_eq!(Command::decode(command.encode()), Ok(command));
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes: Vec<u8>) {
+            let _ = Command::decode(bytes.into());
+        }
+    }
+}

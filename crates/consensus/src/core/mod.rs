@@ -1,0 +1,717 @@
+//! The machine: Raft with the decisions that are ours.
+//!
+//! One step is: an event goes into Raft; whatever Raft is then ready for comes out, until it is
+//! ready for nothing more. Outputs are to be performed in their order.
+//!
+//! What is ours: messages that need the disk wait here (`unsent`); snapshots carry no data but
+//! start a catch-up, and only when that is done does Raft see them; a primary whose process dies is
+//! replaced at once (`PeerLost`); election timeouts come from a seed.
+//!
+//! A change of membership takes effect, on each node, only when it is durable there that it is
+//! committed (`held`). A node that restarts from an older checkpoint then knows that there are
+//! committed changes ahead, and does not stand for election before it has taken them. Otherwise the
+//! founder of a cluster, restarted with the membership of its founding, would elect itself alone.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType};
+use raft::{RawNode, StateRole};
+use standby_types::{Disk, LogIndex, NodeId, Term};
+
+use crate::codec::Malformed;
+use crate::log::{Batch, LogError, LogView, Point, Recovered, Written};
+use crate::membership::{Change, Membership, decode_changes, encode_changes, to_raft};
+use crate::message::{PeerMessage, encode_message};
+
+/// Bytes of proposed entries that may be without a majority; then proposals are refused.
+const UNCOMMITTED_LEN: u64 = 64 << 20;
+/// Bytes of entries in one message.
+const MESSAGE_LEN: u64 = 1 << 20;
+/// Messages in flight to one follower.
+const IN_FLIGHT: usize = 64;
+/// Bytes of committed entries handed out in one step.
+const COMMITTED_LEN: u64 = 16 << 20;
+
+/// What a node must know to take part.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This node.
+    pub id: NodeId,
+    /// Ticks without a word from the leader before an election, at least; twice that at most.
+    pub election_ticks: usize,
+    /// Ticks between heartbeats.
+    pub heartbeat_ticks: usize,
+    /// Length of a tick.
+    pub tick: Duration,
+    /// Where election timeouts come from.
+    pub seed: u64,
+}
+
+/// The state after some entry, as far as others need it to start from there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppliedPoint {
+    /// The entry.
+    pub index: LogIndex,
+    /// Its term.
+    pub term: Term,
+    /// The members as of that entry.
+    pub membership: Membership,
+    /// What the node adds: this crate does not look into it.
+    pub state: Bytes,
+    /// A transaction has parts at or before `index` and is not closed there.
+    pub open_parts: bool,
+}
+
+impl AppliedPoint {
+    pub(crate) fn encode(&self) -> Bytes {
+        let mut out = BytesMut::new();
+        self.membership.encode(&mut out);
+        out.extend_from_slice(&self.state);
+        out.freeze()
+    }
+}
+
+/// Something has happened.
+#[derive(Debug)]
+pub enum Event {
+    /// A tick's time has passed.
+    Tick,
+    /// A peer has sent something.
+    Received(PeerMessage),
+    /// Batches are durable.
+    Persisted(Written),
+    /// Entries are applied.
+    Applied(AppliedPoint),
+    /// The connection to a peer was closed by the other side: its process is gone, most likely.
+    PeerLost(NodeId),
+    /// The storage holds all that the catch-up up to this index was to bring, durably.
+    CaughtUp(LogIndex),
+    /// Tell by [`Output::ReadIndex`] up to where a read must see, to see all that is
+    /// acknowledged by now.
+    ReadIndex(u64),
+}
+
+/// Something is to be done.
+#[derive(Debug)]
+pub enum Output {
+    /// Send to a peer; may be lost.
+    Send(NodeId, Bytes),
+    /// Make durable, then say so.
+    Persist(Batch),
+    /// Apply, in order, then say so.
+    Commit(Vec<Committed>),
+    /// The role, the term or the leader is another now.
+    Role(Role),
+    /// This node lacks what the leader's log no longer has: fetch the transactions from `from`,
+    /// then say so. A later catch-up replaces an earlier one.
+    CatchUp {
+        /// Who has them.
+        from: NodeId,
+        /// The state to reach.
+        target: AppliedPoint,
+    },
+    /// The answer to [`Event::ReadIndex`]. There is none if the leader is lost meanwhile.
+    ReadIndex(u64, LogIndex),
+    /// Entries up to this index may be removed from disk.
+    Purge(LogIndex),
+}
+
+/// A committed entry.
+#[derive(Clone, Debug)]
+pub enum Committed {
+    /// What was proposed; see [`crate::Command`].
+    Command(LogIndex, Term, Bytes),
+    /// The membership is another from here on.
+    Membership(LogIndex, Term, Membership),
+    /// A new leader's first entry, which says nothing.
+    Empty(LogIndex, Term),
+}
+
+impl Committed {
+    /// The entry's index and term.
+    pub fn point(&self) -> (LogIndex, Term) {
+        match self {
+            Committed::Command(index, term, _)
+            | Committed::Membership(index, term, _)
+            | Committed::Empty(index, term) => (*index, *term),
+        }
+    }
+}
+
+/// What this node is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Role {
+    /// The term.
+    pub term: Term,
+    /// Who leads, if that is known.
+    pub leader: Option<NodeId>,
+    /// This node leads.
+    pub leads: bool,
+    /// This node leads, and has applied all that its predecessors committed: it may serve.
+    pub serves: bool,
+}
+
+/// How far a follower is, as the leader sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Entries up to here are durable there.
+    pub matched: LogIndex,
+    /// It was heard of recently.
+    pub active: bool,
+    /// It is being brought up to date from the data file.
+    pub catching_up: bool,
+}
+
+/// The membership and, on the leader, how far everybody is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Roster {
+    /// The members.
+    pub membership: Membership,
+    /// The followers' progress; empty unless this node leads.
+    pub progress: BTreeMap<NodeId, Progress>,
+}
+
+/// A proposal was not taken: this node does not lead, or too much is without a majority already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this node is not the leader, or cannot take more entries now")]
+pub struct NotLeader;
+
+/// See the module.
+pub struct Consensus {
+    raft: RawNode<LogView>,
+    config: Config,
+    membership: Membership,
+    role: Role,
+    /// Where the storage stands.
+    applied: LogIndex,
+    /// Readies in order of their number, until they are durable.
+    unsent: VecDeque<Unsent>,
+    /// Committed entries from a change of membership on, with the ready that makes it durable
+    /// that they are committed.
+    held: VecDeque<(u64, Vec<Entry>)>,
+    /// A snapshot message that waits for the catch-up it asks for.
+    catching_up: Option<Message>,
+    /// For how many ticks each follower has not been heard to have caught up.
+    awaited: BTreeMap<u64, usize>,
+    /// When each peer was last heard, in this term.
+    heard: BTreeMap<NodeId, Duration>,
+    last_step: Duration,
+    /// After a pause: answers that come before this may be to heartbeats from before it.
+    deaf_until: Duration,
+    /// Ticks until this node stands for election because the primary's process died.
+    stand_in: Option<usize>,
+    /// What Raft draws its timeout for; another one means a new draw.
+    drawn_for: (u64, StateRole, u64),
+    election_timeout: usize,
+    random: u64,
+}
+
+struct Unsent {
+    number: u64,
+    needs_disk: bool,
+    messages: Vec<Message>,
+}
+
+impl Consensus {
+    /// Continues with a recovered log, of which entries up to `applied` have been applied.
+    pub fn new(
+        config: Config,
+        disk: Arc<dyn Disk>,
+        dir: PathBuf,
+        recovered: &Recovered,
+        applied: AppliedPoint,
+    ) -> Result<Consensus, LogError> {
+        let conf_state = applied.membership.to_conf_state();
+        let mut view = LogView::new(disk, dir.clone(), recovered, conf_state);
+        view.set_commit(applied.index);
+        let (index, membership) = (applied.index, applied.membership.clone());
+        view.set_applied(applied);
+        let raft_config = raft::Config {
+            id: config.id.0,
+            election_tick: config.election_ticks,
+            heartbeat_tick: config.heartbeat_ticks,
+            applied: index.0,
+            max_size_per_msg: MESSAGE_LEN,
+            max_inflight_msgs: IN_FLIGHT,
+            check_quorum: true,
+            pre_vote: true,
+            max_uncommitted_size: UNCOMMITTED_LEN,
+            max_committed_size_per_ready: COMMITTED_LEN,
+            ..raft::Config::default()
+        };
+        let logger = slog::Logger::root(slog::Discard, slog::o!());
+        let raft =
+            RawNode::new(&raft_config, view, &logger).map_err(|error| LogError::Damaged {
+                path: dir,
+                offset: 0,
+                reason: format!("the log does not fit the checkpoint: {error}"),
+            })?;
+        let mut consensus = Consensus {
+            drawn_for: (0, StateRole::Follower, 0),
+            election_timeout: 0,
+            random: config.seed,
+            raft,
+            config,
+            membership,
+            role: Role::default(),
+            applied: index,
+            unsent: VecDeque::new(),
+            held: VecDeque::new(),
+            catching_up: None,
+            awaited: BTreeMap::new(),
+            heard: BTreeMap::new(),
+            last_step: Duration::ZERO,
+            deaf_until: Duration::ZERO,
+            stand_in: None,
+        };
+        consensus.draw_election_timeout();
+        if consensus.membership.voters.iter().eq([&consensus.config.id]) {
+            // Nobody else to ask.
+            let _ = consensus.raft.campaign();
+        }
+        Ok(consensus)
+    }
+
+    /// What this node is.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// The committed membership, as far as it was handed out.
+    pub fn membership(&self) -> &Membership {
+        &self.membership
+    }
+
+    /// The highest index that is known to be committed.
+    pub fn commit_index(&self) -> LogIndex {
+        LogIndex(self.raft.raft.raft_log.committed)
+    }
+
+    /// The index of the last entry.
+    pub fn last_index(&self) -> LogIndex {
+        LogIndex(self.raft.raft.raft_log.last_index())
+    }
+
+    /// The data of an entry that is still in the log.
+    pub fn entry_data(&self, index: LogIndex) -> Result<Option<Bytes>, LogError> {
+        Ok(self.raft.store().entry(index)?.map(|entry| entry.data))
+    }
+
+    /// Who is where.
+    pub fn roster(&self) -> Roster {
+        let mut roster = Roster { membership: self.membership.clone(), progress: BTreeMap::new() };
+        if self.role.leads {
+            for (id, progress) in self.raft.raft.prs().iter() {
+                let progress = Progress {
+                    matched: LogIndex(progress.matched),
+                    active: progress.recent_active || *id == self.config.id.0,
+                    catching_up: progress.state == raft::ProgressState::Snapshot,
+                };
+                roster.progress.insert(NodeId(*id), progress);
+            }
+        }
+        roster
+    }
+
+    /// Until when this node, if it leads, can be sure that nobody else does: a majority has been
+    /// heard of so recently that it does not elect another. `None` if it does not lead.
+    ///
+    /// Times are those of messages' arrival, later than the moments at which the followers' own
+    /// clocks began; two heartbeats are taken off for that. Nothing is acknowledged on the
+    /// strength of this: it only limits reads.
+    pub fn lease(&self, now: Duration) -> Option<Duration> {
+        if !self.role.leads {
+            return None;
+        }
+        let mut times: Vec<(Duration, u64)> =
+            self.heard.iter().map(|(id, at)| (*at, id.0)).collect();
+        times.push((now, self.config.id.0));
+        times.sort_unstable_by(|a, b| b.cmp(a));
+        // Raft's own set type, with another hasher.
+        let mut quorum: HashSet<u64, _> = HashSet::default();
+        for (at, id) in times {
+            quorum.insert(id);
+            if self.raft.raft.prs().has_quorum(&quorum) {
+                return Some(at + self.config.tick * self.lease_ticks());
+            }
+        }
+        Some(Duration::ZERO)
+    }
+
+    fn lease_ticks(&self) -> u32 {
+        self.config.election_ticks.saturating_sub(2 * self.config.heartbeat_ticks) as u32
+    }
+
+    /// Appends an entry. What is returned names it; only if an entry with this index *and term* is
+    /// committed has the proposal succeeded.
+    pub fn propose(
+        &mut self,
+        data: Bytes,
+        outputs: &mut Vec<Output>,
+    ) -> Result<(LogIndex, Term), NotLeader> {
+        if !self.role.leads {
+            return Err(NotLeader);
+        }
+        self.raft.propose(Vec::new(), data.into()).map_err(|_| NotLeader)?;
+        let point = (self.last_index(), self.role.term);
+        self.flush(outputs);
+        Ok(point)
+    }
+
+    /// Changes the membership; refused while another change is under way.
+    pub fn change_membership(
+        &mut self,
+        changes: &[Change],
+        outputs: &mut Vec<Output>,
+    ) -> Result<(), NotLeader> {
+        if !self.role.leads || self.raft.raft.has_pending_conf() {
+            return Err(NotLeader);
+        }
+        let context = encode_changes(changes).to_vec();
+        self.raft.propose_conf_change(context, to_raft(changes)).map_err(|_| NotLeader)?;
+        self.flush(outputs);
+        Ok(())
+    }
+
+    /// Forgets entries up to `index`, which must be in a durable checkpoint.
+    pub fn compact(&mut self, index: LogIndex, outputs: &mut Vec<Output>) {
+        self.raft.mut_store().compact(index);
+        outputs.push(Output::Purge(index));
+    }
+
+    /// One step. `now` is a monotonic time.
+    pub fn step(
+        &mut self,
+        now: Duration,
+        event: Event,
+        outputs: &mut Vec<Output>,
+    ) -> Result<(), LogError> {
+        if now > self.last_step + self.config.tick * self.lease_ticks() {
+            // The process was paused. What waited in the sockets meanwhile proves nothing now.
+            self.heard.clear();
+            self.deaf_until = now + self.config.tick * self.config.heartbeat_ticks as u32;
+        }
+        self.last_step = now;
+        match event {
+            Event::Tick => self.tick(),
+            Event::Received(message) => self.receive(now, message.0, outputs),
+            Event::Persisted(written) => self.persisted(written, outputs),
+            Event::Applied(point) => {
+                self.applied = point.index;
+                self.raft.mut_store().set_applied(point);
+                self.advance_applied();
+            }
+            Event::PeerLost(peer) => self.peer_lost(peer),
+            Event::CaughtUp(index) => {
+                let arrived = |m: &Message| m.get_snapshot().get_metadata().index == index.0;
+                if let Some(message) = self.catching_up.take_if(|m| arrived(m)) {
+                    self.install(message);
+                }
+            }
+            Event::ReadIndex(key) => {
+                // The leader tells requests apart by this, those of all nodes.
+                let context = [self.config.id.to_bytes(), key.to_be_bytes()].concat();
+                self.raft.read_index(context);
+            }
+        }
+        self.flush(outputs);
+        Ok(())
+    }
+
+    /// Tells Raft how far the storage is. A catch-up brings the storage beyond what Raft has seen;
+    /// Raft learns of that part when it has seen it.
+    fn advance_applied(&mut self) {
+        let log = &self.raft.raft.raft_log;
+        let applied = self.applied.0.min(log.committed).min(log.persisted);
+        if applied > log.applied {
+            self.raft.advance_apply_to(applied);
+        }
+    }
+
+    fn tick(&mut self) {
+        self.raft.tick();
+        self.remind();
+        if let Some(ticks) = &mut self.stand_in {
+            *ticks = ticks.saturating_sub(1);
+            if *ticks == 0 {
+                self.stand_in = None;
+                if self.raft.raft.leader_id == 0 && self.raft.raft.promotable() {
+                    let _ = self.raft.campaign();
+                }
+            }
+        }
+    }
+
+    /// Raft waits for ever for a follower to say that it has caught up; what it says may be lost.
+    /// Asking again costs little: a follower that is still catching up does not begin anew.
+    fn remind(&mut self) {
+        let patience = 2 * self.config.election_ticks;
+        let waits = |progress: &raft::Progress| progress.state == raft::ProgressState::Snapshot;
+        let leads = self.role.leads;
+        let awaited: Vec<u64> = (self.raft.raft.prs().iter())
+            .filter(|(_, progress)| leads && waits(progress))
+            .map(|(id, _)| *id)
+            .collect();
+        self.awaited.retain(|id, _| awaited.contains(id));
+        for id in awaited {
+            let ticks = self.awaited.entry(id).or_default();
+            *ticks += 1;
+            if *ticks >= patience {
+                *ticks = 0;
+                self.raft.report_snapshot(id, raft::SnapshotStatus::Failure);
+            }
+        }
+    }
+
+    fn receive(&mut self, now: Duration, message: Message, outputs: &mut Vec<Output>) {
+        let answers = matches!(
+            message.get_msg_type(),
+            MessageType::MsgHeartbeatResponse | MessageType::MsgAppendResponse
+        );
+        if answers && message.term == self.raft.raft.term && now >= self.deaf_until {
+            self.heard.insert(NodeId(message.from), now);
+        }
+        if message.get_msg_type() == MessageType::MsgSnapshot
+            && message.term >= self.raft.raft.term
+            && message.get_snapshot().get_metadata().index > self.raft.raft.raft_log.committed
+        {
+            self.begin_catch_up(message, outputs);
+            return;
+        }
+        // Raft refuses what does not fit; the sender will find out by itself.
+        let _ = self.raft.step(message);
+    }
+
+    fn begin_catch_up(&mut self, message: Message, outputs: &mut Vec<Output>) {
+        let metadata = message.get_snapshot().get_metadata();
+        let data = message.get_snapshot().data.clone();
+        let Ok((membership, state)) = Membership::decode(data) else { return };
+        let target = AppliedPoint {
+            index: LogIndex(metadata.index),
+            term: Term(metadata.term),
+            membership,
+            state,
+            open_parts: false,
+        };
+        // The sender leads: hearing of it now must not end in an election.
+        let mut heartbeat = Message::default();
+        heartbeat.set_msg_type(MessageType::MsgHeartbeat);
+        (heartbeat.from, heartbeat.to) = (message.from, message.to);
+        heartbeat.term = message.term;
+        let _ = self.raft.step(heartbeat);
+        if self.catching_up.as_ref().is_some_and(|running| running.from == message.from) {
+            // Only a reminder.
+            return;
+        }
+        outputs.push(Output::CatchUp { from: NodeId(message.from), target });
+        self.catching_up = Some(message);
+    }
+
+    /// Lets Raft begin from where a catch-up has led. That state is committed, so this is right in
+    /// any term, also in a later one than that of the leader who asked for it.
+    fn install(&mut self, mut message: Message) {
+        if message.term == self.raft.raft.term {
+            let _ = self.raft.step(message);
+            return;
+        }
+        if self.raft.raft.state != StateRole::Follower {
+            let term = self.raft.raft.term;
+            self.raft.raft.become_follower(term, 0);
+        }
+        self.raft.raft.restore(message.take_snapshot());
+    }
+
+    fn persisted(&mut self, written: Written, outputs: &mut Vec<Output>) {
+        self.raft.mut_store().placed(&written.entries);
+        let mut number = 0;
+        while let Some(unsent) = self.unsent.front() {
+            // What needs no disk was only waiting for those before it.
+            if unsent.number > written.number && unsent.needs_disk {
+                break;
+            }
+            number = unsent.number;
+            let Some(unsent) = self.unsent.pop_front() else { break };
+            send(unsent.messages, outputs);
+        }
+        if number > 0 {
+            self.raft.on_persist_ready(number);
+            self.advance_applied();
+        }
+        while let Some((_, entries)) = self.held.pop_front_if(|(held, _)| *held <= number) {
+            let committed = self.take_committed(entries);
+            outputs.push(Output::Commit(committed));
+        }
+    }
+
+    fn peer_lost(&mut self, peer: NodeId) {
+        self.heard.remove(&peer);
+        if self.role.leads {
+            self.raft.report_unreachable(peer.0);
+            let catching_up = |p: &raft::Progress| p.state == raft::ProgressState::Snapshot;
+            if self.raft.raft.prs().get(peer.0).is_some_and(catching_up) {
+                // It will ask again when it is back.
+                self.raft.report_snapshot(peer.0, raft::SnapshotStatus::Failure);
+            }
+        } else if self.raft.raft.leader_id == peer.0 {
+            let term = self.raft.raft.term;
+            self.raft.raft.become_follower(term, 0);
+            // One after the other, so that the survivors do not split their votes. The first waits
+            // a tick too, until the others have noticed as well: who still hears the leader refuses.
+            let me = self.config.id;
+            let before = |id: &&NodeId| **id < me && **id != peer;
+            let rank = self.membership.voters.iter().filter(before).count();
+            self.stand_in = Some(1 + 3 * rank);
+        }
+    }
+
+    /// Takes out of Raft what it is ready for.
+    fn flush(&mut self, outputs: &mut Vec<Output>) {
+        loop {
+            self.note_role(outputs);
+            if !self.raft.has_ready() {
+                break;
+            }
+            let mut ready = self.raft.ready();
+            send(ready.take_messages(), outputs);
+            let mut batch = Batch { number: ready.number(), ..Batch::default() };
+            let snapshot = ready.snapshot().clone();
+            if !snapshot.is_empty() {
+                let metadata = snapshot.get_metadata();
+                let point = Point { index: LogIndex(metadata.index), term: Term(metadata.term) };
+                self.raft.mut_store().reset(point);
+                // The storage stands there already. Raft must not look for the entries before.
+                self.raft.raft.raft_log.applied = point.index.0;
+                self.held.clear();
+                if let Ok((membership, _)) = Membership::decode(snapshot.data.clone()) {
+                    self.membership = membership;
+                }
+                batch.reset = Some(point);
+            }
+            batch.entries = ready.take_entries();
+            self.raft.mut_store().append(&batch.entries);
+            let entries = ready.take_committed_entries();
+            let changes = entries.iter().any(|e| e.get_entry_type() != EntryType::EntryNormal);
+            // The commit index alone is not worth a sync: it is found again by election. But see the
+            // module's comment.
+            let must_sync = ready.must_sync() || changes;
+            batch.hard_state = must_sync.then(|| self.raft.raft.hard_state());
+            for state in ready.take_read_states() {
+                let own = state.request_ctx.strip_prefix(&self.config.id.to_bytes());
+                if let Some(key) = own.and_then(|key| <[u8; 8]>::try_from(key).ok()) {
+                    let key = u64::from_be_bytes(key);
+                    outputs.push(Output::ReadIndex(key, LogIndex(state.index)));
+                }
+            }
+            let messages = ready.take_persisted_messages();
+            let number = ready.number();
+            self.raft.advance_append_async(ready);
+            if must_sync {
+                outputs.push(Output::Persist(batch));
+                self.unsent.push_back(Unsent { number, needs_disk: true, messages });
+            } else if self.unsent.is_empty() {
+                send(messages, outputs);
+                self.raft.on_persist_ready(number);
+            } else {
+                self.unsent.push_back(Unsent { number, needs_disk: false, messages });
+            }
+            if changes || !self.held.is_empty() {
+                self.held.push_back((number, entries));
+            } else if !entries.is_empty() {
+                let committed = self.take_committed(entries);
+                outputs.push(Output::Commit(committed));
+            }
+        }
+    }
+
+    fn take_committed(&mut self, entries: Vec<Entry>) -> Vec<Committed> {
+        let mut committed = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let (index, term) = (LogIndex(entry.index), Term(entry.term));
+            committed.push(match entry.get_entry_type() {
+                EntryType::EntryNormal if entry.data.is_empty() => Committed::Empty(index, term),
+                EntryType::EntryNormal => Committed::Command(index, term, entry.data),
+                EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => {
+                    self.apply_change(entry.context);
+                    Committed::Membership(index, term, self.membership.clone())
+                }
+            });
+        }
+        committed
+    }
+
+    /// Every node has the same log, so every node refuses the same changes here.
+    fn apply_change(&mut self, context: Bytes) {
+        let applied = decode_changes(context).map_err(|Malformed(_)| ()).and_then(|changes| {
+            let state = self.raft.apply_conf_change(&to_raft(&changes)).map_err(|_| ())?;
+            Ok(self.membership.changed(&state, &changes))
+        });
+        if let Ok(membership) = applied {
+            self.heard.retain(|id, _| membership.contains(*id));
+            self.membership = membership;
+        }
+    }
+
+    fn note_role(&mut self, outputs: &mut Vec<Output>) {
+        self.draw_election_timeout();
+        let raft = &self.raft.raft;
+        let leads = raft.state == StateRole::Leader;
+        let role = Role {
+            term: Term(raft.term),
+            leader: (raft.leader_id != 0).then_some(NodeId(raft.leader_id)),
+            leads,
+            serves: leads && raft.apply_to_current_term(),
+        };
+        if role == self.role {
+            return;
+        }
+        if role.leader.is_some() {
+            self.stand_in = None;
+        }
+        if role.term != self.role.term {
+            self.heard.clear();
+        }
+        self.role = role;
+        outputs.push(Output::Role(role));
+    }
+
+    /// Raft draws its election timeout from the system's randomness. Here it comes from the seed:
+    /// a new one whenever role, term or leader change.
+    fn draw_election_timeout(&mut self) {
+        let raft = &mut self.raft.raft;
+        let drawn_for = (raft.term, raft.state, raft.leader_id);
+        if drawn_for != self.drawn_for || self.election_timeout == 0 {
+            self.drawn_for = drawn_for;
+            // SplitMix64 (Steele, Lea, Flood 2014).
+            self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.random;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            let ticks = self.config.election_ticks as u64;
+            self.election_timeout = (ticks + (z ^ (z >> 31)) % ticks) as usize;
+        }
+        if raft.randomized_election_timeout() != self.election_timeout {
+            raft.set_randomized_election_timeout(self.election_timeout);
+        }
+    }
+
+    /// The hard state's term and vote, for tests that compare them with what was persisted.
+    #[cfg(test)]
+    fn hard_state(&self) -> raft::eraftpb::HardState {
+        self.raft.raft.hard_state()
+    }
+}
+
+fn send(messages: Vec<Message>, outputs: &mut Vec<Output>) {
+    for message in messages {
+        if let Some(bytes) = encode_message(&message) {
+            outputs.push(Output::Send(NodeId(message.to), bytes));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

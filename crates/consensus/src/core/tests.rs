@@ -1,0 +1,505 @@
+//! A cluster of machines in memory, with a network that delivers at once unless it is cut.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use standby_types::memory::MemoryDisk;
+
+use super::*;
+use crate::log::{LogWriter, recover};
+use crate::membership::Member;
+use crate::message::decode_message;
+
+struct Node {
+    memory: MemoryDisk,
+    consensus: Consensus,
+    writer: LogWriter,
+    applied: Vec<(u64, Bytes)>,
+    point: AppliedPoint,
+    caught_up: Vec<LogIndex>,
+    reads: Vec<(u64, LogIndex)>,
+}
+
+#[derive(Default)]
+struct Cluster {
+    nodes: BTreeMap<NodeId, Node>,
+    now: Duration,
+    cut: BTreeSet<(NodeId, NodeId)>,
+    /// Nodes whose disk does not answer.
+    stalled: BTreeSet<NodeId>,
+    batches: BTreeMap<NodeId, Vec<Batch>>,
+    /// What is about to happen, in order.
+    events: VecDeque<(NodeId, Event)>,
+    running: bool,
+    lose_answers_to_catch_up: bool,
+}
+
+const DIR: &str = "/state/log";
+const TICK: Duration = Duration::from_millis(50);
+
+fn member(id: u64) -> Member {
+    Member {
+        id: NodeId(id),
+        name: format!("n{id}"),
+        group: "here".into(),
+        peer_address: format!("127.0.0.1:{id}"),
+    }
+}
+
+fn config(id: u64) -> Config {
+    Config { id: NodeId(id), election_ticks: 16, heartbeat_ticks: 2, tick: TICK, seed: id }
+}
+
+fn start(id: u64, memory: MemoryDisk, point: AppliedPoint, found: bool) -> Node {
+    let disk: Arc<dyn Disk> = Arc::new(memory.clone());
+    let mut recovered = recover(&disk, Path::new(DIR)).unwrap();
+    let reset = found.then_some((point.index, point.term));
+    let writer = LogWriter::open(disk.clone(), Path::new(DIR), &mut recovered, reset).unwrap();
+    let consensus =
+        Consensus::new(config(id), disk, DIR.into(), &recovered, point.clone()).unwrap();
+    Node {
+        memory,
+        consensus,
+        writer,
+        applied: Vec::new(),
+        point,
+        caught_up: Vec::new(),
+        reads: Vec::new(),
+    }
+}
+
+fn empty_point() -> AppliedPoint {
+    AppliedPoint {
+        index: LogIndex(0),
+        term: Term(0),
+        membership: Membership::default(),
+        state: Bytes::new(),
+        open_parts: false,
+    }
+}
+
+impl Cluster {
+    /// A founder, and nodes that it takes in.
+    fn of(size: u64) -> Cluster {
+        let mut cluster = Cluster::default();
+        let point = AppliedPoint {
+            index: LogIndex(1),
+            term: Term(1),
+            membership: Membership::founded_by(member(1)),
+            ..empty_point()
+        };
+        cluster.nodes.insert(NodeId(1), start(1, MemoryDisk::new(), point, true));
+        cluster.ticks(40);
+        assert_eq!(cluster.primary(), Some(NodeId(1)));
+        for id in 2..=size {
+            cluster.nodes.insert(NodeId(id), start(id, MemoryDisk::new(), empty_point(), false));
+            cluster.change(NodeId(1), Change::AddLearner(member(id)));
+            cluster.ticks(10);
+            cluster.change(NodeId(1), Change::Promote(NodeId(id)));
+            cluster.ticks(10);
+        }
+        assert_eq!(cluster.nodes[&NodeId(1)].consensus.membership().voters.len() as u64, size);
+        cluster
+    }
+
+    fn change(&mut self, node: NodeId, change: Change) {
+        let mut outputs = Vec::new();
+        let consensus = &mut self.nodes.get_mut(&node).unwrap().consensus;
+        consensus.change_membership(&[change], &mut outputs).unwrap();
+        self.perform(node, outputs);
+    }
+
+    fn event(&mut self, id: NodeId, event: Event) {
+        self.events.push_back((id, event));
+        if !std::mem::replace(&mut self.running, true) {
+            while let Some((id, event)) = self.events.pop_front() {
+                let Some(node) = self.nodes.get_mut(&id) else { continue };
+                let mut outputs = Vec::new();
+                node.consensus.step(self.now, event, &mut outputs).unwrap();
+                self.perform(id, outputs);
+            }
+            self.running = false;
+        }
+    }
+
+    fn perform(&mut self, id: NodeId, outputs: Vec<Output>) {
+        for output in outputs {
+            match output {
+                Output::Send(to, bytes) => {
+                    if !self.cut.contains(&(id, to)) {
+                        let message = decode_message(bytes).unwrap();
+                        self.event(to, Event::Received(message));
+                    }
+                }
+                Output::Persist(batch) => {
+                    self.batches.entry(id).or_default().push(batch);
+                    self.disk_answers(id);
+                }
+                Output::Commit(committed) => self.apply(id, committed),
+                Output::CatchUp { from, target } => {
+                    // The stream of transactions, in no time.
+                    let applied = self.nodes[&from].applied.clone();
+                    let node = self.nodes.get_mut(&id).unwrap();
+                    let index = target.index;
+                    node.applied = applied.into_iter().filter(|(i, _)| *i <= index.0).collect();
+                    node.point = target.clone();
+                    node.caught_up.push(index);
+                    self.event(id, Event::Applied(target));
+                    self.event(id, Event::CaughtUp(index));
+                    if self.lose_answers_to_catch_up {
+                        self.cut.insert((id, from));
+                    }
+                }
+                Output::ReadIndex(context, index) => {
+                    self.nodes.get_mut(&id).unwrap().reads.push((context, index));
+                }
+                Output::Role(_) => {}
+                Output::Purge(index) => {
+                    self.nodes.get_mut(&id).unwrap().writer.purge(index).unwrap();
+                }
+            }
+        }
+    }
+
+    fn disk_answers(&mut self, id: NodeId) {
+        if self.stalled.contains(&id) {
+            return;
+        }
+        let batches = self.batches.remove(&id).unwrap_or_default();
+        if !batches.is_empty() {
+            let written = self.nodes.get_mut(&id).unwrap().writer.write(batches).unwrap();
+            self.event(id, Event::Persisted(written));
+        }
+    }
+
+    fn apply(&mut self, id: NodeId, committed: Vec<Committed>) {
+        let node = self.nodes.get_mut(&id).unwrap();
+        for entry in committed {
+            let (index, term) = entry.point();
+            assert!(index > node.point.index, "applied twice");
+            (node.point.index, node.point.term) = (index, term);
+            match entry {
+                Committed::Command(index, _, data) => node.applied.push((index.0, data)),
+                Committed::Membership(_, _, membership) => node.point.membership = membership,
+                Committed::Empty(..) => {}
+            }
+        }
+        let point = node.point.clone();
+        self.event(id, Event::Applied(point));
+    }
+
+    fn ticks(&mut self, count: usize) {
+        for _ in 0..count {
+            self.now += TICK;
+            for id in self.nodes.keys().copied().collect::<Vec<_>>() {
+                self.event(id, Event::Tick);
+            }
+        }
+    }
+
+    fn propose(&mut self, id: NodeId, data: &'static [u8]) -> Result<(LogIndex, Term), NotLeader> {
+        let mut outputs = Vec::new();
+        let consensus = &mut self.nodes.get_mut(&id).unwrap().consensus;
+        let point = consensus.propose(Bytes::from_static(data), &mut outputs)?;
+        self.perform(id, outputs);
+        Ok(point)
+    }
+
+    fn primary(&self) -> Option<NodeId> {
+        let serving = self.nodes.iter().filter(|(_, node)| node.consensus.role().serves);
+        serving.max_by_key(|(_, node)| node.consensus.role().term).map(|(id, _)| *id)
+    }
+
+    /// The process is killed and does not come back yet: peers see their connections close.
+    fn kill(&mut self, id: NodeId) -> Node {
+        let node = self.nodes.remove(&id).unwrap();
+        self.batches.remove(&id);
+        for other in self.nodes.keys().copied().collect::<Vec<_>>() {
+            self.event(other, Event::PeerLost(id));
+        }
+        node
+    }
+
+    fn restart(&mut self, id: NodeId, node: Node) {
+        node.memory.crash();
+        let mut started = start(id.0, node.memory, node.point, false);
+        started.applied = node.applied;
+        self.nodes.insert(id, started);
+    }
+
+    fn isolate(&mut self, id: NodeId) {
+        for other in self.nodes.keys().copied() {
+            self.cut.extend([(id, other), (other, id)]);
+        }
+    }
+
+    fn data(&self, id: u64) -> Vec<&[u8]> {
+        self.nodes[&NodeId(id)].applied.iter().map(|(_, data)| &data[..]).collect()
+    }
+}
+
+#[test]
+fn entries_reach_all_nodes() {
+    let mut cluster = Cluster::of(3);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.propose(NodeId(1), b"two").unwrap();
+    cluster.ticks(3);
+    for id in 1..=3 {
+        assert_eq!(cluster.data(id), [b"one", b"two"]);
+        assert_eq!(cluster.nodes[&NodeId(id)].consensus.membership().voters.len(), 3);
+    }
+    assert_eq!(cluster.propose(NodeId(2), b"no"), Err(NotLeader));
+}
+
+#[test]
+fn nothing_is_committed_before_a_majority_has_it_on_disk() {
+    let mut cluster = Cluster::of(3);
+    cluster.stalled.extend([NodeId(2), NodeId(3)]);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    assert!(cluster.data(1).is_empty());
+    cluster.stalled.remove(&NodeId(2));
+    cluster.disk_answers(NodeId(2));
+    assert_eq!(cluster.data(1), [b"one"]);
+}
+
+/// The leader's own disk may be the slow one.
+#[test]
+fn a_majority_without_the_leader_commits() {
+    let mut cluster = Cluster::of(3);
+    cluster.stalled.insert(NodeId(1));
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.stalled.remove(&NodeId(1));
+    cluster.disk_answers(NodeId(1));
+    cluster.ticks(3);
+    assert_eq!(cluster.data(3), [b"one"]);
+}
+
+#[test]
+fn a_dead_primary_is_replaced_at_once() {
+    let mut cluster = Cluster::of(3);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    let dead = cluster.kill(NodeId(1));
+    cluster.ticks(2);
+    let primary = cluster.primary().expect("no primary after two ticks");
+    cluster.propose(primary, b"two").unwrap();
+    cluster.restart(NodeId(1), dead);
+    cluster.ticks(10);
+    assert_eq!(cluster.data(1), [b"one", b"two"]);
+    assert!(!cluster.nodes[&NodeId(1)].consensus.role().leads);
+}
+
+#[test]
+fn a_survivor_alone_does_not_lead() {
+    let mut cluster = Cluster::of(3);
+    cluster.kill(NodeId(1));
+    cluster.kill(NodeId(2));
+    cluster.ticks(200);
+    assert_eq!(cluster.primary(), None);
+}
+
+/// One follower's connection breaks, the leader lives: nothing changes.
+#[test]
+fn a_false_alarm_is_refused() {
+    let mut cluster = Cluster::of(3);
+    let term = cluster.nodes[&NodeId(1)].consensus.role().term;
+    cluster.event(NodeId(2), Event::PeerLost(NodeId(1)));
+    cluster.ticks(20);
+    assert_eq!(cluster.primary(), Some(NodeId(1)));
+    assert_eq!(cluster.nodes[&NodeId(2)].consensus.role().term, term);
+    assert_eq!(cluster.nodes[&NodeId(2)].consensus.role().leader, Some(NodeId(1)));
+}
+
+#[test]
+fn a_cut_off_primary_steps_down_and_its_entries_go() {
+    let mut cluster = Cluster::of(3);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.isolate(NodeId(1));
+    let proposed = cluster.propose(NodeId(1), b"lost").unwrap();
+    let lease = cluster.nodes[&NodeId(1)].consensus.lease(cluster.now).unwrap();
+    cluster.ticks(40);
+    assert!(lease < cluster.now);
+    assert!(!cluster.nodes[&NodeId(1)].consensus.role().leads);
+    let primary = cluster.primary().unwrap();
+    assert_ne!(primary, NodeId(1));
+    cluster.propose(primary, b"two").unwrap();
+    cluster.cut.clear();
+    cluster.ticks(40);
+    assert_eq!(cluster.data(1), [b"one", b"two"]);
+    let term_there = cluster.nodes[&NodeId(1)].consensus.role().term;
+    assert!(term_there > proposed.1);
+}
+
+#[test]
+fn the_lease_needs_a_majority() {
+    let mut cluster = Cluster::of(3);
+    cluster.ticks(5);
+    let lease = |cluster: &Cluster| cluster.nodes[&NodeId(1)].consensus.lease(cluster.now).unwrap();
+    assert!(lease(&cluster) > cluster.now);
+    // Only answers to the leader count.
+    let heard = cluster.nodes[&NodeId(1)].consensus.heard.clone();
+    assert_eq!(heard.len(), 2);
+    cluster.cut.extend([(NodeId(2), NodeId(1)), (NodeId(3), NodeId(1))]);
+    cluster.ticks(14);
+    assert!(lease(&cluster) <= cluster.now, "the lease outlives the majority");
+    assert_eq!(cluster.nodes[&NodeId(2)].consensus.lease(cluster.now), None);
+}
+
+#[test]
+fn a_follower_behind_the_log_catches_up() {
+    let mut cluster = Cluster::of(3);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    let away = cluster.kill(NodeId(3));
+    cluster.propose(NodeId(1), b"two").unwrap();
+    let applied = cluster.nodes[&NodeId(1)].point.index;
+    let mut outputs = Vec::new();
+    cluster.nodes.get_mut(&NodeId(1)).unwrap().consensus.compact(applied, &mut outputs);
+    cluster.perform(NodeId(1), outputs);
+    cluster.restart(NodeId(3), away);
+    cluster.ticks(40);
+    cluster.propose(NodeId(1), b"three").unwrap();
+    cluster.ticks(5);
+    assert!(!cluster.nodes[&NodeId(3)].caught_up.is_empty());
+    assert_eq!(cluster.data(3), [&b"one"[..], b"two", b"three"]);
+    // It goes on from there after a power failure.
+    let away = cluster.kill(NodeId(3));
+    cluster.restart(NodeId(3), away);
+    cluster.propose(NodeId(1), b"four").unwrap();
+    cluster.ticks(40);
+    assert_eq!(cluster.data(3).len(), 4);
+}
+
+/// The message that tells the leader of a completed catch-up may be lost.
+#[test]
+fn a_lost_answer_to_a_catch_up_does_not_stop_replication() {
+    let mut cluster = Cluster::of(2);
+    cluster.nodes.insert(NodeId(3), start(3, MemoryDisk::new(), empty_point(), false));
+    cluster.cut.insert((NodeId(3), NodeId(1)));
+    cluster.change(NodeId(1), Change::AddLearner(member(3)));
+    // The leader sends no snapshot to a node that it does not hear.
+    cluster.cut.clear();
+    cluster.lose_answers_to_catch_up = true;
+    cluster.ticks(5);
+    assert_eq!(cluster.nodes[&NodeId(3)].caught_up.len(), 1);
+    cluster.lose_answers_to_catch_up = false;
+    cluster.cut.clear();
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.ticks(50);
+    assert_eq!(cluster.data(3), [b"one"]);
+}
+
+/// The leader dies while its snapshot is being installed; the follower may be asked to stand for
+/// election before its disk has answered.
+#[test]
+fn an_election_while_a_snapshot_is_being_installed() {
+    let mut cluster = Cluster::of(3);
+    let away = cluster.kill(NodeId(3));
+    cluster.propose(NodeId(1), b"one").unwrap();
+    let applied = cluster.nodes[&NodeId(1)].point.index;
+    let mut outputs = Vec::new();
+    cluster.nodes.get_mut(&NodeId(1)).unwrap().consensus.compact(applied, &mut outputs);
+    cluster.perform(NodeId(1), outputs);
+    cluster.stalled.insert(NodeId(3));
+    cluster.restart(NodeId(3), away);
+    cluster.ticks(5);
+    assert_eq!(cluster.nodes[&NodeId(3)].caught_up.len(), 1);
+    cluster.kill(NodeId(1));
+    cluster.ticks(40);
+    cluster.stalled.clear();
+    cluster.disk_answers(NodeId(3));
+    cluster.ticks(60);
+    assert!(cluster.primary().is_some());
+}
+
+#[test]
+fn votes_are_on_disk_before_they_are_sent() {
+    let mut cluster = Cluster::of(3);
+    cluster.stalled.extend([NodeId(2), NodeId(3)]);
+    cluster.kill(NodeId(1));
+    cluster.ticks(60);
+    assert_eq!(cluster.primary(), None);
+    for id in [2, 3] {
+        let node = &cluster.nodes[&NodeId(id)];
+        let disk: Arc<dyn Disk> = Arc::new(node.memory.clone());
+        let on_disk = recover(&disk, Path::new(DIR)).unwrap().hard_state;
+        // Whatever it has decided in memory, nobody has heard of a term that is not on disk.
+        assert!(node.consensus.hard_state().term >= on_disk.term);
+    }
+    cluster.stalled.clear();
+    cluster.disk_answers(NodeId(2));
+    cluster.disk_answers(NodeId(3));
+    cluster.ticks(60);
+    assert!(cluster.primary().is_some());
+}
+
+#[test]
+fn reads_on_a_replica_learn_how_far_they_must_see() {
+    let mut cluster = Cluster::of(3);
+    let (index, _) = cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.event(NodeId(2), Event::ReadIndex(77));
+    cluster.ticks(3);
+    let reads = &cluster.nodes[&NodeId(2)].reads;
+    assert!(matches!(reads[..], [(77, at)] if at >= index), "{reads:?}");
+}
+
+#[test]
+fn a_reinstalled_node_replaces_its_former_self() {
+    let mut cluster = Cluster::of(3);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.kill(NodeId(3));
+    cluster.nodes.insert(NodeId(4), start(4, MemoryDisk::new(), empty_point(), false));
+    let reinstalled = Member { name: "n3".into(), ..member(4) };
+    let mut outputs = Vec::new();
+    let changes = [Change::Remove(NodeId(3)), Change::AddLearner(reinstalled)];
+    let consensus = &mut cluster.nodes.get_mut(&NodeId(1)).unwrap().consensus;
+    consensus.change_membership(&changes, &mut outputs).unwrap();
+    cluster.perform(NodeId(1), outputs);
+    cluster.ticks(40);
+    let membership = cluster.nodes[&NodeId(1)].consensus.membership().clone();
+    assert!(!membership.contains(NodeId(3)) && membership.learners.contains(&NodeId(4)));
+    assert!(membership.outgoing.is_empty(), "still in joint consensus: {membership:?}");
+    cluster.change(NodeId(1), Change::Promote(NodeId(4)));
+    cluster.ticks(10);
+    assert_eq!(cluster.data(4), [b"one"]);
+    assert_eq!(cluster.nodes[&NodeId(4)].consensus.membership().voters.len(), 3);
+}
+
+/// The founder's checkpoint may be older than the cluster: its membership then names the founder only.
+/// The founder must not elect itself with that.
+#[test]
+fn an_old_checkpoint_does_not_bring_an_old_membership_back() {
+    let mut cluster = Cluster::of(3);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    let mut dead = cluster.kill(NodeId(1));
+    cluster.ticks(5);
+    let primary = cluster.primary().unwrap();
+    dead.point = AppliedPoint {
+        index: LogIndex(1),
+        term: Term(1),
+        membership: Membership::founded_by(member(1)),
+        ..empty_point()
+    };
+    dead.applied.clear();
+    cluster.restart(NodeId(1), dead);
+    cluster.isolate(NodeId(1));
+    for _ in 0..100 {
+        cluster.ticks(1);
+        assert!(!cluster.nodes[&NodeId(1)].consensus.role().leads, "elected itself alone");
+    }
+    cluster.propose(primary, b"two").unwrap();
+    cluster.cut.clear();
+    cluster.ticks(40);
+    assert_eq!(cluster.data(1), [b"one", b"two"]);
+    assert_eq!(cluster.nodes[&NodeId(1)].consensus.membership().voters.len(), 3);
+}
+
+/// The same seeds give the same elections.
+#[test]
+fn elections_are_repeatable() {
+    let run = || {
+        let mut cluster = Cluster::of(3);
+        cluster.isolate(NodeId(1));
+        cluster.ticks(50);
+        (cluster.primary(), cluster.nodes[&NodeId(2)].consensus.role())
+    };
+    assert_eq!(run(), run());
+}

@@ -1,0 +1,17 @@
+//! The log on disk, and the view of it that Raft reads.
+//!
+//! `segment.rs` has the bytes, `recover.rs` reads them at start-up, `writer.rs` appends, `view.rs`
+//! answers Raft's questions from memory as far as it can.
+
+mod recover;
+mod segment;
+mod view;
+mod writer;
+
+pub use recover::{Recovered, recover};
+pub use segment::{LogError, PlacedEntry, SEGMENT_LEN};
+pub(crate) use view::{LogView, Point};
+pub use writer::{Batch, LogWriter, Written};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,231 @@
+//! The log as Raft reads it: terms of all entries, and the recent entries themselves.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::{GetEntriesContext, RaftState, Storage, StorageError};
+use standby_types::{Disk, LogIndex, Term};
+
+use crate::core::AppliedPoint;
+use crate::log::recover::{Recovered, read_entry};
+use crate::log::segment::{LogError, Place, PlacedEntry};
+
+/// Bytes of entries that are kept in memory; older ones are read from disk for slow followers.
+const CACHE_LEN: usize = 64 << 20;
+
+/// An entry's index and term.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Point {
+    pub index: LogIndex,
+    pub term: Term,
+}
+
+struct Slot {
+    term: Term,
+    /// `None` once the entry has been dropped from memory; it is on disk then.
+    entry: Option<Entry>,
+    place: Option<Place>,
+}
+
+/// Invariants: `slots[i]` is the entry `start.index + 1 + i`; a slot without an entry has a place;
+/// slots before `evicted` have no entry.
+pub(crate) struct LogView {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    start: Point,
+    slots: VecDeque<Slot>,
+    cached: usize,
+    /// Number of slots whose entries have been dropped.
+    evicted: usize,
+    hard_state: HardState,
+    conf_state: ConfState,
+    /// What a follower that is behind `start` gets instead of entries.
+    applied: Option<AppliedPoint>,
+}
+
+impl LogView {
+    pub fn new(
+        disk: Arc<dyn Disk>,
+        dir: PathBuf,
+        recovered: &Recovered,
+        conf_state: ConfState,
+    ) -> LogView {
+        let slot = |e: &PlacedEntry| Slot { term: e.term, entry: None, place: Some(e.place) };
+        LogView {
+            disk,
+            dir,
+            start: recovered.start,
+            slots: recovered.entries.iter().map(slot).collect(),
+            cached: 0,
+            evicted: recovered.entries.len(),
+            hard_state: recovered.hard_state.clone(),
+            conf_state,
+            applied: None,
+        }
+    }
+
+    pub fn set_commit(&mut self, commit: LogIndex) {
+        self.hard_state.commit = self.hard_state.commit.max(commit.0);
+    }
+
+    pub fn set_applied(&mut self, applied: AppliedPoint) {
+        self.applied = Some(applied);
+    }
+
+    /// Adds entries; those from the first one's index on are replaced.
+    pub fn append(&mut self, entries: &[Entry]) {
+        let Some(first) = entries.first() else { return };
+        assert!(first.index > self.start.index.0, "entries before the log's start never change");
+        let keep = (first.index - self.start.index.0 - 1) as usize;
+        assert!(keep <= self.slots.len(), "entries follow each other");
+        for slot in self.slots.drain(keep..) {
+            self.cached -= slot.entry.map_or(0, |entry| entry.data.len());
+        }
+        self.evicted = self.evicted.min(keep);
+        for entry in entries {
+            self.cached += entry.data.len();
+            self.slots.push_back(Slot {
+                term: Term(entry.term),
+                entry: Some(entry.clone()),
+                place: None,
+            });
+        }
+    }
+
+    /// These entries are on disk.
+    pub fn placed(&mut self, entries: &[PlacedEntry]) {
+        for placed in entries {
+            let at = placed.index.0.checked_sub(self.start.index.0 + 1);
+            if let Some(slot) = at.and_then(|at| self.slots.get_mut(at as usize))
+                && slot.term == placed.term
+            {
+                slot.place = Some(placed.place);
+            }
+        }
+        while self.cached > CACHE_LEN && self.evicted < self.slots.len() {
+            let slot = &mut self.slots[self.evicted];
+            if slot.place.is_none() {
+                break;
+            }
+            self.cached -= slot.entry.take().map_or(0, |entry| entry.data.len());
+            self.evicted += 1;
+        }
+    }
+
+    /// Forgets entries up to `index`.
+    pub fn compact(&mut self, index: LogIndex) {
+        let count = index.0.saturating_sub(self.start.index.0) as usize;
+        let count = count.min(self.slots.len());
+        if count == 0 {
+            return;
+        }
+        let term = self.slots[count - 1].term;
+        for slot in self.slots.drain(..count) {
+            self.cached -= slot.entry.map_or(0, |entry| entry.data.len());
+        }
+        self.evicted = self.evicted.saturating_sub(count);
+        self.start = Point { index: LogIndex(self.start.index.0 + count as u64), term };
+    }
+
+    /// The log begins anew after `point`.
+    pub fn reset(&mut self, point: Point) {
+        self.slots.clear();
+        self.cached = 0;
+        self.evicted = 0;
+        self.start = point;
+    }
+
+    /// The entry at `index`.
+    pub fn entry(&self, index: LogIndex) -> Result<Option<Entry>, LogError> {
+        let at = index.0.checked_sub(self.start.index.0 + 1);
+        let Some(slot) = at.and_then(|at| self.slots.get(at as usize)) else { return Ok(None) };
+        match (&slot.entry, slot.place) {
+            (Some(entry), _) => Ok(Some(entry.clone())),
+            (None, Some(place)) => read_entry(&*self.disk, &self.dir, place).map(Some),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn last(&self) -> u64 {
+        self.start.index.0 + self.slots.len() as u64
+    }
+}
+
+impl Storage for LogView {
+    fn initial_state(&self) -> raft::Result<RaftState> {
+        Ok(RaftState::new(self.hard_state.clone(), self.conf_state.clone()))
+    }
+
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        context: GetEntriesContext,
+    ) -> raft::Result<Vec<Entry>> {
+        if low <= self.start.index.0 {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        if high > self.last() + 1 {
+            return Err(raft::Error::Store(StorageError::Unavailable));
+        }
+        let max_size = max_size.into().unwrap_or(u64::MAX);
+        let (mut entries, mut size) = (Vec::new(), 0);
+        for index in low..high {
+            let entry = match self.entry(LogIndex(index)) {
+                Ok(entry) => entry.ok_or(raft::Error::Store(StorageError::Unavailable))?,
+                // For a follower: it is fed from the data file instead.
+                Err(_) if context.can_async() => {
+                    return Err(raft::Error::Store(StorageError::Compacted));
+                }
+                Err(error) => {
+                    return Err(raft::Error::Store(StorageError::Other(Box::new(error))));
+                }
+            };
+            size += entry.data.len() as u64 + 64;
+            if size > max_size && !entries.is_empty() {
+                break;
+            }
+            entries.push(entry);
+        }
+        Ok(entries)
+    }
+
+    fn term(&self, index: u64) -> raft::Result<u64> {
+        if index == self.start.index.0 {
+            return Ok(self.start.term.0);
+        }
+        let Some(at) = index.checked_sub(self.start.index.0 + 1) else {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        };
+        let slot = self.slots.get(at as usize);
+        slot.map(|slot| slot.term.0).ok_or(raft::Error::Store(StorageError::Unavailable))
+    }
+
+    fn first_index(&self) -> raft::Result<u64> {
+        Ok(self.start.index.0 + 1)
+    }
+
+    fn last_index(&self) -> raft::Result<u64> {
+        Ok(self.last())
+    }
+
+    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
+        let unavailable = raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable);
+        match &self.applied {
+            // A follower that begins after `applied` would lack the parts of a transaction that
+            // is open there; it waits until it is closed.
+            Some(point) if point.index.0 >= request_index && !point.open_parts => {
+                let mut snapshot = Snapshot::default();
+                snapshot.mut_metadata().index = point.index.0;
+                snapshot.mut_metadata().term = point.term.0;
+                snapshot.mut_metadata().set_conf_state(point.membership.to_conf_state());
+                snapshot.data = point.encode();
+                Ok(snapshot)
+            }
+            _ => Err(unavailable),
+        }
+    }
+}
