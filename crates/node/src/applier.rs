@@ -1,0 +1,392 @@
+//! The thread that applies committed entries and tells the clients.
+//!
+//! It is the only writer of the data files. What it is asked for is done in order, so a
+//! `register` is answered when all that was committed before it is visible, and each session hears of
+//! every transaction after the one that `register` named, once, in order.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, atomic::Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use bytes::Bytes;
+use standby_consensus::{AppliedPoint, Committed};
+use standby_filestorage::{Record, TransactionMeta};
+use standby_types::time::tid_at;
+use standby_types::{Disk, LogIndex, Oid, Tid};
+use standby_zeo::{ClientError, Encoding, History, SessionId, Value};
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, info, warn};
+
+use crate::engine::Internal;
+use crate::node::Shared;
+use crate::replica::{Applied, ApplyError, Replica};
+use crate::sessions::{Mail, SessionHandle};
+use crate::state::Checkpoint;
+
+/// Bytes appended after which a checkpoint is made.
+const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// Time after which a checkpoint is made if anything was applied.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
+/// Objects in the index's memory above which it is written to its file.
+const INDEX_OVERLAY: usize = 200_000;
+/// During a catch-up, bytes after which the progress is made durable.
+const CATCH_UP_BYTES: u64 = 256 << 20;
+
+/// What the thread is asked to do.
+pub enum Work {
+    /// Apply; reply to the sessions that committed.
+    Entries(Vec<(Committed, Option<Origin>)>),
+    /// Answer `register` and begin to send invalidations.
+    Register {
+        /// The storage, which exists.
+        storage: String,
+        /// Who.
+        session: Arc<SessionHandle>,
+        /// The call.
+        id: Value,
+    },
+    /// Answer `getInvalidations`.
+    Invalidations {
+        /// The storage.
+        storage: String,
+        /// Who.
+        session: Arc<SessionHandle>,
+        /// The call.
+        id: Value,
+        /// The last transaction that the client knows.
+        since: Tid,
+    },
+    /// Append what comes from a peer, until the state is `target`.
+    CatchUp {
+        /// What comes.
+        items: mpsc::Receiver<CatchUpItem>,
+        /// Where it leads.
+        target: AppliedPoint,
+    },
+    /// Make a last checkpoint and end.
+    Stop(oneshot::Sender<()>),
+}
+
+/// Who is to get the reply to a commit.
+pub struct Origin {
+    /// The session.
+    pub session: Arc<SessionHandle>,
+    /// The `tpc_finish` call.
+    pub id: Value,
+}
+
+/// A piece of a catch-up.
+pub enum CatchUpItem {
+    /// A transaction begins.
+    Begin(String, TransactionMeta),
+    /// One of its records.
+    Record(Record),
+    /// It ends.
+    End,
+    /// Everything has come.
+    Done,
+}
+
+/// See the module.
+pub struct Applier {
+    shared: Arc<Shared>,
+    replica: Replica,
+    disk: Arc<dyn Disk>,
+    histories: BTreeMap<String, History>,
+    /// The thread that makes a checkpoint; only one writes the file at a time.
+    checkpoint_thread: Option<JoinHandle<()>>,
+    /// The last checkpoint's entry and moment, and the bytes applied since.
+    checkpointed: (LogIndex, Instant, u64),
+}
+
+impl Applier {
+    /// An applier for a replica that was just opened.
+    pub fn new(
+        shared: Arc<Shared>,
+        replica: Replica,
+        disk: Arc<dyn Disk>,
+    ) -> anyhow::Result<Applier> {
+        let mut histories = BTreeMap::new();
+        for (name, storage) in replica.storages() {
+            let now = shared.wall_clock();
+            let hour_ago = tid_at(now.saturating_sub(Duration::from_secs(3600)));
+            let mut count = 0;
+            let newest = storage.reader().newest_oids(|tid, objects| {
+                count += 1;
+                (tid < hour_ago && count > 100) || objects > 1 << 20 || count > 20_000
+            })?;
+            let base = newest.last().map_or(storage.mark().tid, |(first, _)| *first);
+            let mut history = History::new(base);
+            for (tid, oids) in newest.into_iter().rev().skip(1) {
+                history.push(tid, oids.into());
+            }
+            histories.insert(name.clone(), history);
+        }
+        let checkpointed = (replica.index(), Instant::now(), 0);
+        Ok(Applier { shared, replica, disk, histories, checkpoint_thread: None, checkpointed })
+    }
+
+    /// Works until it is told to stop. An error means that the process must stop.
+    pub fn run(mut self, work: Receiver<Work>) -> anyhow::Result<()> {
+        loop {
+            match work.recv_timeout(Duration::from_secs(1)) {
+                Ok(Work::Entries(entries)) => self.entries(entries)?,
+                Ok(Work::Register { storage, session, id }) => {
+                    self.register(&storage, session, &id)
+                }
+                Ok(Work::Invalidations { storage, session, id, since }) => {
+                    self.invalidations(&storage, &session, &id, since);
+                }
+                Ok(Work::CatchUp { items, target }) => self.catch_up(items, &target)?,
+                Ok(Work::Stop(done)) => {
+                    self.last_checkpoint()?;
+                    let _ = done.send(());
+                    return Ok(());
+                }
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            self.maybe_checkpoint();
+        }
+    }
+
+    fn entries(&mut self, entries: Vec<(Committed, Option<Origin>)>) -> anyhow::Result<()> {
+        let mut visible = Vec::new();
+        let mut finished = Vec::new();
+        for (entry, origin) in entries {
+            if let Committed::Command(_, _, data) = &entry {
+                self.checkpointed.2 += data.len() as u64;
+            }
+            let applied = self.replica.apply(&entry)?;
+            if let Some(origin) = &origin {
+                finished.push(origin.session.id);
+            }
+            match applied {
+                Some(applied) => {
+                    self.remember(&applied);
+                    visible.push((applied, origin));
+                }
+                None => debug_assert!(origin.is_none(), "an entry of ours was there before"),
+            }
+        }
+        // First the engine, then the clients: a client's next vote finds its locks free.
+        self.report(finished);
+        for (applied, origin) in visible {
+            self.publish(&applied, origin);
+        }
+        Ok(())
+    }
+
+    fn report(&self, finished: Vec<SessionId>) {
+        self.shared.report(Internal::Applied {
+            point: self.replica.point(),
+            ceilings: self.replica.ceilings(),
+            finished,
+        });
+    }
+
+    fn remember(&mut self, applied: &Applied) {
+        if let Some(history) = self.histories.get_mut(&applied.storage) {
+            history.push(applied.tid, applied.oids.clone());
+        }
+        if let Some(storage) = self.shared.storages.get(&applied.storage) {
+            storage.stats.commits.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells the sessions of a transaction: the others by an invalidation, its own by the reply.
+    fn publish(&self, applied: &Applied, origin: Option<Origin>) {
+        let mut frames: [Option<Bytes>; 2] = [None, None];
+        let mut invalidation = |encoding: Encoding| {
+            let slot = &mut frames[usize::from(encoding == Encoding::Msgpack)];
+            slot.get_or_insert_with(|| {
+                let oids = applied.oids.iter().map(|oid| oid.to_bytes().into()).collect();
+                let tid = applied.tid.to_bytes().into();
+                encoding.notify("invalidateTransaction", vec![tid, Value::List(oids)])
+            })
+            .clone()
+        };
+        let own = origin.as_ref().map(|origin| origin.session.id);
+        for session in self.shared.sessions.of(&applied.storage) {
+            if Some(session.id) != own {
+                let frame = invalidation(session.encoding());
+                session.outbox.push_transaction(applied.tid, [frame]);
+            }
+        }
+        if let Some(Origin { session, id }) = origin {
+            let encoding = session.encoding();
+            let info = encoding.notify("info", vec![self.shared.short_info(&applied.storage)]);
+            let reply = encoding.reply(&id, applied.tid.to_bytes().into());
+            session.outbox.push_transaction(applied.tid, [info, reply]);
+        }
+    }
+
+    fn register(&self, storage: &str, session: Arc<SessionHandle>, id: &Value) {
+        let Some(stored) = self.replica.storage(storage) else { return };
+        let tid = stored.mark().tid;
+        let reply = session.encoding().reply(id, tid.to_bytes().into());
+        // Its own task first, so that it knows before the client can say anything more.
+        let _ = session.mailbox.send(Mail::Registered(true));
+        self.shared.sessions.register(storage, session.clone());
+        session.outbox.push_transaction(tid, [reply]);
+    }
+
+    fn invalidations(&self, storage: &str, session: &SessionHandle, id: &Value, since: Tid) {
+        let known = self.histories.get(storage).and_then(|history| history.since(since));
+        let encoding = session.encoding();
+        let reply = match known {
+            Some((tid, oids)) => {
+                let oids = oids.iter().map(|oid: &Oid| oid.to_bytes().into()).collect();
+                let tid = tid.to_bytes().into();
+                encoding.reply(id, Value::Tuple(vec![tid, Value::List(oids)]))
+            }
+            None => encoding.reply(id, Value::None),
+        };
+        session.outbox.push(reply);
+    }
+
+    fn catch_up(
+        &mut self,
+        mut items: mpsc::Receiver<CatchUpItem>,
+        target: &AppliedPoint,
+    ) -> anyhow::Result<()> {
+        self.shared.state.set_catching_up(&*self.disk, true)?;
+        let mut since_sync = 0;
+        loop {
+            // The sender is gone if the connection broke: what has come so far stays.
+            match items.blocking_recv() {
+                None => {
+                    warn!(target = %target.index, "the catch-up was interrupted");
+                    return Ok(());
+                }
+                Some(CatchUpItem::Begin(storage, meta)) => {
+                    match self.copy(&storage, &meta, &mut items, &mut since_sync) {
+                        Ok(Some(applied)) => {
+                            self.remember(&applied);
+                            self.publish(&applied, None);
+                        }
+                        Ok(None) => {}
+                        Err(ApplyError::Part(_)) => {
+                            warn!(tid = %meta.tid, "the catch-up was interrupted");
+                            return Ok(());
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
+                    if since_sync > CATCH_UP_BYTES {
+                        since_sync = 0;
+                        if let Some(checkpoint) = self.replica.checkpoint() {
+                            self.write_checkpoint(&checkpoint)?;
+                        }
+                    }
+                }
+                Some(CatchUpItem::Done) => break,
+                Some(CatchUpItem::Record(_) | CatchUpItem::End) => {}
+            }
+        }
+        let jumps = target.index > self.replica.index();
+        self.replica.caught_up(target)?;
+        self.shared.set_cluster_id(self.replica.cluster_id());
+        let checkpoint = self.replica.checkpoint().context("parts are open after a catch-up")?;
+        self.write_checkpoint(&Checkpoint { log_begins_here: jumps, ..checkpoint })?;
+        self.shared.state.set_catching_up(&*self.disk, false)?;
+        self.merge_indexes();
+        info!(applied = %self.replica.index(), "caught up");
+        self.report(Vec::new());
+        self.shared.report(Internal::CaughtUp(target.index));
+        Ok(())
+    }
+
+    fn copy(
+        &mut self,
+        storage: &str,
+        meta: &TransactionMeta,
+        items: &mut mpsc::Receiver<CatchUpItem>,
+        bytes: &mut u64,
+    ) -> Result<Option<Applied>, ApplyError> {
+        self.replica.copy(storage, meta, || match items.blocking_recv() {
+            Some(CatchUpItem::Record(record)) => {
+                if let standby_filestorage::RecordData::Data(data) = &record.data {
+                    *bytes += data.len() as u64;
+                }
+                Ok(Some(record))
+            }
+            Some(CatchUpItem::End) => Ok(None),
+            _ => Err(ApplyError::Part(std::io::ErrorKind::ConnectionAborted.into())),
+        })
+    }
+
+    /// Syncs the data files as they are and says so durably.
+    fn write_checkpoint(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+        if let Some(thread) = self.checkpoint_thread.take() {
+            // It has reported its own errors.
+            let _ = thread.join();
+        }
+        for (_, storage) in self.replica.storages() {
+            storage.sync()?;
+        }
+        self.shared.state.set_checkpoint(&*self.disk, checkpoint)?;
+        Ok(())
+    }
+
+    fn merge_indexes(&self) {
+        for (name, storage) in self.replica.storages() {
+            // The index can be made anew from the data file; it is not worth stopping for.
+            if let Err(error) = storage.reader().merge_index(1) {
+                warn!(storage = name, %error, "cannot write the index file");
+            }
+        }
+    }
+
+    fn maybe_checkpoint(&mut self) {
+        let (index, at, bytes) = self.checkpointed;
+        let due = bytes > CHECKPOINT_BYTES
+            || (self.replica.index() > index && at.elapsed() > CHECKPOINT_EVERY);
+        if !due || self.checkpoint_thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            return;
+        }
+        let Some(checkpoint) = self.replica.checkpoint() else { return };
+        self.checkpointed = (checkpoint.index, Instant::now(), 0);
+        let (shared, disk) = (self.shared.clone(), self.disk.clone());
+        let readers: Vec<_> =
+            self.replica.storages().map(|(name, s)| (name.clone(), s.reader())).collect();
+        self.checkpoint_thread = Some(std::thread::spawn(move || {
+            let made = || -> anyhow::Result<()> {
+                for (_, reader) in &readers {
+                    reader.sync()?;
+                }
+                shared.state.set_checkpoint(&*disk, &checkpoint)?;
+                Ok(())
+            };
+            match made() {
+                Err(error) => shared.report(Internal::Fatal(error.context("checkpoint"))),
+                Ok(()) => {
+                    debug!(applied = %checkpoint.index, "checkpoint");
+                    for (name, reader) in &readers {
+                        let least = INDEX_OVERLAY.max(reader.len() as usize / 8);
+                        if let Err(error) = reader.merge_index(least) {
+                            warn!(storage = name, %error, "cannot write the index file");
+                        }
+                    }
+                    shared.report(Internal::Checkpointed(checkpoint.index));
+                }
+            }
+        }));
+    }
+
+    fn last_checkpoint(&mut self) -> anyhow::Result<()> {
+        if let Some(checkpoint) = self.replica.checkpoint() {
+            self.write_checkpoint(&checkpoint)?;
+        }
+        self.merge_indexes();
+        Ok(())
+    }
+}
+
+/// The error for a storage that does not exist.
+pub fn unknown_storage(name: &str) -> ClientError {
+    let text = Value::Str(format!("unknown storage: {name}"));
+    ClientError::Other("builtins.ValueError", vec![text])
+}

@@ -1,0 +1,9 @@
+//! The configuration: a `zeo.conf` as ZEO's users have it, plus `<standby>`.
+
+mod schema;
+mod zconfig;
+
+pub use schema::{
+    Address, Config, EventLog, LogFile, MemberLine, Profile, Standby, StorageSection, ZeoSection,
+};
+pub use zconfig::ConfigError;

@@ -1,0 +1,660 @@
+//! What the sections and keys mean. Unknown ones are errors that name the allowed ones.
+//!
+//! Source: `ZEO/schema.xml`, `ZEO/server.xml` and `ZODB/component.xml`.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::zconfig::{ConfigError, Section, parse};
+
+/// A host and a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    /// Name or number; empty for all interfaces.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let host = if self.host.is_empty() { "0.0.0.0" } else { &self.host };
+        if host.contains(':') {
+            write!(f, "[{host}]:{}", self.port)
+        } else {
+            write!(f, "{host}:{}", self.port)
+        }
+    }
+}
+
+impl Address {
+    /// Reads `PORT`, `HOST:PORT` or `[HOST]:PORT`.
+    pub fn parse(text: &str) -> Result<Address, String> {
+        let wrong = || format!("{text:?} is not an address: HOST:PORT or PORT");
+        let (host, port) = match text.rsplit_once(':') {
+            Some((host, port)) => (host.trim(), port.trim()),
+            None => ("", text),
+        };
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        Ok(Address { host: host.into(), port: port.parse().map_err(|_| wrong())? })
+    }
+
+    /// True if it can be reached from this machine only.
+    pub fn is_loopback(&self) -> bool {
+        match self.host.parse::<std::net::IpAddr>() {
+            Ok(ip) => ip.is_loopback(),
+            Err(_) => self.host == "localhost",
+        }
+    }
+}
+
+/// `<zeo>`
+#[derive(Debug, Clone)]
+pub struct ZeoSection {
+    /// Where read-write clients connect.
+    pub address: Address,
+    /// No client may write.
+    pub read_only: bool,
+    /// How long a transaction may hold its locks.
+    pub transaction_timeout: Option<Duration>,
+    /// The file that gets the process id.
+    pub pid_file: Option<PathBuf>,
+    /// Announce msgpack.
+    pub msgpack: bool,
+}
+
+/// `<filestorage NAME>`
+#[derive(Debug, Clone)]
+pub struct StorageSection {
+    /// The storage's name for clients.
+    pub name: String,
+    /// The data file.
+    pub path: PathBuf,
+    /// The data file must not exist yet.
+    pub create: bool,
+}
+
+/// `<eventlog>`
+#[derive(Debug, Clone)]
+pub struct EventLog {
+    /// The least level that is logged.
+    pub level: tracing::Level,
+    /// Where to.
+    pub files: Vec<LogFile>,
+}
+
+/// `<logfile>`
+#[derive(Debug, Clone)]
+pub struct LogFile {
+    /// A path, `STDOUT` or `STDERR`.
+    pub path: String,
+}
+
+/// `member NAME HOST:PORT GROUP`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberLine {
+    /// The node.
+    pub name: String,
+    /// Its peer address.
+    pub address: Address,
+    /// Its group.
+    pub group: String,
+}
+
+/// How patient the nodes are with each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Within one place: a dead primary is replaced in about a second.
+    Lan,
+    /// Between places: five times as patient.
+    Wan,
+}
+
+impl Profile {
+    /// The length of a tick; a heartbeat is two, an election 16 to 32.
+    pub fn tick(self) -> Duration {
+        Duration::from_millis(match self {
+            Profile::Lan => 50,
+            Profile::Wan => 250,
+        })
+    }
+}
+
+/// `<standby>`
+#[derive(Debug, Clone)]
+pub struct Standby {
+    /// The cluster's name.
+    pub cluster: String,
+    /// This node's name.
+    pub node: String,
+    /// The group it belongs to.
+    pub group: String,
+    /// Log, checkpoints, index, identity.
+    pub state_dir: PathBuf,
+    /// Where read-only clients connect.
+    pub read_only_address: Option<Address>,
+    /// Where the other nodes connect.
+    pub peer_address: Address,
+    /// Where administrators connect.
+    pub admin_address: Address,
+    /// The first members; the first of them founds the cluster.
+    pub members: Vec<MemberLine>,
+    /// What the nodes prove to each other that they know; empty between loopback addresses.
+    pub secret: Vec<u8>,
+    /// How patient they are.
+    pub profile: Profile,
+    /// Bytes of the log that are kept for nodes that are behind; beyond it they catch up from the
+    /// data file.
+    pub log_tail: u64,
+}
+
+/// A whole configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The file.
+    pub file: PathBuf,
+    /// `<zeo>`
+    pub zeo: ZeoSection,
+    /// The storages, one at least.
+    pub storages: Vec<StorageSection>,
+    /// `<eventlog>`
+    pub eventlog: Option<EventLog>,
+    /// `<standby>`; without it the node is alone.
+    pub standby: Option<Standby>,
+    /// Options that have no effect here; logged at start.
+    pub notes: Vec<String>,
+}
+
+impl Config {
+    /// Reads a file.
+    pub fn read(file: &Path) -> Result<Config, ConfigError> {
+        let text = std::fs::read_to_string(file).map_err(|error| ConfigError {
+            file: file.display().to_string(),
+            line: 1,
+            message: format!("cannot read the configuration: {error}"),
+        })?;
+        Config::parse(file, &text)
+    }
+
+    /// Reads a file's text.
+    pub fn parse(file: &Path, text: &str) -> Result<Config, ConfigError> {
+        let top = parse(file, text)?;
+        let mut checker = Checker { file: file.display().to_string(), notes: Vec::new() };
+        let allowed = ["zeo", "filestorage", "eventlog", "standby", "runner"];
+        let mut top_reader = checker.reader(&top, &[])?;
+        top_reader.sections(&allowed)?;
+        let zeo = match top.sections.iter().find(|s| s.kind == "zeo") {
+            Some(section) => checker.zeo(section)?,
+            None => return Err(checker.error(1, "there is no <zeo> section with an address")),
+        };
+        let mut storages: Vec<StorageSection> = Vec::new();
+        for section in top.sections.iter().filter(|s| s.kind == "filestorage") {
+            let storage = checker.storage(section)?;
+            if storages.iter().any(|other| other.name == storage.name) {
+                let message = format!("there are two storages named {:?}", storage.name);
+                return Err(checker.error(section.line, message));
+            }
+            storages.push(storage);
+        }
+        if storages.is_empty() {
+            return Err(checker.error(1, "there is no <filestorage> section"));
+        }
+        let find = |kind: &str| top.sections.iter().find(|s| s.kind == kind);
+        let eventlog = find("eventlog").map(|s| checker.eventlog(s)).transpose()?;
+        let standby = find("standby").map(|s| checker.standby(s)).transpose()?;
+        Ok(Config { file: file.into(), zeo, storages, eventlog, standby, notes: checker.notes })
+    }
+
+    /// Log, checkpoints, index, identity.
+    pub fn state_dir(&self) -> PathBuf {
+        match &self.standby {
+            Some(standby) => standby.state_dir.clone(),
+            None => PathBuf::from(format!("{}.standby", self.storages[0].path.display())),
+        }
+    }
+}
+
+struct Checker {
+    file: String,
+    notes: Vec<String>,
+}
+
+/// Takes the keys of one section, each at most once.
+struct SectionReader<'a> {
+    file: &'a str,
+    section: &'a Section,
+}
+
+impl<'a> SectionReader<'a> {
+    fn error(&self, line: usize, message: impl Into<String>) -> ConfigError {
+        ConfigError { file: self.file.into(), line, message: message.into() }
+    }
+
+    fn sections(&mut self, allowed: &[&str]) -> Result<(), ConfigError> {
+        for inner in &self.section.sections {
+            if !allowed.contains(&inner.kind.as_str()) {
+                let hint = match inner.kind.as_str() {
+                    "mappingstorage" | "demostorage" => {
+                        "its data would be gone at a restart; use <filestorage>".into()
+                    }
+                    "blobstorage" => "this version of Standby does not support blobs".into(),
+                    "ssl" => "this version of Standby does not support TLS; remove the section only if the network is trusted".into(),
+                    _ => allowed_text("sections", allowed),
+                };
+                return Err(self
+                    .error(inner.line, format!("<{}> is not possible here: {hint}", inner.kind)));
+            }
+        }
+        Ok(())
+    }
+
+    fn text(&self, key: &str) -> Option<(&'a str, usize)> {
+        let found = self.section.keys.iter().find(|(k, _, _)| k == key)?;
+        Some((found.1.as_str(), found.2))
+    }
+
+    fn get<T>(
+        &self,
+        key: &str,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, ConfigError> {
+        self.text(key)
+            .map(|(text, line)| read(text).map_err(|m| self.error(line, format!("{key}: {m}"))))
+            .transpose()
+    }
+
+    fn required<T>(
+        &self,
+        key: &str,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<T, ConfigError> {
+        let missing =
+            || self.error(self.section.line, format!("<{}> has no {key:?}", self.section.kind));
+        self.get(key, read)?.ok_or_else(missing)
+    }
+
+    fn boolean(&self, key: &str, default: bool) -> Result<bool, ConfigError> {
+        let read = |text: &str| match text.to_lowercase().as_str() {
+            "true" | "yes" | "on" => Ok(true),
+            "false" | "no" | "off" => Ok(false),
+            _ => Err(format!("{text:?} is neither true nor false")),
+        };
+        Ok(self.get(key, read)?.unwrap_or(default))
+    }
+}
+
+fn allowed_text(what: &str, allowed: &[&str]) -> String {
+    format!("allowed {what} are {}", allowed.join(", "))
+}
+
+fn path(text: &str) -> Result<PathBuf, String> {
+    if text.is_empty() { Err("no path is given".into()) } else { Ok(text.into()) }
+}
+
+/// A number with KB, MB or GB behind it, or without.
+fn byte_size(text: &str) -> Result<u64, String> {
+    let upper = text.to_uppercase();
+    let (digits, unit) = match upper.find(|c: char| !c.is_ascii_digit()) {
+        Some(at) => (&upper[..at], upper[at..].trim()),
+        None => (upper.as_str(), ""),
+    };
+    let shift = match unit {
+        "" => Some(0),
+        "KB" => Some(10),
+        "MB" => Some(20),
+        "GB" => Some(30),
+        _ => None,
+    };
+    let size = shift.and_then(|shift| digits.parse::<u64>().ok()?.checked_mul(1 << shift));
+    size.ok_or_else(|| format!("{text:?} is not a size, such as 256MB"))
+}
+
+fn word(text: &str) -> Result<String, String> {
+    let fine = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
+    if fine {
+        Ok(text.into())
+    } else {
+        Err(format!("{text:?} is not a name (letters, digits, -_.)"))
+    }
+}
+
+impl Checker {
+    fn error(&self, line: usize, message: impl Into<String>) -> ConfigError {
+        ConfigError { file: self.file.clone(), line, message: message.into() }
+    }
+
+    fn reader<'a>(
+        &'a self,
+        section: &'a Section,
+        allowed: &[&str],
+    ) -> Result<SectionReader<'a>, ConfigError> {
+        let kind = if section.kind.is_empty() {
+            "the top of the file".into()
+        } else {
+            format!("<{}>", section.kind)
+        };
+        for (nth, (key, _, line)) in section.keys.iter().enumerate() {
+            if !allowed.contains(&key.as_str()) {
+                let hint = if allowed.is_empty() {
+                    "only sections may stand there".into()
+                } else {
+                    allowed_text("keys", allowed)
+                };
+                return Err(self.error(*line, format!("unknown key {key:?} in {kind}; {hint}")));
+            }
+            let repeated = section.keys[..nth].iter().any(|(other, _, _)| other == key);
+            if repeated && key != "member" {
+                return Err(self.error(*line, format!("{key:?} stands twice in {kind}")));
+            }
+        }
+        Ok(SectionReader { file: &self.file, section })
+    }
+
+    fn note(&mut self, section: &Section, keys: &[&str]) {
+        for (key, _, line) in &section.keys {
+            if keys.contains(&key.as_str()) {
+                self.notes.push(format!(
+                    "{}:{line}: {key:?} has no meaning for Standby and is ignored",
+                    self.file
+                ));
+            }
+        }
+    }
+
+    fn zeo(&mut self, section: &Section) -> Result<ZeoSection, ConfigError> {
+        let mut reader = self.reader(
+            section,
+            &[
+                "address",
+                "read-only",
+                "invalidation-queue-size",
+                "invalidation-age",
+                "transaction-timeout",
+                "pid-filename",
+                "client-conflict-resolution",
+                "msgpack",
+            ],
+        )?;
+        reader.sections(&[])?;
+        let number = |text: &str| {
+            text.parse::<f64>()
+                .ok()
+                .filter(|n| n.is_finite() && *n >= 0.0)
+                .ok_or_else(|| format!("{text:?} is not a number"))
+        };
+        let address = |text: &str| {
+            if text.contains('/') {
+                return Err("this version of Standby does not listen on Unix sockets".into());
+            }
+            Address::parse(text)
+        };
+        reader.get("invalidation-queue-size", number)?;
+        reader.get("invalidation-age", number)?;
+        reader.boolean("client-conflict-resolution", true)?;
+        let timeout = reader.get("transaction-timeout", number)?.filter(|n| *n > 0.0);
+        let zeo = ZeoSection {
+            address: reader.required("address", address)?,
+            read_only: reader.boolean("read-only", false)?,
+            transaction_timeout: timeout.map(Duration::from_secs_f64),
+            pid_file: reader.get("pid-filename", path)?,
+            msgpack: reader.boolean("msgpack", false)?,
+        };
+        self.note(
+            section,
+            &["invalidation-queue-size", "invalidation-age", "client-conflict-resolution"],
+        );
+        Ok(zeo)
+    }
+
+    fn storage(&mut self, section: &Section) -> Result<StorageSection, ConfigError> {
+        let keys = [
+            "path",
+            "blob-dir",
+            "create",
+            "read-only",
+            "quota",
+            "packer",
+            "pack-gc",
+            "pack-keep-old",
+        ];
+        let mut reader = self.reader(section, &keys)?;
+        reader.sections(&[])?;
+        if let Some((_, line)) = reader.text("blob-dir") {
+            return Err(reader.error(line, "this version of Standby does not support blobs"));
+        }
+        if reader.boolean("read-only", false)? {
+            let message = "read-only belongs into <zeo> for Standby";
+            return Err(reader.error(section.line, message));
+        }
+        let storage = StorageSection {
+            name: section.name.clone().unwrap_or_else(|| "1".into()),
+            path: reader.required("path", path)?,
+            create: reader.boolean("create", false)?,
+        };
+        self.note(section, &["quota", "packer", "pack-gc", "pack-keep-old"]);
+        Ok(storage)
+    }
+
+    fn eventlog(&mut self, section: &Section) -> Result<EventLog, ConfigError> {
+        let mut reader = self.reader(section, &["level"])?;
+        reader.sections(&["logfile"])?;
+        let level = |text: &str| match text.to_lowercase().as_str() {
+            "critical" | "fatal" | "error" | "50" | "40" => Ok(tracing::Level::ERROR),
+            "warn" | "warning" | "30" => Ok(tracing::Level::WARN),
+            "info" | "blather" | "20" | "15" => Ok(tracing::Level::INFO),
+            "debug" | "10" => Ok(tracing::Level::DEBUG),
+            "trace" | "all" | "notset" | "5" | "1" | "0" => Ok(tracing::Level::TRACE),
+            _ => Err(format!("{text:?} is not a level: critical, error, warn, info, debug, trace")),
+        };
+        let level = reader.get("level", level)?.unwrap_or(tracing::Level::INFO);
+        let mut files = Vec::new();
+        for inner in &section.sections {
+            let keys = [
+                "path",
+                "level",
+                "format",
+                "dateformat",
+                "max-size",
+                "old-files",
+                "when",
+                "interval",
+                "delay",
+                "encoding",
+                "formatter",
+            ];
+            let reader = self.reader(inner, &keys)?;
+            let path = reader.required("path", |text| Ok(text.to_owned()))?;
+            files.push(LogFile { path });
+            self.note(inner, &keys[1..]);
+        }
+        Ok(EventLog { level, files })
+    }
+
+    fn standby(&mut self, section: &Section) -> Result<Standby, ConfigError> {
+        let mut reader = self.reader(
+            section,
+            &[
+                "cluster",
+                "node",
+                "group",
+                "state-dir",
+                "read-only-address",
+                "peer-address",
+                "admin-address",
+                "member",
+                "secret-file",
+                "profile",
+                "log-tail",
+            ],
+        )?;
+        reader.sections(&[])?;
+        let member = |text: &str| {
+            let words: Vec<&str> = text.split_whitespace().collect();
+            match words[..] {
+                [name, address, group] => Ok(MemberLine {
+                    name: word(name)?,
+                    address: Address::parse(address)?,
+                    group: word(group)?,
+                }),
+                _ => Err(format!("{text:?} is not of the form NAME HOST:PORT GROUP")),
+            }
+        };
+        let mut members: Vec<MemberLine> = Vec::new();
+        for (_, text, line) in section.keys.iter().filter(|(key, _, _)| key == "member") {
+            let line_read =
+                member(text).map_err(|m| reader.error(*line, format!("member: {m}")))?;
+            if members
+                .iter()
+                .any(|other| other.name == line_read.name || other.address == line_read.address)
+            {
+                return Err(reader.error(*line, "member: this name or address stands there twice"));
+            }
+            members.push(line_read);
+        }
+        let node = reader.required("node", word)?;
+        let group = reader.required("group", word)?;
+        let peer_address = reader.required("peer-address", Address::parse)?;
+        let mine = members.iter().find(|m| m.name == node);
+        let Some(mine) = mine else {
+            let message = format!(
+                "no \"member\" line names this node, {node}: member {node} {peer_address} {group}"
+            );
+            return Err(reader.error(section.line, message));
+        };
+        if mine.group != group {
+            let message =
+                format!("this node is of group {group}, but its member line says {}", mine.group);
+            return Err(reader.error(section.line, message));
+        }
+        let profile = |text: &str| match text {
+            "lan" => Ok(Profile::Lan),
+            "wan" => Ok(Profile::Wan),
+            _ => Err(format!("{text:?} is not a profile: lan, wan")),
+        };
+        let secret = |file: &str| {
+            let bytes =
+                std::fs::read(file).map_err(|error| format!("cannot read {file}: {error}"))?;
+            let secret = bytes.trim_ascii().to_vec();
+            if secret.len() < 16 {
+                return Err(format!("{file} holds fewer than 16 characters"));
+            }
+            Ok(secret)
+        };
+        let secret = reader.get("secret-file", secret)?;
+        let all_loopback =
+            members.iter().all(|m| m.address.is_loopback()) && peer_address.is_loopback();
+        if secret.is_none() && !all_loopback {
+            let message = "\"secret-file\" is needed, for the nodes are on several machines: the same file on each, \
+                           for example from: head -c 32 /dev/urandom | base64 > secret";
+            return Err(reader.error(section.line, message));
+        }
+        Ok(Standby {
+            cluster: reader.required("cluster", word)?,
+            state_dir: reader.required("state-dir", path)?,
+            read_only_address: reader.get("read-only-address", Address::parse)?,
+            admin_address: reader
+                .get("admin-address", Address::parse)?
+                .unwrap_or(Address { host: "127.0.0.1".into(), port: 8103 }),
+            secret: secret.unwrap_or_default(),
+            profile: reader.get("profile", profile)?.unwrap_or(Profile::Lan),
+            log_tail: reader.get("log-tail", byte_size)?.unwrap_or(256 << 20),
+            node,
+            group,
+            peer_address,
+            members,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALONE: &str =
+        "<zeo>\naddress localhost:8100\n</zeo>\n<filestorage>\npath /srv/Data.fs\n</filestorage>\n";
+
+    fn read(text: &str) -> Result<Config, String> {
+        Config::parse(Path::new("zeo.conf"), text).map_err(|e| e.to_string())
+    }
+
+    fn cluster(standby: &str) -> String {
+        format!("{ALONE}<standby>\n{standby}\n</standby>\n")
+    }
+
+    #[test]
+    fn a_plain_zeo_conf_is_one_node_alone() {
+        let config = read(ALONE).unwrap();
+        assert!(config.standby.is_none());
+        assert_eq!(config.storages[0].name, "1");
+        assert_eq!(config.state_dir(), Path::new("/srv/Data.fs.standby"));
+        assert_eq!(config.zeo.address.to_string(), "localhost:8100");
+    }
+
+    #[test]
+    fn a_cluster() {
+        let config = read(&cluster(
+            "cluster c\nnode n2\ngroup g\nstate-dir /s\npeer-address 127.0.0.1:2\n\
+             member n1 127.0.0.1:1 g\nmember n2 127.0.0.1:2 g",
+        ))
+        .unwrap();
+        let standby = config.standby.unwrap();
+        assert_eq!(standby.members.len(), 2);
+        assert_eq!(standby.admin_address.to_string(), "127.0.0.1:8103");
+    }
+
+    #[test]
+    fn mistakes_are_explained() {
+        let cases = [
+            (
+                ALONE.replace("address", "adress"),
+                "zeo.conf:2: unknown key \"adress\" in <zeo>; allowed keys are address, ",
+            ),
+            (
+                ALONE.replace("8100", "http"),
+                "zeo.conf:2: address: \"localhost:http\" is not an address",
+            ),
+            (
+                ALONE.replace("filestorage", "mappingstorage"),
+                "zeo.conf:4: <mappingstorage> is not possible here: its data would be gone at a restart",
+            ),
+            (
+                ALONE.replace("path", "blob-dir"),
+                "zeo.conf:5: this version of Standby does not support blobs",
+            ),
+            (
+                format!("{ALONE}path x"),
+                "zeo.conf:7: unknown key \"path\" in the top of the file; only sections",
+            ),
+            (
+                ALONE.replace("<zeo>", "<zeo>\nmsgpack maybe"),
+                "zeo.conf:2: msgpack: \"maybe\" is neither true nor false",
+            ),
+            (
+                format!("{ALONE}<filestorage 1>\npath x\n</filestorage>"),
+                "zeo.conf:7: there are two storages named \"1\"",
+            ),
+            (
+                cluster(
+                    "cluster c\nnode n1\ngroup g\nstate-dir /s\npeer-address 10.0.0.1:1\nmember n1 10.0.0.1:1 g",
+                ),
+                "zeo.conf:7: \"secret-file\" is needed",
+            ),
+            (
+                cluster("node n1\ngroup g\npeer-address 127.0.0.1:1"),
+                "zeo.conf:7: no \"member\" line names this node, n1: member n1 127.0.0.1:1 g",
+            ),
+        ];
+        for (text, expected) in cases {
+            let error = read(&text).unwrap_err();
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn options_without_meaning_are_noted() {
+        let config = read(&ALONE.replace("<zeo>", "<zeo>\ninvalidation-queue-size 50")).unwrap();
+        assert_eq!(config.notes.len(), 1);
+        assert!(config.notes[0].contains("zeo.conf:2: \"invalidation-queue-size\""));
+    }
+}

@@ -1,0 +1,363 @@
+//! One client's connection: frames in, effects performed, replies out.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::UNIX_EPOCH;
+
+use bytes::Bytes;
+use standby_filestorage::{Access, StorageError};
+use standby_types::Tid;
+use standby_zeo::{
+    ClientError, Effect, FrameReader, Options, Read, Session, Value, VoteRequest, frame,
+};
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tracing::{debug, info, warn};
+
+use crate::engine::{Event, Request, read_failed};
+use crate::node::{Shared, StorageShared};
+use crate::sessions::{Mail, SessionHandle};
+
+/// Serves a client until one side closes.
+pub async fn serve(shared: Arc<Shared>, stream: TcpStream, read_only: bool) {
+    let Ok(peer) = stream.peer_addr() else { return };
+    let _ = stream.set_nodelay(true);
+    let socket = rustix::io::fcntl_dupfd_cloexec(&stream, 3).ok();
+    let (mailbox, mail) = mpsc::unbounded_channel();
+    let handle = Arc::new(SessionHandle::new(shared.sessions.next_id(), peer, mailbox, socket));
+    shared.sessions.add(handle.clone());
+    // What may come to write must be cut off with the lease even before it has registered.
+    handle.read_write.store(!read_only, Ordering::Release);
+    let options = Options {
+        msgpack: shared.config.zeo.msgpack,
+        read_only: read_only || shared.config.zeo.read_only,
+        make_spill: shared.make_spill.clone(),
+    };
+    let (read, write) = stream.into_split();
+    let session = Session::new(options);
+    handle.outbox.push(session.greeting());
+    let mut connection = Connection {
+        shared: shared.clone(),
+        handle: handle.clone(),
+        session,
+        storage: None,
+        read_only,
+    };
+    let sending = {
+        let handle = handle.clone();
+        tokio::spawn(async move {
+            let _ = handle.outbox.send_to(write).await;
+        })
+    };
+    let ended = connection.run(read, mail).await;
+    let storage = connection.storage.clone();
+    let label = connection.session.label().unwrap_or("").to_owned();
+    match (ended, handle.outbox.close_reason()) {
+        (Some(reason), _) => {
+            warn!(client = %peer, label, %reason, "closed a client's connection");
+        }
+        (None, Some(reason)) => {
+            info!(client = %peer, label, reason, "closed a client's connection")
+        }
+        (None, None) => debug!(client = %peer, label, "a client has left"),
+    }
+    shared.tell(Event::Client(Request::Closed { session: handle.id, storage })).await;
+    handle.outbox.finish();
+    let _ = sending.await;
+}
+
+struct Connection {
+    shared: Arc<Shared>,
+    handle: Arc<SessionHandle>,
+    session: Session,
+    /// The storage that the client asked for.
+    storage: Option<String>,
+    read_only: bool,
+}
+
+impl Connection {
+    /// Returns why the connection is to be closed, `None` if the client closed it or the node
+    /// has other reasons.
+    async fn run(
+        &mut self,
+        mut socket: impl AsyncReadExt + Unpin,
+        mut mail: mpsc::UnboundedReceiver<Mail>,
+    ) -> Option<String> {
+        let mut frames = FrameReader::default();
+        let mut effects = Vec::new();
+        loop {
+            loop {
+                while let Ok(mail) = mail.try_recv() {
+                    self.mail(mail);
+                }
+                let frame = match frames.next_frame(self.session.frame_limit()) {
+                    Ok(Some(frame)) => frame,
+                    Ok(None) => break,
+                    Err(error) => return Some(error.to_string()),
+                };
+                if !self.read_only && !self.shared.lease.holds(self.shared.now()) {
+                    // Not a word more: another node may be primary.
+                    return Some("this node is not primary any more".into());
+                }
+                self.session.receive(frame, &mut effects);
+                for effect in effects.drain(..) {
+                    if let Some(reason) = self.perform(effect).await {
+                        return reason;
+                    }
+                }
+                self.handle.outbox.room().await;
+            }
+            tokio::select! {
+                biased;
+                () = self.handle.outbox.closed() => return None,
+                Some(mail) = mail.recv() => self.mail(mail),
+                read = socket.read_buf(frames.buffer()) => match read {
+                    Ok(0) | Err(_) => return None,
+                    Ok(_) => {}
+                },
+            }
+        }
+    }
+
+    fn mail(&mut self, mail: Mail) {
+        match mail {
+            Mail::Registered(accepted) => {
+                self.session.registered(accepted);
+                if accepted {
+                    let settled = self.session.settled_for_read_only();
+                    self.handle.settled.store(settled, Ordering::Release);
+                    let read_write = self.session.is_read_write();
+                    self.handle.read_write.store(read_write || !self.read_only, Ordering::Release);
+                    debug!(
+                        client = %self.handle.peer, storage = self.storage, read_write, "a client has registered"
+                    );
+                }
+            }
+            Mail::Voted(outcome) => {
+                if let Some(reply) = self.session.voted(outcome) {
+                    self.handle.outbox.push(reply);
+                }
+            }
+        }
+    }
+
+    /// `Some` ends the session, with a reason if the client is to blame.
+    async fn perform(&mut self, effect: Effect) -> Option<Option<String>> {
+        let session = self.handle.clone();
+        let storage = self.storage.clone().unwrap_or_default();
+        let request = match effect {
+            Effect::Send(frame) => {
+                self.handle.outbox.push(frame);
+                return None;
+            }
+            Effect::Close(reason) => return Some(Some(reason.to_string())),
+            Effect::Ruok => {
+                let status = self.shared.ruok();
+                self.handle.outbox.push(frame(status.to_string().as_bytes()));
+                return Some(None);
+            }
+            Effect::Read { id, read } => return self.read(id, read).await.err().map(Some),
+            Effect::Register { id, storage, read_only } => {
+                self.storage = Some(storage.clone());
+                self.handle.set_encoding(self.session.encoding());
+                Request::Register { session, id, storage, read_only }
+            }
+            Effect::Invalidations { id, since } => {
+                Request::Invalidations { session, storage, id, since }
+            }
+            Effect::NewOids { id, count } => Request::NewOids { session, storage, id, count },
+            Effect::Vote(request) => {
+                self.warm(&request).await;
+                Request::Vote { session, storage, request }
+            }
+            Effect::Finish { id, transaction } => {
+                if let Some(storage) = self.storage() {
+                    let count = transaction.writes().len() as u64;
+                    storage.stats.stores.fetch_add(count, Ordering::Relaxed);
+                }
+                Request::Finish { session, storage, id, transaction }
+            }
+            Effect::Abort => {
+                if let Some(storage) = self.storage() {
+                    storage.stats.aborts.fetch_add(1, Ordering::Relaxed);
+                }
+                Request::Abort { session: session.id, storage }
+            }
+        };
+        self.shared.tell(Event::Client(request)).await;
+        None
+    }
+
+    fn storage(&self) -> Option<&StorageShared> {
+        self.shared.storages.get(self.storage.as_deref()?)
+    }
+
+    /// Brings into memory what the engine is about to compare, so that it need not wait for a disk.
+    async fn warm(&self, request: &VoteRequest) {
+        let Some(storage) = self.storage() else { return };
+        let oids = request.writes.iter().chain(&request.checks).map(|(oid, _)| *oid);
+        let cold: Vec<_> = oids
+            .filter(|oid| {
+                let read = storage.reader.committed_serial(*oid, Access::Cached);
+                matches!(read, Err(StorageError::NotCached))
+            })
+            .collect();
+        if cold.is_empty() {
+            return;
+        }
+        let reader = storage.reader.clone();
+        let _ = tokio::task::spawn_blocking(move || {
+            for oid in cold {
+                // An error will be found again, and answered, by the engine.
+                let _ = reader.committed_serial(oid, Access::Blocking);
+            }
+        })
+        .await;
+    }
+
+    /// Evaluates a read and queues its reply, as one step.
+    async fn read(&self, id: Value, read: Read) -> Result<(), String> {
+        let Some(storage) = self.storage() else { return Err("no storage".into()) };
+        if let Read::LoadBefore(..) = read {
+            storage.stats.loads.fetch_add(1, Ordering::Relaxed);
+        }
+        // A page that was brought in may be gone again before it is used; not for ever.
+        for _ in 0..3 {
+            let evaluated = self
+                .handle
+                .outbox
+                .evaluate(|last_tid| self.evaluate(storage, &id, read, last_tid, Access::Cached));
+            if evaluated.is_ok() {
+                return Ok(());
+            }
+            let reader = storage.reader.clone();
+            let fetched = tokio::task::spawn_blocking(move || match read {
+                Read::LoadBefore(oid, tid) => {
+                    reader.load_before(oid, tid, Access::Blocking).map(drop)
+                }
+                Read::LoadSerial(oid, tid) => {
+                    reader.load_serial(oid, tid, Access::Blocking).map(drop)
+                }
+                Read::GetTid(oid) => reader.serial(oid, Access::Blocking).map(drop),
+                Read::LastTransaction | Read::Info | Read::Status => Ok(()),
+            });
+            // Its errors come again when it is evaluated.
+            let _ = fetched.await;
+        }
+        let evaluated = self
+            .handle
+            .outbox
+            .evaluate(|last_tid| self.evaluate(storage, &id, read, last_tid, Access::Blocking));
+        evaluated.map_err(|NotCached| "a read cannot be evaluated".into())
+    }
+
+    fn evaluate(
+        &self,
+        storage: &StorageShared,
+        id: &Value,
+        read: Read,
+        last_tid: Tid,
+        access: Access,
+    ) -> Result<Bytes, NotCached> {
+        let reader = &storage.reader;
+        let answer = |value: Value| self.session.answer(id, Ok(value));
+        let found = match read {
+            Read::LoadBefore(oid, tid) => reader.load_before(oid, tid, access).map(|revision| {
+                self.session.loaded(id, revision.map(|r| (r.data, r.serial, r.end)))
+            }),
+            Read::LoadSerial(oid, serial) => {
+                reader.load_serial(oid, serial, access).map(|data| answer(data.into()))
+            }
+            Read::GetTid(oid) => {
+                reader.serial(oid, access).map(|serial| answer(serial.to_bytes().into()))
+            }
+            Read::LastTransaction => Ok(answer(last_tid.to_bytes().into())),
+            Read::Info => Ok(answer(info(storage))),
+            Read::Status => Ok(answer(self.shared.server_status(storage, self.storage.as_deref()))),
+        };
+        match found {
+            Ok(reply) => Ok(reply),
+            Err(StorageError::NotCached) => Err(NotCached),
+            Err(StorageError::NoKey(oid)) => {
+                let error = ClientError::PosKey(oid.to_bytes().into());
+                Ok(self.session.answer(id, Err(error)))
+            }
+            Err(error) => Ok(self.session.answer(id, Err(read_failed(&error)))),
+        }
+    }
+}
+
+struct NotCached;
+
+/// `get_info`: what the storage can do.
+fn info(storage: &StorageShared) -> Value {
+    let interfaces = [("ZODB.interfaces", "IStorage"), ("zope.interface", "Interface")];
+    let interfaces = interfaces
+        .map(|(module, name)| Value::Tuple(vec![Value::str(module), Value::str(name)]))
+        .to_vec();
+    Value::Dict(vec![
+        (Value::str("length"), Value::Int(storage.reader.len() as i64)),
+        (Value::str("size"), Value::Int(storage.reader.size() as i64)),
+        (Value::str("name"), Value::Str(storage.path.display().to_string())),
+        (Value::str("supportsUndo"), Value::Bool(false)),
+        (Value::str("supports_record_iternext"), Value::Bool(false)),
+        (Value::str("interfaces"), Value::Tuple(interfaces)),
+    ])
+}
+
+impl Shared {
+    fn status_items(&self, storage: &StorageShared, name: &str) -> Vec<(&'static str, i64)> {
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed) as i64;
+        let stats = &storage.stats;
+        vec![
+            ("connections", self.sessions.count(name) as i64),
+            ("loads", load(&stats.loads)),
+            ("stores", load(&stats.stores)),
+            ("commits", load(&stats.commits)),
+            ("aborts", load(&stats.aborts)),
+            ("active_txns", stats.active.load(Ordering::Relaxed) as i64),
+            ("conflicts", load(&stats.conflicts)),
+            ("conflicts_resolved", 0),
+            ("waiting", stats.waiting.load(Ordering::Relaxed) as i64),
+        ]
+    }
+
+    fn started_text(&self) -> String {
+        let since = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        crate::status::ctime(since)
+    }
+
+    /// `server_status`
+    fn server_status(&self, storage: &StorageShared, name: Option<&str>) -> Value {
+        let mut items: Vec<(Value, Value)> = self
+            .status_items(storage, name.unwrap_or_default())
+            .into_iter()
+            .map(|(key, value)| (Value::str(key), Value::Int(value)))
+            .collect();
+        items.extend([
+            (Value::str("lock_time"), Value::None),
+            (Value::str("start"), Value::Str(self.started_text())),
+            (Value::str("timeout-thread-is-alive"), Value::Bool(true)),
+            (Value::str("last-transaction"), Value::Str(storage.reader.last_tid().to_string())),
+        ]);
+        Value::Dict(items)
+    }
+
+    /// The answer to `ruok`.
+    fn ruok(&self) -> serde_json::Value {
+        let storages = self.storages.iter().map(|(name, storage)| {
+            let mut items: serde_json::Map<String, serde_json::Value> = self
+                .status_items(storage, name)
+                .into_iter()
+                .map(|(key, value)| (key.to_owned(), value.into()))
+                .collect();
+            items.insert("lock_time".into(), serde_json::Value::Null);
+            items.insert("start".into(), self.started_text().into());
+            items.insert("timeout-thread-is-alive".into(), true.into());
+            items.insert("last-transaction".into(), storage.reader.last_tid().to_string().into());
+            (name.clone(), serde_json::Value::Object(items))
+        });
+        serde_json::Value::Object(storages.collect())
+    }
+}

@@ -1,0 +1,190 @@
+//! The real disk.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, IoSliceMut, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::FlockOperation;
+use rustix::io::ReadWriteFlags;
+use standby_types::disk::{Disk, File, Mapped, Open};
+
+/// The file system of the machine.
+pub struct OsDisk;
+
+struct OsFile(fs::File);
+
+impl File for OsFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read_at(buf, offset)
+    }
+
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut slices = [IoSliceMut::new(buf)];
+        match rustix::io::preadv2(&self.0, &mut slices, offset, ReadWriteFlags::NOWAIT) {
+            // A file system without RWF_NOWAIT reads on the blocking pool.
+            Err(rustix::io::Errno::OPNOTSUPP) => Err(io::ErrorKind::WouldBlock.into()),
+            other => Ok(other?),
+        }
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_all_at(bytes, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+}
+
+struct Map(memmap2::Mmap);
+
+impl AsRef<[u8]> for Map {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Disk for OsDisk {
+    fn open(&self, path: &Path, open: Open) -> io::Result<Arc<dyn File>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(open != Open::Read);
+        if open == Open::Create {
+            options.create(true).truncate(false);
+        }
+        Ok(Arc::new(OsFile(options.open(path)?)))
+    }
+
+    #[allow(unsafe_code)]
+    fn map(&self, path: &Path) -> io::Result<Mapped> {
+        let file = fs::File::open(path)?;
+        if file.metadata()?.len() == 0 {
+            return Ok(Arc::new([]));
+        }
+        // SAFETY: only index files are mapped. They are written under another name, synced and then
+        // renamed into place; a file with this name is never written or cut again, only
+        // unlinked, and the state directory belongs to this process (it holds the lock file).
+        let map = unsafe { memmap2::Mmap::map(&file)? };
+        Ok(Arc::new(Map(map)))
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        path.try_exists()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
+        let mut paths = match fs::read_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?,
+        };
+        paths.sort();
+        Ok(paths)
+    }
+
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::create_dir_all(dir)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::File::open(dir)?.sync_all()
+    }
+}
+
+/// A file without a name, gone when it is dropped.
+pub fn temporary_file(dir: &Path) -> io::Result<Arc<dyn File>> {
+    let flags =
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::TMPFILE | rustix::fs::OFlags::CLOEXEC;
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    let file = rustix::fs::open(dir, flags, mode)?;
+    Ok(Arc::new(OsFile(file.into())))
+}
+
+/// FileStorage's lock on a data file: an exclusive `flock` on `PATH.lock`, with the process id in
+/// it. Released when it is dropped, or when the process ends in whatever way.
+pub struct LockFile {
+    _file: fs::File,
+}
+
+impl LockFile {
+    /// Takes the lock; fails if another process holds it, be it Standby or Python.
+    pub fn take(data_file: &Path) -> io::Result<LockFile> {
+        let path = PathBuf::from(format!("{}.lock", data_file.display()));
+        let mut file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            let holder = fs::read_to_string(&path).unwrap_or_default();
+            let holder = match holder.trim() {
+                "" => String::new(),
+                pid => format!(" (process {pid})"),
+            };
+            return Err(io::Error::new(
+                io::ErrorKind::WouldBlock,
+                format!(
+                    "{} is in use by another program{holder}: it holds the lock on {}",
+                    data_file.display(),
+                    path.display()
+                ),
+            ));
+        }
+        file.set_len(0)?;
+        writeln!(file, " {}", std::process::id())?;
+        file.flush()?;
+        Ok(LockFile { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cached_reads_see_what_was_just_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let file = OsDisk.open(&path, Open::Create).unwrap();
+        file.write_at(b"hello", 3).unwrap();
+        let mut buf = [0; 16];
+        match file.read_cached_at(&mut buf, 0) {
+            Ok(n) => assert_eq!(&buf[..n], b"\0\0\0hello"),
+            // Some file systems cannot; then reads go to the blocking pool.
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+        }
+        assert_eq!((*OsDisk.map(&path).unwrap()).as_ref(), b"\0\0\0hello");
+    }
+
+    #[test]
+    fn a_data_file_is_locked_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("Data.fs");
+        let lock = LockFile::take(&path).unwrap();
+        let error = LockFile::take(&path).err().unwrap().to_string();
+        assert!(error.contains("is in use by another program (process"), "{error}");
+        drop(lock);
+        LockFile::take(&path).unwrap();
+    }
+
+    #[test]
+    fn temporary_files_have_no_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = temporary_file(dir.path()).unwrap();
+        file.write_at(b"x", 0).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

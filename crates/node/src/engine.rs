@@ -1,0 +1,837 @@
+//! Where the machines meet: consensus, the storages' transactions, the oids.
+//!
+//! One task owns them all. It waits for an event, steps, and performs what comes out; it never
+//! blocks, and no lock is held. Events of this process (`Internal`) come before those of others:
+//! whoever was told of a commit finds its locks free.
+//!
+//! A commit: `vote` → [`Transactions::vote`] and `examine` (locks, serials) → `finish` → a place in
+//! `outgoing` → the tid and an entry of the log → durable on a majority → the applier, which makes it
+//! visible and replies → `Internal::Applied` frees the locks.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use standby_consensus::{
+    AppliedPoint, Change, Command, Committed, Consensus, Ending, Event as Happened, LogError,
+    Member, Output, PART_LEN, PeerMessage, Role, Written,
+};
+use standby_filestorage::{
+    Access, Record, RecordData, StorageError, TransactionMeta, put_meta, put_record,
+};
+use standby_types::time::new_tid;
+use standby_types::{LogIndex, NodeId, Oid, Term, Tid};
+use standby_zeo::{
+    Buffer, ClientError, SessionId, Transactions, Value, VoteAnswer, VoteOutcome, VoteRequest,
+};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tracing::{error, info, warn};
+
+use crate::applier::{Origin, Work, unknown_storage};
+use crate::log_thread::LogWork;
+use crate::node::{Shared, Standing};
+use crate::oids::Oids;
+use crate::peers::{PeerInfo, Peers, fetch};
+use crate::sessions::{Mail, SessionHandle};
+
+/// Bytes of entries of ours without a majority, beyond which long transactions wait.
+const WINDOW: usize = 16 << 20;
+/// How long a read-only client's `register` waits for the primary to say what it must see.
+const READ_PATIENCE: Duration = Duration::from_secs(1);
+/// Ticks after which a starting node serves readers although it has not heard of a primary: two
+/// elections could have been held.
+const ORIENTATION_TICKS: u64 = 64;
+/// Entries by which a learner may be behind when it is given a vote.
+const NEARLY: u64 = 100;
+
+/// What this process's own threads tell.
+pub enum Internal {
+    /// Batches of the log are durable.
+    Persisted(Result<Written, LogError>),
+    /// Entries are applied.
+    Applied {
+        /// Up to where.
+        point: AppliedPoint,
+        /// Oids up to these are reserved or in use.
+        ceilings: BTreeMap<String, Oid>,
+        /// Sessions whose transactions were among them.
+        finished: Vec<SessionId>,
+    },
+    /// A catch-up is complete and durable.
+    CaughtUp(LogIndex),
+    /// A checkpoint is durable: the log up to there is not needed for a restart.
+    Checkpointed(LogIndex),
+    /// This process must stop.
+    Fatal(anyhow::Error),
+}
+
+/// What others tell.
+pub enum Event {
+    /// A peer's message.
+    Peer(PeerMessage),
+    /// A peer can be reached, or reaches us.
+    PeerUp(PeerInfo),
+    /// A peer's connection has closed.
+    PeerLost(NodeId),
+    /// A client asks for something.
+    Client(Request),
+    /// The process is to end in an orderly way.
+    Stop,
+}
+
+/// A client's request.
+pub enum Request {
+    /// `register`
+    Register { session: Arc<SessionHandle>, id: Value, storage: String, read_only: bool },
+    /// `getInvalidations`
+    Invalidations { session: Arc<SessionHandle>, storage: String, id: Value, since: Tid },
+    /// `new_oids`
+    NewOids { session: Arc<SessionHandle>, storage: String, id: Value, count: usize },
+    /// `vote`
+    Vote { session: Arc<SessionHandle>, storage: String, request: VoteRequest },
+    /// `tpc_finish`
+    Finish { session: Arc<SessionHandle>, storage: String, id: Value, transaction: Box<Buffer> },
+    /// `tpc_abort`
+    Abort { session: SessionId, storage: String },
+    /// The connection is gone.
+    Closed { session: SessionId, storage: Option<String> },
+}
+
+type Asker = (Arc<SessionHandle>, Value);
+
+/// What the primary keeps for each storage.
+struct Committing {
+    transactions: Transactions,
+    /// `None` unless this node serves.
+    oids: Option<Oids<Asker>>,
+    /// The last tid given out.
+    last_tid: Tid,
+}
+
+/// A transaction on its way into the log.
+struct Outgoing {
+    session: Arc<SessionHandle>,
+    id: Value,
+    storage: String,
+    buffer: Box<Buffer>,
+    next_write: usize,
+    records: BytesMut,
+    parts: Vec<LogIndex>,
+}
+
+/// An entry of ours that is not committed yet.
+struct Pending {
+    term: Term,
+    len: usize,
+    origin: Option<Origin>,
+}
+
+/// A read-only `register` that waits until this node has applied what is acknowledged elsewhere.
+struct Reader {
+    work: Work,
+    /// `None` until the primary has said it.
+    index: Option<LogIndex>,
+    deadline: Instant,
+}
+
+/// See the module.
+pub struct Engine {
+    shared: Arc<Shared>,
+    consensus: Consensus,
+    log: Sender<LogWork>,
+    storages: BTreeMap<String, Committing>,
+    ceilings: BTreeMap<String, Oid>,
+    applied: LogIndex,
+    pending: BTreeMap<LogIndex, Pending>,
+    in_flight: usize,
+    outgoing: VecDeque<Outgoing>,
+    readers: HashMap<u64, Reader>,
+    next_reader: u64,
+    role: Role,
+    /// A primary has been heard of since the start, or enough time has passed to give up on one:
+    /// what this node has is as good as can be had.
+    oriented: bool,
+    catch_up: Option<JoinHandle<()>>,
+    /// Peers whose connections are open, by identity: name, group, address.
+    present: BTreeMap<NodeId, PeerInfo>,
+    /// Checkpoints that the log still reaches back to, with the bytes committed before each.
+    checkpoints: VecDeque<(LogIndex, u64)>,
+    log_bytes: u64,
+    ticks: u64,
+}
+
+impl Engine {
+    /// An engine for a node that was just opened.
+    pub fn new(
+        shared: Arc<Shared>,
+        consensus: Consensus,
+        log: Sender<LogWork>,
+        ceilings: BTreeMap<String, Oid>,
+        applied: LogIndex,
+    ) -> Engine {
+        let timeout = shared.config.zeo.transaction_timeout;
+        let committing = |name: &String| {
+            let committing = Committing {
+                transactions: Transactions::new(timeout),
+                oids: None,
+                last_tid: Tid::NONE,
+            };
+            (name.clone(), committing)
+        };
+        let storages = shared.storages.keys().map(committing).collect();
+        // Answers to questions of a former run of this node must not be taken for new ones.
+        let next_reader = shared.wall_clock().as_nanos() as u64;
+        Engine {
+            shared,
+            consensus,
+            log,
+            storages,
+            ceilings,
+            applied,
+            pending: BTreeMap::new(),
+            in_flight: 0,
+            outgoing: VecDeque::new(),
+            readers: HashMap::new(),
+            next_reader,
+            role: Role::default(),
+            oriented: false,
+            catch_up: None,
+            present: BTreeMap::new(),
+            checkpoints: VecDeque::new(),
+            log_bytes: 0,
+            ticks: 0,
+        }
+    }
+
+    /// Runs until told to stop.
+    pub async fn run(
+        mut self,
+        mut internal: mpsc::UnboundedReceiver<Internal>,
+        mut events: mpsc::Receiver<Event>,
+    ) -> anyhow::Result<()> {
+        let mut ticker = tokio::time::interval(self.shared.tick());
+        ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        self.publish_standing();
+        loop {
+            let event = tokio::select! {
+                biased;
+                Some(told) = internal.recv() => {
+                    self.internal(told)?;
+                    None
+                }
+                _ = ticker.tick() => {
+                    self.tick()?;
+                    None
+                }
+                Some(event) = events.recv() => Some(event),
+            };
+            if let Some(event) = event {
+                while let Ok(told) = internal.try_recv() {
+                    self.internal(told)?;
+                }
+                if !self.event(event)? {
+                    return Ok(());
+                }
+            }
+            self.pump()?;
+            self.publish_lease();
+        }
+    }
+
+    fn internal(&mut self, told: Internal) -> anyhow::Result<()> {
+        match told {
+            Internal::Persisted(written) => self.step(Happened::Persisted(written?)),
+            Internal::Applied { point, ceilings, finished } => {
+                self.applied = point.index;
+                self.ceilings = ceilings;
+                self.step(Happened::Applied(point))?;
+                let (now, shared) = (self.shared.now(), self.shared.clone());
+                for session in finished {
+                    for name in shared.storages.keys() {
+                        self.unlocked(name, |t| t.applied(now, session));
+                    }
+                }
+                self.give_oids()?;
+                self.admit_readers();
+                Ok(())
+            }
+            Internal::CaughtUp(index) => {
+                self.catch_up = None;
+                self.step(Happened::CaughtUp(index))?;
+                self.publish_standing();
+                Ok(())
+            }
+            Internal::Checkpointed(index) => self.compact(index),
+            Internal::Fatal(error) => Err(error),
+        }
+    }
+
+    /// False if the engine is to end.
+    fn event(&mut self, event: Event) -> anyhow::Result<bool> {
+        match event {
+            Event::Peer(message) => self.step(Happened::Received(message))?,
+            Event::PeerUp(info) => {
+                self.present.insert(info.id(), info);
+            }
+            Event::PeerLost(peer) => {
+                self.present.remove(&peer);
+                self.shared.reports.lost(peer);
+                self.step(Happened::PeerLost(peer))?;
+            }
+            Event::Client(request) => self.request(request)?,
+            Event::Stop => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn tick(&mut self) -> anyhow::Result<()> {
+        self.ticks += 1;
+        self.step(Happened::Tick)?;
+        if !self.oriented && self.ticks > ORIENTATION_TICKS {
+            self.oriented = true;
+            self.publish_standing();
+        }
+        let now = self.shared.now();
+        for name in self.shared.clone().storages.keys() {
+            let expired =
+                self.storages.get(name).map_or_else(Vec::new, |s| s.transactions.expired(now));
+            for session in expired {
+                let timeout = self.shared.config.zeo.transaction_timeout.unwrap_or_default();
+                error!(
+                    session = session.0,
+                    "Transaction timeout after {} seconds",
+                    timeout.as_secs()
+                );
+                if let Some(session) = self.shared.sessions.get(session) {
+                    session.cut("its transaction took too long");
+                }
+                self.unlocked(name, |t| t.abort(now, session));
+            }
+        }
+        let late: Vec<u64> = (self.readers.iter())
+            .filter(|(_, reader)| reader.index.is_none() && reader.deadline <= Instant::now())
+            .map(|(key, _)| *key)
+            .collect();
+        for key in late {
+            // The primary does not answer: the client gets what this node has.
+            if let Some(reader) = self.readers.remove(&key) {
+                self.shared.apply(reader.work);
+            }
+        }
+        if self.ticks.is_multiple_of(10) {
+            self.tend_membership()?;
+            self.report_status();
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, event: Happened) -> anyhow::Result<()> {
+        let mut outputs = Vec::new();
+        self.consensus.step(self.shared.now(), event, &mut outputs)?;
+        self.perform(outputs)
+    }
+
+    fn perform(&mut self, outputs: Vec<Output>) -> anyhow::Result<()> {
+        for output in outputs {
+            match output {
+                Output::Send(to, message) => self.shared.peers.send(to, &message),
+                Output::Persist(batch) => self.to_log(LogWork::Persist(batch))?,
+                Output::Commit(entries) => self.committed(entries),
+                Output::Role(role) => self.role_changed(role)?,
+                Output::CatchUp { from, target } => self.begin_catch_up(from, target),
+                Output::ReadIndex(key, index) => {
+                    if let Some(reader) = self.readers.get_mut(&key) {
+                        reader.index = Some(index);
+                    }
+                    self.admit_readers();
+                }
+                Output::Purge(index) => self.to_log(LogWork::Purge(index))?,
+            }
+        }
+        Ok(())
+    }
+
+    fn to_log(&self, work: LogWork) -> anyhow::Result<()> {
+        self.log.send(work).map_err(|_| anyhow::anyhow!("the log's thread has ended"))
+    }
+
+    fn committed(&mut self, entries: Vec<Committed>) {
+        let mut work = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let (index, term) = entry.point();
+            if let Committed::Command(_, _, data) = &entry {
+                self.log_bytes += data.len() as u64;
+            }
+            let pending = self.pending.remove(&index);
+            let origin = pending.and_then(|pending| {
+                self.in_flight = self.in_flight.saturating_sub(pending.len);
+                pending.origin.filter(|_| pending.term == term)
+            });
+            if let Committed::Membership(_, _, membership) = &entry {
+                for member in membership.members.values() {
+                    Peers::dial(&self.shared, &member.peer_address);
+                }
+                info!(
+                    voters = membership.voters.len(), learners = membership.learners.len(),
+                    members = ?membership.members.values().map(|m| &m.name).collect::<Vec<_>>(),
+                    "the membership has changed"
+                );
+            }
+            work.push((entry, origin));
+        }
+        self.shared.apply(Work::Entries(work));
+    }
+
+    fn role_changed(&mut self, role: Role) -> anyhow::Result<()> {
+        let before = std::mem::replace(&mut self.role, role);
+        if before.serves && !(role.serves && role.term == before.term) {
+            self.demoted();
+        }
+        if role.serves && !(before.serves && role.term == before.term) {
+            self.promoted()?;
+        }
+        self.oriented |= role.leader.is_some();
+        if role.leader.is_some() && role.leader != before.leader {
+            let settled = |session: &SessionHandle| session.settled.load(Ordering::Acquire);
+            let count = self.shared.sessions.cut("a primary has appeared", settled);
+            let name = role.leader.and_then(|id| self.name_of(id)).unwrap_or_else(|| "?".into());
+            info!(primary = name, term = %role.term, closed = count, "the primary is known");
+        } else if role.leader.is_none() && before.leader.is_some() {
+            warn!(term = %role.term, "there is no primary");
+        }
+        self.publish_standing();
+        Ok(())
+    }
+
+    fn demoted(&mut self) {
+        let count = self.shared.sessions.cut_writers("this node is not primary any more");
+        warn!(closed = count, "this node is not primary any more");
+        for committing in self.storages.values_mut() {
+            committing.transactions.clear();
+            committing.oids = None;
+        }
+        self.pending.clear();
+        self.outgoing.clear();
+        self.in_flight = 0;
+    }
+
+    fn promoted(&mut self) -> anyhow::Result<()> {
+        info!(term = %self.role.term, "this node is primary");
+        for (name, committing) in &mut self.storages {
+            let Some(storage) = self.shared.storages.get(name) else { continue };
+            let used = storage.reader.highest_oid().unwrap_or(Oid(0));
+            let ceiling = self.ceilings.get(name).copied().unwrap_or(Oid(0));
+            committing.last_tid = storage.reader.last_tid();
+            committing.oids = Some(Oids::above(ceiling.max(used)));
+        }
+        self.give_oids()
+    }
+
+    fn begin_catch_up(&mut self, from: NodeId, target: AppliedPoint) {
+        let address = target.membership.members.get(&from).map(|m| m.peer_address.clone());
+        let address = address.or_else(|| self.present.get(&from).map(|p| p.peer_address.clone()));
+        let Some(address) = address else {
+            return warn!(node = %from, "a catch-up is asked for, but its source has no address");
+        };
+        if let Some(running) = self.catch_up.take() {
+            running.abort();
+        }
+        let task = fetch(self.shared.clone(), from, address, target);
+        self.catch_up = Some(tokio::spawn(task));
+        self.publish_standing();
+    }
+
+    fn compact(&mut self, checkpointed: LogIndex) -> anyhow::Result<()> {
+        self.checkpoints.push_back((checkpointed, self.log_bytes));
+        let tail = self.shared.log_tail();
+        let mut begin = None;
+        while let Some((index, bytes)) = self.checkpoints.front() {
+            if self.log_bytes - bytes < tail {
+                break;
+            }
+            begin = Some(*index);
+            self.checkpoints.pop_front();
+        }
+        if let Some(index) = begin {
+            let mut outputs = Vec::new();
+            self.consensus.compact(index, &mut outputs);
+            self.perform(outputs)?;
+        }
+        Ok(())
+    }
+
+    // Clients.
+
+    fn request(&mut self, request: Request) -> anyhow::Result<()> {
+        let now = self.shared.now();
+        match request {
+            Request::Register { session, id, storage, read_only } => {
+                self.register(session, id, storage, read_only)?;
+            }
+            Request::Invalidations { session, storage, id, since } => {
+                self.shared.apply(Work::Invalidations { storage, session, id, since });
+            }
+            Request::NewOids { session, storage, id, count } => {
+                match self.storages.get_mut(&storage).and_then(|s| s.oids.as_mut()) {
+                    Some(oids) => oids.want((session, id), count),
+                    None => session.cut("this node is not primary"),
+                }
+                self.give_oids()?;
+            }
+            Request::Vote { session, storage, request } => {
+                if !self.role.serves {
+                    session.cut("this node is not primary");
+                    return Ok(());
+                }
+                let session = session.id;
+                self.unlocked(&storage, |t| t.vote(now, session, request));
+            }
+            Request::Finish { session, storage, id, transaction } => {
+                self.finish(session, storage, id, transaction);
+            }
+            Request::Abort { session, storage } => {
+                self.unlocked(&storage, |t| t.abort(now, session));
+            }
+            Request::Closed { session, storage } => {
+                self.shared.sessions.remove(session);
+                if let Some(storage) = storage {
+                    self.unlocked(&storage, |t| t.abort(now, session));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn register(
+        &mut self,
+        session: Arc<SessionHandle>,
+        id: Value,
+        storage: String,
+        read_only: bool,
+    ) -> anyhow::Result<()> {
+        if !self.storages.contains_key(&storage) {
+            let _ = session.mailbox.send(Mail::Registered(false));
+            session.outbox.push(session.encoding().error(&id, &unknown_storage(&storage)));
+            return Ok(());
+        }
+        if !read_only && !self.role.serves {
+            session.cut("this node is not primary");
+            return Ok(());
+        }
+        let work = Work::Register { storage, session, id };
+        if self.role.serves || self.role.leader.is_none() {
+            // All that is known to be committed is in the applier's queue already.
+            self.shared.apply(work);
+            return Ok(());
+        }
+        self.next_reader += 1;
+        let reader = Reader { work, index: None, deadline: Instant::now() + READ_PATIENCE };
+        self.readers.insert(self.next_reader, reader);
+        self.step(Happened::ReadIndex(self.next_reader))
+    }
+
+    fn admit_readers(&mut self) {
+        let applied = self.applied;
+        let ready = |reader: &Reader| reader.index.is_some_and(|index| index <= applied);
+        for (_, reader) in self.readers.extract_if(|_, reader| ready(reader)) {
+            self.shared.apply(reader.work);
+        }
+    }
+
+    /// Something has freed locks: answers the votes of those who hold all of theirs now.
+    fn unlocked(
+        &mut self,
+        storage: &str,
+        change: impl FnOnce(&mut Transactions) -> Vec<SessionId>,
+    ) {
+        let Some(committing) = self.storages.get_mut(storage) else { return };
+        let mut complete = VecDeque::from(change(&mut committing.transactions));
+        let Some(stored) = self.shared.storages.get(storage) else { return };
+        while let Some(session) = complete.pop_front() {
+            // The session's own task has read these objects just before: they are in memory.
+            let committed = |oid| stored.reader.committed_serial(oid, Access::Blocking);
+            let outcome = match committing.transactions.examine(session, committed) {
+                Ok(None) => continue,
+                Ok(Some(answer)) => VoteOutcome::Answer(answer),
+                Err(error) => VoteOutcome::Failed(read_failed(&error)),
+            };
+            let dead = match &outcome {
+                VoteOutcome::Answer(VoteAnswer::Voted) => false,
+                VoteOutcome::Answer(VoteAnswer::Conflicts(_)) => {
+                    stored.stats.conflicts.fetch_add(1, Ordering::Relaxed);
+                    false
+                }
+                VoteOutcome::Answer(VoteAnswer::ReadConflict(..)) => {
+                    stored.stats.conflicts.fetch_add(1, Ordering::Relaxed);
+                    true
+                }
+                VoteOutcome::Failed(_) => true,
+            };
+            let handle = self.shared.sessions.get(session);
+            let told =
+                handle.is_some_and(|handle| handle.mailbox.send(Mail::Voted(outcome)).is_ok());
+            if dead || !told {
+                complete.extend(committing.transactions.abort(self.shared.now(), session));
+            }
+        }
+        stored.stats.waiting.store(committing.transactions.waiting(), Ordering::Relaxed);
+        stored.stats.active.store(committing.transactions.len(), Ordering::Relaxed);
+    }
+
+    fn finish(
+        &mut self,
+        session: Arc<SessionHandle>,
+        storage: String,
+        id: Value,
+        buffer: Box<Buffer>,
+    ) {
+        let Some(committing) = self.storages.get_mut(&storage) else { return };
+        if committing.transactions.finish(session.id).is_err() {
+            let text = Value::str("finished called wo lock");
+            let error = ClientError::Other("builtins.AssertionError", vec![text]);
+            session.outbox.push(session.encoding().error(&id, &error));
+            return;
+        }
+        self.outgoing.push_back(Outgoing {
+            session,
+            id,
+            storage,
+            buffer,
+            next_write: 0,
+            records: BytesMut::new(),
+            parts: Vec::new(),
+        });
+    }
+
+    /// Moves finished transactions into the log: short ones at once, of long ones a part each
+    /// in turn, as fast as they are committed.
+    fn pump(&mut self) -> anyhow::Result<()> {
+        while self.in_flight < WINDOW {
+            let Some(mut outgoing) = self.outgoing.pop_front() else { break };
+            if let Err(error) = outgoing.fill() {
+                error!(%error, "cannot read a large transaction back");
+                outgoing.session.cut("its transaction cannot be read back");
+                let now = self.shared.now();
+                self.unlocked(&outgoing.storage, |t| t.applied(now, outgoing.session.id));
+                continue;
+            }
+            let taken = if outgoing.records.len() > PART_LEN {
+                let part = outgoing.records.split_to(PART_LEN).freeze();
+                let proposed = self.propose(Command::Part(part.clone()), None)?;
+                match proposed {
+                    Some(index) => outgoing.parts.push(index),
+                    None => {
+                        let mut records = BytesMut::from(part);
+                        records.extend_from_slice(&outgoing.records);
+                        outgoing.records = records;
+                    }
+                }
+                self.outgoing.push_back(outgoing);
+                proposed.is_some()
+            } else {
+                self.close(outgoing)?
+            };
+            if !taken {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Proposes the closing entry of a transaction; false if it has to be tried again.
+    fn close(&mut self, outgoing: Outgoing) -> anyhow::Result<bool> {
+        let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
+        let tid = new_tid(self.shared.wall_clock(), committing.last_tid);
+        let meta = &outgoing.buffer.meta;
+        let meta = TransactionMeta {
+            tid,
+            status: b' ',
+            user: meta.user.clone(),
+            description: meta.description.clone(),
+            extension: meta.extension.clone(),
+        };
+        let mut head = BytesMut::new();
+        put_meta(&meta, &mut head);
+        let ending = Ending {
+            storage: outgoing.storage.clone(),
+            head: head.freeze(),
+            parts: outgoing.parts.clone(),
+            rest: Bytes::copy_from_slice(&outgoing.records),
+        };
+        let origin = Origin { session: outgoing.session.clone(), id: outgoing.id.clone() };
+        if self.propose(Command::Transaction(ending), Some(origin))?.is_none() {
+            self.outgoing.push_front(outgoing);
+            return Ok(false);
+        }
+        if let Some(committing) = self.storages.get_mut(&outgoing.storage) {
+            committing.last_tid = tid;
+        }
+        Ok(true)
+    }
+
+    fn propose(
+        &mut self,
+        command: Command,
+        origin: Option<Origin>,
+    ) -> anyhow::Result<Option<LogIndex>> {
+        let data = command.encode();
+        let len = data.len();
+        let mut outputs = Vec::new();
+        let Ok((index, term)) = self.consensus.propose(data, &mut outputs) else {
+            return Ok(None);
+        };
+        // Before the outputs: with a single voter, none of them can be the commit of this entry, for
+        // it is not on disk yet.
+        self.pending.insert(index, Pending { term, len, origin });
+        self.in_flight += len;
+        self.perform(outputs)?;
+        Ok(Some(index))
+    }
+
+    fn give_oids(&mut self) -> anyhow::Result<()> {
+        for name in self.shared.clone().storages.keys() {
+            let committed = self.ceilings.get(name).copied().unwrap_or(Oid(0));
+            let used = self.shared.storages[name].reader.highest_oid().unwrap_or(Oid(0));
+            let Some(oids) = self.storages.get_mut(name).and_then(|s| s.oids.as_mut()) else {
+                continue;
+            };
+            oids.committed(committed, used);
+            while let Some(((session, id), granted)) = oids.grant() {
+                let list = granted.iter().map(|oid| oid.to_bytes().into()).collect();
+                session.outbox.push(session.encoding().reply(&id, Value::List(list)));
+            }
+            if let Some(ceiling) = oids.proposal() {
+                let command = Command::OidCeiling { storage: name.clone(), ceiling };
+                if self.propose(command, None)?.is_none()
+                    && let Some(oids) = self.storages.get_mut(name).and_then(|s| s.oids.as_mut())
+                {
+                    oids.not_taken();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    // Membership: the primary takes the configured nodes in as they appear.
+
+    fn tend_membership(&mut self) -> anyhow::Result<()> {
+        if !self.role.serves {
+            return Ok(());
+        }
+        let roster = self.consensus.roster();
+        let Some(standby) = &self.shared.config.standby else { return Ok(()) };
+        let Some(founder) = standby.members.first() else { return Ok(()) };
+        let mut changes = Vec::new();
+        for (id, info) in &self.present {
+            let listed =
+                standby.members.iter().any(|m| m.name == info.node && m.group == info.group);
+            if roster.membership.contains(*id) || !listed {
+                continue;
+            }
+            if let Some(former) = roster.membership.named(&info.node) {
+                if self.present.contains_key(&former.id) {
+                    warn!(node = info.node, "two nodes have this name; the second is not let in");
+                    continue;
+                }
+                info!(node = info.node, "the node has lost its state and begins anew");
+                changes.push(Change::Remove(former.id));
+            }
+            changes.push(Change::AddLearner(Member {
+                id: *id,
+                name: info.node.clone(),
+                group: info.group.clone(),
+                peer_address: info.peer_address.clone(),
+            }));
+            break;
+        }
+        if changes.is_empty() {
+            let last = self.consensus.last_index().0;
+            let caught_up = roster.membership.learners.iter().find(|id| {
+                let group = roster.membership.members.get(id).map(|m| m.group.as_str());
+                let progress = roster.progress.get(id);
+                group == Some(founder.group.as_str())
+                    && progress
+                        .is_some_and(|p| p.active && !p.catching_up && p.matched.0 + NEARLY >= last)
+            });
+            changes.extend(caught_up.map(|id| Change::Promote(*id)));
+        }
+        if !changes.is_empty() {
+            let mut outputs = Vec::new();
+            // Refused while another change is under way; then it is tried again.
+            let _ = self.consensus.change_membership(&changes, &mut outputs);
+            self.perform(outputs)?;
+        }
+        Ok(())
+    }
+
+    // What others look at.
+
+    fn name_of(&self, id: NodeId) -> Option<String> {
+        let member = self.consensus.membership().members.get(&id).map(|m| m.name.clone());
+        member.or_else(|| self.present.get(&id).map(|info| info.node.clone()))
+    }
+
+    fn publish_standing(&self) {
+        let leader = self.role.leader.filter(|id| *id != self.shared.id);
+        let members = &self.consensus.membership().members;
+        let address = leader.and_then(|id| members.get(&id)).map(|m| m.peer_address.clone());
+        let standing = Standing {
+            serves: self.role.serves,
+            other_primary: address,
+            ready: self.catch_up.is_none() && !members.is_empty() && self.oriented,
+        };
+        self.shared.standing.send_if_modified(|old| {
+            let changed = *old != standing;
+            if changed {
+                *old = standing;
+            }
+            changed
+        });
+    }
+
+    fn publish_lease(&self) {
+        let alone = self.consensus.membership().voters.len() <= 1;
+        let until = match self.consensus.lease(self.shared.now()) {
+            Some(_) if alone => Duration::MAX,
+            Some(until) => until,
+            None => Duration::ZERO,
+        };
+        self.shared.lease.set(self.role.serves, until);
+    }
+
+    fn report_status(&self) {
+        let roster = self.consensus.roster();
+        self.shared.reports.note_own(self.shared.own_report(
+            &self.role,
+            &roster,
+            self.applied,
+            self.catch_up.is_some(),
+            self.name_of(self.role.leader.unwrap_or_default()),
+        ));
+        self.shared.peers.broadcast(&self.shared.reports.own());
+    }
+}
+
+impl Outgoing {
+    /// Encodes records until there is more than a part, or no more.
+    fn fill(&mut self) -> std::io::Result<()> {
+        while self.records.len() <= PART_LEN
+            && let Some(write) = self.buffer.writes().get(self.next_write)
+        {
+            let data = self.buffer.data(write)?;
+            put_record(&Record { oid: write.oid, data: RecordData::Data(data) }, &mut self.records);
+            self.next_write += 1;
+        }
+        Ok(())
+    }
+}
+
+/// A read failed for another reason than that the object does not exist.
+pub fn read_failed(error: &StorageError) -> ClientError {
+    error!(%error, "a read failed");
+    ClientError::storage(error.to_string())
+}

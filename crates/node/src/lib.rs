@@ -1,0 +1,38 @@
+//! A node: everything that touches sockets, threads, clocks, TLS or the configuration.
+//!
+//! The pure machines meet in `engine.rs`; `replica.rs` is what the log's entries do to the
+//! storages. Around them:
+//!
+//! ```text
+//!   listener ─▶ connection ──votes, finishes──▶ engine ──batches──▶ log thread
+//!                   │  ▲                        ▲  │ committed       │ durable
+//!             reads │  │ replies, invalidations │  ▼                 │
+//!                   ▼  └───────────────────── applier ◀──────────────┘ (through the engine)
+//!               storages ◀──────appends──────────┘
+//! ```
+//!
+//! Reading order: `config/`, `state.rs`, `startup.rs`, `replica.rs`, `applier.rs`, `engine.rs`,
+//! `connection.rs`, `listener.rs`, `peers/`, `status.rs`, `admin.rs`. `client.rs` is a small
+//! ZEO client for the demo and the benchmark.
+
+pub mod admin;
+mod applier;
+pub mod client;
+pub mod config;
+mod connection;
+pub mod disk;
+mod engine;
+mod listener;
+mod log_thread;
+pub mod logging;
+mod node;
+mod oids;
+mod outbox;
+mod peers;
+mod replica;
+mod sessions;
+mod startup;
+mod state;
+pub mod status;
+
+pub use node::{Running, start};

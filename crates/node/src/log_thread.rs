@@ -1,0 +1,77 @@
+//! The thread that makes the log durable.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+use standby_consensus::{Batch, LogError, LogWriter, Written};
+use standby_types::LogIndex;
+
+/// Bytes that are written with one sync at most.
+const TOGETHER: usize = 8 << 20;
+
+/// What the thread is asked to do.
+pub enum LogWork {
+    /// Make durable.
+    Persist(Batch),
+    /// Remove what is not needed any more.
+    Purge(LogIndex),
+}
+
+/// Works until the senders are gone. `report` gets what became durable; after an error the process
+/// must stop: what a failed sync leaves on disk is unknown.
+pub fn run(
+    mut writer: LogWriter,
+    work: Receiver<LogWork>,
+    mut prepare: impl FnMut(),
+    mut report: impl FnMut(Result<Written, LogError>),
+) {
+    let mut next = None;
+    loop {
+        let first = match next.take() {
+            Some(work) => work,
+            None => match work.recv_timeout(Duration::from_millis(100)) {
+                Ok(work) => work,
+                Err(RecvTimeoutError::Timeout) => {
+                    if writer.wants_next() {
+                        prepare();
+                    }
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            },
+        };
+        match first {
+            LogWork::Purge(index) => {
+                if let Err(error) = writer.purge(index) {
+                    return report(Err(error));
+                }
+            }
+            LogWork::Persist(batch) => {
+                let mut len = batch.len();
+                let mut batches = vec![batch];
+                while len < TOGETHER {
+                    match work.try_recv() {
+                        Ok(LogWork::Persist(batch)) => {
+                            len += batch.len();
+                            batches.push(batch);
+                        }
+                        Ok(other) => {
+                            next = Some(other);
+                            break;
+                        }
+                        Err(_) => break,
+                    }
+                }
+                let written = writer.write(batches);
+                let failed = written.is_err();
+                report(written);
+                if failed {
+                    return;
+                }
+                if writer.wants_next() {
+                    prepare();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,505 @@
+//! A running node: what its tasks share, and how they are started and stopped.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use standby_consensus::{Config as RaftConfig, Consensus, LogWriter, Member, Role, Roster};
+use standby_filestorage::Reader;
+use standby_types::{Disk, LogIndex, NodeId};
+use standby_zeo::{MakeSpill, Value};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{error, info, warn};
+
+use crate::admin;
+use crate::applier::{Applier, Work};
+use crate::config::{Address, Config, Profile};
+use crate::disk::{LockFile, OsDisk, temporary_file};
+use crate::engine::{Engine, Event, Internal};
+use crate::listener;
+use crate::log_thread;
+use crate::peers::{self, Introduction, Peers};
+use crate::replica::Replica;
+use crate::sessions::Sessions;
+use crate::startup::{self, Beginning};
+use crate::state::{StateDir, random_hex};
+use crate::status::{NodeReport, Reports};
+
+/// Ticks until an election, at least.
+const ELECTION_TICKS: usize = 16;
+/// Ticks between heartbeats.
+const HEARTBEAT_TICKS: usize = 2;
+/// How long a founder asks the other members whether the cluster exists already.
+const PROBE: Duration = Duration::from_secs(3);
+/// Requests of clients and messages of peers that wait for the engine.
+const EVENTS: usize = 1024;
+
+/// What tasks that serve clients must know of the node's role.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// This node is primary and may serve.
+    pub serves: bool,
+    /// Another node is primary; its peer address.
+    pub other_primary: Option<String>,
+    /// Read-only clients can be served.
+    pub ready: bool,
+}
+
+/// Until when a primary may serve its clients without hearing from a majority.
+///
+/// Looked at by a thread that does nothing else, and before each request.
+#[derive(Default)]
+pub struct Lease {
+    serves: AtomicBool,
+    until: AtomicU64,
+}
+
+impl Lease {
+    /// Sets it; `until` is a monotonic time.
+    pub fn set(&self, serves: bool, until: Duration) {
+        self.until.store(u64::try_from(until.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
+        self.serves.store(serves, Ordering::Release);
+    }
+
+    /// True if this node serves and nobody else can be serving.
+    pub fn holds(&self, now: Duration) -> bool {
+        self.serves.load(Ordering::Acquire)
+            && u128::from(self.until.load(Ordering::Acquire)) > now.as_nanos()
+    }
+
+    /// True if it serves, but should not any more.
+    fn overdue(&self, now: Duration) -> bool {
+        self.serves.load(Ordering::Acquire) && !self.holds(now)
+    }
+}
+
+/// Counters of a storage, as `server_status` shows them.
+#[derive(Default)]
+pub struct Stats {
+    /// `loadBefore` calls.
+    pub loads: AtomicU64,
+    /// Objects stored.
+    pub stores: AtomicU64,
+    /// Transactions applied.
+    pub commits: AtomicU64,
+    /// Transactions aborted.
+    pub aborts: AtomicU64,
+    /// Votes that ended in a conflict.
+    pub conflicts: AtomicU64,
+    /// Votes that wait for locks.
+    pub waiting: AtomicUsize,
+    /// Transactions between vote and the end.
+    pub active: AtomicUsize,
+}
+
+/// A storage, for those who read.
+pub struct StorageShared {
+    /// Reads.
+    pub reader: Reader,
+    /// The data file.
+    pub path: PathBuf,
+    /// Counters.
+    pub stats: Stats,
+}
+
+/// What all tasks of a node share.
+pub struct Shared {
+    /// The configuration.
+    pub config: Config,
+    /// Who this node is.
+    pub id: NodeId,
+    /// As the others know it.
+    pub member: Member,
+    /// The state directory.
+    pub state: StateDir,
+    /// The storages.
+    pub storages: BTreeMap<String, StorageShared>,
+    /// The clients.
+    pub sessions: Sessions,
+    /// The other nodes.
+    pub peers: Peers,
+    /// What the nodes say of themselves.
+    pub reports: Reports,
+    /// The node's role.
+    pub standing: watch::Sender<Standing>,
+    /// The primary's lease.
+    pub lease: Lease,
+    /// Makes temporary files.
+    pub make_spill: MakeSpill,
+    /// When the process started.
+    pub started: SystemTime,
+    clock: Instant,
+    cluster_id: Mutex<String>,
+    unconfirmed: AtomicBool,
+    internal: mpsc::UnboundedSender<Internal>,
+    events: mpsc::Sender<Event>,
+    work: std_mpsc::Sender<Work>,
+}
+
+impl Shared {
+    /// A monotonic time.
+    pub fn now(&self) -> Duration {
+        self.clock.elapsed()
+    }
+
+    /// The time of day, since 1970. Only tids and people look at it.
+    pub fn wall_clock(&self) -> Duration {
+        SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+    }
+
+    /// The length of a tick.
+    pub fn tick(&self) -> Duration {
+        self.config.standby.as_ref().map_or(Profile::Lan, |s| s.profile).tick()
+    }
+
+    /// Bytes of log that are kept for nodes that are behind.
+    pub fn log_tail(&self) -> u64 {
+        self.config.standby.as_ref().map_or(16 << 20, |s| s.log_tail)
+    }
+
+    /// What this node says of itself to others.
+    pub fn introduction(&self) -> Introduction {
+        Introduction {
+            member: self.member.clone(),
+            cluster: self.cluster_name().into(),
+            cluster_id: self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            secret: self.config.standby.as_ref().map_or_else(Vec::new, |s| s.secret.clone()),
+        }
+    }
+
+    /// The cluster's name.
+    pub fn cluster_name(&self) -> &str {
+        self.config.standby.as_ref().map_or("alone", |s| &s.cluster)
+    }
+
+    /// This node belongs to that cluster from now on.
+    pub fn set_cluster_id(&self, id: &str) {
+        *self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner) = id.to_owned();
+    }
+
+    /// True if a peer must still confirm that the data files belong to the cluster's history.
+    pub fn is_unconfirmed(&self) -> bool {
+        self.unconfirmed.load(Ordering::Acquire)
+    }
+
+    /// A peer has confirmed it.
+    pub fn confirm(&self) {
+        self.unconfirmed.store(false, Ordering::Release);
+    }
+
+    /// Tells the engine, from a thread of this process.
+    pub fn report(&self, told: Internal) {
+        // Without an engine the process is ending.
+        let _ = self.internal.send(told);
+    }
+
+    /// Tells the engine, from a task that serves others.
+    pub async fn tell(&self, event: Event) {
+        let _ = self.events.send(event).await;
+    }
+
+    /// Gives work to the applier.
+    pub fn apply(&self, work: Work) {
+        let _ = self.work.send(work);
+    }
+
+    /// What `info` tells clients.
+    pub fn short_info(&self, storage: &str) -> Value {
+        let Some(storage) = self.storages.get(storage) else { return Value::Dict(Vec::new()) };
+        Value::Dict(vec![
+            (Value::str("length"), Value::Int(storage.reader.len() as i64)),
+            (Value::str("size"), Value::Int(storage.reader.size() as i64)),
+        ])
+    }
+
+    /// What this node says of itself.
+    pub fn own_report(
+        &self,
+        role: &Role,
+        roster: &Roster,
+        applied: LogIndex,
+        catching_up: bool,
+        primary: Option<String>,
+    ) -> NodeReport {
+        let text = |address: &Option<Address>| {
+            address.as_ref().map_or_else(String::new, ToString::to_string)
+        };
+        let standby = self.config.standby.as_ref();
+        let last_tids = |(name, s): (&String, &StorageShared)| (name.clone(), s.reader.last_tid());
+        NodeReport::new(
+            &self.member,
+            role,
+            roster,
+            applied,
+            catching_up,
+            primary,
+            self.storages.iter().map(last_tids),
+            [
+                self.config.zeo.address.to_string(),
+                text(&standby.and_then(|s| s.read_only_address.clone())),
+                self.member.peer_address.clone(),
+                text(&standby.map(|s| s.admin_address.clone())),
+            ],
+            self.cluster_name(),
+        )
+    }
+}
+
+/// A running node.
+pub struct Running {
+    shared: Arc<Shared>,
+    engine: tokio::task::JoinHandle<anyhow::Result<()>>,
+    _locks: Vec<LockFile>,
+}
+
+/// Starts a node; returns when it listens.
+pub async fn start(config: Config) -> anyhow::Result<Running> {
+    for note in &config.notes {
+        info!("{note}");
+    }
+    // First the addresses: a second start of the same node must fail before it touches a file.
+    let zeo = bind(&config.zeo.address, "address").await?;
+    let standby = config.standby.as_ref();
+    let read_only = match standby.and_then(|s| s.read_only_address.as_ref()) {
+        Some(address) => Some(bind(address, "read-only-address").await?),
+        None => None,
+    };
+    let peer = match standby {
+        Some(standby) => Some(bind(&standby.peer_address, "peer-address").await?),
+        None => None,
+    };
+    let admin = match standby {
+        Some(standby) => Some(bind(&standby.admin_address, "admin-address").await?),
+        None => None,
+    };
+    let mut locks = Vec::new();
+    for storage in &config.storages {
+        locks.push(LockFile::take(&storage.path).with_context(|| {
+            format!("cannot use {} (from {})", storage.path.display(), config.file.display())
+        })?);
+    }
+    let disk: Arc<dyn Disk> = Arc::new(OsDisk);
+    let state = StateDir(config.state_dir());
+    let beginning = beginning(&config, &disk, &state).await?;
+    let opening = {
+        let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
+        tokio::task::spawn_blocking(move || startup::prepare(&config, &disk, &state, beginning))
+    };
+    let prepared = opening.await??;
+
+    let (internal, internal_receiver) = mpsc::unbounded_channel();
+    let (events, events_receiver) = mpsc::channel(EVENTS);
+    let (work, work_receiver) = std_mpsc::channel();
+    let (log, log_receiver) = std_mpsc::channel();
+    let spill_dir = state.0.clone();
+    let make_spill: MakeSpill = Arc::new(move || temporary_file(&spill_dir));
+    let storages = config.storages.iter().filter_map(|section| {
+        let reader = prepared.storages.get(&section.name)?.reader();
+        let path = section.path.clone();
+        Some((section.name.clone(), StorageShared { reader, path, stats: Stats::default() }))
+    });
+    let member = startup::self_as_member(&config, prepared.id);
+    let shared = Arc::new(Shared {
+        id: prepared.id,
+        member,
+        storages: storages.collect(),
+        sessions: Sessions::default(),
+        peers: Peers::default(),
+        reports: Reports::default(),
+        standing: watch::Sender::new(Standing::default()),
+        lease: Lease::default(),
+        make_spill: make_spill.clone(),
+        started: SystemTime::now(),
+        clock: Instant::now(),
+        cluster_id: Mutex::new(prepared.checkpoint.cluster_id.clone()),
+        unconfirmed: AtomicBool::new(prepared.unconfirmed),
+        internal,
+        events,
+        work,
+        state: state.clone(),
+        config,
+    });
+
+    let seed = prepared.id.0;
+    let raft_config = RaftConfig {
+        id: prepared.id,
+        election_ticks: ELECTION_TICKS,
+        heartbeat_ticks: HEARTBEAT_TICKS,
+        tick: shared.tick(),
+        seed,
+    };
+    let point = prepared.checkpoint.applied_point();
+    let consensus =
+        Consensus::new(raft_config, disk.clone(), state.log(), &prepared.recovered, point)?;
+    let replica = Replica::new(&prepared.checkpoint, prepared.storages, make_spill);
+    let ceilings = replica.ceilings();
+    let applied = replica.index();
+    start_threads(&shared, &disk, replica, prepared.writer, work_receiver, log_receiver)?;
+    let engine = Engine::new(shared.clone(), consensus, log, ceilings, applied);
+    let engine = tokio::spawn(engine.run(internal_receiver, events_receiver));
+
+    if let Some(peer) = peer {
+        tokio::spawn(peers::listen(shared.clone(), peer));
+    }
+    if let Some(standby) = &shared.config.standby {
+        for member in &standby.members {
+            Peers::dial(&shared, &member.address.to_string());
+        }
+    }
+    for member in prepared.checkpoint.membership.members.values() {
+        Peers::dial(&shared, &member.peer_address);
+    }
+    if let Some(read_only) = read_only {
+        tokio::spawn(listener::read_only(shared.clone(), read_only));
+    }
+    if let Some(admin) = admin {
+        tokio::spawn(admin::listen(shared.clone(), admin));
+    }
+    tokio::spawn(listener::read_write(shared.clone(), zeo));
+    if let Some(path) = &shared.config.zeo.pid_file {
+        std::fs::write(path, format!("{}\n", std::process::id()))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    info!(node = shared.member.name, address = %shared.config.zeo.address, "listening");
+    Ok(Running { shared, engine, _locks: locks })
+}
+
+async fn bind(address: &Address, key: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address.to_string())
+        .await
+        .with_context(|| format!("cannot listen on {key} {address}"))
+}
+
+/// What a new node does: the first member founds the cluster, unless another knows one already.
+async fn beginning(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+) -> anyhow::Result<Beginning> {
+    let Some(standby) = &config.standby else { return Ok(Beginning::Found) };
+    if standby.members[0].name != standby.node {
+        return Ok(Beginning::Join);
+    }
+    if !startup::is_new(&**disk, state)? {
+        return Ok(Beginning::Found);
+    }
+    let others: Vec<String> =
+        standby.members[1..].iter().map(|member| member.address.to_string()).collect();
+    // Only a name to ask with; the identity is drawn when the node begins.
+    let id = NodeId(u64::from_str_radix(&random_hex(8)?, 16)?);
+    let me = Introduction {
+        member: startup::self_as_member(config, id),
+        cluster: standby.cluster.clone(),
+        cluster_id: String::new(),
+        secret: standby.secret.clone(),
+    };
+    match peers::probe(&me, &others, PROBE).await {
+        Some(node) => {
+            warn!(
+                member = node,
+                "the cluster exists already: this node, though the first member, joins it"
+            );
+            Ok(Beginning::Join)
+        }
+        None => Ok(Beginning::Found),
+    }
+}
+
+fn start_threads(
+    shared: &Arc<Shared>,
+    disk: &Arc<dyn Disk>,
+    replica: Replica,
+    writer: LogWriter,
+    work: std_mpsc::Receiver<Work>,
+    log: std_mpsc::Receiver<log_thread::LogWork>,
+) -> anyhow::Result<()> {
+    let applier = Applier::new(shared.clone(), replica, disk.clone())?;
+    let fatal = shared.clone();
+    spawn("applier", move || {
+        if let Err(error) = applier.run(work) {
+            fatal.report(Internal::Fatal(error.context("cannot apply committed transactions")));
+        }
+    })?;
+    let reports = shared.clone();
+    let preparing = Arc::new(AtomicBool::new(false));
+    let (disk, dir) = (disk.clone(), shared.state.log());
+    let prepare = move || prepare_segment(&preparing, &disk, &dir);
+    spawn("log", move || {
+        log_thread::run(writer, log, prepare, |written| {
+            reports.report(Internal::Persisted(written))
+        });
+    })?;
+    let guarded = shared.clone();
+    spawn("lease", move || guard_lease(&guarded))
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    std::thread::Builder::new().name(name.into()).spawn(run)?;
+    Ok(())
+}
+
+/// Makes the next segment of the log beside the commits.
+fn prepare_segment(preparing: &Arc<AtomicBool>, disk: &Arc<dyn Disk>, dir: &Path) {
+    if preparing.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    let (preparing, disk, dir) = (preparing.clone(), disk.clone(), dir.to_owned());
+    std::thread::spawn(move || {
+        // Without it the segment grows as it is written, a little slower.
+        if let Err(error) = LogWriter::prepare(&*disk, &dir) {
+            warn!(%error, "cannot prepare a segment of the log");
+        }
+        preparing.store(false, Ordering::Release);
+    });
+}
+
+/// Cuts the writers off when the lease has run out, whatever the other threads are doing. It does no
+/// disk I/O.
+fn guard_lease(shared: &Shared) {
+    loop {
+        std::thread::sleep(Duration::from_millis(20));
+        if shared.lease.overdue(shared.now()) {
+            let count = shared.sessions.cut_writers("this primary has not heard of a majority");
+            if count > 0 {
+                warn!(closed = count, "no majority is heard of: clients are sent away");
+            }
+        }
+    }
+}
+
+impl Running {
+    /// What the node's tasks share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Waits until the node fails or `stop` says to end; then ends it in an orderly way.
+    pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+        tokio::select! {
+            ended = &mut self.engine => {
+                let error = match ended? {
+                    Ok(()) => return Ok(()),
+                    Err(error) => error,
+                };
+                error!("stopping: {error:#}");
+                return Err(error);
+            }
+            () = stop => {}
+        }
+        info!("stopping");
+        self.shared.sessions.cut("the server stops", |_| true);
+        self.shared.tell(Event::Stop).await;
+        let (done, stopped) = oneshot::channel();
+        self.shared.apply(Work::Stop(done));
+        let _ = tokio::time::timeout(Duration::from_secs(30), stopped).await;
+        if let Some(path) = &self.shared.config.zeo.pid_file {
+            let _ = std::fs::remove_file(path);
+        }
+        info!("stopped");
+        Ok(())
+    }
+}

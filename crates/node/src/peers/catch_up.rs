@@ -1,0 +1,281 @@
+//! Catching up: a node that the log cannot serve any more gets the transactions themselves.
+//!
+//! ```text
+//! follower                                     primary
+//!   'q' JSON: per storage the last tid, its
+//!       position, and for a data file of
+//!       unknown origin its SHA-256     ─────▶
+//!                                      ◀─────  'x' reason, or per storage:
+//!                                      ◀─────  's' storage name
+//!                                      ◀─────  't' transaction's head
+//!                                      ◀─────  'd' record …
+//!                                      ◀─────  'e' end of transaction
+//!                                      ◀─────  'z' that is all
+//! ```
+//!
+//! Everything sent is committed. It may go beyond the state that was asked for; what the log brings
+//! again later is recognised by its tid.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use standby_consensus::AppliedPoint;
+use standby_filestorage::{
+    Mark, Reader, Record, StorageError, put_meta, put_record, take_meta, take_record,
+};
+use standby_types::disk::{Open, read_full};
+use standby_types::{Disk, NodeId, Tid};
+use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::{PeerError, Purpose, connect, frame, read_frame, write_frame};
+use crate::applier::{CatchUpItem, Work};
+use crate::disk::OsDisk;
+use crate::engine::Internal;
+use crate::node::Shared;
+
+/// Silence after which a catch-up is given up and begun again.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A record is as long as the longest object.
+const MAX_RECORD: usize = u32::MAX as usize;
+/// Records between socket and applier, and between data file and socket.
+const QUEUE: usize = 256;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Request {
+    storages: BTreeMap<String, Have>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Have {
+    tid: u64,
+    position: u64,
+    sha256: Option<String>,
+}
+
+/// Fetches from `from` what is missing, again and again until it is complete.
+pub async fn fetch(shared: Arc<Shared>, from: NodeId, address: String, target: AppliedPoint) {
+    loop {
+        match attempt(&shared, &address, &target).await {
+            Ok(()) => return,
+            Err(PeerError::Refused(reason)) => {
+                let error = anyhow::anyhow!(
+                    "node {from} at {address} refuses to let this node catch up: {reason}"
+                );
+                return shared.report(Internal::Fatal(error));
+            }
+            Err(error) => warn!(address, %error, "the catch-up was interrupted; trying again"),
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+async fn attempt(
+    shared: &Arc<Shared>,
+    address: &str,
+    target: &AppliedPoint,
+) -> Result<(), PeerError> {
+    let (mut stream, peer) = connect(&shared.introduction(), address, Purpose::CatchUp).await?;
+    let unconfirmed = shared.is_unconfirmed();
+    let request = blocking({
+        let shared = shared.clone();
+        move || request(&shared, unconfirmed)
+    })
+    .await?;
+    info!(peer = peer.node, target = %target.index, "catching up");
+    let json = serde_json::to_vec(&request).map_err(|e| PeerError::Protocol(e.to_string()))?;
+    write_frame(&mut stream, b'q', &json).await?;
+    let (items, receiver) = mpsc::channel(QUEUE);
+    shared.apply(Work::CatchUp { items: receiver, target: target.clone() });
+    let mut stream = BufReader::with_capacity(1 << 20, stream);
+    let mut storage = String::new();
+    let (mut bytes, mut told) = (0u64, std::time::Instant::now());
+    loop {
+        let next = tokio::time::timeout(PATIENCE, read_frame(&mut stream, MAX_RECORD)).await;
+        let (kind, content) =
+            next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+        bytes += content.len() as u64;
+        if told.elapsed() > Duration::from_secs(5) {
+            told = std::time::Instant::now();
+            info!(peer = peer.node, megabytes = bytes >> 20, "catching up");
+        }
+        let malformed = |_| PeerError::Protocol("a malformed transaction".into());
+        let item = match kind {
+            b's' => {
+                storage = String::from_utf8_lossy(&content).into_owned();
+                continue;
+            }
+            b't' => {
+                let meta = take_meta(&mut content.clone()).map_err(malformed)?;
+                CatchUpItem::Begin(storage.clone(), meta)
+            }
+            b'd' => CatchUpItem::Record(take_record(&mut content.clone()).map_err(malformed)?),
+            b'e' => CatchUpItem::End,
+            b'z' => CatchUpItem::Done,
+            b'x' => return Err(PeerError::Refused(String::from_utf8_lossy(&content).into_owned())),
+            other => return Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
+        };
+        let done = matches!(item, CatchUpItem::Done);
+        if done {
+            shared.confirm();
+        }
+        if items.send(item).await.is_err() {
+            return Err(PeerError::Protocol("a newer catch-up has replaced this one".into()));
+        }
+        if done {
+            return Ok(());
+        }
+    }
+}
+
+fn request(shared: &Shared, unconfirmed: bool) -> Result<Request, PeerError> {
+    let mut storages = BTreeMap::new();
+    for (name, storage) in &shared.storages {
+        let mark = storage.reader.mark();
+        let sha256 = (unconfirmed && mark != Mark::START)
+            .then(|| hash_of(&storage.path, mark))
+            .transpose()?;
+        let have = Have { tid: mark.tid.0, position: mark.position.0, sha256 };
+        storages.insert(name.clone(), have);
+    }
+    Ok(Request { storages })
+}
+
+/// The hash of a data file up to a mark.
+fn hash_of(path: &std::path::Path, mark: Mark) -> std::io::Result<String> {
+    let file = OsDisk.open(path, Open::Read)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    // The magic may differ: it tells only which Python made the file.
+    let mut at = Mark::START.position.0;
+    while at < mark.position.0 {
+        let want = (mark.position.0 - at).min(buffer.len() as u64) as usize;
+        let n = read_full(&*file, &mut buffer[..want], at)?;
+        if n == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        hash.update(&buffer[..n]);
+        at += n as u64;
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, PeerError> + Send + 'static,
+) -> Result<T, PeerError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(PeerError::Protocol(error.to_string())))
+}
+
+/// Serves a follower.
+pub async fn serve(shared: Arc<Shared>, mut stream: TcpStream, peer: &str) {
+    let served = async {
+        let (kind, content) = read_frame(&mut stream, 1 << 20).await?;
+        let request: Request = match kind {
+            b'q' => {
+                serde_json::from_slice(&content).map_err(|e| PeerError::Protocol(e.to_string()))?
+            }
+            _ => return Err(PeerError::Protocol("no request for a catch-up".into())),
+        };
+        let (frames, mut queue) = mpsc::channel(QUEUE);
+        let reading = tokio::task::spawn_blocking(move || send_all(&shared, &request, &frames));
+        while let Some(frame) = queue.recv().await {
+            stream.write_all(&frame).await?;
+        }
+        drop(queue);
+        match reading.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(SendError::Refused(reason))) => {
+                write_frame(&mut stream, b'x', reason.as_bytes()).await?;
+                Err(PeerError::Protocol(reason))
+            }
+            Ok(Err(SendError::Storage(error))) => Err(PeerError::Protocol(error.to_string())),
+            Ok(Err(SendError::Gone)) => Ok(()),
+            Err(error) => Err(PeerError::Protocol(error.to_string())),
+        }
+    };
+    match served.await {
+        Ok(()) => info!(peer, "a node has caught up from here"),
+        Err(error) => warn!(peer, %error, "a node's catch-up from here ended"),
+    }
+}
+
+enum SendError {
+    Refused(String),
+    Storage(StorageError),
+    Gone,
+}
+
+impl From<StorageError> for SendError {
+    fn from(error: StorageError) -> Self {
+        SendError::Storage(error)
+    }
+}
+
+type Frames = mpsc::Sender<bytes::Bytes>;
+
+fn send_all(shared: &Shared, request: &Request, frames: &Frames) -> Result<(), SendError> {
+    let send = |frame| frames.blocking_send(frame).map_err(|_| SendError::Gone);
+    for (name, storage) in &shared.storages {
+        let Some(have) = request.storages.get(name) else {
+            let reason = format!("its configuration lacks the storage {name:?}");
+            return Err(SendError::Refused(reason));
+        };
+        check_beginning(&storage.path, &storage.reader, name, have)?;
+        send(frame(b's', name.as_bytes()))?;
+        let mut transactions = storage.reader.transactions(Tid(have.tid).next(), Tid::MAX)?;
+        while let Some(stored) = transactions.advance()? {
+            let mut out = BytesMut::new();
+            put_meta(&stored.meta, &mut out);
+            send(frame(b't', &out))?;
+            transactions.records(&stored, |record: Record| {
+                out.clear();
+                put_record(&record, &mut out);
+                send(frame(b'd', &out))
+            })?;
+            send(frame(b'e', b""))?;
+        }
+    }
+    send(frame(b'z', b""))
+}
+
+/// A data file that this cluster did not write is welcome if it is the beginning of ours.
+fn check_beginning(
+    path: &std::path::Path,
+    reader: &Reader,
+    name: &str,
+    have: &Have,
+) -> Result<(), SendError> {
+    let foreign = || {
+        SendError::Refused(format!(
+            "its data file of storage {name:?} is not the beginning of the cluster's history: it \
+             holds another database. To let the node join, move that file away"
+        ))
+    };
+    let tid = Tid(have.tid);
+    let known = tid == Tid::NONE
+        || reader
+            .transactions(tid, tid)?
+            .advance()?
+            .is_some_and(|stored| have.sha256.is_none() || stored.end().0 == have.position);
+    if !known {
+        return Err(foreign());
+    }
+    if let Some(theirs) = &have.sha256 {
+        let mark = Mark { position: standby_types::Position(have.position), tid };
+        let ours = hash_of(path, mark).map_err(|source| {
+            SendError::Storage(StorageError::Io { path: path.to_owned(), action: "read", source })
+        })?;
+        if ours != *theirs {
+            return Err(foreign());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,235 @@
+//! The handshake between nodes.
+//!
+//! ```text
+//! dialling node                              accepting node
+//!    'h' hello (JSON, with a nonce)   ─────▶
+//!                                     ◀─────  'h' hello (JSON, with a nonce)
+//!                                     ◀─────  'm' HMAC-SHA256(secret, "accepting" · both hellos)
+//!    'm' HMAC-SHA256(secret,          ─────▶
+//!        "dialling" · both hellos)
+//!                                     ◀─────  'o' welcome
+//! ```
+//!
+//! Either side may send `'x'` with a reason instead and close. Both prove that they know the secret
+//! without showing it, and the nonces make every proof a new one. What follows is not
+//! encrypted.
+
+use std::time::Duration;
+
+use hmac::{Hmac, Mac};
+use serde::{Deserialize, Serialize};
+use sha2::Sha256;
+use standby_consensus::Member;
+use standby_types::NodeId;
+use tokio::net::TcpStream;
+
+use super::{PeerError, read_frame, write_frame};
+use crate::state::random_hex;
+
+const PROTOCOL: u32 = 1;
+/// A hello is short.
+const MAX_HELLO: usize = 4 << 10;
+/// How long a handshake may take.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Purpose {
+    /// Messages of consensus, and reports, from the dialling node.
+    Link,
+    /// Transactions for a node that is behind.
+    CatchUp,
+    /// A client that is passed on.
+    Client,
+    /// Only the hello is wanted.
+    Probe,
+}
+
+/// What this node says of itself, and the secret.
+pub struct Introduction {
+    /// This node.
+    pub member: Member,
+    /// The cluster's name.
+    pub cluster: String,
+    /// The cluster's identity; empty if the node belongs to none yet.
+    pub cluster_id: String,
+    /// What the nodes prove to each other that they know.
+    pub secret: Vec<u8>,
+}
+
+/// Who a peer says it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerInfo {
+    protocol: u32,
+    /// What for.
+    pub purpose: Purpose,
+    /// The cluster's name.
+    pub cluster: String,
+    /// The cluster's identity; empty if the node belongs to none yet.
+    pub cluster_id: String,
+    id: String,
+    /// The node's name.
+    pub node: String,
+    /// Its group.
+    pub group: String,
+    /// Where it listens for peers.
+    pub peer_address: String,
+    nonce: String,
+}
+
+impl PeerInfo {
+    fn of(me: &Introduction, purpose: Purpose) -> Result<PeerInfo, PeerError> {
+        let member = &me.member;
+        Ok(PeerInfo {
+            protocol: PROTOCOL,
+            purpose,
+            cluster: me.cluster.clone(),
+            cluster_id: me.cluster_id.clone(),
+            id: member.id.to_string(),
+            node: member.name.clone(),
+            group: member.group.clone(),
+            peer_address: member.peer_address.clone(),
+            nonce: random_hex(32).map_err(|error| PeerError::Protocol(error.to_string()))?,
+        })
+    }
+
+    /// Its identity.
+    pub fn id(&self) -> NodeId {
+        NodeId(u64::from_str_radix(&self.id, 16).unwrap_or(0))
+    }
+
+    /// Why the two nodes do not belong together, if so.
+    fn mismatch(&self, other: &PeerInfo) -> Option<String> {
+        if self.protocol != other.protocol {
+            Some(format!("protocol {} here, {} there", self.protocol, other.protocol))
+        } else if self.cluster != other.cluster {
+            Some(format!(
+                "node {} belongs to cluster {:?}, node {} to {:?}",
+                self.node, self.cluster, other.node, other.cluster
+            ))
+        } else if other.id().0 == 0 {
+            Some(format!("node {} has no identity", other.node))
+        } else if self.id == other.id {
+            Some(format!(
+                "node {} has the identity of node {}: was its disk copied?",
+                other.node, self.node
+            ))
+        } else if !self.cluster_id.is_empty()
+            && !other.cluster_id.is_empty()
+            && self.cluster_id != other.cluster_id
+        {
+            Some(format!(
+                "node {} belongs to a cluster {:?} that was founded separately: its database is another \
+                 one. To let it join, move its data file and state directory away",
+                other.node, other.cluster
+            ))
+        } else {
+            None
+        }
+    }
+}
+
+fn proof(secret: &[u8], side: &str, hellos: [&[u8]; 2]) -> Hmac<Sha256> {
+    // HMAC takes keys of any length.
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret).unwrap_or_else(|_| unreachable!());
+    mac.update(side.as_bytes());
+    for hello in hellos {
+        mac.update(&(hello.len() as u64).to_be_bytes());
+        mac.update(hello);
+    }
+    mac
+}
+
+fn parse(kind: u8, content: &[u8]) -> Result<PeerInfo, PeerError> {
+    match kind {
+        b'h' => serde_json::from_slice(content)
+            .map_err(|error| PeerError::Protocol(format!("a malformed hello: {error}"))),
+        b'x' => Err(PeerError::Refused(String::from_utf8_lossy(content).into_owned())),
+        _ => Err(PeerError::Protocol("no hello: is this the peer-address of a node?".into())),
+    }
+}
+
+async fn refuse(stream: &mut TcpStream, reason: &str) -> PeerError {
+    let _ = write_frame(stream, b'x', reason.as_bytes()).await;
+    PeerError::Protocol(reason.into())
+}
+
+async fn expect(stream: &mut TcpStream, expected: u8) -> Result<bytes::Bytes, PeerError> {
+    match read_frame(stream, MAX_HELLO).await? {
+        (kind, content) if kind == expected => Ok(content),
+        (b'x', reason) => Err(PeerError::Refused(String::from_utf8_lossy(&reason).into_owned())),
+        _ => Err(PeerError::Protocol("the handshake is out of order".into())),
+    }
+}
+
+/// Dials a node and proves who we are.
+pub async fn connect(
+    me: &Introduction,
+    address: &str,
+    purpose: Purpose,
+) -> Result<(TcpStream, PeerInfo), PeerError> {
+    tokio::time::timeout(PATIENCE, dial(me, address, purpose))
+        .await
+        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
+}
+
+async fn dial(
+    me: &Introduction,
+    address: &str,
+    purpose: Purpose,
+) -> Result<(TcpStream, PeerInfo), PeerError> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    let mine = PeerInfo::of(me, purpose)?;
+    let my_hello = to_json(&mine)?;
+    write_frame(&mut stream, b'h', &my_hello).await?;
+    let (kind, their_hello) = read_frame(&mut stream, MAX_HELLO).await?;
+    let theirs = parse(kind, &their_hello)?;
+    let hellos = [&my_hello[..], &their_hello[..]];
+    let tag = expect(&mut stream, b'm').await?;
+    if proof(&me.secret, "accepting", hellos).verify_slice(&tag).is_err() {
+        let reason = format!("nodes {} and {} have different secrets", mine.node, theirs.node);
+        return Err(refuse(&mut stream, &reason).await);
+    }
+    let tag = proof(&me.secret, "dialling", hellos).finalize().into_bytes();
+    write_frame(&mut stream, b'm', &tag).await?;
+    expect(&mut stream, b'o').await?;
+    if let Some(reason) = mine.mismatch(&theirs) {
+        return Err(refuse(&mut stream, &reason).await);
+    }
+    Ok((stream, theirs))
+}
+
+/// Lets a node in, or refuses it.
+pub async fn receive(me: &Introduction, stream: &mut TcpStream) -> Result<PeerInfo, PeerError> {
+    tokio::time::timeout(PATIENCE, accept(me, stream))
+        .await
+        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
+}
+
+async fn accept(me: &Introduction, stream: &mut TcpStream) -> Result<PeerInfo, PeerError> {
+    stream.set_nodelay(true)?;
+    let (kind, their_hello) = read_frame(stream, MAX_HELLO).await?;
+    let theirs = parse(kind, &their_hello)?;
+    let mine = PeerInfo::of(me, theirs.purpose)?;
+    let my_hello = to_json(&mine)?;
+    let hellos = [&their_hello[..], &my_hello[..]];
+    write_frame(stream, b'h', &my_hello).await?;
+    let tag = proof(&me.secret, "accepting", hellos).finalize().into_bytes();
+    write_frame(stream, b'm', &tag).await?;
+    let tag = expect(stream, b'm').await?;
+    if proof(&me.secret, "dialling", hellos).verify_slice(&tag).is_err() {
+        let reason = format!("nodes {} and {} have different secrets", mine.node, theirs.node);
+        return Err(refuse(stream, &reason).await);
+    }
+    if let Some(reason) = mine.mismatch(&theirs) {
+        return Err(refuse(stream, &reason).await);
+    }
+    write_frame(stream, b'o', b"").await?;
+    Ok(theirs)
+}
+
+fn to_json(info: &PeerInfo) -> Result<Vec<u8>, PeerError> {
+    serde_json::to_vec(info).map_err(|error| PeerError::Protocol(error.to_string()))
+}

@@ -1,0 +1,210 @@
+//! Links: the connections over which consensus talks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use standby_consensus::decode_message;
+use standby_types::NodeId;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tracing::{debug, info, warn};
+
+use super::{
+    Introduction, MAX_FRAME, PeerError, PeerInfo, Purpose, catch_up, connect, frame, read_frame,
+    receive,
+};
+use crate::engine::Event;
+use crate::listener;
+use crate::node::Shared;
+use crate::status::NodeReport;
+
+/// Frames that wait for a slow peer; more are dropped, and Raft sends again.
+const QUEUE: usize = 4096;
+/// Time between attempts to reach a node.
+const RETRY: Duration = Duration::from_millis(250);
+/// Time between two log lines about the same unreachable node.
+const QUIET: Duration = Duration::from_secs(60);
+
+/// The nodes that this one can send to.
+#[derive(Default)]
+pub struct Peers {
+    links: Mutex<BTreeMap<NodeId, mpsc::Sender<Bytes>>>,
+    dialled: Mutex<BTreeSet<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Peers {
+    /// Sends a message of consensus; it may be lost.
+    pub fn send(&self, to: NodeId, message: &[u8]) {
+        if let Some(link) = lock(&self.links).get(&to) {
+            let _ = link.try_send(frame(b'r', message));
+        }
+    }
+
+    /// Sends a report to all.
+    pub fn broadcast(&self, report: &NodeReport) {
+        let Ok(json) = serde_json::to_vec(report) else { return };
+        let report = frame(b's', &json);
+        for link in lock(&self.links).values() {
+            let _ = link.try_send(report.clone());
+        }
+    }
+
+    /// Keeps a link to the node at this address from now on.
+    pub fn dial(shared: &Arc<Shared>, address: &str) {
+        if address != shared.member.peer_address
+            && lock(&shared.peers.dialled).insert(address.to_owned())
+        {
+            tokio::spawn(keep_dialling(shared.clone(), address.to_owned()));
+        }
+    }
+}
+
+async fn keep_dialling(shared: Arc<Shared>, address: String) {
+    let mut last_told: Option<(String, Instant)> = None;
+    loop {
+        match connect(&shared.introduction(), &address, Purpose::Link).await {
+            Ok((stream, info)) => {
+                last_told = None;
+                let id = info.id();
+                debug!(peer = info.node, address, "link made");
+                run_dialled(&shared, stream, info).await;
+                shared.tell(Event::PeerLost(id)).await;
+            }
+            Err(error) => {
+                let text = error.to_string();
+                let told =
+                    last_told.as_ref().is_some_and(|(t, at)| *t == text && at.elapsed() < QUIET);
+                if !told {
+                    match error {
+                        PeerError::Io(_) => info!(address, error = text, "cannot reach a node yet"),
+                        _ => warn!(address, error = text, "cannot join with a node"),
+                    }
+                    last_told = Some((text, Instant::now()));
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Sends what is queued; ends when the other side closes.
+async fn run_dialled(shared: &Arc<Shared>, stream: TcpStream, info: PeerInfo) {
+    let id = info.id();
+    let (sender, mut queue) = mpsc::channel(QUEUE);
+    lock(&shared.peers.links).insert(id, sender);
+    shared.tell(Event::PeerUp(info)).await;
+    let (mut read, mut write) = stream.into_split();
+    let send = async {
+        while let Some(first) = queue.recv().await {
+            let mut together = bytes::BytesMut::from(&first[..]);
+            while together.len() < 1 << 20 {
+                match queue.try_recv() {
+                    Ok(next) => together.extend_from_slice(&next),
+                    Err(_) => break,
+                }
+            }
+            if write.write_all(&together).await.is_err() {
+                break;
+            }
+        }
+    };
+    let mut byte = [0];
+    // The accepting side says nothing; reading tells when it is gone.
+    tokio::select! {
+        () = send => {}
+        _ = read.read(&mut byte) => {}
+    }
+    lock(&shared.peers.links).remove(&id);
+}
+
+/// Accepts connections from other nodes.
+pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                tokio::spawn(accept(shared.clone(), stream));
+            }
+            Err(error) => {
+                warn!(%error, "cannot accept a peer's connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn accept(shared: Arc<Shared>, mut stream: TcpStream) {
+    let from = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
+    let info = match receive(&shared.introduction(), &mut stream).await {
+        Ok(info) => info,
+        Err(PeerError::Io(error)) => return debug!(from, %error, "a peer's handshake broke off"),
+        Err(error) => return warn!(from, %error, "refused a connection to the peer address"),
+    };
+    match info.purpose {
+        Purpose::Probe => {}
+        Purpose::Link => {
+            let id = info.id();
+            shared.tell(Event::PeerUp(info)).await;
+            if let Err(error) = receive_all(&shared, &mut stream, id).await {
+                debug!(from, %error, "a link ended");
+            }
+            shared.tell(Event::PeerLost(id)).await;
+        }
+        Purpose::CatchUp => catch_up::serve(shared, stream, &info.node).await,
+        Purpose::Client => listener::passed_on(shared, stream).await,
+    }
+}
+
+async fn receive_all(
+    shared: &Arc<Shared>,
+    stream: &mut TcpStream,
+    from: NodeId,
+) -> Result<(), PeerError> {
+    let mut stream = tokio::io::BufReader::with_capacity(256 << 10, stream);
+    loop {
+        let (kind, content) = read_frame(&mut stream, MAX_FRAME).await?;
+        match kind {
+            b'r' => {
+                let message = decode_message(content)
+                    .map_err(|error| PeerError::Protocol(error.to_string()))?;
+                if message.from() != from || message.to() != shared.id {
+                    return Err(PeerError::Protocol("a message under another's name".into()));
+                }
+                shared.tell(Event::Peer(message)).await;
+            }
+            b's' => {
+                if let Ok(report) = serde_json::from_slice::<NodeReport>(&content) {
+                    shared.reports.note(from, report);
+                }
+            }
+            other => {
+                return Err(PeerError::Protocol(format!("a frame of unknown kind {other}")));
+            }
+        }
+    }
+}
+
+/// Asks the other members whether the cluster exists already; the node that says so.
+pub async fn probe(me: &Introduction, addresses: &[String], patience: Duration) -> Option<String> {
+    let deadline = Instant::now() + patience;
+    let mut answered = BTreeSet::new();
+    while Instant::now() < deadline && answered.len() < addresses.len() {
+        for address in addresses {
+            match connect(me, address, Purpose::Probe).await {
+                Ok((_, info)) if info.cluster_id.is_empty() => {
+                    answered.insert(address.clone());
+                }
+                Ok((_, info)) => return Some(info.node),
+                Err(error) => debug!(address, %error, "no answer"),
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    None
+}

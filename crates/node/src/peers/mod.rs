@@ -1,0 +1,73 @@
+//! The other nodes: who they are, and how to reach them.
+//!
+//! Each node dials every other one and sends over the connection it dialled; what it receives comes
+//! over the connections that others dialled. Every connection begins with a handshake
+//! (`hello.rs`) that refuses strangers; then it serves one purpose (`Purpose`): a link for messages
+//! (`link.rs`), a catch-up (`catch_up.rs`), a client passed on from another node, or a question
+//! whether a cluster exists already.
+
+mod catch_up;
+mod hello;
+mod link;
+
+pub use catch_up::fetch;
+pub use hello::{Introduction, PeerInfo, Purpose, connect, receive};
+pub use link::{Peers, listen, probe};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// The longest frame between nodes.
+const MAX_FRAME: usize = 64 << 20;
+
+/// A peer's connection that cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// The connection broke.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    /// The other side refuses us, and says why.
+    #[error("refused: {0}")]
+    Refused(String),
+    /// The other side does not follow the protocol, or does not know the secret.
+    #[error("{0}")]
+    Protocol(String),
+}
+
+/// Frames between nodes: length 4, kind 1, content.
+async fn read_frame(
+    stream: &mut (impl AsyncRead + Unpin),
+    limit: usize,
+) -> Result<(u8, Bytes), PeerError> {
+    let len = stream.read_u32().await? as usize;
+    if len == 0 || len > limit {
+        return Err(PeerError::Protocol(format!("a frame of {len} bytes was announced")));
+    }
+    let kind = stream.read_u8().await?;
+    // Memory grows with what comes, not with what is announced.
+    let mut content = BytesMut::with_capacity((len - 1).min(1 << 16));
+    while content.len() < len - 1 {
+        let missing = len - 1 - content.len();
+        let n = stream.take(missing as u64).read_buf(&mut content).await?;
+        if n == 0 {
+            return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+        }
+    }
+    Ok((kind, content.freeze()))
+}
+
+fn frame(kind: u8, content: &[u8]) -> Bytes {
+    let mut out = BytesMut::with_capacity(5 + content.len());
+    out.put_u32(content.len() as u32 + 1);
+    out.put_u8(kind);
+    out.put_slice(content);
+    out.freeze()
+}
+
+async fn write_frame(
+    stream: &mut (impl AsyncWrite + Unpin),
+    kind: u8,
+    content: &[u8],
+) -> Result<(), PeerError> {
+    Ok(stream.write_all(&frame(kind, content)).await?)
+}

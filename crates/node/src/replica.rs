@@ -1,0 +1,335 @@
+//! The replicated state machine: what the log's entries do to the storages. Deterministic: the same
+//! entries make the same state on every node.
+//!
+//! Applying an entry again, or one whose transaction has already come from a peer, changes nothing:
+//! a transaction that is not above the storage's last one is there already.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use standby_consensus::{AppliedPoint, Command, Committed, Ending, Membership};
+use standby_filestorage::{
+    FileStorage, Record, StorageError, TransactionMeta, record_len, take_meta, take_record,
+};
+use standby_types::{LogIndex, Oid, Term, Tid};
+use standby_zeo::{MakeSpill, Slot, Spill};
+
+use crate::state::{Checkpoint, StoragePoint, decode_shared, encode_shared};
+
+/// Why an entry cannot be applied. The node must stop: it would differ from the others.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The data file cannot be written, or contradicts the log.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The entry means nothing.
+    #[error("log entry {0} cannot be understood; was it written by a newer version of Standby?")]
+    Malformed(LogIndex),
+    /// The entry names a storage that this node does not have.
+    #[error(
+        "the log has a transaction of the storage {0:?}, which this node's configuration lacks"
+    )]
+    UnknownStorage(String),
+    /// A long transaction's part cannot be kept or found.
+    #[error("a part of a long transaction is not at hand: {0}")]
+    Part(io::Error),
+}
+
+/// A transaction that has just become visible.
+#[derive(Debug, Clone)]
+pub struct Applied {
+    /// Its storage.
+    pub storage: String,
+    /// Its tid.
+    pub tid: Tid,
+    /// The objects that it changed.
+    pub oids: Arc<[Oid]>,
+}
+
+/// See the module.
+pub struct Replica {
+    cluster_id: String,
+    index: LogIndex,
+    term: Term,
+    membership: Membership,
+    storages: BTreeMap<String, Stored>,
+    parts: Parts,
+}
+
+struct Stored {
+    storage: FileStorage,
+    ceiling: Oid,
+}
+
+impl Replica {
+    /// Continues from a checkpoint; the storages stand at its marks.
+    pub fn new(
+        checkpoint: &Checkpoint,
+        storages: BTreeMap<String, FileStorage>,
+        make_spill: MakeSpill,
+    ) -> Replica {
+        let ceiling =
+            |name: &str| checkpoint.storages.get(name).map_or(Oid(0), |point| point.ceiling);
+        Replica {
+            cluster_id: checkpoint.cluster_id.clone(),
+            index: checkpoint.index,
+            term: checkpoint.term,
+            membership: checkpoint.membership.clone(),
+            storages: storages
+                .into_iter()
+                .map(|(name, storage)| {
+                    let ceiling = ceiling(&name);
+                    (name, Stored { storage, ceiling })
+                })
+                .collect(),
+            parts: Parts::new(make_spill),
+        }
+    }
+
+    /// The last entry applied.
+    pub fn index(&self) -> LogIndex {
+        self.index
+    }
+
+    /// The cluster's identity; empty if this node has not joined one.
+    pub fn cluster_id(&self) -> &str {
+        &self.cluster_id
+    }
+
+    /// A storage.
+    pub fn storage(&self, name: &str) -> Option<&FileStorage> {
+        self.storages.get(name).map(|stored| &stored.storage)
+    }
+
+    /// The storages, by name.
+    pub fn storages(&self) -> impl Iterator<Item = (&String, &FileStorage)> {
+        self.storages.iter().map(|(name, stored)| (name, &stored.storage))
+    }
+
+    /// Oids up to these may have been handed out.
+    pub fn ceilings(&self) -> BTreeMap<String, Oid> {
+        self.storages.iter().map(|(name, stored)| (name.clone(), stored.ceiling)).collect()
+    }
+
+    /// The state as others need it to start from there.
+    pub fn point(&self) -> AppliedPoint {
+        AppliedPoint {
+            index: self.index,
+            term: self.term,
+            membership: self.membership.clone(),
+            state: encode_shared(&self.cluster_id, &self.ceilings()).into(),
+            open_parts: !self.parts.is_empty(),
+        }
+    }
+
+    /// The state as a checkpoint; `None` while a long transaction's parts are open, for its
+    /// closing entry needs them. True only once the data files are synced.
+    pub fn checkpoint(&self) -> Option<Checkpoint> {
+        self.parts.is_empty().then(|| Checkpoint {
+            cluster_id: self.cluster_id.clone(),
+            index: self.index,
+            term: self.term,
+            log_begins_here: false,
+            membership: self.membership.clone(),
+            storages: self
+                .storages
+                .iter()
+                .map(|(name, stored)| {
+                    let point =
+                        StoragePoint { mark: stored.storage.mark(), ceiling: stored.ceiling };
+                    (name.clone(), point)
+                })
+                .collect(),
+        })
+    }
+
+    /// Applies the next entry.
+    pub fn apply(&mut self, entry: &Committed) -> Result<Option<Applied>, ApplyError> {
+        let (index, term) = entry.point();
+        if index <= self.index {
+            return Ok(None);
+        }
+        if term > self.term {
+            // The parts' proposer leads no more; nobody else closes them.
+            self.parts.clear();
+        }
+        let applied = match entry {
+            Committed::Empty(..) => None,
+            Committed::Membership(_, _, membership) => {
+                self.membership = membership.clone();
+                None
+            }
+            Committed::Command(_, _, data) => {
+                let command =
+                    Command::decode(data.clone()).map_err(|_| ApplyError::Malformed(index))?;
+                self.command(index, command)?
+            }
+        };
+        (self.index, self.term) = (index, term);
+        Ok(applied)
+    }
+
+    fn command(
+        &mut self,
+        index: LogIndex,
+        command: Command,
+    ) -> Result<Option<Applied>, ApplyError> {
+        match command {
+            Command::Part(bytes) => {
+                self.parts.put(index, bytes).map_err(ApplyError::Part)?;
+                Ok(None)
+            }
+            Command::OidCeiling { storage, ceiling } => {
+                let stored = self.stored(&storage)?;
+                stored.ceiling = stored.ceiling.max(ceiling);
+                Ok(None)
+            }
+            Command::Transaction(ending) => self.transaction(index, ending),
+        }
+    }
+
+    fn transaction(
+        &mut self,
+        index: LogIndex,
+        ending: Ending,
+    ) -> Result<Option<Applied>, ApplyError> {
+        let malformed = |_| ApplyError::Malformed(index);
+        let meta = take_meta(&mut ending.head.clone()).map_err(malformed)?;
+        let unknown = || ApplyError::UnknownStorage(ending.storage.clone());
+        let stored = self.storages.get_mut(&ending.storage).ok_or_else(unknown)?;
+        let parts = &mut self.parts;
+        if meta.tid <= stored.storage.mark().tid {
+            parts.remove(&ending.parts);
+            return Ok(None);
+        }
+        let mut appender = stored.storage.begin(&meta)?;
+        let mut oids = Vec::new();
+        let mut pending = BytesMut::new();
+        let mut take = |bytes: Bytes| -> Result<(), ApplyError> {
+            pending.extend_from_slice(&bytes);
+            while let Some(len) = record_len(&pending).map_err(malformed)? {
+                if pending.len() < len {
+                    break;
+                }
+                let mut bytes = pending.split_to(len).freeze();
+                let record = take_record(&mut bytes).map_err(malformed)?;
+                appender.record(&record)?;
+                oids.push(record.oid);
+            }
+            Ok(())
+        };
+        for part in &ending.parts {
+            take(parts.get(*part).map_err(ApplyError::Part)?)?;
+        }
+        take(ending.rest)?;
+        if !pending.is_empty() {
+            return Err(ApplyError::Malformed(index));
+        }
+        appender.finish()?;
+        parts.remove(&ending.parts);
+        stored.note_oids(&oids);
+        Ok(Some(Applied { storage: ending.storage, tid: meta.tid, oids: oids.into() }))
+    }
+
+    /// Appends a transaction that has come from a peer instead of the log; `None` if it is
+    /// there already. `next` gives the records one by one.
+    pub fn copy(
+        &mut self,
+        storage: &str,
+        meta: &TransactionMeta,
+        mut next: impl FnMut() -> Result<Option<Record>, ApplyError>,
+    ) -> Result<Option<Applied>, ApplyError> {
+        let stored = self.stored(storage)?;
+        if meta.tid <= stored.storage.mark().tid {
+            while next()?.is_some() {}
+            return Ok(None);
+        }
+        let mut appender = stored.storage.begin(meta)?;
+        let mut oids = Vec::new();
+        while let Some(record) = next()? {
+            appender.record(&record)?;
+            oids.push(record.oid);
+        }
+        appender.finish()?;
+        stored.note_oids(&oids);
+        Ok(Some(Applied { storage: storage.into(), tid: meta.tid, oids: oids.into() }))
+    }
+
+    /// A catch-up has brought the storages to `target` or beyond.
+    pub fn caught_up(&mut self, target: &AppliedPoint) -> anyhow::Result<()> {
+        let (cluster_id, ceilings) = decode_shared(&target.state)?;
+        self.cluster_id = cluster_id;
+        for (name, ceiling) in ceilings {
+            let stored = self.stored(&name)?;
+            stored.ceiling = stored.ceiling.max(ceiling);
+        }
+        if target.index > self.index {
+            self.index = target.index;
+            self.term = target.term;
+            self.membership = target.membership.clone();
+            self.parts.clear();
+        }
+        Ok(())
+    }
+
+    fn stored(&mut self, name: &str) -> Result<&mut Stored, ApplyError> {
+        self.storages.get_mut(name).ok_or_else(|| ApplyError::UnknownStorage(name.into()))
+    }
+}
+
+impl Stored {
+    /// An oid in use was handed out, whoever did it.
+    fn note_oids(&mut self, oids: &[Oid]) {
+        let highest = oids.iter().max().copied().unwrap_or(Oid(0));
+        self.ceiling = self.ceiling.max(highest);
+    }
+}
+
+/// Parts of long transactions that are not closed yet.
+struct Parts {
+    slots: HashMap<LogIndex, Slot>,
+    spill: Spill,
+}
+
+/// Bytes of parts that are kept in memory.
+const PARTS_IN_MEMORY: usize = 16 << 20;
+
+impl Parts {
+    fn new(make_spill: MakeSpill) -> Parts {
+        Parts { slots: HashMap::new(), spill: Spill::new(PARTS_IN_MEMORY, make_spill) }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    fn clear(&mut self) {
+        self.slots.clear();
+        self.spill.clear();
+    }
+
+    fn put(&mut self, index: LogIndex, bytes: Bytes) -> io::Result<()> {
+        let slot = self.spill.put(bytes)?;
+        self.slots.insert(index, slot);
+        Ok(())
+    }
+
+    fn get(&self, index: LogIndex) -> io::Result<Bytes> {
+        let missing = || io::Error::new(io::ErrorKind::NotFound, format!("log entry {index}"));
+        self.spill.get(self.slots.get(&index).ok_or_else(missing)?)
+    }
+
+    fn remove(&mut self, indexes: &[LogIndex]) {
+        for slot in indexes.iter().filter_map(|index| self.slots.remove(index)) {
+            self.spill.release(slot);
+        }
+        if self.slots.is_empty() {
+            self.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

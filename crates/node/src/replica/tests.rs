@@ -1,0 +1,155 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use standby_filestorage::{Access, Extent, Magic, Mark, RecordData, put_meta, put_record};
+use standby_types::disk::Open;
+use standby_types::memory::MemoryDisk;
+use standby_types::{Disk, NodeId};
+
+use super::*;
+
+fn replica(disk: &MemoryDisk) -> Replica {
+    let arc: Arc<dyn Disk> = Arc::new(disk.clone());
+    let (storage, _) = FileStorage::open(
+        arc,
+        Path::new("/db/Data.fs"),
+        Path::new("/state/1.index"),
+        Magic::Fs30,
+        Extent::Whole,
+        &mut |_, _| (),
+    )
+    .unwrap();
+    let checkpoint = Checkpoint {
+        cluster_id: "c".into(),
+        index: LogIndex(1),
+        term: Term(1),
+        log_begins_here: false,
+        membership: Membership::default(),
+        storages: BTreeMap::from([(
+            "1".into(),
+            StoragePoint { mark: Mark::START, ceiling: Oid(0) },
+        )]),
+    };
+    let spill = disk.clone();
+    let make_spill: MakeSpill = Arc::new(move || spill.open(Path::new("/spill"), Open::Create));
+    Replica::new(&checkpoint, BTreeMap::from([("1".into(), storage)]), make_spill)
+}
+
+fn head(tid: u64) -> Bytes {
+    let mut out = BytesMut::new();
+    let (user, description, extension) = Default::default();
+    put_meta(
+        &TransactionMeta { tid: Tid(tid), status: b' ', user, description, extension },
+        &mut out,
+    );
+    out.freeze()
+}
+
+fn records(list: &[(u64, usize)]) -> Bytes {
+    let mut out = BytesMut::new();
+    for (oid, len) in list {
+        let data = RecordData::Data(vec![*oid as u8; *len].into());
+        put_record(&Record { oid: Oid(*oid), data }, &mut out);
+    }
+    out.freeze()
+}
+
+fn closing(index: u64, term: u64, tid: u64, parts: &[u64], rest: Bytes) -> Committed {
+    let command = Command::Transaction(Ending {
+        storage: "1".into(),
+        head: head(tid),
+        parts: parts.iter().map(|i| LogIndex(*i)).collect(),
+        rest,
+    });
+    Committed::Command(LogIndex(index), Term(term), command.encode())
+}
+
+fn part(index: u64, term: u64, bytes: Bytes) -> Committed {
+    Committed::Command(LogIndex(index), Term(term), Command::Part(bytes).encode())
+}
+
+fn length_of(replica: &Replica, oid: u64) -> usize {
+    let reader = replica.storage("1").unwrap().reader();
+    reader.load_before(Oid(oid), Tid::MAX, Access::Blocking).unwrap().unwrap().data.len()
+}
+
+#[test]
+fn entries_are_applied_once() {
+    let disk = MemoryDisk::new();
+    let mut replica = replica(&disk);
+    let entry = closing(2, 1, 10, &[], records(&[(1, 5), (2, 6)]));
+    let applied = replica.apply(&entry).unwrap().unwrap();
+    assert_eq!((applied.tid, &applied.oids[..]), (Tid(10), &[Oid(1), Oid(2)][..]));
+    assert!(replica.apply(&entry).unwrap().is_none());
+    // The same transaction again under another index: it came from a peer before.
+    assert!(replica.apply(&closing(3, 1, 10, &[], records(&[(1, 5)]))).unwrap().is_none());
+    assert_eq!(replica.index(), LogIndex(3));
+    assert_eq!(replica.ceilings()["1"], Oid(2));
+}
+
+#[test]
+fn long_transactions_come_in_parts_that_interleave() {
+    let disk = MemoryDisk::new();
+    let mut replica = replica(&disk);
+    let long = records(&[(1, 3 << 20), (2, 100), (3, 30 << 20)]);
+    let (mut index, mut parts, mut rest) = (2, Vec::new(), long);
+    while rest.len() > 1 << 20 {
+        replica.apply(&part(index, 1, rest.split_to(1 << 20))).unwrap();
+        parts.push(index);
+        assert!(replica.checkpoint().is_none() && replica.point().open_parts);
+        replica.apply(&closing(index + 1, 1, index, &[], records(&[(9, index as usize)]))).unwrap();
+        index += 2;
+    }
+    let applied = replica.apply(&closing(index, 1, 1000, &parts, rest)).unwrap().unwrap();
+    assert_eq!(applied.oids.len(), 3);
+    assert_eq!((length_of(&replica, 1), length_of(&replica, 3)), (3 << 20, 30 << 20));
+    assert!(replica.checkpoint().is_some());
+}
+
+#[test]
+fn parts_of_a_former_leader_are_forgotten() {
+    let disk = MemoryDisk::new();
+    let mut replica = replica(&disk);
+    replica.apply(&part(2, 1, records(&[(1, 100)]))).unwrap();
+    replica.apply(&Committed::Empty(LogIndex(3), Term(2))).unwrap();
+    assert!(replica.checkpoint().is_some());
+}
+
+#[test]
+fn catch_up_and_log_may_overlap() {
+    let disk = MemoryDisk::new();
+    let mut replica = replica(&disk);
+    let meta = take_meta(&mut head(10)).unwrap();
+    let mut rows = vec![Record { oid: Oid(4), data: RecordData::Data(Bytes::from_static(b"x")) }];
+    let copied = replica.copy("1", &meta, || Ok(rows.pop())).unwrap().unwrap();
+    assert_eq!(copied.tid, Tid(10));
+    let mut target = replica.point();
+    (target.index, target.term) = (LogIndex(7), Term(3));
+    target.membership = Membership::founded_by(standby_consensus::Member {
+        id: NodeId(1),
+        name: "n1".into(),
+        group: "g".into(),
+        peer_address: "h:1".into(),
+    });
+    replica.caught_up(&target).unwrap();
+    assert!(replica.apply(&closing(7, 3, 10, &[], records(&[(4, 1)]))).unwrap().is_none());
+    assert!(replica.apply(&closing(8, 3, 11, &[], records(&[(4, 1)]))).unwrap().is_some());
+    assert_eq!(replica.point().membership, target.membership);
+}
+
+#[test]
+fn unknown_storages_and_garbage_are_errors() {
+    let disk = MemoryDisk::new();
+    let mut replica = replica(&disk);
+    let ending = Ending { storage: "2".into(), head: head(1), parts: vec![], rest: Bytes::new() };
+    let entry = Committed::Command(LogIndex(2), Term(1), Command::Transaction(ending).encode());
+    assert!(matches!(replica.apply(&entry), Err(ApplyError::UnknownStorage(_))));
+    let entry = Committed::Command(LogIndex(2), Term(1), Bytes::from_static(b"?"));
+    assert!(matches!(replica.apply(&entry), Err(ApplyError::Malformed(LogIndex(2)))));
+    let cut = records(&[(1, 50)]).slice(..30);
+    assert!(matches!(
+        replica.apply(&closing(2, 1, 10, &[], cut)),
+        Err(ApplyError::Malformed(LogIndex(2)))
+    ));
+}

@@ -1,0 +1,145 @@
+//! The clients' sessions, as the engine and the applier see them.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use standby_zeo::{Encoding, SessionId, VoteOutcome};
+use tokio::sync::mpsc;
+
+use crate::outbox::Outbox;
+
+/// Something that the session's own task must know.
+#[derive(Debug)]
+pub enum Mail {
+    /// `register` was accepted or refused; the client is answered already.
+    Registered(bool),
+    /// What became of a vote; the session answers.
+    Voted(VoteOutcome),
+}
+
+/// A session's handle for others.
+pub struct SessionHandle {
+    /// Its name in this process.
+    pub id: SessionId,
+    /// Who it is.
+    pub peer: SocketAddr,
+    /// What is to be sent.
+    pub outbox: Outbox,
+    /// To its own task.
+    pub mailbox: mpsc::UnboundedSender<Mail>,
+    encoding: OnceLock<Encoding>,
+    /// It may write: it must end when this node is not primary any more.
+    pub read_write: AtomicBool,
+    /// It wanted to write and took read-only: it must end when a primary appears.
+    pub settled: AtomicBool,
+    /// Its socket once more, to cut it off from any thread.
+    socket: Option<OwnedFd>,
+}
+
+impl SessionHandle {
+    /// A handle for a new session.
+    pub fn new(
+        id: SessionId,
+        peer: SocketAddr,
+        mailbox: mpsc::UnboundedSender<Mail>,
+        socket: Option<OwnedFd>,
+    ) -> SessionHandle {
+        SessionHandle {
+            id,
+            peer,
+            outbox: Outbox::default(),
+            mailbox,
+            encoding: OnceLock::new(),
+            read_write: AtomicBool::new(false),
+            settled: AtomicBool::new(false),
+            socket,
+        }
+    }
+
+    /// The encoding that the client chose.
+    pub fn encoding(&self) -> Encoding {
+        self.encoding.get().copied().unwrap_or(Encoding::Pickle)
+    }
+
+    /// Notes the encoding; the first time counts.
+    pub fn set_encoding(&self, encoding: Encoding) {
+        let _ = self.encoding.set(encoding);
+    }
+
+    /// Ends the session at once, from any thread; nothing that is queued is sent any more.
+    pub fn cut(&self, reason: &str) {
+        self.outbox.close(reason);
+        if let Some(socket) = &self.socket {
+            // The other side may be gone already.
+            let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+        }
+    }
+}
+
+/// All sessions of the node, and those registered for each storage.
+#[derive(Default)]
+pub struct Sessions {
+    next: AtomicU64,
+    all: Mutex<HashMap<SessionId, Arc<SessionHandle>>>,
+    registered: Mutex<HashMap<String, HashMap<SessionId, Arc<SessionHandle>>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Sessions {
+    /// A fresh name.
+    pub fn next_id(&self) -> SessionId {
+        SessionId(self.next.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// Adds a session.
+    pub fn add(&self, session: Arc<SessionHandle>) {
+        lock(&self.all).insert(session.id, session);
+    }
+
+    /// Registers a session for a storage: from now on it gets invalidations.
+    pub fn register(&self, storage: &str, session: Arc<SessionHandle>) {
+        lock(&self.registered).entry(storage.into()).or_default().insert(session.id, session);
+    }
+
+    /// Removes a session from everywhere.
+    pub fn remove(&self, id: SessionId) {
+        lock(&self.all).remove(&id);
+        for sessions in lock(&self.registered).values_mut() {
+            sessions.remove(&id);
+        }
+    }
+
+    /// The sessions registered for a storage.
+    pub fn of(&self, storage: &str) -> Vec<Arc<SessionHandle>> {
+        lock(&self.registered).get(storage).map_or_else(Vec::new, |s| s.values().cloned().collect())
+    }
+
+    /// Number of sessions registered for a storage.
+    pub fn count(&self, storage: &str) -> usize {
+        lock(&self.registered).get(storage).map_or(0, HashMap::len)
+    }
+
+    /// A session.
+    pub fn get(&self, id: SessionId) -> Option<Arc<SessionHandle>> {
+        lock(&self.all).get(&id).cloned()
+    }
+
+    /// Cuts off the sessions that `which` says; their number.
+    pub fn cut(&self, reason: &str, which: impl Fn(&SessionHandle) -> bool) -> usize {
+        let chosen: Vec<_> =
+            lock(&self.all).values().filter(|session| which(session)).cloned().collect();
+        chosen.iter().for_each(|session| session.cut(reason));
+        chosen.len()
+    }
+
+    /// Cuts off all sessions that may write.
+    pub fn cut_writers(&self, reason: &str) -> usize {
+        self.cut(reason, |session| session.read_write.load(Ordering::Acquire))
+    }
+}

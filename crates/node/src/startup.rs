@@ -1,0 +1,337 @@
+//! From what is on disk to a node that can run.
+//!
+//! ```text
+//!  state directory   <standby>                       the node
+//!  ───────────────   ─────────────────────────────   ─────────────────────────────────────────────
+//!  has a checkpoint  any                             resumes: the data files count up to the
+//!                                                    checkpoint; the log says what comes after
+//!  new               none                            founds a cluster of one
+//!  new               first member, no other knows    founds the cluster, alone at first
+//!                    a cluster yet
+//!  new               otherwise                       joins: empty, or with a data file that must be
+//!                                                    the beginning of the cluster's history
+//! ```
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use standby_consensus::{Command, LogWriter, Member, Membership, Recovered, recover};
+use standby_filestorage::{Extent, FileStorage, Magic, Mark, Tail, take_meta};
+use standby_types::{Disk, LogIndex, NodeId, Oid, Term, Tid};
+use tracing::{info, warn};
+
+use crate::config::{Config, StorageSection};
+use crate::state::{Checkpoint, Identity, StateDir, StoragePoint, random_hex};
+
+/// What a new node does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beginning {
+    /// Founds a cluster from its data files.
+    Found,
+    /// Waits for a cluster to take it in.
+    Join,
+}
+
+/// A node before its threads run.
+pub struct Prepared {
+    /// Who it is.
+    pub id: NodeId,
+    /// Where it stands.
+    pub checkpoint: Checkpoint,
+    /// Its storages, open, at the checkpoint's marks.
+    pub storages: BTreeMap<String, FileStorage>,
+    /// What the log holds.
+    pub recovered: Recovered,
+    /// The log, open for appending.
+    pub writer: LogWriter,
+    /// The data files were not written by this node: a peer must confirm that they are the beginning
+    /// of the cluster's history.
+    pub unconfirmed: bool,
+}
+
+/// True if the state directory does not say where the node stands.
+pub fn is_new(disk: &dyn Disk, state: &StateDir) -> anyhow::Result<bool> {
+    Ok(state.identity(disk)?.is_none() || state.checkpoint(disk)?.is_none())
+}
+
+/// Opens everything. `beginning` matters only for a new node.
+pub fn prepare(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    beginning: Beginning,
+) -> anyhow::Result<Prepared> {
+    match (state.identity(&**disk)?, state.checkpoint(&**disk)?) {
+        (Some(identity), Some(checkpoint)) => resume(config, disk, state, &identity, checkpoint),
+        (identity, _) => begin(config, disk, state, identity, beginning),
+    }
+}
+
+fn begin(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    identity: Option<Identity>,
+    beginning: Beginning,
+) -> anyhow::Result<Prepared> {
+    let identity = match identity {
+        Some(identity) => identity,
+        None => Identity {
+            id: random_hex(8)?,
+            node: config.standby.as_ref().map_or("alone".into(), |s| s.node.clone()),
+            cluster: config.standby.as_ref().map_or("alone".into(), |s| s.cluster.clone()),
+        },
+    };
+    check_identity(config, state, &identity)?;
+    state.set_identity(&**disk, &identity)?;
+    // A log without a checkpoint is what an interrupted beginning left.
+    for path in disk.list(&state.log())? {
+        disk.remove(&path)?;
+    }
+    let id = identity.node_id()?;
+    let mut storages = BTreeMap::new();
+    let mut points = BTreeMap::new();
+    let mut unconfirmed = false;
+    for section in &config.storages {
+        let (storage, ceiling) = open_whole(disk, state, section)?;
+        unconfirmed |= storage.mark() != Mark::START;
+        points.insert(section.name.clone(), StoragePoint { mark: storage.mark(), ceiling });
+        storages.insert(section.name.clone(), storage);
+    }
+    let found = beginning == Beginning::Found;
+    let mut recovered = recover(disk, &state.log())?;
+    // A new cluster's log begins after an entry that never was, so that every other node gets
+    // what this one has by catching up.
+    let start = if found { (LogIndex(1), Term(1)) } else { (LogIndex(0), Term(0)) };
+    let writer = LogWriter::open(disk.clone(), &state.log(), &mut recovered, Some(start))?;
+    let checkpoint = Checkpoint {
+        cluster_id: if found { random_hex(16)? } else { String::new() },
+        index: start.0,
+        term: start.1,
+        log_begins_here: false,
+        membership: if found {
+            Membership::founded_by(self_as_member(config, id))
+        } else {
+            Membership::default()
+        },
+        storages: points,
+    };
+    state.set_checkpoint(&**disk, &checkpoint)?;
+    if found {
+        info!(node = %id, cluster = %checkpoint.cluster_id, "founded a cluster");
+    }
+    let unconfirmed = unconfirmed && !found;
+    Ok(Prepared { id, checkpoint, storages, recovered, writer, unconfirmed })
+}
+
+fn resume(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    identity: &Identity,
+    mut checkpoint: Checkpoint,
+) -> anyhow::Result<Prepared> {
+    check_identity(config, state, identity)?;
+    let mut recovered = recover(disk, &state.log())?;
+    let catching_up = disk.exists(&state.catching_up())?;
+    if recovered.last_index() < checkpoint.index && !checkpoint.log_begins_here {
+        bail!(
+            "{}: the log ends at entry {}, but entry {} was durable: the disk has lost data. \
+             Remove this directory and {} to fetch everything from the other nodes",
+            state.log().display(),
+            recovered.last_index(),
+            checkpoint.index,
+            config.storages[0].path.display(),
+        );
+    }
+    let mut extents = Vec::new();
+    for section in &config.storages {
+        let Some(point) = checkpoint.storages.get(&section.name) else {
+            bail!(
+                "storage {:?} is new in {}; adding storages to a running cluster is not supported",
+                section.name,
+                config.file.display()
+            );
+        };
+        let mut expected = logged_tids(disk, state, &recovered, checkpoint.index, &section.name)?;
+        // After a catch-up the data file is ahead of the entry that the checkpoint names.
+        expected.retain(|tid| *tid > point.mark.tid);
+        let tail = match Tail::read(&**disk, &section.path, point.mark)? {
+            Tail::Different(reason) => Err(reason),
+            Tail::Follows(_) if catching_up => Ok(Vec::new()),
+            Tail::Follows(found) => {
+                let strange = |(nth, mark): &(usize, &Mark)| expected.get(*nth) != Some(&mark.tid);
+                match found.iter().enumerate().find(strange) {
+                    Some((_, mark)) => {
+                        Err(format!("transaction {} is not in Standby's log", mark.tid))
+                    }
+                    None => Ok(found),
+                }
+            }
+        };
+        match tail {
+            Ok(again) => extents.push(Extent::UpTo { mark: point.mark, again }),
+            Err(reason) => return adopt(config, disk, state, identity, section, &reason),
+        }
+    }
+    let mut storages = BTreeMap::new();
+    for (section, extent) in config.storages.iter().zip(extents) {
+        storages.insert(section.name.clone(), open_storage(disk, state, section, extent)?.0);
+    }
+    // After a catch-up the log is to begin anew; perhaps it was interrupted before it did.
+    let begun = recovered.holds(checkpoint.index, checkpoint.term);
+    let begins =
+        (checkpoint.log_begins_here && !begun).then_some((checkpoint.index, checkpoint.term));
+    let writer = LogWriter::open(disk.clone(), &state.log(), &mut recovered, begins)?;
+    if checkpoint.log_begins_here {
+        checkpoint.log_begins_here = false;
+        state.set_checkpoint(&**disk, &checkpoint)?;
+    }
+    state.set_catching_up(&**disk, false)?;
+    let id = identity.node_id()?;
+    info!(node = %id, applied = %checkpoint.index, log_end = %recovered.last_index(), "resuming");
+    let unconfirmed = false;
+    Ok(Prepared { id, checkpoint, storages, recovered, writer, unconfirmed })
+}
+
+/// The data file is not the one that Standby left. One node alone takes it as it is; a member of a
+/// cluster must not.
+fn adopt(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    identity: &Identity,
+    section: &StorageSection,
+    reason: &str,
+) -> anyhow::Result<Prepared> {
+    let path = section.path.display();
+    if let Some(standby) = &config.standby {
+        bail!(
+            "{path} was changed by another program while this node was down ({reason}), so it is not \
+             the cluster's history any more. To go on with the cluster's data: move {path} and {} \
+             away, and start again; the node fetches everything from the others. To found the \
+             cluster anew from this file: stop all nodes, remove the state directory of each, \
+             keep this file on the first member ({}) only, and start that first",
+            state.0.display(),
+            standby.members[0].name,
+        );
+    }
+    let kept = (1..)
+        .map(|n| StateDir(format!("{}.replaced-{n}", state.0.display()).into()))
+        .find(|dir| !disk.exists(&dir.0).unwrap_or(false))
+        .context("no name is free for the old state directory")?;
+    warn!(
+        file = %path, reason, kept = %kept.0.display(),
+        "the data file was changed by another program while Standby was down; it is taken as it is, \
+         and Standby's log of the time before is kept"
+    );
+    disk.rename(&state.0, &kept.0)?;
+    begin(config, disk, state, Some(identity.clone()), Beginning::Found)
+}
+
+/// The tids of a storage's transactions in the log after `applied`, in order.
+fn logged_tids(
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    recovered: &Recovered,
+    applied: LogIndex,
+    storage: &str,
+) -> anyhow::Result<Vec<Tid>> {
+    let mut tids = Vec::new();
+    for (index, data) in recovered.data_after(&**disk, &state.log(), applied)? {
+        if let Ok(Command::Transaction(ending)) = Command::decode(data)
+            && ending.storage == storage
+        {
+            let meta = take_meta(&mut ending.head.clone());
+            tids.push(meta.with_context(|| format!("log entry {index}"))?.tid);
+        }
+    }
+    Ok(tids)
+}
+
+fn check_identity(config: &Config, state: &StateDir, identity: &Identity) -> anyhow::Result<()> {
+    let Some(standby) = &config.standby else { return Ok(()) };
+    if identity.node != standby.node || identity.cluster != standby.cluster {
+        bail!(
+            "{} belongs to node {} of cluster {}, not to node {} of cluster {}: each node needs a \
+             state-dir of its own",
+            state.0.display(),
+            identity.node,
+            identity.cluster,
+            standby.node,
+            standby.cluster
+        );
+    }
+    Ok(())
+}
+
+/// This node as the others will know it.
+pub fn self_as_member(config: &Config, id: NodeId) -> Member {
+    match &config.standby {
+        Some(standby) => Member {
+            id,
+            name: standby.node.clone(),
+            group: standby.group.clone(),
+            peer_address: standby.peer_address.to_string(),
+        },
+        None => {
+            Member { id, name: "alone".into(), group: "alone".into(), peer_address: String::new() }
+        }
+    }
+}
+
+/// Opens a data file that no checkpoint knows; also returns its highest oid.
+fn open_whole(
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    section: &StorageSection,
+) -> anyhow::Result<(FileStorage, Oid)> {
+    if section.create && disk.exists(&section.path)? {
+        bail!(
+            "{} exists, but \"create true\" asks for a new file; remove the line or the file",
+            section.path.display()
+        );
+    }
+    let index = state.index(&section.name);
+    if disk.exists(&index)? {
+        disk.remove(&index)?;
+    }
+    open_storage(disk, state, section, Extent::Whole)
+}
+
+fn open_storage(
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    section: &StorageSection,
+    extent: Extent,
+) -> anyhow::Result<(FileStorage, Oid)> {
+    let path: &Path = &section.path;
+    let mut shown = 0;
+    let mut progress = |done: u64, total: u64| {
+        let percent = done * 100 / total.max(1);
+        if percent >= shown + 5 {
+            shown = percent;
+            info!(file = %path.display(), percent, "reading the data file to build its index");
+        }
+    };
+    let index = state.index(&section.name);
+    let (storage, opened) =
+        FileStorage::open(disk.clone(), path, &index, Magic::Fs30, extent, &mut progress)?;
+    if opened.created {
+        info!(file = %path.display(), "made a new data file");
+    }
+    if let Some((len, kept)) = &opened.torn {
+        warn!(
+            file = %path.display(), bytes = len, kept = %kept.display(),
+            "the data file ended in a transaction that was never completed; it was cut off and kept"
+        );
+    }
+    info!(
+        file = %path.display(), last_tid = %storage.mark().tid, objects = storage.reader().len(),
+        bytes = storage.reader().size(), "opened"
+    );
+    let highest = storage.reader().highest_oid().unwrap_or(Oid(0));
+    Ok((storage, highest))
+}

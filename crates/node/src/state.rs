@@ -1,0 +1,352 @@
+//! What a node remembers beside the data: who it is, and its last checkpoint.
+//!
+//! ```text
+//! STATE-DIR/identity      JSON; written once
+//! STATE-DIR/checkpoint    JSON, a line feed, its CRC-32C in hexadecimal; replaced atomically
+//! STATE-DIR/log/          the replicated log
+//! STATE-DIR/NAME.index    the index of storage NAME
+//! STATE-DIR/catching-up   exists while transactions come from a peer instead of the log
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+use standby_consensus::{AppliedPoint, Member, Membership};
+use standby_filestorage::Mark;
+use standby_types::disk::{read_all, replace};
+use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
+
+/// Who this node is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Drawn at random.
+    pub id: String,
+    /// The node's name when it was drawn.
+    pub node: String,
+    /// The cluster's name.
+    pub cluster: String,
+}
+
+impl Identity {
+    /// The id as a number.
+    pub fn node_id(&self) -> anyhow::Result<NodeId> {
+        Ok(NodeId(parse_hex(&self.id)?))
+    }
+}
+
+/// What is durable in the data files, and the entry of the log that they stand at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// Drawn when the cluster was founded; empty until this node has joined it.
+    pub cluster_id: String,
+    /// Entries up to this one are applied.
+    pub index: LogIndex,
+    /// Its term.
+    pub term: Term,
+    /// The log begins after `index`: what it holds otherwise is out of date.
+    pub log_begins_here: bool,
+    /// The members as of that entry.
+    pub membership: Membership,
+    /// The storages, by name.
+    pub storages: BTreeMap<String, StoragePoint>,
+}
+
+/// A storage's part of a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoragePoint {
+    /// How far the data file counts.
+    pub mark: Mark,
+    /// Oids up to this one may have been handed out.
+    pub ceiling: Oid,
+}
+
+impl Checkpoint {
+    /// The same as the consensus sees it.
+    pub fn applied_point(&self) -> AppliedPoint {
+        let ceilings = self.storages.iter().map(|(name, s)| (name.clone(), s.ceiling)).collect();
+        AppliedPoint {
+            index: self.index,
+            term: self.term,
+            membership: self.membership.clone(),
+            state: encode_shared(&self.cluster_id, &ceilings).into(),
+            open_parts: false,
+        }
+    }
+}
+
+/// Paths in a state directory.
+#[derive(Debug, Clone)]
+pub struct StateDir(pub PathBuf);
+
+impl StateDir {
+    /// Where the log is.
+    pub fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+
+    /// The index file of a storage.
+    pub fn index(&self, storage: &str) -> PathBuf {
+        self.0.join(format!("{storage}.index"))
+    }
+
+    /// Exists while transactions come from a peer.
+    pub fn catching_up(&self) -> PathBuf {
+        self.0.join("catching-up")
+    }
+
+    /// Reads who this node is; `None` if it is new.
+    pub fn identity(&self, disk: &dyn Disk) -> anyhow::Result<Option<Identity>> {
+        let path = self.0.join("identity");
+        if !disk.exists(&path)? {
+            return Ok(None);
+        }
+        let bytes =
+            read_all(disk, &path).with_context(|| format!("cannot read {}", path.display()))?;
+        let identity = serde_json::from_slice(&bytes)
+            .with_context(|| format!("{} is damaged", path.display()))?;
+        Ok(Some(identity))
+    }
+
+    /// Writes who this node is.
+    pub fn set_identity(&self, disk: &dyn Disk, identity: &Identity) -> anyhow::Result<()> {
+        disk.create_dir(&self.0)?;
+        disk.create_dir(&self.log())?;
+        let path = self.0.join("identity");
+        replace(disk, &path, &serde_json::to_vec_pretty(identity)?)
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Reads the last checkpoint; `None` if there is none.
+    pub fn checkpoint(&self, disk: &dyn Disk) -> anyhow::Result<Option<Checkpoint>> {
+        let path = self.0.join("checkpoint");
+        if !disk.exists(&path)? {
+            return Ok(None);
+        }
+        let bytes =
+            read_all(disk, &path).with_context(|| format!("cannot read {}", path.display()))?;
+        decode(&bytes).map(Some).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// Replaces the last checkpoint, durably.
+    pub fn set_checkpoint(&self, disk: &dyn Disk, checkpoint: &Checkpoint) -> io::Result<()> {
+        replace(disk, &self.0.join("checkpoint"), &encode(checkpoint)?)
+    }
+
+    /// Says durably that transactions come from a peer now, or do not any more.
+    pub fn set_catching_up(&self, disk: &dyn Disk, catching_up: bool) -> io::Result<()> {
+        let path = self.catching_up();
+        if catching_up {
+            replace(disk, &path, b"")
+        } else if disk.exists(&path)? {
+            disk.remove(&path)?;
+            disk.sync_dir(&self.0)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct CheckpointFile {
+    version: u32,
+    cluster_id: String,
+    index: u64,
+    term: u64,
+    log_begins_here: bool,
+    voters: Vec<String>,
+    outgoing: Vec<String>,
+    learners: Vec<String>,
+    learners_next: Vec<String>,
+    auto_leave: bool,
+    members: Vec<MemberFile>,
+    storages: BTreeMap<String, StorageFile>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct MemberFile {
+    id: String,
+    name: String,
+    group: String,
+    peer_address: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StorageFile {
+    position: u64,
+    tid: String,
+    oid_ceiling: String,
+}
+
+fn parse_hex(text: &str) -> anyhow::Result<u64> {
+    u64::from_str_radix(text, 16).with_context(|| format!("{text:?} is not a hexadecimal number"))
+}
+
+fn encode(checkpoint: &Checkpoint) -> io::Result<Vec<u8>> {
+    let ids = |set: &BTreeSet<NodeId>| set.iter().map(ToString::to_string).collect();
+    let membership = &checkpoint.membership;
+    let members = membership.members.values().map(|member| MemberFile {
+        id: member.id.to_string(),
+        name: member.name.clone(),
+        group: member.group.clone(),
+        peer_address: member.peer_address.clone(),
+    });
+    let storages = checkpoint.storages.iter().map(|(name, storage)| {
+        let file = StorageFile {
+            position: storage.mark.position.0,
+            tid: storage.mark.tid.to_string(),
+            oid_ceiling: storage.ceiling.to_string(),
+        };
+        (name.clone(), file)
+    });
+    let file = CheckpointFile {
+        version: 1,
+        cluster_id: checkpoint.cluster_id.clone(),
+        index: checkpoint.index.0,
+        term: checkpoint.term.0,
+        log_begins_here: checkpoint.log_begins_here,
+        voters: ids(&membership.voters),
+        outgoing: ids(&membership.outgoing),
+        learners: ids(&membership.learners),
+        learners_next: ids(&membership.learners_next),
+        auto_leave: membership.auto_leave,
+        members: members.collect(),
+        storages: storages.collect(),
+    };
+    let mut bytes = serde_json::to_vec_pretty(&file)?;
+    let sum = crc32c::crc32c(&bytes);
+    bytes.extend_from_slice(format!("\n{sum:08x}\n").as_bytes());
+    Ok(bytes)
+}
+
+fn decode(bytes: &[u8]) -> anyhow::Result<Checkpoint> {
+    let Some((json, sum)) = bytes.strip_suffix(b"\n").and_then(|b| b.split_last_chunk::<8>())
+    else {
+        bail!("it is too short");
+    };
+    let json = json.strip_suffix(b"\n").context("it has no checksum")?;
+    if parse_hex(std::str::from_utf8(sum)?)? != u64::from(crc32c::crc32c(json)) {
+        bail!("its checksum is wrong");
+    }
+    let file: CheckpointFile = serde_json::from_slice(json)?;
+    if file.version != 1 {
+        bail!("it has version {}, this program knows version 1", file.version);
+    }
+    let ids = |list: &[String]| {
+        list.iter().map(|id| parse_hex(id).map(NodeId)).collect::<anyhow::Result<BTreeSet<_>>>()
+    };
+    let mut membership = Membership {
+        voters: ids(&file.voters)?,
+        outgoing: ids(&file.outgoing)?,
+        learners: ids(&file.learners)?,
+        learners_next: ids(&file.learners_next)?,
+        auto_leave: file.auto_leave,
+        members: BTreeMap::new(),
+    };
+    for member in file.members {
+        let id = NodeId(parse_hex(&member.id)?);
+        let MemberFile { name, group, peer_address, .. } = member;
+        membership.members.insert(id, Member { id, name, group, peer_address });
+    }
+    let mut storages = BTreeMap::new();
+    for (name, storage) in file.storages {
+        let mark =
+            Mark { position: Position(storage.position), tid: Tid(parse_hex(&storage.tid)?) };
+        let ceiling = Oid(parse_hex(&storage.oid_ceiling)?);
+        storages.insert(name, StoragePoint { mark, ceiling });
+    }
+    Ok(Checkpoint {
+        cluster_id: file.cluster_id,
+        index: LogIndex(file.index),
+        term: Term(file.term),
+        log_begins_here: file.log_begins_here,
+        membership,
+        storages,
+    })
+}
+
+#[derive(Serialize, Deserialize)]
+struct SharedState {
+    cluster_id: String,
+    ceilings: BTreeMap<String, String>,
+}
+
+/// What a node that begins with a catch-up must know beside the transactions and the members.
+pub fn encode_shared(cluster_id: &str, ceilings: &BTreeMap<String, Oid>) -> Vec<u8> {
+    let ceilings = ceilings.iter().map(|(name, oid)| (name.clone(), oid.to_string())).collect();
+    let state = SharedState { cluster_id: cluster_id.into(), ceilings };
+    serde_json::to_vec(&state).unwrap_or_default()
+}
+
+/// Reads what [`encode_shared`] wrote.
+pub fn decode_shared(bytes: &[u8]) -> anyhow::Result<(String, BTreeMap<String, Oid>)> {
+    let state: SharedState = serde_json::from_slice(bytes)?;
+    let ceilings = state
+        .ceilings
+        .into_iter()
+        .map(|(name, oid)| Ok((name, Oid(parse_hex(&oid)?))))
+        .collect::<anyhow::Result<_>>()?;
+    Ok((state.cluster_id, ceilings))
+}
+
+/// A random hexadecimal string of `bytes` bytes; never all zeros.
+pub fn random_hex(bytes: usize) -> anyhow::Result<String> {
+    let mut random = vec![0; bytes];
+    getrandom::fill(&mut random).map_err(|error| anyhow::anyhow!("no randomness: {error}"))?;
+    if random.iter().all(|byte| *byte == 0) {
+        bail!("the system's randomness is broken: it gives zeros only");
+    }
+    Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use standby_types::memory::MemoryDisk;
+
+    use super::*;
+
+    fn checkpoint() -> Checkpoint {
+        let member = Member {
+            id: NodeId(7),
+            name: "n1".into(),
+            group: "here".into(),
+            peer_address: "127.0.0.1:1".into(),
+        };
+        let mark = Mark { position: Position(100), tid: Tid(0x0102) };
+        Checkpoint {
+            cluster_id: "abc".into(),
+            index: LogIndex(5),
+            term: Term(2),
+            log_begins_here: true,
+            membership: Membership::founded_by(member),
+            storages: BTreeMap::from([("1".into(), StoragePoint { mark, ceiling: Oid(9) })]),
+        }
+    }
+
+    #[test]
+    fn checkpoints_come_back_or_are_called_damaged() {
+        let disk = MemoryDisk::new();
+        let dir = StateDir("/state".into());
+        assert_eq!(dir.checkpoint(&disk).unwrap(), None);
+        dir.set_checkpoint(&disk, &checkpoint()).unwrap();
+        disk.crash();
+        assert_eq!(dir.checkpoint(&disk).unwrap(), Some(checkpoint()));
+
+        let bytes = encode(&checkpoint()).unwrap();
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1;
+            assert!(decode(&damaged).is_err() || decode(&damaged).unwrap() == checkpoint());
+            assert!(decode(&bytes[..at]).is_err());
+        }
+    }
+
+    #[test]
+    fn shared_state_travels() {
+        let ceilings = BTreeMap::from([("main".to_owned(), Oid(255))]);
+        let (cluster, back) = decode_shared(&encode_shared("id", &ceilings)).unwrap();
+        assert_eq!((cluster.as_str(), back), ("id", ceilings));
+    }
+}

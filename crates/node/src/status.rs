@@ -1,0 +1,385 @@
+//! What the nodes say of themselves, and what is shown to people.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use standby_consensus::{Member, Role, Roster};
+use standby_types::{LogIndex, NodeId, Tid};
+
+/// Silence after which a node counts as down.
+const SILENCE: Duration = Duration::from_millis(2500);
+/// Lag above which a node counts as catching up.
+const BEHIND: Duration = Duration::from_secs(5);
+
+/// A node's report of itself.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct NodeReport {
+    cluster: String,
+    node: String,
+    id: String,
+    group: String,
+    serves: bool,
+    primary: Option<String>,
+    term: u64,
+    catching_up: bool,
+    applied_index: u64,
+    last_tid: BTreeMap<String, String>,
+    address: String,
+    read_only_address: String,
+    peer_address: String,
+    admin_address: String,
+    version: String,
+    /// Filled on the primary: name, group and vote of every member.
+    members: Vec<(String, String, bool)>,
+}
+
+impl NodeReport {
+    /// A report of this moment; `addresses` are those for clients, for readers, for peers and for
+    /// administrators.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        member: &Member,
+        role: &Role,
+        roster: &Roster,
+        applied: LogIndex,
+        catching_up: bool,
+        primary: Option<String>,
+        last_tids: impl Iterator<Item = (String, Tid)>,
+        addresses: [String; 4],
+        cluster: &str,
+    ) -> NodeReport {
+        let [address, read_only_address, peer_address, admin_address] = addresses;
+        let membership = &roster.membership;
+        let members = membership
+            .members
+            .values()
+            .map(|m| (m.name.clone(), m.group.clone(), membership.is_voter(m.id)))
+            .collect();
+        NodeReport {
+            cluster: cluster.into(),
+            node: member.name.clone(),
+            id: member.id.to_string(),
+            group: member.group.clone(),
+            serves: role.serves,
+            primary,
+            term: role.term.0,
+            catching_up,
+            applied_index: applied.0,
+            last_tid: last_tids.map(|(name, tid)| (name, tid.to_string())).collect(),
+            address,
+            read_only_address,
+            peer_address,
+            admin_address,
+            version: env!("CARGO_PKG_VERSION").into(),
+            members,
+        }
+    }
+}
+
+/// The latest report of each node.
+#[derive(Default)]
+pub struct Reports {
+    own: Mutex<NodeReport>,
+    /// With the moment; `None` once the node's connection has closed.
+    others: Mutex<BTreeMap<NodeId, (NodeReport, Option<Instant>)>>,
+    progress: Mutex<Progress>,
+}
+
+/// When the primary had applied what: what lag is measured by.
+#[derive(Default)]
+struct Progress(VecDeque<(Instant, u64)>);
+
+impl Progress {
+    /// Samples that are kept, about two a second.
+    const LEN: usize = 10_000;
+
+    fn note(&mut self, now: Instant, index: u64) {
+        let news = self.0.back().is_none_or(|(_, last)| index > *last);
+        if news {
+            self.0.push_back((now, index));
+        }
+        if self.0.len() > Progress::LEN {
+            self.0.pop_front();
+        }
+    }
+
+    /// For how long the primary has had more than this.
+    fn lag(&self, now: Instant, index: u64) -> Duration {
+        let missing = self.0.partition_point(|(_, applied)| *applied <= index);
+        self.0.get(missing).map_or(Duration::ZERO, |(at, _)| now.saturating_duration_since(*at))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Reports {
+    /// A peer has reported.
+    pub fn note(&self, from: NodeId, report: NodeReport) {
+        let mut others = lock(&self.others);
+        // A node that began anew has another identity; its former self is forgotten.
+        others.retain(|id, (known, _)| *id == from || known.node != report.node);
+        if report.serves {
+            lock(&self.progress).note(Instant::now(), report.applied_index);
+        }
+        others.insert(from, (report, Some(Instant::now())));
+    }
+
+    /// A peer's connection has closed.
+    pub fn lost(&self, peer: NodeId) {
+        if let Some((_, at)) = lock(&self.others).get_mut(&peer) {
+            *at = None;
+        }
+    }
+
+    /// This node has something new to report.
+    pub fn note_own(&self, report: NodeReport) {
+        if report.serves {
+            lock(&self.progress).note(Instant::now(), report.applied_index);
+        }
+        *lock(&self.own) = report;
+    }
+
+    /// This node's report.
+    pub fn own(&self) -> NodeReport {
+        lock(&self.own).clone()
+    }
+
+    /// The whole picture, as this node sees it.
+    pub fn status(&self) -> Status {
+        let own = self.own();
+        let now = Instant::now();
+        let progress = lock(&self.progress);
+        let picture = |report: &NodeReport, age: Duration| Seen {
+            report: report.clone(),
+            age,
+            lag: progress.lag(now, report.applied_index),
+        };
+        let age =
+            |at: &Option<Instant>| at.map_or(Duration::MAX, |at| now.saturating_duration_since(at));
+        let mut seen: Vec<Seen> =
+            lock(&self.others).values().map(|(report, at)| picture(report, age(at))).collect();
+        seen.push(picture(&own, Duration::ZERO));
+        compose(&own, &seen)
+    }
+}
+
+/// A cluster at a moment, as one node sees it. The names are those of `status --json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The cluster's name.
+    pub cluster: String,
+    /// Changes only by forced promotion.
+    pub timeline: u64,
+    /// The term.
+    pub term: u64,
+    /// The primary's name.
+    pub primary: Option<String>,
+    /// All nodes.
+    pub nodes: Vec<NodeStatus>,
+}
+
+/// A node at a moment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Its name.
+    pub node: String,
+    /// Its group.
+    pub group: String,
+    /// `primary` or `replica`.
+    pub role: String,
+    /// Its vote counts.
+    pub voter: bool,
+    /// `up`, `catching-up`, `down` or `cut-off`.
+    pub state: String,
+    /// The last transaction of each storage.
+    pub last_tid: BTreeMap<String, String>,
+    /// The last entry applied.
+    pub applied_index: u64,
+    /// For how long the primary has had more than this node; `None` without a primary.
+    pub lag_seconds: Option<f64>,
+    /// For clients that write.
+    pub address: String,
+    /// For clients that read.
+    pub read_only_address: String,
+    /// For the other nodes.
+    pub peer_address: String,
+    /// For administrators.
+    pub admin_address: String,
+    /// The program's version.
+    pub version: String,
+}
+
+/// A node's report, its age, and for how long the primary has had more.
+struct Seen {
+    report: NodeReport,
+    age: Duration,
+    lag: Duration,
+}
+
+fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
+    let fresh = |seen: &&Seen| seen.age < SILENCE;
+    let primary = seen
+        .iter()
+        .filter(|seen| seen.report.serves && fresh(seen))
+        .map(|seen| &seen.report)
+        .max_by_key(|report| report.term);
+    // The primary knows the members; without it, whoever was last told.
+    let members = primary.unwrap_or(own).members.clone();
+    let mut nodes: Vec<NodeStatus> = seen
+        .iter()
+        .map(|one| {
+            let report = &one.report;
+            let voter = members.iter().any(|(name, _, voter)| *name == report.node && *voter);
+            let is_primary = primary.is_some_and(|p| p.id == report.id);
+            let state = if !fresh(&one) {
+                "down"
+            } else if report.catching_up || one.lag > BEHIND {
+                "catching-up"
+            } else if report.primary.is_none() {
+                "cut-off"
+            } else {
+                "up"
+            };
+            NodeStatus {
+                node: report.node.clone(),
+                group: report.group.clone(),
+                role: if is_primary { "primary" } else { "replica" }.into(),
+                voter,
+                state: state.into(),
+                last_tid: report.last_tid.clone(),
+                applied_index: report.applied_index,
+                lag_seconds: primary.map(|_| (one.lag.as_secs_f64() * 10.0).round() / 10.0),
+                address: report.address.clone(),
+                read_only_address: report.read_only_address.clone(),
+                peer_address: report.peer_address.clone(),
+                admin_address: report.admin_address.clone(),
+                version: report.version.clone(),
+            }
+        })
+        .collect();
+    for (name, group, voter) in &members {
+        if !nodes.iter().any(|node| node.node == *name) {
+            nodes.push(NodeStatus {
+                node: name.clone(),
+                group: group.clone(),
+                role: "replica".into(),
+                voter: *voter,
+                state: "down".into(),
+                last_tid: BTreeMap::new(),
+                applied_index: 0,
+                lag_seconds: None,
+                address: String::new(),
+                read_only_address: String::new(),
+                peer_address: String::new(),
+                admin_address: String::new(),
+                version: String::new(),
+            });
+        }
+    }
+    nodes.sort_by(|a, b| a.node.cmp(&b.node));
+    Status {
+        cluster: own.cluster.clone(),
+        timeline: 1,
+        term: seen.iter().map(|seen| seen.report.term).max().unwrap_or(0),
+        primary: primary.map(|p| p.node.clone()),
+        nodes,
+    }
+}
+
+/// A time as `time.ctime` of Python writes it, in UTC.
+pub fn ctime(since_epoch: Duration) -> String {
+    const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let seconds = since_epoch.as_secs();
+    let (year, month, day) = standby_types::time::date_of(since_epoch);
+    format!(
+        "{} {} {day:2} {:02}:{:02}:{:02} {year}",
+        DAYS[(seconds / 86_400 % 7) as usize],
+        MONTHS[(month as usize - 1) % 12],
+        seconds / 3600 % 24,
+        seconds / 60 % 60,
+        seconds % 60
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(node: &str, serves: bool, tid: u64) -> NodeReport {
+        NodeReport {
+            cluster: "c".into(),
+            node: node.into(),
+            id: node.into(),
+            group: "g".into(),
+            serves,
+            primary: Some("n1".into()),
+            term: 3,
+            last_tid: BTreeMap::from([("1".into(), Tid(tid).to_string())]),
+            members: vec![
+                ("n1".into(), "g".into(), true),
+                ("n2".into(), "g".into(), true),
+                ("n3".into(), "g".into(), false),
+            ],
+            ..NodeReport::default()
+        }
+    }
+
+    fn seen(report: &NodeReport, age: u64) -> Seen {
+        Seen { report: report.clone(), age: Duration::from_secs(age), lag: Duration::ZERO }
+    }
+
+    #[test]
+    fn the_picture_has_every_member() {
+        let (n1, n2) = (report("n1", true, 9), report("n2", false, 8));
+        let status = compose(&n2, &[seen(&n1, 1), seen(&n2, 0)]);
+        assert_eq!(status.primary.as_deref(), Some("n1"));
+        let states: Vec<_> = status.nodes.iter().map(|n| (n.state.as_str(), n.voter)).collect();
+        assert_eq!(states, [("up", true), ("up", true), ("down", false)]);
+    }
+
+    #[test]
+    fn a_silent_primary_is_down() {
+        let (n1, mut n2) = (report("n1", true, 0), report("n2", false, 0));
+        n2.primary = None;
+        let status = compose(&n2, &[seen(&n1, 9), seen(&n2, 0)]);
+        assert_eq!(status.primary, None);
+        let states: Vec<_> = status.nodes.iter().map(|n| n.state.as_str()).collect();
+        assert_eq!(states, ["down", "cut-off", "down"]);
+    }
+
+    #[test]
+    fn lag_is_the_time_since_the_primary_had_more() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut progress = Progress::default();
+        for (seconds, index) in [(0, 10), (1, 10), (3600, 11), (3601, 15)] {
+            progress.note(at(seconds), index);
+        }
+        assert_eq!(progress.lag(at(3602), 15), Duration::ZERO);
+        assert_eq!(progress.lag(at(3602), 12), Duration::from_secs(1));
+        assert_eq!(progress.lag(at(3602), 10), Duration::from_secs(2));
+        assert_eq!(progress.lag(at(3602), 0), Duration::from_secs(3602));
+    }
+
+    #[test]
+    fn a_closed_connection_is_noticed_at_once() {
+        let reports = Reports::default();
+        reports.note_own(report("n1", true, 0));
+        reports.note(NodeId(2), report("n2", false, 0));
+        assert_eq!(reports.status().nodes[1].state, "up");
+        reports.lost(NodeId(2));
+        assert_eq!(reports.status().nodes[1].state, "down");
+    }
+
+    #[test]
+    fn ctime_is_pythons() {
+        assert_eq!(ctime(Duration::from_secs(0)), "Thu Jan  1 00:00:00 1970");
+        assert_eq!(ctime(Duration::from_secs(1_795_489_799)), "Tue Nov 24 03:09:59 2026");
+    }
+}
