@@ -1,0 +1,105 @@
+//! The command line.
+
+mod bench;
+mod demo;
+mod process;
+mod serve;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A ZEO server with a primary and replicas: when the primary dies, a replica takes over by itself in
+/// about a second, no acknowledged commit is lost, and stock ZEO clients go on.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs a node.
+    ///
+    /// FILE is a zeo.conf as runzeo reads it. Without a <standby> section the node serves its data
+    /// file alone; with one it is a member of a cluster:
+    ///
+    ///   <zeo>
+    ///     address 10.0.0.1:8100
+    ///   </zeo>
+    ///   <filestorage 1>
+    ///     path /srv/standby/Data.fs
+    ///   </filestorage>
+    ///   <standby>
+    ///     cluster            archive
+    ///     node               n1
+    ///     group              london
+    ///     state-dir          /srv/standby/state
+    ///     read-only-address  10.0.0.1:8101
+    ///     peer-address       10.0.0.1:8102
+    ///     admin-address      127.0.0.1:8103
+    ///     member  n1 10.0.0.1:8102 london
+    ///     member  n2 10.0.0.2:8102 london
+    ///     member  n3 10.0.0.3:8102 london
+    ///     secret-file        /srv/standby/secret
+    ///   </standby>
+    ///
+    /// The first member founds the cluster from the Data.fs that it has; the others start empty and
+    /// get everything from it. STANDBY_LOG=debug shows more.
+    #[command(verbatim_doc_comment)]
+    Serve {
+        /// The configuration.
+        #[arg(short = 'C', long = "config", value_name = "FILE")]
+        config: PathBuf,
+        /// Only read the configuration, and say what is wrong with it.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Shows the nodes of a cluster: role, term, last transaction, lag, addresses.
+    Status {
+        #[command(flatten)]
+        at: status::At,
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+        /// Again every second, until Ctrl-C.
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
+    },
+    /// Starts three nodes on this machine, kills the primary while clients write, and shows that
+    /// nothing is lost.
+    Demo(demo::Options),
+    /// Measures commits per second of any ZEO server. It writes to the server's database: use an
+    /// empty one.
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("standby: cannot start threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = runtime.block_on(async {
+        match Arguments::parse().command {
+            Command::Serve { config, check } => serve::run(&config, check).await,
+            Command::Status { at, json, watch } => status::run(&at, json, watch).await,
+            Command::Demo(options) => demo::run(&options).await,
+            Command::Bench(options) => bench::run(&options).await,
+        }
+    });
+    // What still blocks (a read from a slow disk) must not keep the process.
+    runtime.shutdown_background();
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("standby: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! `standby serve`
+
+use std::path::Path;
+
+use standby_node::config::Config;
+use standby_node::{logging, start};
+use tokio::signal::unix::{SignalKind, signal};
+
+pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
+    let config = Config::read(file)?;
+    if check {
+        for note in &config.notes {
+            println!("{note}");
+        }
+        println!("{} is fine", file.display());
+        return Ok(());
+    }
+    logging::start(&config)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    tokio::pin!(stop);
+    // A signal during a long start (an index being built) ends it at once.
+    let node = tokio::select! {
+        started = start(config) => started?,
+        () = &mut stop => return Ok(()),
+    };
+    node.run_until(stop).await
+}

@@ -1,0 +1,138 @@
+//! `standby status`
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use comfy_table::{ContentArrangement, Table, presets};
+use standby_node::admin::fetch_status;
+use standby_node::config::Config;
+use standby_node::status::Status;
+
+/// Which node is asked.
+#[derive(Args)]
+pub struct At {
+    /// The admin-address of any node.
+    #[arg(long, value_name = "HOST:PORT", conflicts_with = "config")]
+    at: Option<String>,
+    /// The configuration of a node; its admin-address is asked.
+    #[arg(short = 'C', long = "config", value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl At {
+    fn address(&self) -> anyhow::Result<String> {
+        if let Some(address) = &self.at {
+            return Ok(address.clone());
+        }
+        let Some(file) = &self.config else { return Ok("127.0.0.1:8103".into()) };
+        let standby = Config::read(file)?.standby;
+        let standby = standby.with_context(|| {
+            format!(
+                "{} has no <standby> section: a node alone has no admin-address",
+                file.display()
+            )
+        })?;
+        Ok(standby.admin_address.to_string())
+    }
+}
+
+pub async fn run(at: &At, json: bool, watch: bool) -> anyhow::Result<()> {
+    let address = at.address()?;
+    loop {
+        let status = fetch_status(&address).await;
+        if json {
+            println!("{}", serde_json::to_string(&status?)?);
+            return Ok(());
+        }
+        if !watch {
+            println!("{}", table(&status?));
+            return Ok(());
+        }
+        print!("\x1b[2J\x1b[H");
+        match status {
+            Ok(status) => println!("{}", table(&status)),
+            Err(error) => println!("{error:#}"),
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// The cluster as a table for people.
+pub fn table(status: &Status) -> String {
+    let mut table = Table::new();
+    table
+        .load_preset(presets::UTF8_HORIZONTAL_ONLY)
+        .set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header([
+        "node",
+        "group",
+        "role",
+        "state",
+        "term",
+        "last tid",
+        "lag",
+        "address",
+        "read-only",
+        "peer",
+    ]);
+    for node in &status.nodes {
+        let role = if node.voter { node.role.clone() } else { format!("{} (no vote)", node.role) };
+        let tids: Vec<String> = match node.last_tid.len() {
+            1 => node.last_tid.values().cloned().collect(),
+            _ => node.last_tid.iter().map(|(name, tid)| format!("{name}: {tid}")).collect(),
+        };
+        let lag = match node.lag_seconds {
+            _ if node.state == "down" => "?".into(),
+            Some(seconds) => format!("{seconds:.1} s"),
+            None => "?".into(),
+        };
+        table.add_row([
+            node.node.clone(),
+            node.group.clone(),
+            role,
+            node.state.clone(),
+            status.term.to_string(),
+            tids.join("\n"),
+            lag,
+            node.address.clone(),
+            node.read_only_address.clone(),
+            node.peer_address.clone(),
+        ]);
+    }
+    let voters = status.nodes.iter().filter(|node| node.voter).count();
+    let alive = status.nodes.iter().filter(|node| node.voter && node.state != "down").count();
+    let majority = voters / 2 + 1;
+    let advice = if status.primary.is_none() {
+        "no primary: writes wait until a majority of the voters is there".to_owned()
+    } else if voters < 3 {
+        "no fault tolerance: with fewer than three voters, writes stop when one is lost".to_owned()
+    } else if alive <= majority {
+        "the next failure stops writes".to_owned()
+    } else {
+        format!("{} more failure(s) can be survived", alive - majority)
+    };
+    let primary = status.primary.as_deref().unwrap_or("none");
+    format!("cluster {}, primary {primary}, {advice}\n{table}", status.cluster)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_says_what_matters() {
+        let json = r#"{"cluster":"c","timeline":1,"term":4,"primary":"n1","nodes":[
+            {"node":"n1","group":"g","role":"primary","voter":true,"state":"up","last_tid":{"1":"00"},
+             "applied_index":5,"lag_seconds":0.0,"address":"h:1","read_only_address":"","peer_address":"h:2",
+             "admin_address":"","version":"0.1.0"},
+            {"node":"n2","group":"g","role":"replica","voter":true,"state":"down","last_tid":{},
+             "applied_index":0,"lag_seconds":null,"address":"","read_only_address":"","peer_address":"",
+             "admin_address":"","version":""}]}"#;
+        let status: Status = serde_json::from_str(json).unwrap();
+        let text = table(&status);
+        assert!(text.contains("cluster c, primary n1, no fault tolerance"), "{text}");
+        assert!(text.contains("n2") && text.contains("down"), "{text}");
+    }
+}

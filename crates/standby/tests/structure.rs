@@ -1,0 +1,121 @@
+//! What the structure promises: which crates are pure, and which way the arrows point.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+const PURE: [&str; 5] =
+    ["standby-types", "standby-pickle", "standby-filestorage", "standby-zeo", "standby-consensus"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// Each package of the workspace with its dependencies that are not for tests.
+fn dependencies() -> BTreeMap<String, Vec<String>> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let packages = metadata["packages"].as_array().unwrap().iter();
+    packages
+        .map(|package| {
+            let all = package["dependencies"].as_array().unwrap().iter();
+            let used = all.filter(|d| d["kind"].is_null()).map(|d| text(&d["name"]));
+            (text(&package["name"]), used.collect())
+        })
+        .collect()
+}
+
+#[test]
+fn pure_crates_depend_on_nothing_that_does_io() {
+    let banned =
+        ["tokio", "mio", "rustix", "libc", "socket2", "rand", "getrandom", "hyper", "axum"];
+    let all = dependencies();
+    for name in PURE {
+        for used in &all[name] {
+            assert!(!banned.contains(&used.as_str()), "{name} depends on {used}");
+        }
+    }
+}
+
+#[test]
+fn arrows_point_one_way() {
+    let allowed: &[(&str, &[&str])] = &[
+        ("standby-types", &[]),
+        ("standby-pickle", &[]),
+        ("standby-filestorage", &["standby-types"]),
+        ("standby-zeo", &["standby-types", "standby-pickle"]),
+        ("standby-consensus", &["standby-types"]),
+        (
+            "standby-node",
+            &["standby-types", "standby-filestorage", "standby-zeo", "standby-consensus"],
+        ),
+    ];
+    let all = dependencies();
+    for (name, may) in allowed {
+        let ours = all[*name].iter().filter(|used| used.starts_with("standby"));
+        for used in ours {
+            assert!(may.contains(&used.as_str()), "{name} depends on {used}");
+        }
+    }
+}
+
+#[test]
+fn pure_sources_name_no_clock_no_socket_no_randomness_no_file_system() {
+    let banned = [
+        "tokio::",
+        "std::net",
+        "std::fs",
+        "std::thread",
+        "SystemTime",
+        "Instant",
+        "thread_rng",
+        "getrandom",
+        "std::env",
+        "std::process",
+    ];
+    for name in PURE {
+        let crate_dir = root().join("crates").join(name.trim_start_matches("standby-"));
+        let mut files = Vec::new();
+        collect(&crate_dir.join("src"), &mut files);
+        assert!(!files.is_empty());
+        for file in files {
+            let text = fs::read_to_string(&file).unwrap();
+            let code = text.split("#[cfg(test)]").next().unwrap();
+            for word in banned {
+                assert!(!code.contains(word), "{}: {word}", file.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn files_can_be_read_in_one_sitting() {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(root().join("crates")).unwrap() {
+        collect(&entry.unwrap().path().join("src"), &mut files);
+    }
+    for file in files {
+        let lines = fs::read_to_string(&file).unwrap().lines().count();
+        assert!(lines <= 1000, "{} has {lines} lines", file.display());
+    }
+}
+
+fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if path.is_dir() {
+            collect(&path, files);
+        } else if name.ends_with(".rs") && name != "tests.rs" {
+            files.push(path);
+        }
+    }
+}
