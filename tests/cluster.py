@@ -1,0 +1,243 @@
+"""Real nodes for the tests: processes, ports, configuration files, kills.
+
+Works with every version of ZODB and ZEO that the tests use; imports neither.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+STANDBY = os.environ.get("STANDBY", os.path.join(HERE, "..", "target", "release", "standby"))
+
+
+# Below the ports that the system gives to outgoing connections: one of those could take the port of
+# a node that is down. Each is handed out once.
+PORTS = iter(random.sample(range(10000, 32768), 20000))
+
+
+def free_ports(count):
+    """Ports of 127.0.0.1 on which nobody listens."""
+    ports = []
+    while len(ports) < count:
+        port = next(PORTS)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+    return ports
+
+
+def wait_for(what, condition, timeout=30, poll=0.05):
+    """Waits until condition() is true and returns its value."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError("not within %s s: %s" % (timeout, what))
+        time.sleep(poll)
+
+
+class Process:
+    """A server in a process of its own, ended by its id."""
+
+    process = None
+
+    def __init__(self, directory):
+        self.directory = str(directory)
+        os.makedirs(self.directory, exist_ok=True)
+        self.log_path = os.path.join(self.directory, "log.txt")
+
+    def command(self):
+        raise NotImplementedError
+
+    def start(self):
+        assert self.process is None
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        return self
+
+    def log(self):
+        with open(self.log_path, errors="replace") as log:
+            return log.read()
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def kill(self):
+        """As a power cord would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def stop(self):
+        """In an orderly way; returns the exit status."""
+        if self.process is None:
+            return None
+        self.signal(signal.SIGCONT)
+        self.process.terminate()
+        try:
+            status = self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        self.process = None
+        return status
+
+    def wait(self, timeout=30):
+        """Waits until it ends by itself; returns the exit status."""
+        status = self.process.wait(timeout=timeout)
+        self.process = None
+        return status
+
+
+class Node(Process):
+    """A Standby node, alone or in a cluster."""
+
+    def __init__(self, directory, name="alone", ports=None, zeo="", data_file=None):
+        super().__init__(directory)
+        self.name = name
+        ports = ports or free_ports(4)
+        self.port, self.read_only_port, self.peer_port, self.admin_port = ports
+        self.address = ("127.0.0.1", self.port)
+        self.read_only_address = ("127.0.0.1", self.read_only_port)
+        self.data_file = data_file or os.path.join(self.directory, "Data.fs")
+        self.state_dir = os.path.join(self.directory, "state")
+        self.config_path = os.path.join(self.directory, "zeo.conf")
+        self.zeo = zeo
+        self.configure("")
+
+    def configure(self, standby):
+        with open(self.config_path, "w") as config:
+            config.write(
+                "<zeo>\n  address 127.0.0.1:%s\n%s\n</zeo>\n<filestorage>\n  path %s\n</filestorage>\n%s"
+                % (self.port, self.zeo, self.data_file, standby)
+            )
+
+    def command(self):
+        return [STANDBY, "serve", "-C", self.config_path]
+
+    def status(self):
+        """The cluster as this node sees it, or None."""
+        try:
+            url = "http://127.0.0.1:%s/status" % self.admin_port
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                return json.load(answer)
+        except OSError:
+            return None
+
+    def listens(self):
+        try:
+            socket.create_connection(self.address, timeout=1).close()
+            return True
+        except OSError:
+            return False
+
+
+class Cluster:
+    """Nodes of one group."""
+
+    def __init__(self, directory, count=3, zeo="", options=""):
+        self.directory = str(directory)
+        self.nodes = [
+            Node(os.path.join(self.directory, "n%d" % n), "n%d" % n, zeo=zeo)
+            for n in range(1, count + 1)
+        ]
+        self.options = options
+        members = "".join(
+            "  member %s 127.0.0.1:%s here\n" % (node.name, node.peer_port) for node in self.nodes
+        )
+        for node in self.nodes:
+            node.configure(
+                "<standby>\n  cluster test\n  node %s\n  group here\n  state-dir %s\n"
+                "  read-only-address 127.0.0.1:%s\n  peer-address 127.0.0.1:%s\n"
+                "  admin-address 127.0.0.1:%s\n%s%s</standby>\n"
+                % (
+                    node.name,
+                    node.state_dir,
+                    node.read_only_port,
+                    node.peer_port,
+                    node.admin_port,
+                    members,
+                    options,
+                )
+            )
+        self.addresses = [node.address for node in self.nodes]
+
+    def start(self):
+        for node in self.nodes:
+            node.start()
+        self.wait_healthy()
+        return self
+
+    def stop(self):
+        for node in self.nodes:
+            node.stop()
+
+    def running(self):
+        return [node for node in self.nodes if node.process is not None]
+
+    def named(self, name):
+        return next(node for node in self.nodes if node.name == name)
+
+    def status(self):
+        """The picture of the node that knows most."""
+        pictures = [p for p in (node.status() for node in self.running()) if p]
+        return max(pictures, key=lambda p: (p["primary"] is not None, p["term"]), default=None)
+
+    def primary(self, timeout=30):
+        """The primary, as soon as there is one among the running nodes."""
+
+        def find():
+            running = self.running()
+            for node in running:
+                picture = node.status()
+                if picture and picture["primary"] == node.name:
+                    return node
+
+        try:
+            return wait_for("a primary", find, timeout)
+        except AssertionError:
+            raise AssertionError(self.logs())
+
+    def wait_healthy(self, timeout=60):
+        """Until all nodes vote, are up, and are not behind."""
+
+        def healthy():
+            picture = self.status()
+            if not picture or picture["primary"] is None:
+                return False
+            nodes = picture["nodes"]
+            up = [n for n in nodes if n["voter"] and n["state"] == "up"]
+            return len(up) == len(self.nodes) and all(n["lag_seconds"] <= 1 for n in up)
+
+        try:
+            wait_for("a healthy cluster", healthy, timeout)
+        except AssertionError:
+            raise AssertionError("%s\n%s" % (self.status(), self.logs()))
+
+    def wait_level(self, timeout=60):
+        """Until all nodes stand at the same transaction; nobody may be writing."""
+
+        def level():
+            picture = self.status()
+            return picture and len({json.dumps(n["last_tid"]) for n in picture["nodes"]}) == 1
+
+        self.wait_healthy(timeout)
+        wait_for("nodes that are level", level, timeout)
+
+    def logs(self):
+        return "\n".join("%s:\n%s" % (node.name, node.log()[-3000:]) for node in self.nodes)
