@@ -411,7 +411,7 @@ def test_the_server_survives_what_clients_may_not_do(nodes):
     node = nodes.alone().start()
     storage = open_storage(node.address)
     with pytest.raises(Exception, match="does not support"):
-        storage._call("undoLog", 0, -20)
+        storage._call("sendBlob", b"\0" * 8, b"\0" * 8)
     with pytest.raises(ZODB.POSException.POSKeyError):
         storage.load(b"\0" * 7 + b"\x77")
     storage.close()

@@ -85,9 +85,14 @@ impl Appender<'_> {
         let shared = &self.storage.shared;
         let previous = shared.read().index.get(record.oid).unwrap_or(Position(0));
         let position = Position(self.flushed_to + self.buffer.len() as u64);
-        let data_len = match &record.data {
-            RecordData::Data(data) => data.len() as u64,
-            RecordData::Back(_) | RecordData::Gone => 0,
+        let back = match &record.data {
+            RecordData::Back(tid, _) => self.storage.reader().position_of(record.oid, *tid)?,
+            RecordData::Data(_) | RecordData::Gone => None,
+        };
+        // The format cannot tell empty data from none; ZODB never stores empty data.
+        let data = match &record.data {
+            RecordData::Data(data) | RecordData::Back(_, Some(data)) if back.is_none() => &data[..],
+            RecordData::Data(_) | RecordData::Back(..) | RecordData::Gone => &[],
         };
         let header = DataHeader {
             oid: record.oid,
@@ -95,22 +100,13 @@ impl Appender<'_> {
             previous,
             transaction: self.start.position,
             version_len: 0,
-            data_len,
+            data_len: data.len() as u64,
         };
         self.buffer.put_slice(&header.to_bytes());
-        match &record.data {
-            RecordData::Data(data) if !data.is_empty() => self.buffer.put_slice(data),
-            // The format cannot tell empty data from none; ZODB never stores empty data.
-            RecordData::Data(_) | RecordData::Gone => self.buffer.put_u64(0),
-            RecordData::Back(tid) => {
-                let back = self.storage.reader().position_of(record.oid, *tid)?;
-                let back = back.ok_or_else(|| StorageError::NoRevision {
-                    path: shared.path.clone(),
-                    oid: record.oid,
-                    tid: *tid,
-                })?;
-                self.buffer.put_u64(back.0);
-            }
+        if data.is_empty() {
+            self.buffer.put_u64(back.unwrap_or(Position(0)).0);
+        } else {
+            self.buffer.put_slice(data);
         }
         self.records.push((record.oid, position));
         if self.buffer.len() >= BUFFER {

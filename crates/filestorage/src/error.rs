@@ -54,16 +54,6 @@ pub enum StorageError {
     /// User, description or extension of more than 65 535 bytes.
     #[error("the {0} of a transaction may have at most 65535 bytes")]
     MetaTooLong(&'static str),
-    /// A record refers to a revision that this file does not have.
-    #[error("{}: object {oid} has no revision {tid} to refer to", path.display())]
-    NoRevision {
-        /// The file.
-        path: PathBuf,
-        /// The object.
-        oid: Oid,
-        /// The revision.
-        tid: Tid,
-    },
 }
 
 impl StorageError {

@@ -28,11 +28,16 @@ pub struct StoredTransaction {
     pub meta: TransactionMeta,
     /// Where it begins.
     pub position: Position,
-    records: u64,
+    pub(crate) records: u64,
     end: u64,
 }
 
 impl StoredTransaction {
+    /// Its length in the file, without the repetition of it at the end.
+    pub fn length(&self) -> u64 {
+        self.end - 8 - self.position.0
+    }
+
     /// The byte after it.
     pub fn end(&self) -> Position {
         Position(self.end)
@@ -66,37 +71,7 @@ impl Reader {
         Ok(position.0)
     }
 
-    /// The newest transactions, newest first, with the oids of each, until `enough` says so.
-    pub fn newest_oids(
-        &self,
-        mut enough: impl FnMut(Tid, usize) -> bool,
-    ) -> Result<Vec<(Tid, Vec<Oid>)>, StorageError> {
-        let mut window = Window::new(&self.shared.path, self.shared.file.clone());
-        let mut position = self.mark().position;
-        let (mut found, mut objects) = (Vec::new(), 0);
-        while position != Mark::START.position {
-            let (start, tid) = transaction_before(&mut window, position)?;
-            if enough(tid, objects) {
-                break;
-            }
-            let mut oids = Vec::new();
-            let transaction = self.stored_at(&mut window, start.0)?;
-            let mut at = transaction.records;
-            while at < transaction.end - 8 {
-                let Some(header) = window.data_header(at)? else {
-                    return window.damaged(at, "a data record is cut off");
-                };
-                oids.push(header.oid);
-                at = at.saturating_add(header.full_len());
-            }
-            objects += oids.len();
-            found.push((tid, oids));
-            position = start;
-        }
-        Ok(found)
-    }
-
-    fn stored_at(
+    pub(crate) fn stored_at(
         &self,
         window: &mut Window<'_>,
         position: u64,
@@ -153,13 +128,49 @@ impl Transactions {
         mut each: impl FnMut(Record) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut window = Window::new(&self.path, self.reader.shared.file.clone());
-        let mut at = transaction.records;
-        while at < transaction.end - 8 {
-            let (record, len) = next_record(&mut window, at, transaction.end - 8)?;
+        let mut records = self.reader.records(transaction);
+        while let Some(record) = records.advance_in(&mut window)? {
             each(record)?;
-            at += len;
         }
         Ok(())
+    }
+}
+
+/// The records of a transaction, in order.
+pub struct Records {
+    reader: Reader,
+    tid: Tid,
+    at: u64,
+    end: u64,
+}
+
+impl Reader {
+    /// The records of a transaction of this file.
+    pub fn records(&self, transaction: &StoredTransaction) -> Records {
+        let (at, end) = (transaction.records, transaction.end - 8);
+        Records { reader: self.clone(), tid: transaction.meta.tid, at, end }
+    }
+}
+
+impl Records {
+    /// The transaction.
+    pub fn tid(&self) -> Tid {
+        self.tid
+    }
+
+    /// The next record.
+    pub fn advance(&mut self) -> Result<Option<Record>, StorageError> {
+        let shared = self.reader.shared.clone();
+        self.advance_in(&mut Window::new(&shared.path, shared.file.clone()))
+    }
+
+    fn advance_in(&mut self, window: &mut Window<'_>) -> Result<Option<Record>, StorageError> {
+        if self.at >= self.end {
+            return Ok(None);
+        }
+        let (record, len) = next_record(window, self.at, self.end)?;
+        self.at += len;
+        Ok(Some(record))
     }
 }
 
@@ -180,23 +191,36 @@ fn next_record(window: &mut Window<'_>, at: u64, end: u64) -> Result<(Record, u6
     Ok((Record { oid: header.oid, data }, header.full_len()))
 }
 
-/// What the back pointer of the record at `at` means: the revision that owns the data.
-fn shared_data(window: &mut Window<'_>, at: u64, oid: Oid) -> Result<RecordData, StorageError> {
-    let mut from = at;
+/// What the back pointer of the record at `at` means: the revision that it leads to, and the data of
+/// the one that owns them.
+pub(crate) fn shared_data(
+    window: &mut Window<'_>,
+    at: u64,
+    oid: Oid,
+) -> Result<RecordData, StorageError> {
+    let (mut from, mut first) = (at, None);
     for _ in 0..REFERENCE_LIMIT {
         let back = match window.number(from + DATA_HEADER)? {
-            Some(0) => return Ok(RecordData::Gone),
+            Some(0) => {
+                return Ok(first.map_or(RecordData::Gone, |tid| RecordData::Back(tid, None)));
+            }
             Some(back) if back < from => back,
             _ => return window.damaged(from, "a back pointer leads nowhere"),
         };
-        match window.data_header(back)? {
-            Some(header) if header.oid != oid => {
-                return window.damaged(from, "a back pointer leads to another object");
-            }
-            Some(header) if header.data_len > 0 => return Ok(RecordData::Back(header.serial)),
-            Some(_) => from = back,
-            None => return window.damaged(from, "a back pointer leads nowhere"),
+        let Some(header) = window.data_header(back)? else {
+            return window.damaged(from, "a back pointer leads nowhere");
+        };
+        if header.oid != oid {
+            return window.damaged(from, "a back pointer leads to another object");
         }
+        let tid = *first.get_or_insert(header.serial);
+        if header.data_len > 0 {
+            return match window.get(back + DATA_HEADER, header.data_len as usize)? {
+                Some(bytes) => Ok(RecordData::Back(tid, Some(Bytes::copy_from_slice(bytes)))),
+                None => window.damaged(back, "a data record is longer than the file"),
+            };
+        }
+        from = back;
     }
     window.damaged(at, "too many back pointers")
 }

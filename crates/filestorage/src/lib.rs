@@ -6,7 +6,8 @@
 //!
 //! Reading order: `format.rs` (the bytes), `scan.rs` (walking over a file, telling a torn tail
 //! from damage), `index/` (oid → newest position), `storage.rs` (opening), `read.rs`,
-//! `append.rs`, `iterate.rs`, `transaction.rs` (a transaction as it travels between nodes).
+//! `append.rs`, `iterate.rs`, `history.rs`, `undo.rs`, `transaction.rs` (a transaction as it travels
+//! between nodes).
 //!
 //! What this crate does not do: it decides nothing about commits. Whoever appends has made sure
 //! that the transaction is committed and that its tid is above the last one.
@@ -14,23 +15,28 @@
 mod append;
 mod error;
 mod format;
+mod history;
 mod index;
 mod iterate;
 mod read;
 mod scan;
 mod storage;
 mod transaction;
+mod undo;
 
 pub use append::Appender;
 pub use error::StorageError;
 pub use format::{Magic, REFERENCE_LIMIT};
-pub use iterate::{StoredTransaction, Transactions};
+pub use history::{Backwards, PastRevision};
+pub use iterate::{Records, StoredTransaction, Transactions};
 pub use read::{Access, Reader, Revision};
 pub use storage::{Extent, FileStorage, Mark, Opened, Tail};
 pub use transaction::{
     DecodeError, Record, RecordData, Transaction, TransactionMeta, put_meta, put_record,
     record_len, take_meta, take_record,
 };
+
+pub use undo::{UndoError, Undone};
 
 #[cfg(test)]
 mod tests;

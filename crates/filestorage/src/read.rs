@@ -172,12 +172,12 @@ impl Reader {
         }
     }
 
-    fn find(&self, oid: Oid) -> Result<Position, StorageError> {
+    pub(crate) fn find(&self, oid: Oid) -> Result<Position, StorageError> {
         self.shared.read().index.get(oid).ok_or(StorageError::NoKey(oid))
     }
 
     /// Reads the record of `oid` at `position`: its header, and its first bytes.
-    fn record(
+    pub(crate) fn record(
         &self,
         oid: Oid,
         position: Position,
@@ -198,7 +198,7 @@ impl Reader {
     }
 
     /// The data of a record of which `head` are the first bytes; follows back pointers.
-    fn data(
+    pub(crate) fn data(
         &self,
         oid: Oid,
         mut position: Position,
@@ -249,7 +249,7 @@ impl Reader {
         Ok(head.freeze())
     }
 
-    fn back_pointer(
+    pub(crate) fn back_pointer(
         &self,
         position: Position,
         head: &BytesMut,
@@ -281,7 +281,11 @@ impl Reader {
         }
     }
 
-    fn damaged<T>(&self, position: Position, reason: impl Into<String>) -> Result<T, StorageError> {
+    pub(crate) fn damaged<T>(
+        &self,
+        position: Position,
+        reason: impl Into<String>,
+    ) -> Result<T, StorageError> {
         Err(StorageError::Damaged {
             path: self.shared.path.clone(),
             position,

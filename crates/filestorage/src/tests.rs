@@ -41,7 +41,13 @@ fn transaction(tid: u64, records: &[(u64, &str)]) -> Transaction {
                 data: match *data {
                     "" => RecordData::Gone,
                     data => match data.strip_prefix("back ") {
-                        Some(tid) => RecordData::Back(Tid(tid.parse().unwrap())),
+                        Some(back) => match back.split_once(' ') {
+                            Some((tid, data)) => {
+                                let data = Bytes::copy_from_slice(data.as_bytes());
+                                RecordData::Back(Tid(tid.parse().unwrap()), Some(data))
+                            }
+                            None => RecordData::Back(Tid(back.parse().unwrap()), None),
+                        },
                         None => RecordData::Data(Bytes::copy_from_slice(data.as_bytes())),
                     },
                 },
@@ -54,7 +60,7 @@ fn transaction(tid: u64, records: &[(u64, &str)]) -> Transaction {
 fn example(storage: &mut FileStorage) {
     storage.append(&transaction(10, &[(0, "root"), (1, "one")])).unwrap();
     storage.append(&transaction(20, &[(1, "uno")])).unwrap();
-    storage.append(&transaction(30, &[(1, "back 10"), (0, "")])).unwrap();
+    storage.append(&transaction(30, &[(1, "back 10 one"), (0, "")])).unwrap();
     storage.append(&transaction(40, &[])).unwrap();
 }
 
@@ -114,7 +120,7 @@ fn iteration_gives_what_was_appended() {
     example(&mut storage);
     let reader = storage.reader();
     let all = iterated(&reader, 0, u64::MAX);
-    assert_eq!(all[2], transaction(30, &[(1, "back 10"), (0, "")]));
+    assert_eq!(all[2], transaction(30, &[(1, "back 10 one"), (0, "")]));
     let tids = |found: Vec<Transaction>| found.iter().map(|t| t.meta.tid.0).collect::<Vec<_>>();
     assert_eq!(tids(all), [10, 20, 30, 40]);
     assert_eq!(tids(iterated(&reader, 11, 30)), [20, 30]);
@@ -143,6 +149,117 @@ fn newest_oids_come_newest_first() {
         found,
         [(Tid(40), vec![]), (Tid(30), vec![Oid(1), Oid(0)]), (Tid(20), vec![Oid(1)])]
     );
+}
+
+#[test]
+fn history_goes_back_to_the_beginning() {
+    let disk = MemoryDisk::new();
+    let mut storage = open(&disk);
+    example(&mut storage);
+    let history = |oid, size| {
+        let found = storage.reader().history(Oid(oid), size).unwrap();
+        found.into_iter().map(|r| (r.meta.tid.0, r.size)).collect::<Vec<_>>()
+    };
+    assert_eq!(history(1, 2), [(30, 0), (20, 3)]);
+    assert_eq!(history(1, 9), [(30, 0), (20, 3), (10, 3)]);
+    // An object that is gone has a history.
+    assert_eq!(history(0, 9), [(30, 0), (10, 4)]);
+    assert!(matches!(storage.reader().history(Oid(7), 1), Err(StorageError::NoKey(Oid(7)))));
+    let mut backwards = storage.reader().backwards();
+    let mut tids = Vec::new();
+    while let Some(transaction) = backwards.step().unwrap() {
+        tids.push(transaction.meta.tid.0);
+    }
+    assert_eq!(tids, [40, 30, 20, 10]);
+}
+
+/// What undoing `tid` would write.
+fn undone(storage: &FileStorage, tids: &[u64]) -> Result<Vec<Record>, UndoError> {
+    let mut records = Vec::new();
+    let mut earlier = Undone::new();
+    for tid in tids {
+        storage.reader().undo(Tid(*tid), &mut earlier, |oid, data| {
+            records.push(Record { oid, data });
+            Ok::<_, UndoError>(())
+        })?;
+    }
+    Ok(records)
+}
+
+fn changed(result: Result<Vec<Record>, UndoError>) -> Vec<(u64, &'static str)> {
+    match result {
+        Err(UndoError::Changed(objects)) => objects.into_iter().map(|(o, r)| (o.0, r)).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn undo_gives_back_the_revision_before() {
+    let disk = MemoryDisk::new();
+    let mut storage = open(&disk);
+    storage.append(&transaction(10, &[(0, "root"), (1, "one")])).unwrap();
+    storage.append(&transaction(20, &[(1, "uno")])).unwrap();
+    storage.append(&transaction(30, &[(2, "two")])).unwrap();
+    let undo_20 = transaction(40, &[(1, "back 10 one")]);
+    assert_eq!(undone(&storage, &[20]).unwrap(), undo_20.records);
+    // An object that the transaction made is gone.
+    assert_eq!(undone(&storage, &[30]).unwrap(), transaction(0, &[(2, "")]).records);
+    // Undo, and undo of the undo.
+    storage.append(&undo_20).unwrap();
+    assert_eq!(undone(&storage, &[40]).unwrap(), transaction(0, &[(1, "back 20 uno")]).records);
+    // The data are again those that 10 wrote: it can be undone.
+    assert_eq!(undone(&storage, &[10]).unwrap(), transaction(0, &[(0, ""), (1, "")]).records);
+    // What 20 wrote is not current any more.
+    let modified = "Some data were modified by a later transaction";
+    assert_eq!(changed(undone(&storage, &[20])), [(1, modified)]);
+    // Several at once see each other: undoing the undo makes 20 current.
+    let both = undone(&storage, &[40, 20]).unwrap();
+    assert_eq!(both, transaction(0, &[(1, "back 20 uno"), (1, "back 10 one")]).records);
+}
+
+#[test]
+fn undo_is_refused_with_a_reason() {
+    let disk = MemoryDisk::new();
+    let mut storage = open(&disk);
+    let mut packed = transaction(10, &[(1, "one")]);
+    packed.meta.status = b'p';
+    storage.append(&packed).unwrap();
+    storage.append(&transaction(20, &[(2, "two")])).unwrap();
+    storage.append(&transaction(30, &[(2, "zwei"), (1, "uno")])).unwrap();
+    storage.append(&transaction(40, &[(2, "deux")])).unwrap();
+    assert!(matches!(undone(&storage, &[11]), Err(UndoError::Unknown(Tid(11)))));
+    assert!(matches!(undone(&storage, &[10]), Err(UndoError::Packed(Tid(10)))));
+    let added = "Can't undo an add transaction followed by conflicting transactions.";
+    assert_eq!(changed(undone(&storage, &[20])), [(2, added)]);
+    let modified = "Some data were modified by a later transaction";
+    assert_eq!(changed(undone(&storage, &[30])), [(2, modified)]);
+    // After the later change is undone, it can be.
+    let both = undone(&storage, &[40, 30]).unwrap();
+    let expected = [(2, "back 30 zwei"), (2, "back 20 two"), (1, "back 10 one")];
+    assert_eq!(both, transaction(0, &expected).records);
+    storage.append(&transaction(50, &[(2, "")])).unwrap();
+    assert_eq!(changed(undone(&storage, &[40])), [(2, "_loadBack() failed")]);
+}
+
+#[test]
+fn a_restored_revision_shares_data_if_it_can() {
+    let disk = MemoryDisk::new();
+    let mut storage = open(&disk);
+    storage.append(&transaction(10, &[(1, "one")])).unwrap();
+    storage.append(&transaction(20, &[(1, "uno")])).unwrap();
+    let one = Some(Bytes::from_static(b"one"));
+    let restored =
+        |data, hint: Option<u64>| storage.reader().restored(Oid(1), data, hint.map(Tid)).unwrap();
+    assert_eq!(restored(one.clone(), Some(10)), RecordData::Back(Tid(10), one.clone()));
+    for hint in [None, Some(20), Some(15)] {
+        assert_eq!(restored(one.clone(), hint), RecordData::Data(Bytes::from_static(b"one")));
+    }
+    assert_eq!(restored(None, None), RecordData::Gone);
+    // A node that has packed the revision away writes the data.
+    let back = Record { oid: Oid(1), data: RecordData::Back(Tid(5), one) };
+    let meta = transaction(30, &[]).meta;
+    storage.append(&Transaction { meta, records: vec![back] }).unwrap();
+    assert_eq!(loaded(&storage.reader(), 1, 99), Some(("one".into(), 30, None)));
 }
 
 #[test]
@@ -425,7 +542,8 @@ proptest! {
     fn transactions_travel(records in proptest::collection::vec(
         (any::<u64>(), prop_oneof![
             proptest::collection::vec(any::<u8>(), 0..50).prop_map(|v| RecordData::Data(v.into())),
-            any::<u64>().prop_map(|tid| RecordData::Back(Tid(tid))),
+            any::<(u64, Option<Vec<u8>>)>()
+                .prop_map(|(tid, data)| RecordData::Back(Tid(tid), data.map(Bytes::from))),
             Just(RecordData::Gone),
         ]), 0..20), status: u8, user: Vec<u8>)
     {
@@ -443,6 +561,7 @@ proptest! {
         for (oid, data) in records {
             let len = record_len(&bytes).unwrap().unwrap();
             prop_assert!(record_len(&bytes[..len.min(16)]).unwrap().is_none_or(|l| l == len));
+            prop_assert!(record_len(&bytes[..len.min(24)]).unwrap().is_none_or(|l| l == len));
             prop_assert_eq!(bytes.clone().split_to(len).len(), len);
             prop_assert_eq!(take_record(&mut bytes), Ok(Record { oid: Oid(oid), data }));
         }

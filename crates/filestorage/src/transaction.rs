@@ -5,7 +5,8 @@
 //! ```text
 //! meta     tid 8 · status 1 · user, description, extension: length 2, bytes
 //! record   oid 8 · kind 1 · for kind 'd': length 8, data
-//!                           for kind 'b': tid 8 of the revision whose data it shares
+//!                           for kind 'b': tid 8 of the revision whose data it shares, length 8, data
+//!                           for kind 'B': tid 8 of the revision that it is equal to, which is gone
 //!                           for kind 'g': nothing; the object is gone
 //! ```
 
@@ -41,8 +42,10 @@ pub struct Record {
 pub enum RecordData {
     /// Data of its own.
     Data(Bytes),
-    /// The data of an earlier revision of the object (after an undo).
-    Back(Tid),
+    /// The same as an earlier revision of the object (after an undo): its tid, and its data, or
+    /// `None` if the object was gone then. The data travel along for a node that has packed
+    /// that revision away; all others write a back pointer.
+    Back(Tid, Option<Bytes>),
     /// None: the object was deleted, or its creation undone.
     Gone,
 }
@@ -92,8 +95,14 @@ pub fn put_record(record: &Record, out: &mut BytesMut) {
             out.put_u64(data.len() as u64);
             out.put_slice(data);
         }
-        RecordData::Back(tid) => {
+        RecordData::Back(tid, Some(data)) => {
             out.put_u8(b'b');
+            out.put_u64(tid.0);
+            out.put_u64(data.len() as u64);
+            out.put_slice(data);
+        }
+        RecordData::Back(tid, None) => {
+            out.put_u8(b'B');
             out.put_u64(tid.0);
         }
         RecordData::Gone => out.put_u8(b'g'),
@@ -103,12 +112,19 @@ pub fn put_record(record: &Record, out: &mut BytesMut) {
 /// Takes what [`put_record`] wrote from the front of `bytes`; shares their memory.
 pub fn take_record(bytes: &mut Bytes) -> Result<Record, DecodeError> {
     let oid = Oid(bytes.try_get_u64().map_err(|_| DecodeError)?);
-    let data = match bytes.try_get_u8().map_err(|_| DecodeError)? {
+    let kind = bytes.try_get_u8().map_err(|_| DecodeError)?;
+    let mut number = || bytes.try_get_u64().map_err(|_| DecodeError);
+    let data = match kind {
         b'd' => {
-            let len = bytes.try_get_u64().map_err(|_| DecodeError)?;
+            let len = number()?;
             RecordData::Data(take(bytes, usize::try_from(len).map_err(|_| DecodeError)?)?)
         }
-        b'b' => RecordData::Back(Tid(bytes.try_get_u64().map_err(|_| DecodeError)?)),
+        b'b' => {
+            let (tid, len) = (Tid(number()?), number()?);
+            let data = take(bytes, usize::try_from(len).map_err(|_| DecodeError)?)?;
+            RecordData::Back(tid, Some(data))
+        }
+        b'B' => RecordData::Back(Tid(number()?), None),
         b'g' => RecordData::Gone,
         _ => return Err(DecodeError),
     };
@@ -118,17 +134,17 @@ pub fn take_record(bytes: &mut Bytes) -> Result<Record, DecodeError> {
 /// The length of the record that `bytes` begin with; `None` if its head is not all there yet.
 pub fn record_len(bytes: &[u8]) -> Result<Option<usize>, DecodeError> {
     let Some(kind) = bytes.get(8) else { return Ok(None) };
-    match kind {
-        b'd' => {
-            let Some(len) = bytes.get(9..17) else { return Ok(None) };
-            let len = len.iter().fold(0u64, |n, byte| n << 8 | u64::from(*byte));
-            let len = usize::try_from(len).ok().and_then(|len| len.checked_add(17));
-            len.map(Some).ok_or(DecodeError)
-        }
-        b'b' => Ok(Some(17)),
-        b'g' => Ok(Some(9)),
-        _ => Err(DecodeError),
-    }
+    let length_at = match kind {
+        b'd' => 9,
+        b'b' => 17,
+        b'B' => return Ok(Some(17)),
+        b'g' => return Ok(Some(9)),
+        _ => return Err(DecodeError),
+    };
+    let Some(len) = bytes.get(length_at..length_at + 8) else { return Ok(None) };
+    let len = len.iter().fold(0u64, |n, byte| n << 8 | u64::from(*byte));
+    let len = usize::try_from(len).ok().and_then(|len| len.checked_add(length_at + 8));
+    len.map(Some).ok_or(DecodeError)
 }
 
 fn take(bytes: &mut Bytes, len: usize) -> Result<Bytes, DecodeError> {

@@ -8,7 +8,8 @@ use bytes::Bytes;
 use standby_filestorage::{Access, StorageError};
 use standby_types::Tid;
 use standby_zeo::{
-    ClientError, Effect, FrameReader, Options, Read, Session, Value, VoteRequest, frame,
+    ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, Value, VoteAnswer,
+    VoteOutcome, VoteRequest, frame,
 };
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
@@ -16,6 +17,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use crate::engine::{Event, Request, read_failed};
+use crate::look::{self, Iterators};
 use crate::node::{Shared, StorageShared};
 use crate::sessions::{Mail, SessionHandle};
 
@@ -43,6 +45,7 @@ pub async fn serve(shared: Arc<Shared>, stream: TcpStream, read_only: bool) {
         session,
         storage: None,
         read_only,
+        iterators: Iterators::default(),
     };
     let sending = {
         let handle = handle.clone();
@@ -74,6 +77,7 @@ struct Connection {
     /// The storage that the client asked for.
     storage: Option<String>,
     read_only: bool,
+    iterators: Iterators,
 }
 
 impl Connection {
@@ -89,7 +93,7 @@ impl Connection {
         loop {
             loop {
                 while let Ok(mail) = mail.try_recv() {
-                    self.mail(mail);
+                    self.mail(mail).await;
                 }
                 let frame = match frames.next_frame(self.session.frame_limit()) {
                     Ok(Some(frame)) => frame,
@@ -111,7 +115,7 @@ impl Connection {
             tokio::select! {
                 biased;
                 () = self.handle.outbox.closed() => return None,
-                Some(mail) = mail.recv() => self.mail(mail),
+                Some(mail) = mail.recv() => self.mail(mail).await,
                 read = socket.read_buf(frames.buffer()) => match read {
                     Ok(0) | Err(_) => return None,
                     Ok(_) => {}
@@ -120,7 +124,7 @@ impl Connection {
         }
     }
 
-    fn mail(&mut self, mail: Mail) {
+    async fn mail(&mut self, mail: Mail) {
         match mail {
             Mail::Registered(accepted) => {
                 self.session.registered(accepted);
@@ -135,10 +139,93 @@ impl Connection {
                 }
             }
             Mail::Voted(outcome) => {
-                if let Some(reply) = self.session.voted(outcome) {
-                    self.handle.outbox.push(reply);
-                }
+                let outcome = match outcome {
+                    VoteOutcome::Answer(VoteAnswer::Voted) => self.work_out().await,
+                    other => other,
+                };
+                self.voted(outcome);
             }
+        }
+    }
+
+    fn voted(&mut self, outcome: VoteOutcome) {
+        if let Some(reply) = self.session.voted(outcome) {
+            self.handle.outbox.push(reply);
+        }
+    }
+
+    /// The transaction holds its locks: works out what could not be known before.
+    async fn work_out(&mut self) -> VoteOutcome {
+        let later = self.session.take_later();
+        let voted = VoteOutcome::Answer(VoteAnswer::Voted);
+        let Some(storage) = self.storage().filter(|_| !later.is_empty()) else { return voted };
+        let reader = storage.reader.clone();
+        let (results, mut received) = mpsc::channel(16);
+        let working = tokio::task::spawn_blocking(move || {
+            look::work_out(&reader, later, |oid, content, undone| {
+                results.blocking_send((oid, content, undone)).is_ok()
+            })
+        });
+        let mut kept = Ok(());
+        while let Some((oid, content, undone)) = received.recv().await {
+            kept = kept.and_then(|()| self.session.worked_out(oid, content, undone));
+        }
+        let worked =
+            working.await.unwrap_or_else(|error| Err(ClientError::storage(error.to_string())));
+        let kept = kept.map_err(|error| {
+            ClientError::storage(format!("cannot keep a large transaction: {error}"))
+        });
+        match worked.and(kept) {
+            Ok(()) => voted,
+            Err(error) => {
+                let (session, storage) = (self.handle.id, self.storage.clone().unwrap_or_default());
+                self.shared.tell(Event::Client(Request::Abort { session, storage })).await;
+                VoteOutcome::Failed(error)
+            }
+        }
+    }
+
+    /// The objects that a vote's undos change.
+    async fn undo_objects(&self, request: &mut VoteRequest) -> Result<(), ClientError> {
+        let Some(storage) = self.storage().filter(|_| !request.undos.is_empty()) else {
+            return Ok(());
+        };
+        let (reader, undos) = (storage.reader.clone(), request.undos.clone());
+        let found = tokio::task::spawn_blocking(move || look::undo_objects(&reader, &undos));
+        let oids = found.await.unwrap_or_else(|e| Err(ClientError::storage(e.to_string())))?;
+        request.writes.extend(oids.into_iter().map(|oid| (oid, Expected::Any)));
+        Ok(())
+    }
+
+    /// Answers a look back.
+    async fn look(&mut self, id: Option<Value>, look: Look) {
+        let Some(storage) = self.storage() else { return };
+        let (reader, handle) = (storage.reader.clone(), self.handle.clone());
+        let answer = move |found: Result<Value, ClientError>| {
+            let Some(id) = id else { return };
+            handle.outbox.push(match found {
+                Ok(value) => handle.encoding().reply(&id, value),
+                Err(error) => handle.encoding().error(&id, &error),
+            });
+        };
+        if let Look::UndoLog(..) = look {
+            // It may read the whole file; the client's other threads do not wait for it.
+            tokio::task::spawn_blocking(move || {
+                answer(look::look(&reader, &mut Iterators::default(), look));
+            });
+            return;
+        }
+        let mut iterators = std::mem::take(&mut self.iterators);
+        let looked = tokio::task::spawn_blocking(move || {
+            let found = look::look(&reader, &mut iterators, look);
+            (found, iterators)
+        });
+        match looked.await {
+            Ok((found, iterators)) => {
+                self.iterators = iterators;
+                answer(found);
+            }
+            Err(error) => answer(Err(ClientError::storage(error.to_string()))),
         }
     }
 
@@ -167,7 +254,15 @@ impl Connection {
                 Request::Invalidations { session, storage, id, since }
             }
             Effect::NewOids { id, count } => Request::NewOids { session, storage, id, count },
-            Effect::Vote(request) => {
+            Effect::Look { id, look } => {
+                self.look(id, look).await;
+                return None;
+            }
+            Effect::Vote(mut request) => {
+                if let Err(error) = self.undo_objects(&mut request).await {
+                    self.voted(VoteOutcome::Failed(error));
+                    return None;
+                }
                 self.warm(&request).await;
                 Request::Vote { session, storage, request }
             }
@@ -196,7 +291,8 @@ impl Connection {
     /// Brings into memory what the engine is about to compare, so that it need not wait for a disk.
     async fn warm(&self, request: &VoteRequest) {
         let Some(storage) = self.storage() else { return };
-        let oids = request.writes.iter().chain(&request.checks).map(|(oid, _)| *oid);
+        let writes = request.writes.iter().map(|(oid, _)| *oid);
+        let oids = writes.chain(request.checks.iter().map(|(oid, _)| *oid));
         let cold: Vec<_> = oids
             .filter(|oid| {
                 let read = storage.reader.committed_serial(*oid, Access::Cached);
@@ -292,16 +388,26 @@ struct NotCached;
 
 /// `get_info`: what the storage can do.
 fn info(storage: &StorageShared) -> Value {
-    let interfaces = [("ZODB.interfaces", "IStorage"), ("zope.interface", "Interface")];
-    let interfaces = interfaces
-        .map(|(module, name)| Value::Tuple(vec![Value::str(module), Value::str(name)]))
-        .to_vec();
+    let pair = |module, name| Value::Tuple(vec![Value::str(module), Value::str(name)]);
+    // In the order in which Python's server gives them.
+    let mut interfaces: Vec<Value> = [
+        "IStorageRestoreable",
+        "IStorageIteration",
+        "IStorageUndoable",
+        "IStorageCurrentRecordIteration",
+        "IExternalGC",
+        "IStorage",
+    ]
+    .into_iter()
+    .map(|name| pair("ZODB.interfaces", name))
+    .collect();
+    interfaces.push(pair("zope.interface", "Interface"));
     Value::Dict(vec![
         (Value::str("length"), Value::Int(storage.reader.len() as i64)),
         (Value::str("size"), Value::Int(storage.reader.size() as i64)),
         (Value::str("name"), Value::Str(storage.path.display().to_string())),
-        (Value::str("supportsUndo"), Value::Bool(false)),
-        (Value::str("supports_record_iternext"), Value::Bool(false)),
+        (Value::str("supportsUndo"), Value::Bool(true)),
+        (Value::str("supports_record_iternext"), Value::Bool(true)),
         (Value::str("interfaces"), Value::Tuple(interfaces)),
     ])
 }

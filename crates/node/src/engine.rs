@@ -19,9 +19,7 @@ use standby_consensus::{
     AppliedPoint, Change, Command, Committed, Consensus, Ending, Event as Happened, LogError,
     Member, Output, PART_LEN, PeerMessage, Role, Written,
 };
-use standby_filestorage::{
-    Access, Record, RecordData, StorageError, TransactionMeta, put_meta, put_record,
-};
+use standby_filestorage::{Access, Record, StorageError, TransactionMeta, put_meta, put_record};
 use standby_types::time::new_tid;
 use standby_types::{LogIndex, NodeId, Oid, Term, Tid};
 use standby_zeo::{
@@ -33,6 +31,7 @@ use tracing::{error, info, warn};
 
 use crate::applier::{Origin, Work, unknown_storage};
 use crate::log_thread::LogWork;
+use crate::look::record_data;
 use crate::node::{Shared, Standing};
 use crate::oids::Oids;
 use crate::peers::{PeerInfo, Peers, fetch};
@@ -487,6 +486,13 @@ impl Engine {
                     session.cut("this node is not primary");
                     return Ok(());
                 }
+                let last = self.storages.get(&storage).map_or(Tid::NONE, |s| s.last_tid);
+                if let Some(tid) = request.tid.filter(|tid| *tid <= last) {
+                    let outcome = VoteOutcome::Failed(does_not_follow(tid, last));
+                    // Without its own task the session is ending.
+                    let _ = session.mailbox.send(Mail::Voted(outcome));
+                    return Ok(());
+                }
                 let session = session.id;
                 self.unlocked(&storage, |t| t.vote(now, session, request));
             }
@@ -565,8 +571,13 @@ impl Engine {
                     stored.stats.conflicts.fetch_add(1, Ordering::Relaxed);
                     false
                 }
-                VoteOutcome::Answer(VoteAnswer::ReadConflict(..)) => {
-                    stored.stats.conflicts.fetch_add(1, Ordering::Relaxed);
+                VoteOutcome::Answer(VoteAnswer::Refused(error)) => {
+                    if matches!(
+                        error,
+                        ClientError::Conflict { .. } | ClientError::ReadConflict { .. }
+                    ) {
+                        stored.stats.conflicts.fetch_add(1, Ordering::Relaxed);
+                    }
                     true
                 }
                 VoteOutcome::Failed(_) => true,
@@ -612,6 +623,9 @@ impl Engine {
     fn pump(&mut self) -> anyhow::Result<()> {
         while self.in_flight < WINDOW {
             let Some(mut outgoing) = self.outgoing.pop_front() else { break };
+            if outgoing.parts.is_empty() && self.overtaken(&outgoing) {
+                continue;
+            }
             if let Err(error) = outgoing.fill() {
                 error!(%error, "cannot read a large transaction back");
                 outgoing.session.cut("its transaction cannot be read back");
@@ -630,7 +644,12 @@ impl Engine {
                         outgoing.records = records;
                     }
                 }
-                self.outgoing.push_back(outgoing);
+                if outgoing.buffer.meta.tid.is_some() {
+                    // Nothing may get a tid while it is on its way.
+                    self.outgoing.push_front(outgoing);
+                } else {
+                    self.outgoing.push_back(outgoing);
+                }
                 proposed.is_some()
             } else {
                 self.close(outgoing)?
@@ -642,14 +661,27 @@ impl Engine {
         Ok(())
     }
 
+    /// True if a transaction that brings its own tid comes too late for it; the client is told.
+    fn overtaken(&mut self, outgoing: &Outgoing) -> bool {
+        let last = self.storages.get(&outgoing.storage).map_or(Tid::NONE, |s| s.last_tid);
+        let Some(tid) = outgoing.buffer.meta.tid.filter(|tid| *tid <= last) else { return false };
+        let session = &outgoing.session;
+        let error = session.encoding().error(&outgoing.id, &does_not_follow(tid, last));
+        session.outbox.push(error);
+        let (now, id) = (self.shared.now(), session.id);
+        self.unlocked(&outgoing.storage, |t| t.applied(now, id));
+        true
+    }
+
     /// Proposes the closing entry of a transaction; false if it has to be tried again.
     fn close(&mut self, outgoing: Outgoing) -> anyhow::Result<bool> {
         let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
-        let tid = new_tid(self.shared.wall_clock(), committing.last_tid);
         let meta = &outgoing.buffer.meta;
+        let tid = meta.tid;
+        let tid = tid.unwrap_or_else(|| new_tid(self.shared.wall_clock(), committing.last_tid));
         let meta = TransactionMeta {
             tid,
-            status: b' ',
+            status: meta.status,
             user: meta.user.clone(),
             description: meta.description.clone(),
             extension: meta.extension.clone(),
@@ -822,12 +854,18 @@ impl Outgoing {
         while self.records.len() <= PART_LEN
             && let Some(write) = self.buffer.writes().get(self.next_write)
         {
-            let data = self.buffer.data(write)?;
-            put_record(&Record { oid: write.oid, data: RecordData::Data(data) }, &mut self.records);
+            let data = record_data(self.buffer.content(write)?);
+            put_record(&Record { oid: write.oid, data }, &mut self.records);
             self.next_write += 1;
         }
         Ok(())
     }
+}
+
+fn does_not_follow(tid: Tid, last: Tid) -> ClientError {
+    ClientError::storage(format!(
+        "a transaction with tid {tid} cannot be stored: the storage's last one is {last}"
+    ))
 }
 
 /// A read failed for another reason than that the object does not exist.

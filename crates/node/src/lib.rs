@@ -25,6 +25,7 @@ mod engine;
 mod listener;
 mod log_thread;
 pub mod logging;
+mod look;
 mod node;
 mod oids;
 mod outbox;

@@ -10,13 +10,18 @@ use bytes::Bytes;
 use standby_types::{Oid, Tid};
 
 use crate::spill::{MakeSpill, Slot, Spill};
+use crate::transactions::VoteRequest;
 
 /// Bytes of a transaction that are kept in memory.
 pub const SPILL_ABOVE: usize = 4 << 20;
 
 /// What a transaction says about itself. Each text has at most 65 535 bytes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Meta {
+    /// The tid that it must get (a copy of another storage's transaction).
+    pub tid: Option<Tid>,
+    /// `b' '`, or `b'p'` for a copy of a packed one.
+    pub status: u8,
     /// Who commits.
     pub user: Bytes,
     /// What is done.
@@ -25,17 +30,62 @@ pub struct Meta {
     pub extension: Bytes,
 }
 
-/// A store.
+impl Default for Meta {
+    fn default() -> Self {
+        let empty = Bytes::new;
+        Meta { tid: None, status: b' ', user: empty(), description: empty(), extension: empty() }
+    }
+}
+
+/// What must hold of an object's current revision when it is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// It has this serial, or there is none: a store.
+    Serial(Tid),
+    /// There is one, and it has this serial: a deletion.
+    Existing(Tid),
+    /// Nothing: a restore, or an undo, which has rules of its own.
+    Any,
+}
+
+/// What an object becomes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// These data.
+    Data(Bytes),
+    /// The same as its revision with this tid: its data, `None` if it was gone then.
+    Back(Tid, Option<Bytes>),
+    /// It is gone.
+    Gone,
+}
+
+#[derive(Clone, Debug)]
+enum Kept {
+    Data(Slot),
+    Back(Tid, Option<Slot>),
+    Gone,
+}
+
+/// A change of one object.
 #[derive(Clone, Debug)]
 pub struct Write {
     /// The object.
     pub oid: Oid,
-    /// The serial of the revision that the change is based on; zero for a new object.
-    pub serial: Tid,
-    slot: Slot,
+    /// On what the change relies.
+    pub expected: Expected,
+    kept: Kept,
 }
 
-/// A transaction before it is finished. Of several stores of one object the last one counts.
+/// What can be worked out only when the transaction holds its locks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Later {
+    /// Undo a transaction.
+    Undo(Tid),
+    /// Write this revision; a back pointer if the one that is hinted at has the same data.
+    Restore(Oid, Option<Bytes>, Tid),
+}
+
+/// A transaction before it is finished. Of several changes of one object the last one counts.
 pub struct Buffer {
     /// Its head.
     pub meta: Meta,
@@ -43,6 +93,7 @@ pub struct Buffer {
     by_oid: HashMap<Oid, usize>,
     /// Objects that must not have changed since they were read.
     checks: Vec<(Oid, Tid)>,
+    later: Vec<Later>,
     spill: Spill,
 }
 
@@ -60,14 +111,25 @@ impl Buffer {
             writes: Vec::new(),
             by_oid: HashMap::new(),
             checks: Vec::new(),
+            later: Vec::new(),
             spill: Spill::new(SPILL_ABOVE, make_spill),
         }
     }
 
     /// Adds a store.
     pub fn store(&mut self, oid: Oid, serial: Tid, data: Bytes) -> io::Result<()> {
-        let slot = self.spill.put(data)?;
-        let write = Write { oid, serial, slot };
+        self.put(oid, Expected::Serial(serial), Content::Data(data))
+    }
+
+    /// Adds a change.
+    pub fn put(&mut self, oid: Oid, expected: Expected, content: Content) -> io::Result<()> {
+        let kept = match content {
+            Content::Data(data) => Kept::Data(self.spill.put(data)?),
+            Content::Back(tid, Some(data)) => Kept::Back(tid, Some(self.spill.put(data)?)),
+            Content::Back(tid, None) => Kept::Back(tid, None),
+            Content::Gone => Kept::Gone,
+        };
+        let write = Write { oid, expected, kept };
         match self.by_oid.get(&oid) {
             Some(at) => self.writes[*at] = write,
             None => {
@@ -83,30 +145,53 @@ impl Buffer {
         self.checks.push((oid, serial));
     }
 
-    /// The stores, in the order in which the objects first came.
+    /// Adds what can be worked out only when the transaction holds its locks.
+    pub fn later(&mut self, later: Later) {
+        self.later.push(later);
+    }
+
+    /// Takes what is to be worked out, in order.
+    pub fn take_later(&mut self) -> Vec<Later> {
+        std::mem::take(&mut self.later)
+    }
+
+    /// What a vote needs to know.
+    pub fn request(&self) -> VoteRequest {
+        let mut request = VoteRequest {
+            tid: self.meta.tid,
+            writes: self.writes.iter().map(|write| (write.oid, write.expected)).collect(),
+            checks: self.checks.clone(),
+            undos: Vec::new(),
+        };
+        for later in &self.later {
+            match later {
+                Later::Undo(tid) => request.undos.push(*tid),
+                Later::Restore(oid, ..) => request.writes.push((*oid, Expected::Any)),
+            }
+        }
+        request
+    }
+
+    /// The changes, in the order in which the objects first came.
     pub fn writes(&self) -> &[Write] {
         &self.writes
     }
 
-    /// The checks.
-    pub fn checks(&self) -> &[(Oid, Tid)] {
-        &self.checks
+    /// What a change makes of its object.
+    pub fn content(&self, write: &Write) -> io::Result<Content> {
+        Ok(match &write.kept {
+            Kept::Data(slot) => Content::Data(self.spill.get(slot)?),
+            Kept::Back(tid, slot) => {
+                let data = slot.as_ref().map(|slot| self.spill.get(slot)).transpose()?;
+                Content::Back(*tid, data)
+            }
+            Kept::Gone => Content::Gone,
+        })
     }
 
-    /// The data of a store.
-    pub fn data(&self, write: &Write) -> io::Result<Bytes> {
-        self.spill.get(&write.slot)
-    }
-
-    /// The data of the store of `oid`.
-    pub fn data_of(&self, oid: Oid) -> io::Result<Bytes> {
-        let at = self.by_oid.get(&oid).ok_or(io::ErrorKind::NotFound)?;
-        self.data(&self.writes[*at])
-    }
-
-    /// The serial that the client's change of `oid` is based on.
-    pub fn serial_of(&self, oid: Oid) -> Option<Tid> {
-        self.by_oid.get(&oid).map(|at| self.writes[*at].serial)
+    /// The change of `oid`.
+    pub fn write_of(&self, oid: Oid) -> Option<&Write> {
+        self.by_oid.get(&oid).map(|at| &self.writes[*at])
     }
 }
 
@@ -139,8 +224,8 @@ mod tests {
                 Oid(2) => Bytes::from_static(b"resolved"),
                 oid => data(oid.0),
             };
-            assert_eq!(buffer.data(write).unwrap(), expected);
+            assert_eq!(buffer.content(write).unwrap(), Content::Data(expected));
         }
-        assert_eq!(buffer.serial_of(Oid(2)), Some(Tid(9)));
+        assert_eq!(buffer.write_of(Oid(2)).unwrap().expected, Expected::Serial(Tid(9)));
     }
 }

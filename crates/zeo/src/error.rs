@@ -29,6 +29,10 @@ pub enum ClientError {
         /// The committed serial, and the one that the client read.
         serials: (Tid, Tid),
     },
+    /// `UndoError`: the transaction cannot be undone.
+    Undo(String),
+    /// `MultipleUndoErrors`: objects that have changed since, with the reason for each.
+    UndoConflicts(Vec<(Oid, &'static str)>),
     /// Any other exception: its dotted name and arguments.
     Other(&'static str, Vec<Value>),
 }
@@ -78,9 +82,24 @@ impl ClientError {
                 "ZODB.POSException.ReadConflictError".into(),
                 conflict("database read conflict error", *oid, Value::None, *serials),
             ),
+            ClientError::Undo(reason) => {
+                ("ZODB.POSException.UndoError".into(), undo_state(reason, Value::None))
+            }
+            ClientError::UndoConflicts(conflicts) => {
+                let errors = conflicts.iter().map(|(oid, reason)| {
+                    Value::Tuple(vec![oid.to_bytes().into(), Value::str(*reason)])
+                });
+                let state = Value::Dict(vec![(Value::str("_errs"), Value::List(errors.collect()))]);
+                ("ZODB.POSException.MultipleUndoErrors".into(), state)
+            }
             ClientError::Other(class, args) => ((*class).into(), Value::Tuple(args.clone())),
         }
     }
+}
+
+/// The attributes of an `UndoError`.
+fn undo_state(reason: &str, oid: Value) -> Value {
+    Value::Dict(vec![(Value::str("_reason"), Value::str(reason)), (Value::str("_oid"), oid)])
 }
 
 /// `(committed, read)` as the client wants them.

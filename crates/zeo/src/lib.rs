@@ -21,15 +21,21 @@ mod session;
 mod spill;
 mod transactions;
 
-pub use buffer::{Buffer, Meta, SPILL_ABOVE, Write};
+pub use buffer::{Buffer, Content, Expected, Later, Meta, SPILL_ABOVE, Write};
 pub use error::ClientError;
 pub use frame::{FrameReader, FrameTooLong, MAX_FRAME, MAX_FRAME_BEFORE_REGISTER, frame};
 pub use history::History;
 pub use message::{Call, Encoding, Incoming, Reply, WireError};
-pub use session::{CloseReason, Effect, Options, Read, Session, VoteOutcome};
+pub use session::{CloseReason, Effect, Look, Options, Read, Session, VoteOutcome};
 pub use spill::{MakeSpill, Slot, Spill};
 pub use standby_pickle::Value;
 pub use transactions::{FinishRefused, Transactions, VoteAnswer, VoteRequest};
+
+/// Reads a transaction's extension; `None` if it is empty, or no pickle of plain data. Nothing in it
+/// is executed.
+pub fn decode_extension(extension: &bytes::Bytes) -> Option<Value> {
+    standby_pickle::decode(extension, |_, _| true).ok()
+}
 
 /// Names a connection within a node, for as long as the node runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

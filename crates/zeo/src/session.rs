@@ -11,12 +11,19 @@
 //! Frames go in by [`Session::receive`]; what is to be done comes out as [`Effect`]s, in order.
 //! Whoever performs an effect that carries an `id` answers it.
 
+mod args;
+mod transaction;
+
+use std::ops::Range;
+
 use bytes::Bytes;
 use standby_pickle::Value;
 use standby_types::{Oid, Tid};
 
-use crate::buffer::{Buffer, Meta};
-use crate::error::{ClientError, serial_pair};
+use self::args::Args;
+use self::transaction::{Phase, Transaction, conflict_list};
+use crate::buffer::{Buffer, Content, Expected, Later};
+use crate::error::ClientError;
 use crate::frame::frame;
 use crate::message::{Call, Encoding, Incoming};
 use crate::spill::MakeSpill;
@@ -51,6 +58,30 @@ pub enum Read {
     Status,
 }
 
+/// A look back, which may take long. Except for the undo log, they are answered in the order
+/// in which they came.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Look {
+    /// `history(oid, size)`
+    History(Oid, usize),
+    /// `record_iternext(next)`
+    RecordIternext(Option<Oid>),
+    /// `undoLog(first, last)` and `undoInfo(first, last, specification)`: the transactions with
+    /// these indexes, counted from the newest, among those that have all items of the
+    /// specification.
+    UndoLog(Range<usize>, Vec<(Value, Value)>),
+    /// `iterator_start(start, stop)`
+    IteratorStart(Option<Tid>, Option<Tid>),
+    /// `iterator_next(iterator)`
+    IteratorNext(Value),
+    /// `iterator_record_start(iterator, tid)`
+    IteratorRecordStart(Value, Tid),
+    /// `iterator_record_next(record iterator)`
+    IteratorRecordNext(Value),
+    /// `iterator_gc(iterators)`
+    IteratorGc(Vec<Value>),
+}
+
 /// Something for the node to do.
 #[derive(Debug)]
 pub enum Effect {
@@ -75,6 +106,13 @@ pub enum Effect {
         id: Value,
         /// What is asked.
         read: Read,
+    },
+    /// Look back; without an `id` nothing is to be answered.
+    Look {
+        /// The call.
+        id: Option<Value>,
+        /// What is asked.
+        look: Look,
     },
     /// What has changed since the tid? Answer with a tuple or `None`.
     Invalidations {
@@ -148,22 +186,6 @@ enum State {
     Unregistered,
     Registering { read_only: bool },
     Registered { read_only: bool },
-}
-
-enum Phase {
-    Open,
-    Voting { id: Value },
-    Voted,
-}
-
-/// A transaction of this session, from `tpc_begin` on.
-struct Transaction {
-    /// The client's name for it.
-    name: Value,
-    phase: Phase,
-    buffer: Box<Buffer>,
-    /// Why the vote will fail, if that is known already.
-    doomed: Option<ClientError>,
 }
 
 /// See the module.
@@ -271,8 +293,9 @@ impl Session {
         let result = match outcome {
             VoteOutcome::Answer(VoteAnswer::Voted) => {
                 transaction.phase = Phase::Voted;
+                let changed = transaction.changed.iter().map(|oid| oid.to_bytes().into()).collect();
                 self.transaction = Some(transaction);
-                Ok(Value::List(vec![]))
+                Ok(Value::List(changed))
             }
             VoteOutcome::Answer(VoteAnswer::Conflicts(conflicts)) => {
                 let list = conflict_list(&transaction.buffer, &conflicts);
@@ -282,12 +305,29 @@ impl Session {
                 }
                 list
             }
-            VoteOutcome::Answer(VoteAnswer::ReadConflict(oid, committed, read)) => {
-                Err(ClientError::ReadConflict { oid, serials: (committed, read) })
+            VoteOutcome::Answer(VoteAnswer::Refused(error)) | VoteOutcome::Failed(error) => {
+                Err(error)
             }
-            VoteOutcome::Failed(error) => Err(error),
         };
         Some(self.answer(&id, result))
+    }
+
+    /// The transaction holds its locks: takes what is to be worked out before
+    /// [`Session::voted`] may be told. Each result goes to [`Session::worked_out`].
+    pub fn take_later(&mut self) -> Vec<Later> {
+        match &mut self.transaction {
+            Some(Transaction { phase: Phase::Voting { .. }, buffer, .. }) => buffer.take_later(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Adds what was worked out: what an object becomes, and whether the client does not know it.
+    pub fn worked_out(&mut self, oid: Oid, content: Content, undone: bool) -> std::io::Result<()> {
+        let Some(transaction) = &mut self.transaction else { return Ok(()) };
+        if undone && !transaction.changed.contains(&oid) {
+            transaction.changed.push(oid);
+        }
+        transaction.buffer.put(oid, Expected::Any, content)
     }
 
     fn step(&mut self, frame: Bytes, effects: &mut Vec<Effect>) -> Result<(), CloseReason> {
@@ -365,7 +405,14 @@ impl Session {
         };
         let writing = matches!(
             call.method.as_str(),
-            "new_oids" | "tpc_begin" | "storea" | "checkCurrentSerialInTransaction" | "vote"
+            "new_oids"
+                | "tpc_begin"
+                | "storea"
+                | "restorea"
+                | "deleteObject"
+                | "undoa"
+                | "checkCurrentSerialInTransaction"
+                | "vote"
         );
         if writing && read_only {
             return Some(Err(ClientError::ReadOnly));
@@ -398,6 +445,9 @@ impl Session {
             "new_oids" => args.count().map(|count| Some(Effect::NewOids { id: id(), count })),
             "tpc_begin" => self.begin(&args).map(|()| None),
             "storea" => self.store(&args).map(|()| None),
+            "restorea" => self.restore(&args).map(|()| None),
+            "deleteObject" => self.delete(&args).map(|()| None),
+            "undoa" => self.undo(&args).map(|()| None),
             "checkCurrentSerialInTransaction" => self.check(&args).map(|()| None),
             "vote" => self.vote(call, &args),
             "tpc_finish" => self.finish(call, &args),
@@ -409,25 +459,24 @@ impl Session {
                 }
                 Some(Effect::Send(self.answer(&call.id, Ok(Value::None))))
             }),
-            "pack"
-            | "restorea"
-            | "storeBlobStart"
-            | "storeBlobChunk"
-            | "storeBlobEnd"
-            | "storeBlobShared"
-            | "deleteObject"
-            | "history"
+            "history"
             | "record_iternext"
-            | "sendBlob"
-            | "new_oid"
-            | "undoa"
             | "undoLog"
             | "undoInfo"
             | "iterator_start"
             | "iterator_next"
             | "iterator_record_start"
             | "iterator_record_next"
-            | "iterator_gc" => Err(ClientError::Other(
+            | "iterator_gc" => look(args).map(|look| {
+                let id = (!call.one_way).then(id);
+                Some(Effect::Look { id, look })
+            }),
+            "new_oid" => {
+                let text = "'ZEOStorage' object has no attribute 'new_oid'";
+                Err(ClientError::Other("builtins.AttributeError", vec![Value::str(text)]))
+            }
+            "pack" | "storeBlobStart" | "storeBlobChunk" | "storeBlobEnd" | "storeBlobShared"
+            | "sendBlob" => Err(ClientError::Other(
                 "builtins.NotImplementedError",
                 vec![Value::Str(format!(
                     "this version of Standby does not support {}",
@@ -438,210 +487,35 @@ impl Session {
         };
         Some(result.map(|effect| effects.extend(effect)))
     }
-
-    fn begin(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
-        let [name, user, description, extension, rest @ ..] = args.args else {
-            return Err(args.wrong());
-        };
-        if rest.len() > 2 {
-            return Err(args.wrong());
-        }
-        if let Some(transaction) = &self.transaction {
-            if transaction.name == *name {
-                return Ok(());
-            }
-            let text = "Multiple simultaneous tpc_begin requests from one client.";
-            return Err(ClientError::StorageTransaction(vec![Value::str(text)]));
-        }
-        if rest.first().is_some_and(|tid| *tid != Value::None) {
-            let text = "this version of Standby does not support copying transactions into it";
-            return Err(ClientError::storage(text));
-        }
-        let user = user.as_bytes().ok_or_else(|| args.wrong())?;
-        let description = description.as_bytes().ok_or_else(|| args.wrong())?;
-        let extension = match extension {
-            Value::None => Bytes::new(),
-            Value::Dict(pairs) if pairs.is_empty() => Bytes::new(),
-            Value::Dict(_) => {
-                let mut out = bytes::BytesMut::new();
-                standby_pickle::encode(extension, &mut out);
-                out.freeze()
-            }
-            other => other.as_bytes().ok_or_else(|| args.wrong())?,
-        };
-        let too_long = [("user", &user), ("description", &description), ("extension", &extension)]
-            .into_iter()
-            .find(|(_, text)| text.len() > usize::from(u16::MAX));
-        let doomed = too_long.map(|(name, _)| {
-            ClientError::Other(
-                "ZODB.FileStorage.FileStorage.FileStorageError",
-                vec![Value::Str(format!("{name} of more than 65535 bytes"))],
-            )
-        });
-        let meta = Meta { user, description, extension };
-        self.transaction = Some(Transaction {
-            name: name.clone(),
-            phase: Phase::Open,
-            buffer: Box::new(Buffer::new(meta, self.options.make_spill.clone())),
-            doomed,
-        });
-        Ok(())
-    }
-
-    /// The transaction that a call names.
-    fn current(&mut self, name: &Value) -> Result<&mut Transaction, ClientError> {
-        let current = self.transaction.as_ref().map_or(Value::None, |t| t.name.clone());
-        match &mut self.transaction {
-            Some(transaction) if current == *name => Ok(transaction),
-            _ => Err(ClientError::StorageTransaction(vec![current, name.clone()])),
-        }
-    }
-
-    fn store(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
-        let [oid, serial, Value::Bytes(data), name] = args.args else {
-            return Err(args.wrong());
-        };
-        let (oid, serial, data) = (args.oid(oid)?, args.serial(serial)?, data.clone());
-        let transaction = self.current(name)?;
-        if matches!(transaction.phase, Phase::Voting { .. }) {
-            return Err(ClientError::StorageTransaction(vec![Value::str("store during the vote")]));
-        }
-        // A store after a vote without conflict needs another vote.
-        transaction.phase = Phase::Open;
-        if let Err(error) = transaction.buffer.store(oid, serial, data) {
-            transaction.doomed =
-                Some(ClientError::storage(format!("cannot keep a large transaction: {error}")));
-        }
-        Ok(())
-    }
-
-    fn check(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
-        let [oid, serial, name] = args.args else {
-            return Err(args.wrong());
-        };
-        let (oid, serial) = (args.oid(oid)?, args.serial(serial)?);
-        self.current(name)?.buffer.check(oid, serial);
-        Ok(())
-    }
-
-    fn vote(&mut self, call: &Call, args: &Args<'_>) -> Result<Option<Effect>, ClientError> {
-        let name = args.one()?;
-        let transaction = self.current(name)?;
-        if let Phase::Voting { .. } | Phase::Voted = transaction.phase {
-            let text = match transaction.phase {
-                Phase::Voted => "Already voting (locked)",
-                _ => "Already voting (waiting)",
-            };
-            return Err(ClientError::StorageTransaction(vec![Value::str(text)]));
-        }
-        if let Some(error) = transaction.doomed.take() {
-            self.transaction = None;
-            return Err(error);
-        }
-        transaction.phase = Phase::Voting { id: call.id.clone() };
-        let buffer = &transaction.buffer;
-        Ok(Some(Effect::Vote(VoteRequest {
-            writes: buffer.writes().iter().map(|w| (w.oid, w.serial)).collect(),
-            checks: buffer.checks().to_vec(),
-        })))
-    }
-
-    fn finish(&mut self, call: &Call, args: &Args<'_>) -> Result<Option<Effect>, ClientError> {
-        let name = args.one()?;
-        match self.transaction.take() {
-            Some(Transaction { name: ours, phase: Phase::Voted, buffer, .. }) if ours == *name => {
-                Ok(Some(Effect::Finish { id: call.id.clone(), transaction: buffer }))
-            }
-            Some(transaction) if transaction.name == *name => {
-                self.transaction = Some(transaction);
-                let text = Value::str("finished called wo lock");
-                Err(ClientError::Other("builtins.AssertionError", vec![text]))
-            }
-            other => {
-                self.transaction = other;
-                Ok(Some(Effect::Send(self.answer(&call.id, Ok(Value::None)))))
-            }
-        }
-    }
 }
 
-/// What the client needs to resolve conflicts by itself.
-fn conflict_list(buffer: &Buffer, conflicts: &[(Oid, Tid)]) -> Result<Value, ClientError> {
-    let unreadable =
-        |error| ClientError::storage(format!("cannot read a large transaction: {error}"));
-    conflicts
-        .iter()
-        .map(|(oid, committed)| {
-            let data = buffer.data_of(*oid).map_err(unreadable)?;
-            let read = buffer.serial_of(*oid).unwrap_or(Tid::NONE);
-            Ok(Value::Dict(vec![
-                (Value::str("oid"), oid.to_bytes().into()),
-                (Value::str("serials"), serial_pair((*committed, read))),
-                (Value::str("data"), data.into()),
-            ]))
-        })
-        .collect::<Result<_, _>>()
-        .map(Value::List)
-}
-
-/// The arguments of a call, with the errors that wrong ones get.
-struct Args<'a> {
-    method: &'a str,
-    args: &'a [Value],
-}
-
-impl<'a> Args<'a> {
-    fn wrong(&self) -> ClientError {
-        ClientError::arguments(self.method)
-    }
-
-    fn none(&self) -> Result<(), ClientError> {
-        if self.args.is_empty() { Ok(()) } else { Err(self.wrong()) }
-    }
-
-    fn one(&self) -> Result<&'a Value, ClientError> {
-        match self.args {
-            [value] => Ok(value),
-            _ => Err(self.wrong()),
+fn look(args: Args<'_>) -> Result<Look, ClientError> {
+    Ok(match (args.method, args.args) {
+        ("history", [oid]) => Look::History(args.oid(oid)?, 1),
+        ("history", [oid, size]) => Look::History(args.oid(oid)?, args.int(size)?.max(0) as usize),
+        ("record_iternext", [] | [Value::None]) => Look::RecordIternext(None),
+        ("record_iternext", [next]) => Look::RecordIternext(Some(args.oid(next)?)),
+        ("undoLog", [first, last]) => Look::UndoLog(args.range(first, last)?, Vec::new()),
+        ("undoInfo", [first, last, Value::None]) => {
+            Look::UndoLog(args.range(first, last)?, Vec::new())
         }
-    }
-
-    /// An oid of another length than eight bytes is simply one that does not exist.
-    fn oid(&self, value: &Value) -> Result<Oid, ClientError> {
-        match value {
-            Value::Bytes(bytes) => {
-                Oid::from_slice(bytes).ok_or_else(|| ClientError::PosKey(value.clone()))
-            }
-            _ => Err(ClientError::Other("builtins.AssertionError", vec![])),
+        ("undoInfo", [first, last, Value::Dict(specification)]) => {
+            Look::UndoLog(args.range(first, last)?, specification.clone())
         }
-    }
-
-    fn tid(&self, value: &Value) -> Result<Tid, ClientError> {
-        match value {
-            Value::Bytes(bytes) => Tid::from_slice(bytes).ok_or_else(|| self.wrong()),
-            _ => Err(self.wrong()),
+        ("iterator_start", [start, stop]) => {
+            Look::IteratorStart(args.tid_or_none(start)?, args.tid_or_none(stop)?)
         }
-    }
-
-    fn serial(&self, value: &Value) -> Result<Tid, ClientError> {
-        if *value == Value::None { Ok(Tid::NONE) } else { self.tid(value) }
-    }
-
-    fn oid_and_tid(&self) -> Result<(Oid, Tid), ClientError> {
-        match self.args {
-            [oid, tid] => Ok((self.oid(oid)?, self.tid(tid)?)),
-            _ => Err(self.wrong()),
+        ("iterator_next", [iterator]) => Look::IteratorNext(iterator.clone()),
+        ("iterator_record_start", [iterator, tid]) => {
+            Look::IteratorRecordStart(iterator.clone(), args.tid(tid)?)
         }
-    }
-
-    /// How many oids: 1 to 100, 100 if nothing is said.
-    fn count(&self) -> Result<usize, ClientError> {
-        match self.args {
-            [] => Ok(100),
-            [Value::Int(n)] => Ok((*n).clamp(1, 100) as usize),
-            _ => Err(self.wrong()),
+        ("iterator_record_next", [iterator]) => Look::IteratorRecordNext(iterator.clone()),
+        ("iterator_gc", [iterators]) => {
+            let iterators = iterators.items().ok_or_else(|| args.wrong())?;
+            Look::IteratorGc(iterators.to_vec())
         }
-    }
+        _ => return Err(args.wrong()),
+    })
 }
 
 #[cfg(test)]

@@ -20,28 +20,33 @@ use std::time::Duration;
 use standby_types::{Oid, Tid};
 
 use crate::SessionId;
+use crate::buffer::Expected;
+use crate::error::ClientError;
 use crate::locks::{Locks, Mode};
 
 /// What a transaction wants to change, and on what it relies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VoteRequest {
-    /// Objects to write, with the serial that the change is based on (zero: new).
-    pub writes: Vec<(Oid, Tid)>,
+    /// The tid that the transaction must get.
+    pub tid: Option<Tid>,
+    /// Objects to write, with what the change relies on.
+    pub writes: Vec<(Oid, Expected)>,
     /// Objects that must still have this serial.
     pub checks: Vec<(Oid, Tid)>,
+    /// Transactions to undo: before the vote, whoever can read them adds their objects to `writes`.
+    pub undos: Vec<Tid>,
 }
 
 /// What became of a vote.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum VoteAnswer {
     /// No conflict: the transaction may finish.
     Voted,
     /// These objects have other serials (the committed ones are given). The locks are kept; the
     /// client resolves and votes again, or aborts.
     Conflicts(Vec<(Oid, Tid)>),
-    /// A checked object has another serial (the committed one is given, then the client's). The
-    /// transaction is forgotten.
-    ReadConflict(Oid, Tid, Tid),
+    /// The transaction cannot be committed, whatever the client does, and is forgotten.
+    Refused(ClientError),
 }
 
 /// `finish` of a transaction that has not voted.
@@ -117,17 +122,35 @@ impl Transactions {
         for (oid, read) in &transaction.request.checks {
             match committed(*oid)? {
                 Some(serial) if serial != *read => {
-                    return Ok(Some(VoteAnswer::ReadConflict(*oid, serial, *read)));
+                    let conflict =
+                        ClientError::ReadConflict { oid: *oid, serials: (serial, *read) };
+                    return Ok(Some(VoteAnswer::Refused(conflict)));
                 }
                 _ => {}
             }
         }
         let mut conflicts = Vec::new();
-        for (oid, based_on) in &transaction.request.writes {
-            match committed(*oid)? {
-                Some(serial) if serial != *based_on => conflicts.push((*oid, serial)),
-                _ => {}
-            }
+        for (oid, expected) in &transaction.request.writes {
+            let refused = match expected {
+                Expected::Any => continue,
+                Expected::Serial(based_on) => {
+                    match committed(*oid)? {
+                        Some(serial) if serial != *based_on => conflicts.push((*oid, serial)),
+                        _ => {}
+                    }
+                    continue;
+                }
+                Expected::Existing(based_on) => match committed(*oid)? {
+                    Some(serial) if serial == *based_on => continue,
+                    Some(serial) => ClientError::Conflict {
+                        oid: *oid,
+                        serials: (serial, *based_on),
+                        class_name: None,
+                    },
+                    None => ClientError::PosKey(oid.to_bytes().into()),
+                },
+            };
+            return Ok(Some(VoteAnswer::Refused(refused)));
         }
         if conflicts.is_empty() {
             transaction.phase = Phase::Voted;
@@ -231,8 +254,9 @@ mod tests {
     const NOW: Duration = Duration::from_secs(100);
 
     fn writes(list: &[(u64, u64)]) -> VoteRequest {
-        let writes = list.iter().map(|(oid, tid)| (Oid(*oid), Tid(*tid))).collect();
-        VoteRequest { writes, checks: Vec::new() }
+        let writes =
+            list.iter().map(|(oid, tid)| (Oid(*oid), Expected::Serial(Tid(*tid)))).collect();
+        VoteRequest { writes, ..VoteRequest::default() }
     }
 
     fn examine(t: &mut Transactions, session: u64, serial: Option<u64>) -> VoteAnswer {
@@ -280,13 +304,29 @@ mod tests {
     #[test]
     fn new_objects_and_checks() {
         let mut t = Transactions::new(None);
-        let request =
-            VoteRequest { writes: vec![(Oid(1), Tid(0))], checks: vec![(Oid(2), Tid(3))] };
+        let request = VoteRequest { checks: vec![(Oid(2), Tid(3))], ..writes(&[(1, 0)]) };
         t.vote(NOW, SessionId(1), request.clone());
         assert_eq!(examine(&mut t, 1, None), VoteAnswer::Voted);
         t.abort(NOW, SessionId(1));
         t.vote(NOW, SessionId(1), request);
-        assert_eq!(examine(&mut t, 1, Some(7)), VoteAnswer::ReadConflict(Oid(2), Tid(7), Tid(3)));
+        let conflict = ClientError::ReadConflict { oid: Oid(2), serials: (Tid(7), Tid(3)) };
+        assert_eq!(examine(&mut t, 1, Some(7)), VoteAnswer::Refused(conflict));
+    }
+
+    #[test]
+    fn deletions_need_the_object_and_undos_nothing() {
+        let mut t = Transactions::new(None);
+        let request =
+            |expected| VoteRequest { writes: vec![(Oid(1), expected)], ..VoteRequest::default() };
+        t.vote(NOW, SessionId(1), request(Expected::Any));
+        assert_eq!(examine(&mut t, 1, Some(5)), VoteAnswer::Voted);
+        t.vote(NOW, SessionId(1), request(Expected::Existing(Tid(5))));
+        assert_eq!(examine(&mut t, 1, Some(5)), VoteAnswer::Voted);
+        let missing = ClientError::PosKey(Oid(1).to_bytes().into());
+        assert_eq!(examine(&mut t, 1, None), VoteAnswer::Refused(missing));
+        let conflict =
+            ClientError::Conflict { oid: Oid(1), serials: (Tid(6), Tid(5)), class_name: None };
+        assert_eq!(examine(&mut t, 1, Some(6)), VoteAnswer::Refused(conflict));
     }
 
     /// Row 11 of the end cases: a client that votes and then hangs delays only those who want the

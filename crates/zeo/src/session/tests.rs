@@ -98,12 +98,14 @@ fn commit_in_both_encodings() {
         client.begin_and_store(99);
         let effects = client.call("vote", vec![99.into()]);
         let [Effect::Vote(request)] = &effects[..] else { panic!("{effects:?}") };
-        assert_eq!(request.writes, [(Oid(1), Tid::from_slice(&TID).unwrap())]);
+        let based_on = Expected::Serial(Tid::from_slice(&TID).unwrap());
+        assert_eq!(request.writes, [(Oid(1), based_on)]);
         let reply = client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
         assert_eq!(client.result(&reply).unwrap().items(), Some(&[][..]));
         let effects = client.call("tpc_finish", vec![99.into()]);
         let [Effect::Finish { transaction, .. }] = &effects[..] else { panic!("{effects:?}") };
-        assert_eq!(&transaction.data_of(Oid(1)).unwrap()[..], b"data");
+        let content = transaction.content(&transaction.writes()[0]).unwrap();
+        assert_eq!(content, Content::Data(Bytes::from_static(b"data")));
         assert_eq!(client.replied("tpc_abort", vec![99.into()]), Ok(Value::None));
     }
 }
@@ -124,7 +126,7 @@ fn a_conflict_is_answered_with_what_resolution_needs() {
     client.store(99, Tid(8).to_bytes(), b"resolved");
     let effects = client.call("vote", vec![99.into()]);
     let [Effect::Vote(request)] = &effects[..] else { panic!("{effects:?}") };
-    assert_eq!(request.writes, [(Oid(1), Tid(8))]);
+    assert_eq!(request.writes, [(Oid(1), Expected::Serial(Tid(8)))]);
 }
 
 #[test]
@@ -149,11 +151,110 @@ fn a_failed_vote_forgets_the_transaction() {
     let mut client = Client::registered(Encoding::Pickle);
     client.begin_and_store(1);
     client.call("vote", vec![1.into()]);
-    let conflict = VoteAnswer::ReadConflict(Oid(1), Tid(9), Tid(8));
+    let conflict =
+        VoteAnswer::Refused(ClientError::ReadConflict { oid: Oid(1), serials: (Tid(9), Tid(8)) });
     let reply = client.session.voted(VoteOutcome::Answer(conflict)).unwrap();
     assert_eq!(client.result(&reply).unwrap_err().0, "ZODB.POSException.ReadConflictError");
     let (_, args) = client.replied("vote", vec![1.into()]).unwrap_err();
     assert_eq!(args, Value::Tuple(vec![Value::None, 1.into()]));
+}
+
+#[test]
+fn undo_is_worked_out_when_the_locks_are_held() {
+    let mut client = Client::registered(Encoding::Pickle);
+    let text = Value::bytes(b"");
+    client.notify("tpc_begin", vec![1.into(), text.clone(), text, Value::Dict(vec![])]);
+    // base64 of the tid, without the line feed that Python's encoder adds
+    let id = Value::bytes(b"AwAAAAAAAAE=");
+    assert!(client.notify("undoa", vec![id, 1.into()]).is_empty());
+    let effects = client.call("vote", vec![1.into()]);
+    let [Effect::Vote(request)] = &effects[..] else { panic!("{effects:?}") };
+    let tid = Tid::from_slice(&TID).unwrap();
+    assert_eq!((&request.undos[..], &request.writes[..]), (&[tid][..], &[][..]));
+    assert_eq!(client.session.take_later(), [Later::Undo(tid)]);
+    client.session.worked_out(Oid(1), Content::Back(Tid(7), None), true).unwrap();
+    let reply = client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
+    assert_eq!(client.result(&reply), Ok(Value::List(vec![OID.into()])));
+    let effects = client.call("tpc_finish", vec![1.into()]);
+    let [Effect::Finish { transaction, .. }] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(transaction.writes().len(), 1);
+
+    let text = Value::bytes(b"");
+    client.notify("tpc_begin", vec![2.into(), text.clone(), text, Value::Dict(vec![])]);
+    assert!(client.notify("undoa", vec![Value::bytes(b"nonsense"), 2.into()]).is_empty());
+    let (class, _) = client.replied("vote", vec![2.into()]).unwrap_err();
+    assert_eq!(class, "ZODB.POSException.UndoError");
+}
+
+#[test]
+fn copies_keep_their_tid_and_status() {
+    let mut client = Client::registered(Encoding::Msgpack);
+    let text = Value::bytes(b"");
+    let begin =
+        vec![1.into(), text.clone(), text, Value::Dict(vec![]), TID.into(), Value::str("p")];
+    assert!(client.notify("tpc_begin", begin).is_empty());
+    for (data, hint) in [
+        (Value::bytes(b"data"), Value::None),
+        (Value::None, Value::None),
+        (Value::bytes(b"data"), TID.into()),
+    ] {
+        let restore = vec![OID.into(), TID.into(), data, hint, 1.into()];
+        assert!(client.notify("restorea", restore).is_empty());
+    }
+    let effects = client.call("vote", vec![1.into()]);
+    let [Effect::Vote(request)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(request.tid, Tid::from_slice(&TID));
+    assert!(request.writes.iter().all(|write| *write == (Oid(1), Expected::Any)));
+    assert!(matches!(client.session.take_later()[..], [Later::Restore(Oid(1), Some(_), _)]));
+    client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
+    let effects = client.call("tpc_finish", vec![1.into()]);
+    let [Effect::Finish { transaction, .. }] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(transaction.meta.status, b'p');
+}
+
+#[test]
+fn an_extension_may_be_written_as_a_call() {
+    let mut client = Client::registered(Encoding::Pickle);
+    let text = Value::bytes(b"");
+    let dict = Value::Global { module: "builtins".into(), name: "dict".into() };
+    let pair = Value::Tuple(vec![Value::str("foo"), 1.into()]);
+    let call = standby_pickle::Object {
+        callable: dict,
+        args: Value::Tuple(vec![Value::Tuple(vec![pair])]),
+        by_new: false,
+        state: None,
+    };
+    let extension = Value::Object(Box::new(call));
+    assert!(client.notify("tpc_begin", vec![1.into(), text.clone(), text, extension]).is_empty());
+    client.call("vote", vec![1.into()]);
+    client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
+    let effects = client.call("tpc_finish", vec![1.into()]);
+    let [Effect::Finish { transaction, .. }] = &effects[..] else { panic!("{effects:?}") };
+    let items = vec![(Value::str("foo"), 1.into())];
+    assert_eq!(crate::decode_extension(&transaction.meta.extension), Some(Value::Dict(items)));
+}
+
+#[test]
+fn looks_back() {
+    let mut client = Client::registered(Encoding::Pickle);
+    for (method, args, expected) in [
+        ("history", vec![OID.into(), 3.into()], Look::History(Oid(1), 3)),
+        ("undoLog", vec![0.into(), (-20).into()], Look::UndoLog(0..20, vec![])),
+        ("undoLog", vec![5.into(), (-20).into()], Look::UndoLog(5..25, vec![])),
+        ("undoInfo", vec![2.into(), 4.into(), Value::None], Look::UndoLog(2..4, vec![])),
+        ("iterator_start", vec![Value::None, TID.into()], {
+            Look::IteratorStart(None, Tid::from_slice(&TID))
+        }),
+        ("record_iternext", vec![Value::None], Look::RecordIternext(None)),
+    ] {
+        let effects = client.call(method, args);
+        let [Effect::Look { id: Some(_), look }] = &effects[..] else { panic!("{effects:?}") };
+        assert_eq!(*look, expected);
+    }
+    let effects = client.notify("iterator_gc", vec![Value::List(vec![1.into()])]);
+    assert!(matches!(&effects[..], [Effect::Look { id: None, .. }]));
+    let (class, _) = client.replied("history", vec![]).unwrap_err();
+    assert_eq!(class, "builtins.TypeError");
 }
 
 #[test]

@@ -1,0 +1,265 @@
+//! The calls that make a transaction: `tpc_begin` to `tpc_finish`.
+
+use base64::Engine as _;
+use bytes::Bytes;
+use standby_pickle::Value;
+use standby_types::{Oid, Tid};
+
+use super::args::Args;
+use super::{Effect, Session};
+use crate::buffer::{Buffer, Content, Expected, Later, Meta};
+use crate::error::{ClientError, serial_pair};
+use crate::message::Call;
+
+pub(super) enum Phase {
+    Open,
+    Voting { id: Value },
+    Voted,
+}
+
+/// A transaction of a session, from `tpc_begin` on.
+pub(super) struct Transaction {
+    /// The client's name for it.
+    pub name: Value,
+    pub phase: Phase,
+    pub buffer: Box<Buffer>,
+    /// Why the vote will fail, if that is known already.
+    pub doomed: Option<ClientError>,
+    /// Objects that become something else than what the client has: what an undo changes.
+    pub changed: Vec<Oid>,
+}
+
+impl Session {
+    pub(super) fn begin(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
+        let [name, user, description, extension, rest @ ..] = args.args else {
+            return Err(args.wrong());
+        };
+        if rest.len() > 2 {
+            return Err(args.wrong());
+        }
+        if let Some(transaction) = &self.transaction {
+            if transaction.name == *name {
+                return Ok(());
+            }
+            let text = "Multiple simultaneous tpc_begin requests from one client.";
+            return Err(ClientError::StorageTransaction(vec![Value::str(text)]));
+        }
+        let tid = rest.first().map_or(Ok(None), |tid| args.tid_or_none(tid))?;
+        let status = match rest.get(1).map(Value::as_bytes) {
+            None => b' ',
+            Some(Some(status)) if matches!(status[..], [b' ' | b'p' | b'u']) => status[0],
+            Some(_) => return Err(args.wrong()),
+        };
+        let user = user.as_bytes().ok_or_else(|| args.wrong())?;
+        let description = description.as_bytes().ok_or_else(|| args.wrong())?;
+        let extension = match dict_of(extension) {
+            Some(items) if items.is_empty() => Bytes::new(),
+            Some(items) => {
+                let mut out = bytes::BytesMut::new();
+                standby_pickle::encode(&Value::Dict(items), &mut out);
+                out.freeze()
+            }
+            None if *extension == Value::None => Bytes::new(),
+            None => extension.as_bytes().ok_or_else(|| args.wrong())?,
+        };
+        let too_long = [("user", &user), ("description", &description), ("extension", &extension)]
+            .into_iter()
+            .find(|(_, text)| text.len() > usize::from(u16::MAX));
+        let doomed = too_long.map(|(name, _)| {
+            ClientError::Other(
+                "ZODB.FileStorage.FileStorage.FileStorageError",
+                vec![Value::Str(format!("{name} of more than 65535 bytes"))],
+            )
+        });
+        let meta = Meta { tid, status, user, description, extension };
+        self.transaction = Some(Transaction {
+            name: name.clone(),
+            phase: Phase::Open,
+            buffer: Box::new(Buffer::new(meta, self.options.make_spill.clone())),
+            doomed,
+            changed: Vec::new(),
+        });
+        Ok(())
+    }
+
+    /// The transaction that a call names.
+    fn current(&mut self, name: &Value) -> Result<&mut Transaction, ClientError> {
+        let current = self.transaction.as_ref().map_or(Value::None, |t| t.name.clone());
+        match &mut self.transaction {
+            Some(transaction) if current == *name => Ok(transaction),
+            _ => Err(ClientError::StorageTransaction(vec![current, name.clone()])),
+        }
+    }
+
+    pub(super) fn store(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
+        let [oid, serial, Value::Bytes(data), name] = args.args else {
+            return Err(args.wrong());
+        };
+        let expected = Expected::Serial(args.serial(serial)?);
+        self.change(name, args.oid(oid)?, expected, Content::Data(data.clone()))
+    }
+
+    /// `deleteObject(oid, serial, transaction)`
+    pub(super) fn delete(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
+        let [oid, serial, name] = args.args else {
+            return Err(args.wrong());
+        };
+        let expected = Expected::Existing(args.serial(serial)?);
+        self.change(name, args.oid(oid)?, expected, Content::Gone)
+    }
+
+    /// `restorea(oid, serial, data, previous transaction, transaction)`. The serial is the
+    /// transaction's own tid; it is not looked at.
+    pub(super) fn restore(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
+        let [oid, _serial, data, hint, name] = args.args else {
+            return Err(args.wrong());
+        };
+        let (oid, data) = (args.oid(oid)?, args.data_or_none(data)?);
+        if let Some(hint) = args.tid_or_none(hint)? {
+            self.open(name)?.buffer.later(Later::Restore(oid, data, hint));
+            return Ok(());
+        }
+        self.change(name, oid, Expected::Any, data.map_or(Content::Gone, Content::Data))
+    }
+
+    /// `undoa(transaction id, transaction)`: the id is the tid in base64.
+    pub(super) fn undo(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
+        let [id, name] = args.args else {
+            return Err(args.wrong());
+        };
+        let id = id.as_bytes().ok_or_else(|| args.wrong())?;
+        let transaction = self.open(name)?;
+        let tid = base64::prelude::BASE64_STANDARD.decode(id.trim_ascii()).unwrap_or_default();
+        match Tid::from_slice(&tid) {
+            Some(tid) => transaction.buffer.later(Later::Undo(tid)),
+            None => transaction.doomed = Some(ClientError::Undo("Invalid transaction id".into())),
+        }
+        Ok(())
+    }
+
+    /// The transaction that a call names, for a change that needs another vote.
+    fn open(&mut self, name: &Value) -> Result<&mut Transaction, ClientError> {
+        let transaction = self.current(name)?;
+        if matches!(transaction.phase, Phase::Voting { .. }) {
+            return Err(ClientError::StorageTransaction(vec![Value::str("store during the vote")]));
+        }
+        transaction.phase = Phase::Open;
+        Ok(transaction)
+    }
+
+    fn change(
+        &mut self,
+        name: &Value,
+        oid: Oid,
+        expected: Expected,
+        content: Content,
+    ) -> Result<(), ClientError> {
+        let transaction = self.open(name)?;
+        if let Err(error) = transaction.buffer.put(oid, expected, content) {
+            transaction.doomed =
+                Some(ClientError::storage(format!("cannot keep a large transaction: {error}")));
+        }
+        Ok(())
+    }
+
+    pub(super) fn check(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
+        let [oid, serial, name] = args.args else {
+            return Err(args.wrong());
+        };
+        let (oid, serial) = (args.oid(oid)?, args.serial(serial)?);
+        self.current(name)?.buffer.check(oid, serial);
+        Ok(())
+    }
+
+    pub(super) fn vote(
+        &mut self,
+        call: &Call,
+        args: &Args<'_>,
+    ) -> Result<Option<Effect>, ClientError> {
+        let name = args.one()?;
+        let transaction = self.current(name)?;
+        if let Phase::Voting { .. } | Phase::Voted = transaction.phase {
+            let text = match transaction.phase {
+                Phase::Voted => "Already voting (locked)",
+                _ => "Already voting (waiting)",
+            };
+            return Err(ClientError::StorageTransaction(vec![Value::str(text)]));
+        }
+        if let Some(error) = transaction.doomed.take() {
+            self.transaction = None;
+            return Err(error);
+        }
+        transaction.phase = Phase::Voting { id: call.id.clone() };
+        Ok(Some(Effect::Vote(transaction.buffer.request())))
+    }
+
+    pub(super) fn finish(
+        &mut self,
+        call: &Call,
+        args: &Args<'_>,
+    ) -> Result<Option<Effect>, ClientError> {
+        let name = args.one()?;
+        match self.transaction.take() {
+            Some(Transaction { name: ours, phase: Phase::Voted, buffer, .. }) if ours == *name => {
+                Ok(Some(Effect::Finish { id: call.id.clone(), transaction: buffer }))
+            }
+            Some(transaction) if transaction.name == *name => {
+                self.transaction = Some(transaction);
+                let text = Value::str("finished called wo lock");
+                Err(ClientError::Other("builtins.AssertionError", vec![text]))
+            }
+            other => {
+                self.transaction = other;
+                Ok(Some(Effect::Send(self.answer(&call.id, Ok(Value::None)))))
+            }
+        }
+    }
+}
+
+/// The items of a dict, also of one that is written as a call: `dict(((key, value), …))`.
+fn dict_of(value: &Value) -> Option<Vec<(Value, Value)>> {
+    let object = match value {
+        Value::Dict(items) => return Some(items.clone()),
+        Value::Object(object) => object,
+        _ => return None,
+    };
+    let Value::Global { module, name } = &object.callable else { return None };
+    if name != "dict" || !matches!(module.as_str(), "builtins" | "__builtin__") {
+        return None;
+    }
+    let Some([items]) = object.args.items() else { return None };
+    let pair = |item: &Value| match item.items() {
+        Some([key, value]) => Some((key.clone(), value.clone())),
+        _ => None,
+    };
+    items.items()?.iter().map(pair).collect()
+}
+
+/// What the client needs to resolve conflicts by itself.
+pub(super) fn conflict_list(
+    buffer: &Buffer,
+    conflicts: &[(Oid, Tid)],
+) -> Result<Value, ClientError> {
+    let unreadable =
+        |error| ClientError::storage(format!("cannot read a large transaction: {error}"));
+    conflicts
+        .iter()
+        .map(|(oid, committed)| {
+            let Some(write) = buffer.write_of(*oid) else { return Ok(Value::None) };
+            let read = match write.expected {
+                Expected::Serial(read) | Expected::Existing(read) => read,
+                Expected::Any => Tid::NONE,
+            };
+            let data = match buffer.content(write).map_err(unreadable)? {
+                Content::Data(data) => data.into(),
+                Content::Back(..) | Content::Gone => Value::None,
+            };
+            Ok(Value::Dict(vec![
+                (Value::str("oid"), oid.to_bytes().into()),
+                (Value::str("serials"), serial_pair((*committed, read))),
+                (Value::str("data"), data),
+            ]))
+        })
+        .collect::<Result<_, _>>()
+        .map(Value::List)
+}

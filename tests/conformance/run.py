@@ -1,0 +1,303 @@
+"""Runs the test suites that ZEO and ZODB publish in their packages, with the Python server
+replaced by `standby serve`.
+
+    python tests/conformance/run.py [--server runzeo] [--msgpack] [PATTERN ...]
+
+The suites are those of the installed packages; nothing of them is copied. Where they start a server,
+they get this program instead. PATTERNs choose tests by a part of their names. Tests that cannot apply
+are listed in `exceptions.txt` with the reason. `--server runzeo` runs the same tests against the
+Python server: so the runner proves itself.
+"""
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import warnings
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, ".."))
+
+import cluster as harness  # noqa: E402
+
+# Modules of ZEO.tests whose tests meet a real server; the others test the client or the Python
+# server by themselves.
+MODULES = [
+    "ZEO.tests.testZEO",
+    "ZEO.tests.testConnection",
+    "ZEO.tests.test_client_side_conflict_resolution",
+    "ZEO.tests.test_sync",
+]
+
+
+class StandbyServer:
+    """What the suites get when they ask for a server."""
+
+    def __init__(self, config, path, keep):
+        self.path, self.keep, self.config = path, keep, config
+        self.log = path + ".log"
+        environment = dict(os.environ, STANDBY_LOG=os.environ.get("STANDBY_LOG", "info"))
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [harness.STANDBY, "serve", "-C", path],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+
+    def wait(self, address, timeout=33):
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(OSError):
+                family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+                with socket.socket(family) as sock:
+                    sock.connect(address)
+                    return
+            time.sleep(0.01)
+        with open(self.log) as log:
+            text = log.read()
+        self.stop()
+        raise RuntimeError("the server does not start: %s\n%s" % (self.config, text))
+
+    def stop(self, stop_timeout=30):
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(stop_timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+        if os.environ.get("CONFORMANCE_SHOW"):
+            with open(self.log) as log:
+                sys.stderr.write(log.read())
+        os.remove(self.path)
+        os.remove(self.log)
+        if not self.keep:
+            # As FileStorage.cleanup() does.
+            for data in re.findall(r"^\s*path\s+(\S+)", self.config, re.M):
+                for suffix in ("", ".lock", ".old", ".index", ".tmp", ".pack"):
+                    with contextlib.suppress(OSError):
+                        os.remove(data + suffix)
+                shutil.rmtree(data + ".standby", ignore_errors=True)
+            for blobs in re.findall(r"^\s*blob-dir\s+(\S+)", self.config, re.M):
+                shutil.rmtree(blobs, ignore_errors=True)
+
+
+def start_standby(
+    storage_conf=None,
+    zeo_conf=None,
+    port=None,
+    keep=False,
+    path="Data.fs",
+    protocol=None,
+    blob_dir=None,
+    suicide=True,
+    debug=False,
+    threaded=False,
+    start_timeout=33,
+    name=None,
+    log=None,
+    show_config=False,
+):
+    """The same arguments and results as `ZEO._forker.start_zeo_server`."""
+    from ZEO._forker import ZEOConfig
+
+    storage_conf = storage_conf or "<filestorage>\npath %s\n</filestorage>" % path
+    if blob_dir:
+        storage_conf = "<blobstorage>\nblob-dir %s\n%s\n</blobstorage>" % (blob_dir, storage_conf)
+    if zeo_conf is None or isinstance(zeo_conf, dict):
+        address = ("127.0.0.1", port or 0) if port is None or isinstance(port, int) else port
+        options = zeo_conf
+        zeo_conf = ZEOConfig(address, log=log)
+        zeo_conf.__dict__.update(options or {})
+    config = "%s\n\n%s" % (zeo_conf, storage_conf)
+    if show_config:
+        print(config)
+    config, address = adapt(config)
+    handle, file = tempfile.mkstemp(".conf", prefix="conformance", dir=os.getcwd())
+    with os.fdopen(handle, "w") as out:
+        out.write(config)
+    server = StandbyServer(config, file, keep)
+    server.wait(address, start_timeout)
+    return address, server.stop
+
+
+def adapt(config):
+    """A configuration for Standby, and the address that clients get."""
+    # Port 0 means any; the Python server tells which in its own process.
+    address = re.search(r"^\s*address\s+(\S+)", config, re.M).group(1)
+    if "/" in address or ":" not in address:
+        target = address
+    else:
+        host, port = address.rsplit(":", 1)
+        port = int(port) or harness.free_ports(1)[0]
+        config = config.replace("address " + address, "address %s:%d" % (host, port), 1)
+        target = (host, port)
+    # Tests that are content with storages in memory get files.
+    while True:
+        found = re.search(r"<mappingstorage(.*?)>.*?</mappingstorage>", config, re.S)
+        if not found:
+            break
+        data = tempfile.mktemp(".fs", "mapping", os.getcwd())
+        section = "<filestorage%s>\npath %s\n</filestorage>" % (found.group(1), data)
+        config = config[: found.start()] + section + config[found.end() :]
+    # A storage that is slow inside the Python process; the tests are of the races that this provokes.
+    config = re.sub(r"^\s*(%import .*|</?loaddelayed_storage>)$", "", config, flags=re.M)
+    if OPTIONS.msgpack and "msgpack" not in config:
+        config = config.replace("<zeo>", "<zeo>\nmsgpack true", 1)
+    return config, target
+
+
+def flatten(suite, layer=None):
+    layer = getattr(suite, "layer", None) or layer
+    if isinstance(suite, unittest.TestSuite):
+        for inner in suite:
+            yield from flatten(inner, layer)
+    else:
+        yield layer, suite
+
+
+def name_of(test):
+    name = test.id()
+    # A test is named by the class that it runs in; a doctest by its file or function.
+    return re.sub(r"^.*/ZEO/", "ZEO/", name)
+
+
+def read_exceptions():
+    """Patterns of tests that cannot apply, each with its reason."""
+    found = []
+    with open(os.path.join(HERE, "exceptions.txt")) as lines:
+        for line in lines:
+            line = line.split("#")[0].strip()
+            if line:
+                pattern, reason = line.split(None, 1)
+                found.append((re.compile(pattern), reason))
+    return found
+
+
+class Result(unittest.TestResult):
+    def __init__(self):
+        super().__init__()
+        self.passed = 0
+
+    def startTest(self, test):
+        super().startTest(test)
+        self.began = time.monotonic()
+
+    def say(self, word, test):
+        sys.__stdout__.write(
+            "%-7s %6.2f s  %s\n" % (word, time.monotonic() - self.began, name_of(test))
+        )
+        sys.__stdout__.flush()
+
+    def addSuccess(self, test):
+        self.passed += 1
+        if OPTIONS.verbose:
+            self.say("passed", test)
+
+    def addError(self, test, error):
+        super().addError(test, error)
+        self.say("ERROR", test)
+
+    def addFailure(self, test, error):
+        super().addFailure(test, error)
+        self.say("FAILED", test)
+
+
+def collect():
+    exceptions = read_exceptions()
+    chosen, skipped = [], []
+    for module in MODULES:
+        module = importlib.import_module(module)
+        if hasattr(module, "test_suite"):
+            suite = module.test_suite()
+        else:
+            suite = unittest.defaultTestLoader.loadTestsFromModule(module)
+        for layer, test in flatten(suite):
+            name = name_of(test)
+            if OPTIONS.patterns and not any(p in name for p in OPTIONS.patterns):
+                continue
+            reason = next((reason for p, reason in exceptions if p.search(name)), None)
+            if reason and OPTIONS.server != "runzeo":
+                skipped.append((name, reason))
+            else:
+                chosen.append((layer, test))
+    return chosen, skipped
+
+
+def run(chosen):
+    result = Result()
+    groups = {}
+    for layer, test in chosen:
+        groups.setdefault(id(layer), (layer, []))[1].append(test)
+    for layer, tests in groups.values():
+        if layer is not None and hasattr(layer, "setUp"):
+            layer.setUp()
+        for test in tests:
+            here = os.getcwd()
+            test(result)
+            # A test that fails early stays where it was.
+            os.chdir(here)
+        if layer is not None and hasattr(layer, "tearDown"):
+            layer.tearDown()
+    return result
+
+
+def main():
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    if OPTIONS.server == "standby":
+        import ZEO._forker
+        import ZEO.tests.forker
+
+        ZEO._forker.start_zeo_server = start_standby
+        ZEO.tests.forker.start_zeo_server = start_standby
+    chosen, skipped = collect()
+    if OPTIONS.list:
+        for _, test in chosen:
+            print(name_of(test))
+        return 0
+    start = os.getcwd()
+    directory = tempfile.mkdtemp(prefix="standby-conformance-")
+    os.chdir(directory)
+    try:
+        result = run(chosen)
+    finally:
+        os.chdir(start)
+        shutil.rmtree(directory, ignore_errors=True)
+    failed = result.errors + result.failures
+    for test, text in failed:
+        print("=" * 70 + "\n%s\n%s" % (name_of(test), text))
+    if OPTIONS.verbose:
+        for name, reason in skipped:
+            print("skipped  %s: %s" % (name, reason))
+    for test, _ in failed:
+        print("failed   %s" % name_of(test))
+    skips = len(skipped) + len(result.skipped)
+    print("\n%d passed, %d failed, %d skipped" % (result.passed, len(failed), skips))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="a part of tests' names")
+    parser.add_argument("--server", choices=["standby", "runzeo"], default="standby")
+    parser.add_argument("--msgpack", action="store_true", help="servers announce msgpack")
+    parser.add_argument("--list", action="store_true", help="only list the tests")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also what passed or is skipped")
+    OPTIONS = parser.parse_args()
+    sys.exit(main())
