@@ -3,18 +3,20 @@
 //! A pickle is a program for a small stack machine; Python's `pickle` runs it and may call
 //! anything. Here it is only *read into data*: [`decode`] gives a [`Value`], in which a class is a
 //! name and a call is a node, never executed. [`encode`] writes protocol 3 without memo, as ZEO
-//! does. [`class_name`] tells the class of a ZODB record.
+//! does. [`class_name`] tells the class of a ZODB record, [`references`] which objects it refers to.
 //!
-//! Reading order: [`Value`], `decode.rs`, `encode.rs`.
+//! Reading order: [`Value`], `decode.rs`, `encode.rs`, `references.rs`.
 //!
 //! Bounds: nesting is at most [`MAX_DEPTH`], and what a pickle expands to is bounded by its
 //! length, so no input can exhaust the stack or the memory.
 
 mod decode;
 mod encode;
+mod references;
 
 pub use decode::{DecodeError, MAX_DEPTH, class_name, decode, decode_first};
 pub use encode::encode;
+pub use references::references;
 
 use bytes::Bytes;
 
