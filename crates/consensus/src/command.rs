@@ -4,6 +4,7 @@
 //! transaction   't' storage, head (length 4, bytes) · part count 4, indexes 8 each · last part
 //! part          'p' bytes
 //! ceiling       'c' storage · oid 8
+//! pack          'k' storage · time (a tid) 8 · garbage collection 1
 //! ```
 //!
 //! A transaction's head and records (which this crate does not look into) stand in its closing
@@ -13,7 +14,7 @@
 //! term has come, no closing entry can follow.
 
 use bytes::{BufMut, Bytes, BytesMut};
-use standby_types::{LogIndex, Oid};
+use standby_types::{LogIndex, Oid, Tid};
 
 use crate::codec::{Malformed, Reader, put_bytes, put_list};
 
@@ -33,6 +34,15 @@ pub enum Command {
         storage: String,
         /// The highest oid reserved.
         ceiling: Oid,
+    },
+    /// Every node packs its data file.
+    Pack {
+        /// The storage.
+        storage: String,
+        /// Revisions that were not current at this time go.
+        time: Tid,
+        /// Objects that cannot be reached from the root go.
+        gc: bool,
     },
 }
 
@@ -70,6 +80,12 @@ impl Command {
                 put_bytes(&mut out, storage.as_bytes());
                 out.put_u64(ceiling.0);
             }
+            Command::Pack { storage, time, gc } => {
+                out.put_u8(b'k');
+                put_bytes(&mut out, storage.as_bytes());
+                out.put_u64(time.0);
+                out.put_u8(u8::from(*gc));
+            }
         }
         out.freeze()
     }
@@ -91,6 +107,13 @@ impl Command {
                 reader.end()?;
                 command
             }
+            b'k' => {
+                let storage = reader.string()?;
+                let command =
+                    Command::Pack { storage, time: Tid(reader.u64()?), gc: reader.bool()? };
+                reader.end()?;
+                command
+            }
             _ => return Err(reader.malformed()),
         })
     }
@@ -101,7 +124,7 @@ impl Command {
             Command::Transaction(ending) => {
                 ending.head.len() + ending.parts.len() * 8 + ending.rest.len()
             }
-            Command::OidCeiling { .. } => 0,
+            Command::OidCeiling { .. } | Command::Pack { .. } => 0,
         }
     }
 }
@@ -121,6 +144,7 @@ mod tests {
                 rest: Bytes::from_static(b"rest"),
             }),
             Command::OidCeiling { storage: "main".into(), ceiling: Oid(9) },
+            Command::Pack { storage: "main".into(), time: Tid(7), gc: true },
         ] {
             assert_eq!(Command::decode(command.encode()), Ok(command));
         }

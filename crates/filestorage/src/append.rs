@@ -25,6 +25,8 @@ pub struct Appender<'a> {
     flushed_to: u64,
     buffer: BytesMut,
     records: Vec<(Oid, Position)>,
+    /// The records have no predecessors.
+    packed: bool,
 }
 
 impl FileStorage {
@@ -35,6 +37,16 @@ impl FileStorage {
             appender.record(record)?;
         }
         appender.finish()
+    }
+
+    /// Begins a transaction of which only current revisions are left: they have no predecessors.
+    pub(crate) fn begin_packed(
+        &mut self,
+        meta: &TransactionMeta,
+    ) -> Result<Appender<'_>, StorageError> {
+        let mut appender = self.begin(meta)?;
+        appender.packed = true;
+        Ok(appender)
     }
 
     /// Begins a transaction, to which records are given one by one.
@@ -67,7 +79,8 @@ impl FileStorage {
         buffer.put_slice(&meta.description);
         buffer.put_slice(&meta.extension);
         let flushed_to = start.position.0;
-        Ok(Appender { storage: self, header, start, flushed_to, buffer, records: Vec::new() })
+        let records = Vec::new();
+        Ok(Appender { storage: self, header, start, flushed_to, buffer, records, packed: false })
     }
 
     /// The file ends with the last transaction from now on.
@@ -83,7 +96,7 @@ impl Appender<'_> {
     /// revision before the transaction; the last one is the current one.
     pub fn record(&mut self, record: &Record) -> Result<(), StorageError> {
         let shared = &self.storage.shared;
-        let previous = shared.read().index.get(record.oid).unwrap_or(Position(0));
+        let previous = shared.read().index.get(record.oid).filter(|_| !self.packed);
         let position = Position(self.flushed_to + self.buffer.len() as u64);
         let back = match &record.data {
             RecordData::Back(tid, _) => self.storage.reader().position_of(record.oid, *tid)?,
@@ -97,7 +110,7 @@ impl Appender<'_> {
         let header = DataHeader {
             oid: record.oid,
             serial: self.header.tid,
-            previous,
+            previous: previous.unwrap_or(Position(0)),
             transaction: self.start.position,
             version_len: 0,
             data_len: data.len() as u64,

@@ -100,6 +100,11 @@ impl Reader {
 }
 
 impl Transactions {
+    /// Bytes of the file that are not iterated over yet.
+    pub fn bytes_left(&self) -> u64 {
+        self.end - self.position
+    }
+
     /// The next transaction.
     pub fn advance(&mut self) -> Result<Option<StoredTransaction>, StorageError> {
         if self.position >= self.end {

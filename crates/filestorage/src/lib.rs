@@ -6,7 +6,7 @@
 //!
 //! Reading order: `format.rs` (the bytes), `scan.rs` (walking over a file, telling a torn tail
 //! from damage), `index/` (oid → newest position), `storage.rs` (opening), `read.rs`,
-//! `append.rs`, `iterate.rs`, `history.rs`, `undo.rs`, `transaction.rs` (a transaction as it travels
+//! `append.rs`, `iterate.rs`, `history.rs`, `undo.rs`, `pack.rs`, `transaction.rs` (a transaction as it travels
 //! between nodes).
 //!
 //! What this crate does not do: it decides nothing about commits. Whoever appends has made sure
@@ -18,6 +18,7 @@ mod format;
 mod history;
 mod index;
 mod iterate;
+mod pack;
 mod read;
 mod scan;
 mod storage;
@@ -29,8 +30,9 @@ pub use error::StorageError;
 pub use format::{Magic, REFERENCE_LIMIT};
 pub use history::{Backwards, PastRevision};
 pub use iterate::{Records, StoredTransaction, Transactions};
+pub use pack::{Job, Outcome, copy_rest, pack};
 pub use read::{Access, Reader, Revision};
-pub use storage::{Extent, FileStorage, Mark, Opened, Tail};
+pub use storage::{Extent, FileStorage, Mark, Opened, Source, Tail};
 pub use transaction::{
     DecodeError, Record, RecordData, Transaction, TransactionMeta, put_meta, put_record,
     record_len, take_meta, take_record,

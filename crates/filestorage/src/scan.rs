@@ -35,6 +35,14 @@ impl<'a> Window<'a> {
         let window_end = self.start + self.bytes.len() as u64;
         let inside = position >= self.start && position + len as u64 <= window_end;
         if !inside {
+            if len > WINDOW_MAX {
+                // A length that a damaged file claims must not be taken at its word.
+                let end =
+                    self.file.len().map_err(StorageError::io(self.path, "read the length of"))?;
+                if position.checked_add(len as u64).is_none_or(|wanted| wanted > end) {
+                    return Ok(None);
+                }
+            }
             let sequential = position >= self.start && position <= window_end;
             self.width = if sequential { WINDOW_MAX.min(self.width * 2) } else { WINDOW_MIN };
             self.bytes.resize(self.width.max(len), 0);

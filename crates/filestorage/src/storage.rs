@@ -45,9 +45,25 @@ pub enum Extent {
     },
 }
 
+/// Where readers come from: the file as it is now. A pack replaces it by another one; readers of
+/// before go on with the old one.
+#[derive(Clone)]
+pub struct Source {
+    current: Arc<RwLock<Arc<Shared>>>,
+}
+
+impl Source {
+    /// A handle for reading; any number may be used at the same time.
+    pub fn reader(&self) -> Reader {
+        let current = self.current.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        Reader { shared: current.clone() }
+    }
+}
+
 /// The one writer of a `Data.fs`. Dropping it loses nothing.
 pub struct FileStorage {
     pub(crate) shared: Arc<Shared>,
+    source: Source,
     /// What stands in the file after the last transaction: see [`Extent::UpTo`].
     pub(crate) again: VecDeque<Mark>,
 }
@@ -165,12 +181,74 @@ impl FileStorage {
             magic,
             state: RwLock::new(State { index, mark }),
         };
-        Ok((FileStorage { shared: Arc::new(shared), again: again.into() }, opened))
+        Ok((FileStorage::of(shared, again.into()), opened))
     }
 
-    /// A handle for reading; any number may be used at the same time.
+    fn of(shared: Shared, again: VecDeque<Mark>) -> FileStorage {
+        let shared = Arc::new(shared);
+        let source = Source { current: Arc::new(RwLock::new(shared.clone())) };
+        FileStorage { shared, source, again }
+    }
+
+    /// Begins an empty file at `path` that will take the place of this one.
+    pub(crate) fn successor(reader: &Reader, path: &Path) -> Result<FileStorage, StorageError> {
+        let old = &reader.shared;
+        let file = old.disk.open(path, Open::Create).map_err(StorageError::io(path, "create"))?;
+        file.set_len(0).map_err(StorageError::io(path, "cut"))?;
+        file.write_at(old.magic.bytes(), 0).map_err(StorageError::io(path, "write"))?;
+        let shared = Shared {
+            path: old.path.clone(),
+            file,
+            disk: old.disk.clone(),
+            index_path: old.index_path.clone(),
+            magic: old.magic,
+            state: RwLock::new(State { index: Index::default(), mark: Mark::START }),
+        };
+        Ok(FileStorage::of(shared, VecDeque::new()))
+    }
+
+    /// Puts `packed` (see [`crate::pack`]), which is in the file `from` and durable, in the place of
+    /// this file. The old file is kept as `PATH.old` if `keep` says so. No other call of this
+    /// storage, nor of its readers' [`Reader::sync`] and [`Reader::merge_index`], may be running.
+    pub fn replace_with(
+        &mut self,
+        packed: FileStorage,
+        from: &Path,
+        keep: bool,
+    ) -> Result<(), StorageError> {
+        let Shared { path, disk, index_path, .. } = &*self.shared;
+        let io = |action| StorageError::io(path, action);
+        // The index names positions in the old file.
+        if disk.exists(index_path).map_err(io("look for the index of"))? {
+            disk.remove(index_path).map_err(io("remove the index of"))?;
+            disk.sync_dir(parent(index_path)).map_err(io("sync the directory of the index of"))?;
+        }
+        if keep {
+            let old = PathBuf::from(format!("{}.old", path.display()));
+            if disk.exists(&old).map_err(io("look for the copy of"))? {
+                disk.remove(&old).map_err(io("remove the old copy of"))?;
+            }
+            disk.hard_link(path, &old).map_err(io("keep a copy of"))?;
+        }
+        disk.rename(from, path).map_err(io("replace"))?;
+        disk.sync_dir(parent(path)).map_err(io("sync the directory of"))?;
+        let mut current =
+            self.source.current.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *current = packed.shared.clone();
+        drop(current);
+        self.shared = packed.shared;
+        self.again.clear();
+        Ok(())
+    }
+
+    /// A handle for reading the file as it is now.
     pub fn reader(&self) -> Reader {
         Reader { shared: self.shared.clone() }
+    }
+
+    /// Where others get their readers from.
+    pub fn source(&self) -> Source {
+        self.source.clone()
     }
 
     /// The end of the last transaction.

@@ -13,16 +13,17 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Committed};
-use standby_filestorage::{Record, TransactionMeta};
+use standby_filestorage::{Outcome, Record, TransactionMeta};
 use standby_types::time::tid_at;
 use standby_types::{Disk, LogIndex, Oid, Tid};
 use standby_zeo::{ClientError, Encoding, History, SessionId, Value};
 use tokio::sync::{mpsc, oneshot};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::engine::Internal;
 use crate::node::Shared;
-use crate::replica::{Applied, ApplyError, Replica};
+use crate::packing::{Packs, pack_path};
+use crate::replica::{Applied, ApplyError, Done, Replica};
 use crate::sessions::{Mail, SessionHandle};
 use crate::state::Checkpoint;
 
@@ -66,6 +67,13 @@ pub enum Work {
         /// Where it leads.
         target: AppliedPoint,
     },
+    /// A pack's thread has ended.
+    Packed {
+        /// The storage.
+        storage: String,
+        /// What it has made.
+        packed: anyhow::Result<Outcome>,
+    },
     /// Make a last checkpoint and end.
     Stop(oneshot::Sender<()>),
 }
@@ -100,6 +108,7 @@ pub struct Applier {
     checkpoint_thread: Option<JoinHandle<()>>,
     /// The last checkpoint's entry and moment, and the bytes applied since.
     checkpointed: (LogIndex, Instant, u64),
+    packs: Packs,
 }
 
 impl Applier {
@@ -119,20 +128,26 @@ impl Applier {
                 (tid < hour_ago && count > 100) || objects > 1 << 20 || count > 20_000
             })?;
             let base = newest.last().map_or(storage.mark().tid, |(first, _)| *first);
-            let mut history = History::new(base);
+            let mut history = History::new(base, shared.retention());
             for (tid, oids) in newest.into_iter().rev().skip(1) {
                 history.push(tid, oids.into());
             }
+            history.forget(tid_at(now));
             histories.insert(name.clone(), history);
         }
         let checkpointed = (replica.index(), Instant::now(), 0);
-        Ok(Applier { shared, replica, disk, histories, checkpoint_thread: None, checkpointed })
+        let (checkpoint_thread, packs) = (None, Packs::default());
+        Ok(Applier { shared, replica, disk, histories, checkpoint_thread, checkpointed, packs })
     }
 
     /// Works until it is told to stop. An error means that the process must stop.
     pub fn run(mut self, work: Receiver<Work>) -> anyhow::Result<()> {
+        for name in self.shared.clone().storages.keys() {
+            self.start_pack(name);
+        }
         loop {
-            match work.recv_timeout(Duration::from_secs(1)) {
+            // A packed file waits for the end of a checkpoint.
+            match work.recv_timeout(Duration::from_millis(200)) {
                 Ok(Work::Entries(entries)) => self.entries(entries)?,
                 Ok(Work::Register { storage, session, id }) => {
                     self.register(&storage, session, &id)
@@ -141,6 +156,19 @@ impl Applier {
                     self.invalidations(&storage, &session, &id, since);
                 }
                 Ok(Work::CatchUp { items, target }) => self.catch_up(items, &target)?,
+                Ok(Work::Packed { storage, packed }) => match packed {
+                    Ok(Outcome::Packed { target, last }) => {
+                        self.packs.ready(&storage, target, last);
+                    }
+                    Ok(Outcome::Nothing) => {
+                        info!(storage, "packed: there was nothing to remove");
+                        self.pack_ended(&storage, None);
+                    }
+                    Err(error) => {
+                        error!(storage, "the pack failed: {error:#}");
+                        self.pack_ended(&storage, Some(format!("{error:#}")));
+                    }
+                },
                 Ok(Work::Stop(done)) => {
                     self.last_checkpoint()?;
                     let _ = done.send(());
@@ -149,8 +177,79 @@ impl Applier {
                 Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
                 Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
             }
+            self.put_packed_in_place()?;
             self.maybe_checkpoint();
         }
+    }
+
+    fn start_pack(&mut self, storage: &str) {
+        let (Some(job), Some(stored)) =
+            (self.replica.next_pack(storage), self.replica.storage(storage))
+        else {
+            return;
+        };
+        self.packs.start(&self.shared, storage, stored.reader(), job);
+    }
+
+    /// The last step of a pack, the only one for which commits wait.
+    fn put_packed_in_place(&mut self) -> anyhow::Result<()> {
+        if self.checkpoint_thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            return Ok(());
+        }
+        // Without a checkpoint now there is one later.
+        if self.replica.checkpoint().is_none() {
+            return Ok(());
+        }
+        let Some((name, mut packed, last)) = self.packs.take_ready() else { return Ok(()) };
+        let started = Instant::now();
+        let shared = self.shared.clone();
+        let Some(storage) = shared.storages.get(&name) else { return Ok(()) };
+        let before = storage.reader().size();
+        self.replica.copy_rest(&name, &mut packed, last)?;
+        packed.sync()?;
+        let mut checkpoint = self.replica.checkpoint().context("no checkpoint for a pack")?;
+        if let Some(point) = checkpoint.storages.get_mut(&name) {
+            point.packed = Some(packed.mark());
+        }
+        // After a crash, this checkpoint fits whichever file is in place.
+        self.write_checkpoint(&checkpoint)?;
+        let keep_old = shared
+            .config
+            .storages
+            .iter()
+            .any(|section| section.name == name && section.pack_keep_old);
+        self.replica.replace(&name, packed, &pack_path(&storage.path), keep_old)?;
+        self.replica.pack_ended(&name);
+        let checkpoint = self.replica.checkpoint().context("no checkpoint after a pack")?;
+        self.write_checkpoint(&checkpoint)?;
+        let after = storage.reader().size();
+        let commits_waited_ms = started.elapsed().as_millis();
+        info!(storage = name, before, after, commits_waited_ms, "packed");
+        for session in shared.sessions.of(&name) {
+            session.outbox.push(session.encoding().notify("info", vec![shared.short_info(&name)]));
+        }
+        self.pack_answered(&name, None);
+        self.merge_indexes();
+        Ok(())
+    }
+
+    fn pack_ended(&mut self, storage: &str, failed: Option<String>) {
+        self.replica.pack_ended(storage);
+        self.pack_answered(storage, failed);
+    }
+
+    fn pack_answered(&mut self, storage: &str, failed: Option<String>) {
+        if let Some(shared) = self.shared.storages.get(storage) {
+            shared.packing.set(None);
+        }
+        for Origin { session, id } in self.packs.ended(storage) {
+            let encoding = session.encoding();
+            session.outbox.push(match &failed {
+                None => encoding.reply(&id, Value::None),
+                Some(reason) => encoding.error(&id, &ClientError::file_storage(reason.clone())),
+            });
+        }
+        self.start_pack(storage);
     }
 
     fn entries(&mut self, entries: Vec<(Committed, Option<Origin>)>) -> anyhow::Result<()> {
@@ -160,16 +259,24 @@ impl Applier {
             if let Committed::Command(_, _, data) = &entry {
                 self.checkpointed.2 += data.len() as u64;
             }
-            let applied = self.replica.apply(&entry)?;
-            if let Some(origin) = &origin {
+            let done = self.replica.apply(&entry)?;
+            if let (Done::Applied(_), Some(origin)) = (&done, &origin) {
                 finished.push(origin.session.id);
             }
-            match applied {
-                Some(applied) => {
+            match done {
+                Done::Applied(applied) => {
                     self.remember(&applied);
                     visible.push((applied, origin));
                 }
-                None => debug_assert!(origin.is_none(), "an entry of ours was there before"),
+                Done::Pack(storage) => {
+                    if let Some(origin) = origin {
+                        self.packs.wait(&storage, origin);
+                    }
+                    self.start_pack(&storage);
+                }
+                Done::Nothing => {
+                    debug_assert!(origin.is_none(), "an entry of ours was there before");
+                }
             }
         }
         // First the engine, then the clients: a client's next vote finds its locks free.
@@ -189,8 +296,10 @@ impl Applier {
     }
 
     fn remember(&mut self, applied: &Applied) {
+        let now = tid_at(self.shared.wall_clock());
         if let Some(history) = self.histories.get_mut(&applied.storage) {
             history.push(applied.tid, applied.oids.clone());
+            history.forget(now);
         }
         if let Some(storage) = self.shared.storages.get(&applied.storage) {
             storage.stats.commits.fetch_add(1, Ordering::Relaxed);

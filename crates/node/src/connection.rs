@@ -34,6 +34,7 @@ pub async fn serve(shared: Arc<Shared>, stream: TcpStream, read_only: bool) {
     let options = Options {
         msgpack: shared.config.zeo.msgpack,
         read_only: read_only || shared.config.zeo.read_only,
+        read_only_storages: shared.read_only_storages.clone(),
         make_spill: shared.make_spill.clone(),
     };
     let (read, write) = stream.into_split();
@@ -159,7 +160,7 @@ impl Connection {
         let later = self.session.take_later();
         let voted = VoteOutcome::Answer(VoteAnswer::Voted);
         let Some(storage) = self.storage().filter(|_| !later.is_empty()) else { return voted };
-        let reader = storage.reader.clone();
+        let reader = storage.reader().clone();
         let (results, mut received) = mpsc::channel(16);
         let working = tokio::task::spawn_blocking(move || {
             look::work_out(&reader, later, |oid, content, undone| {
@@ -190,7 +191,7 @@ impl Connection {
         let Some(storage) = self.storage().filter(|_| !request.undos.is_empty()) else {
             return Ok(());
         };
-        let (reader, undos) = (storage.reader.clone(), request.undos.clone());
+        let (reader, undos) = (storage.reader().clone(), request.undos.clone());
         let found = tokio::task::spawn_blocking(move || look::undo_objects(&reader, &undos));
         let oids = found.await.unwrap_or_else(|e| Err(ClientError::storage(e.to_string())))?;
         request.writes.extend(oids.into_iter().map(|oid| (oid, Expected::Any)));
@@ -200,7 +201,7 @@ impl Connection {
     /// Answers a look back.
     async fn look(&mut self, id: Option<Value>, look: Look) {
         let Some(storage) = self.storage() else { return };
-        let (reader, handle) = (storage.reader.clone(), self.handle.clone());
+        let (reader, handle) = (storage.reader().clone(), self.handle.clone());
         let answer = move |found: Result<Value, ClientError>| {
             let Some(id) = id else { return };
             handle.outbox.push(match found {
@@ -209,6 +210,10 @@ impl Connection {
             });
         };
         if let Look::UndoLog(..) = look {
+            if storage.packing.percent().is_some() {
+                let text = "Undo is currently disabled for database maintenance.<p>";
+                return answer(Err(ClientError::Undo(text.into())));
+            }
             // It may read the whole file; the client's other threads do not wait for it.
             tokio::task::spawn_blocking(move || {
                 answer(look::look(&reader, &mut Iterators::default(), look));
@@ -273,6 +278,7 @@ impl Connection {
                 }
                 Request::Finish { session, storage, id, transaction }
             }
+            Effect::Pack { id, time, wait } => Request::Pack { session, storage, id, time, wait },
             Effect::Abort => {
                 if let Some(storage) = self.storage() {
                     storage.stats.aborts.fetch_add(1, Ordering::Relaxed);
@@ -295,14 +301,14 @@ impl Connection {
         let oids = writes.chain(request.checks.iter().map(|(oid, _)| *oid));
         let cold: Vec<_> = oids
             .filter(|oid| {
-                let read = storage.reader.committed_serial(*oid, Access::Cached);
+                let read = storage.reader().committed_serial(*oid, Access::Cached);
                 matches!(read, Err(StorageError::NotCached))
             })
             .collect();
         if cold.is_empty() {
             return;
         }
-        let reader = storage.reader.clone();
+        let reader = storage.reader().clone();
         let _ = tokio::task::spawn_blocking(move || {
             for oid in cold {
                 // An error will be found again, and answered, by the engine.
@@ -327,7 +333,7 @@ impl Connection {
             if evaluated.is_ok() {
                 return Ok(());
             }
-            let reader = storage.reader.clone();
+            let reader = storage.reader().clone();
             let fetched = tokio::task::spawn_blocking(move || match read {
                 Read::LoadBefore(oid, tid) => {
                     reader.load_before(oid, tid, Access::Blocking).map(drop)
@@ -356,7 +362,7 @@ impl Connection {
         last_tid: Tid,
         access: Access,
     ) -> Result<Bytes, NotCached> {
-        let reader = &storage.reader;
+        let reader = &storage.reader();
         let answer = |value: Value| self.session.answer(id, Ok(value));
         let found = match read {
             Read::LoadBefore(oid, tid) => reader.load_before(oid, tid, access).map(|revision| {
@@ -403,8 +409,8 @@ fn info(storage: &StorageShared) -> Value {
     .collect();
     interfaces.push(pair("zope.interface", "Interface"));
     Value::Dict(vec![
-        (Value::str("length"), Value::Int(storage.reader.len() as i64)),
-        (Value::str("size"), Value::Int(storage.reader.size() as i64)),
+        (Value::str("length"), Value::Int(storage.reader().len() as i64)),
+        (Value::str("size"), Value::Int(storage.reader().size() as i64)),
         (Value::str("name"), Value::Str(storage.path.display().to_string())),
         (Value::str("supportsUndo"), Value::Bool(true)),
         (Value::str("supports_record_iternext"), Value::Bool(true)),
@@ -445,7 +451,7 @@ impl Shared {
             (Value::str("lock_time"), Value::None),
             (Value::str("start"), Value::Str(self.started_text())),
             (Value::str("timeout-thread-is-alive"), Value::Bool(true)),
-            (Value::str("last-transaction"), Value::Str(storage.reader.last_tid().to_string())),
+            (Value::str("last-transaction"), Value::Str(storage.reader().last_tid().to_string())),
         ]);
         Value::Dict(items)
     }
@@ -461,7 +467,7 @@ impl Shared {
             items.insert("lock_time".into(), serde_json::Value::Null);
             items.insert("start".into(), self.started_text().into());
             items.insert("timeout-thread-is-alive".into(), true.into());
-            items.insert("last-transaction".into(), storage.reader.last_tid().to_string().into());
+            items.insert("last-transaction".into(), storage.reader().last_tid().to_string().into());
             (name.clone(), serde_json::Value::Object(items))
         });
         serde_json::Value::Object(storages.collect())

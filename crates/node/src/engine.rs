@@ -20,7 +20,7 @@ use standby_consensus::{
     Member, Output, PART_LEN, PeerMessage, Role, Written,
 };
 use standby_filestorage::{Access, Record, StorageError, TransactionMeta, put_meta, put_record};
-use standby_types::time::new_tid;
+use standby_types::time::{new_tid, tid_at};
 use standby_types::{LogIndex, NodeId, Oid, Term, Tid};
 use standby_zeo::{
     Buffer, ClientError, SessionId, Transactions, Value, VoteAnswer, VoteOutcome, VoteRequest,
@@ -94,6 +94,8 @@ pub enum Request {
     Vote { session: Arc<SessionHandle>, storage: String, request: VoteRequest },
     /// `tpc_finish`
     Finish { session: Arc<SessionHandle>, storage: String, id: Value, transaction: Box<Buffer> },
+    /// `pack`
+    Pack { session: Arc<SessionHandle>, storage: String, id: Option<Value>, time: f64, wait: bool },
     /// `tpc_abort`
     Abort { session: SessionId, storage: String },
     /// The connection is gone.
@@ -300,9 +302,10 @@ impl Engine {
                 self.storages.get(name).map_or_else(Vec::new, |s| s.transactions.expired(now));
             for session in expired {
                 let timeout = self.shared.config.zeo.transaction_timeout.unwrap_or_default();
+                // In the words of the Python server: sites watch their logs for them.
                 error!(
                     session = session.0,
-                    "Transaction timeout after {} seconds",
+                    "CRITICAL ZEO.StorageServer Transaction timeout after {} seconds",
                     timeout.as_secs()
                 );
                 if let Some(session) = self.shared.sessions.get(session) {
@@ -414,6 +417,10 @@ impl Engine {
             committing.oids = None;
         }
         self.pending.clear();
+        for storage in self.shared.storages.values() {
+            // A pack that was asked for may never be committed. One that runs says so again.
+            storage.packing.set(None);
+        }
         self.outgoing.clear();
         self.in_flight = 0;
     }
@@ -422,9 +429,9 @@ impl Engine {
         info!(term = %self.role.term, "this node is primary");
         for (name, committing) in &mut self.storages {
             let Some(storage) = self.shared.storages.get(name) else { continue };
-            let used = storage.reader.highest_oid().unwrap_or(Oid(0));
+            let used = storage.reader().highest_oid().unwrap_or(Oid(0));
             let ceiling = self.ceilings.get(name).copied().unwrap_or(Oid(0));
-            committing.last_tid = storage.reader.last_tid();
+            committing.last_tid = storage.reader().last_tid();
             committing.oids = Some(Oids::above(ceiling.max(used)));
         }
         self.give_oids()
@@ -499,6 +506,9 @@ impl Engine {
             Request::Finish { session, storage, id, transaction } => {
                 self.finish(session, storage, id, transaction);
             }
+            Request::Pack { session, storage, id, time, wait } => {
+                self.pack(&session, storage, id, time, wait)?;
+            }
             Request::Abort { session, storage } => {
                 self.unlocked(&storage, |t| t.abort(now, session));
             }
@@ -559,7 +569,7 @@ impl Engine {
         let Some(stored) = self.shared.storages.get(storage) else { return };
         while let Some(session) = complete.pop_front() {
             // The session's own task has read these objects just before: they are in memory.
-            let committed = |oid| stored.reader.committed_serial(oid, Access::Blocking);
+            let committed = |oid| stored.reader().committed_serial(oid, Access::Blocking);
             let outcome = match committing.transactions.examine(session, committed) {
                 Ok(None) => continue,
                 Ok(Some(answer)) => VoteOutcome::Answer(answer),
@@ -616,6 +626,49 @@ impl Engine {
             records: BytesMut::new(),
             parts: Vec::new(),
         });
+    }
+
+    fn pack(
+        &mut self,
+        session: &Arc<SessionHandle>,
+        storage: String,
+        id: Option<Value>,
+        time: f64,
+        wait: bool,
+    ) -> anyhow::Result<()> {
+        let Some(shared) = self.shared.storages.get(&storage) else { return Ok(()) };
+        let gc = self.shared.config.storages.iter().any(|s| s.name == storage && s.pack_gc);
+        let time = tid_at(Duration::try_from_secs_f64(time).unwrap_or_default());
+        let nothing = shared.reader().is_empty();
+        let refused = if !self.role.serves {
+            Some(ClientError::ReadOnly)
+        } else if shared.packing.percent().is_some() {
+            Some(ClientError::file_storage("Already packing"))
+        } else {
+            None
+        };
+        let mut answer = id.clone();
+        if refused.is_none() && !nothing {
+            let origin = match id {
+                Some(id) if wait => {
+                    answer = None;
+                    Some(Origin { session: session.clone(), id })
+                }
+                _ => None,
+            };
+            shared.packing.set(Some(0));
+            if self.propose(Command::Pack { storage, time, gc }, origin)?.is_none() {
+                session.cut("this node is not primary");
+            }
+        }
+        if let Some(id) = answer {
+            let encoding = session.encoding();
+            session.outbox.push(match &refused {
+                None => encoding.reply(&id, Value::None),
+                Some(error) => encoding.error(&id, error),
+            });
+        }
+        Ok(())
     }
 
     /// Moves finished transactions into the log: short ones at once, of long ones a part each
@@ -727,7 +780,7 @@ impl Engine {
     fn give_oids(&mut self) -> anyhow::Result<()> {
         for name in self.shared.clone().storages.keys() {
             let committed = self.ceilings.get(name).copied().unwrap_or(Oid(0));
-            let used = self.shared.storages[name].reader.highest_oid().unwrap_or(Oid(0));
+            let used = self.shared.storages[name].reader().highest_oid().unwrap_or(Oid(0));
             let Some(oids) = self.storages.get_mut(name).and_then(|s| s.oids.as_mut()) else {
                 continue;
             };

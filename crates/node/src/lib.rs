@@ -29,6 +29,7 @@ mod look;
 mod node;
 mod oids;
 mod outbox;
+mod packing;
 mod peers;
 mod replica;
 mod sessions;

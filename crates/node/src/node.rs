@@ -8,9 +8,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use standby_consensus::{Config as RaftConfig, Consensus, LogWriter, Member, Role, Roster};
-use standby_filestorage::Reader;
+use standby_filestorage::{Reader, Source};
 use standby_types::{Disk, LogIndex, NodeId};
-use standby_zeo::{MakeSpill, Value};
+use standby_zeo::{MakeSpill, Retention, Value};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
@@ -22,6 +22,7 @@ use crate::disk::{LockFile, OsDisk, temporary_file};
 use crate::engine::{Engine, Event, Internal};
 use crate::listener;
 use crate::log_thread;
+use crate::packing::Progress;
 use crate::peers::{self, Introduction, Peers};
 use crate::replica::Replica;
 use crate::sessions::Sessions;
@@ -98,12 +99,21 @@ pub struct Stats {
 
 /// A storage, for those who read.
 pub struct StorageShared {
-    /// Reads.
-    pub reader: Reader,
+    /// The data file as it is now.
+    pub source: Source,
     /// The data file.
     pub path: PathBuf,
+    /// How far a pack is.
+    pub packing: Progress,
     /// Counters.
     pub stats: Stats,
+}
+
+impl StorageShared {
+    /// Reads the data file as it is now; not to be kept for long, for a pack replaces the file.
+    pub fn reader(&self) -> Reader {
+        self.source.reader()
+    }
 }
 
 /// What all tasks of a node share.
@@ -128,6 +138,8 @@ pub struct Shared {
     pub standing: watch::Sender<Standing>,
     /// The primary's lease.
     pub lease: Lease,
+    /// Storages that nobody may write to.
+    pub read_only_storages: Arc<[String]>,
     /// Makes temporary files.
     pub make_spill: MakeSpill,
     /// When the process started.
@@ -154,6 +166,15 @@ impl Shared {
     /// The length of a tick.
     pub fn tick(&self) -> Duration {
         self.config.standby.as_ref().map_or(Profile::Lan, |s| s.profile).tick()
+    }
+
+    /// What is remembered to answer `getInvalidations`. One node alone does what its zeo.conf says;
+    /// in a cluster, clients must be able to come over from another node: never less than fits.
+    pub fn retention(&self) -> Retention {
+        match self.config.standby {
+            None => self.config.zeo.retention,
+            Some(_) => Retention::default(),
+        }
     }
 
     /// Bytes of log that are kept for nodes that are behind.
@@ -211,8 +232,8 @@ impl Shared {
     pub fn short_info(&self, storage: &str) -> Value {
         let Some(storage) = self.storages.get(storage) else { return Value::Dict(Vec::new()) };
         Value::Dict(vec![
-            (Value::str("length"), Value::Int(storage.reader.len() as i64)),
-            (Value::str("size"), Value::Int(storage.reader.size() as i64)),
+            (Value::str("length"), Value::Int(storage.reader().len() as i64)),
+            (Value::str("size"), Value::Int(storage.reader().size() as i64)),
         ])
     }
 
@@ -229,7 +250,8 @@ impl Shared {
             address.as_ref().map_or_else(String::new, ToString::to_string)
         };
         let standby = self.config.standby.as_ref();
-        let last_tids = |(name, s): (&String, &StorageShared)| (name.clone(), s.reader.last_tid());
+        let last_tids =
+            |(name, s): (&String, &StorageShared)| (name.clone(), s.reader().last_tid());
         NodeReport::new(
             &self.member,
             role,
@@ -298,9 +320,10 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let spill_dir = state.0.clone();
     let make_spill: MakeSpill = Arc::new(move || temporary_file(&spill_dir));
     let storages = config.storages.iter().filter_map(|section| {
-        let reader = prepared.storages.get(&section.name)?.reader();
-        let path = section.path.clone();
-        Some((section.name.clone(), StorageShared { reader, path, stats: Stats::default() }))
+        let source = prepared.storages.get(&section.name)?.source();
+        let (path, packing) = (section.path.clone(), Progress::default());
+        let shared = StorageShared { source, path, packing, stats: Stats::default() };
+        Some((section.name.clone(), shared))
     });
     let member = startup::self_as_member(&config, prepared.id);
     let shared = Arc::new(Shared {
@@ -312,6 +335,10 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         reports: Reports::default(),
         standing: watch::Sender::new(Standing::default()),
         lease: Lease::default(),
+        read_only_storages: (config.storages.iter())
+            .filter(|section| section.read_only)
+            .map(|section| section.name.clone())
+            .collect(),
         make_spill: make_spill.clone(),
         started: SystemTime::now(),
         clock: Instant::now(),

@@ -4,14 +4,16 @@
 //! Applying an entry again, or one whose transaction has already come from a peer, changes nothing:
 //! a transaction that is not above the storage's last one is there already.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{AppliedPoint, Command, Committed, Ending, Membership};
 use standby_filestorage::{
-    FileStorage, Record, StorageError, TransactionMeta, record_len, take_meta, take_record,
+    FileStorage, Job, Record, StorageError, TransactionMeta, copy_rest, record_len, take_meta,
+    take_record,
 };
 use standby_types::{LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
@@ -61,6 +63,19 @@ pub struct Replica {
 struct Stored {
     storage: FileStorage,
     ceiling: Oid,
+    /// Packs to do, in order; the first may be under way.
+    packs: VecDeque<Job>,
+}
+
+/// What an entry did.
+#[derive(Debug, Clone)]
+pub enum Done {
+    /// Nothing that anybody must be told of.
+    Nothing,
+    /// A transaction is visible.
+    Applied(Applied),
+    /// This storage is to be packed.
+    Pack(String),
 }
 
 impl Replica {
@@ -70,8 +85,12 @@ impl Replica {
         storages: BTreeMap<String, FileStorage>,
         make_spill: MakeSpill,
     ) -> Replica {
-        let ceiling =
-            |name: &str| checkpoint.storages.get(name).map_or(Oid(0), |point| point.ceiling);
+        let stored = |name: &str, storage| {
+            let point = checkpoint.storages.get(name);
+            let ceiling = point.map_or(Oid(0), |point| point.ceiling);
+            let packs = point.map_or_else(VecDeque::new, |point| point.packs.clone().into());
+            Stored { storage, ceiling, packs }
+        };
         Replica {
             cluster_id: checkpoint.cluster_id.clone(),
             index: checkpoint.index,
@@ -80,8 +99,8 @@ impl Replica {
             storages: storages
                 .into_iter()
                 .map(|(name, storage)| {
-                    let ceiling = ceiling(&name);
-                    (name, Stored { storage, ceiling })
+                    let stored = stored(&name, storage);
+                    (name, stored)
                 })
                 .collect(),
             parts: Parts::new(make_spill),
@@ -137,8 +156,12 @@ impl Replica {
                 .storages
                 .iter()
                 .map(|(name, stored)| {
-                    let point =
-                        StoragePoint { mark: stored.storage.mark(), ceiling: stored.ceiling };
+                    let point = StoragePoint {
+                        mark: stored.storage.mark(),
+                        ceiling: stored.ceiling,
+                        packed: None,
+                        packs: stored.packs.iter().copied().collect(),
+                    };
                     (name.clone(), point)
                 })
                 .collect(),
@@ -146,20 +169,20 @@ impl Replica {
     }
 
     /// Applies the next entry.
-    pub fn apply(&mut self, entry: &Committed) -> Result<Option<Applied>, ApplyError> {
+    pub fn apply(&mut self, entry: &Committed) -> Result<Done, ApplyError> {
         let (index, term) = entry.point();
         if index <= self.index {
-            return Ok(None);
+            return Ok(Done::Nothing);
         }
         if term > self.term {
             // The parts' proposer leads no more; nobody else closes them.
             self.parts.clear();
         }
         let applied = match entry {
-            Committed::Empty(..) => None,
+            Committed::Empty(..) => Done::Nothing,
             Committed::Membership(_, _, membership) => {
                 self.membership = membership.clone();
-                None
+                Done::Nothing
             }
             Committed::Command(_, _, data) => {
                 let command =
@@ -171,22 +194,25 @@ impl Replica {
         Ok(applied)
     }
 
-    fn command(
-        &mut self,
-        index: LogIndex,
-        command: Command,
-    ) -> Result<Option<Applied>, ApplyError> {
+    fn command(&mut self, index: LogIndex, command: Command) -> Result<Done, ApplyError> {
         match command {
             Command::Part(bytes) => {
                 self.parts.put(index, bytes).map_err(ApplyError::Part)?;
-                Ok(None)
+                Ok(Done::Nothing)
             }
             Command::OidCeiling { storage, ceiling } => {
                 let stored = self.stored(&storage)?;
                 stored.ceiling = stored.ceiling.max(ceiling);
-                Ok(None)
+                Ok(Done::Nothing)
             }
-            Command::Transaction(ending) => self.transaction(index, ending),
+            Command::Pack { storage, time, gc } => {
+                self.stored(&storage)?.packs.push_back(Job { time, gc });
+                Ok(Done::Pack(storage))
+            }
+            Command::Transaction(ending) => {
+                let applied = self.transaction(index, ending)?;
+                Ok(applied.map_or(Done::Nothing, Done::Applied))
+            }
         }
     }
 
@@ -272,6 +298,42 @@ impl Replica {
             self.parts.clear();
         }
         Ok(())
+    }
+
+    /// The next pack of a storage.
+    pub fn next_pack(&self, name: &str) -> Option<Job> {
+        self.storages.get(name)?.packs.front().copied()
+    }
+
+    /// That pack is done, or given up.
+    pub fn pack_ended(&mut self, name: &str) {
+        if let Some(stored) = self.storages.get_mut(name) {
+            stored.packs.pop_front();
+        }
+    }
+
+    /// Copies to a packed file what has come after the transaction `last`.
+    pub fn copy_rest(
+        &self,
+        name: &str,
+        packed: &mut FileStorage,
+        last: Tid,
+    ) -> Result<(), StorageError> {
+        if let Some(stored) = self.storages.get(name) {
+            copy_rest(&stored.storage.reader(), packed, last)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a packed file in the place of a storage's data file.
+    pub fn replace(
+        &mut self,
+        name: &str,
+        packed: FileStorage,
+        from: &Path,
+        keep_old: bool,
+    ) -> Result<(), ApplyError> {
+        Ok(self.stored(name)?.storage.replace_with(packed, from, keep_old)?)
     }
 
     fn stored(&mut self, name: &str) -> Result<&mut Stored, ApplyError> {

@@ -97,7 +97,9 @@ fn begin(
     for section in &config.storages {
         let (storage, ceiling) = open_whole(disk, state, section)?;
         unconfirmed |= storage.mark() != Mark::START;
-        points.insert(section.name.clone(), StoragePoint { mark: storage.mark(), ceiling });
+        let mark = storage.mark();
+        let point = StoragePoint { mark, ceiling, packed: None, packs: Vec::new() };
+        points.insert(section.name.clone(), point);
         storages.insert(section.name.clone(), storage);
     }
     let found = beginning == Beginning::Found;
@@ -148,7 +150,7 @@ fn resume(
     }
     let mut extents = Vec::new();
     for section in &config.storages {
-        let Some(point) = checkpoint.storages.get(&section.name) else {
+        let Some(point) = checkpoint.storages.get_mut(&section.name) else {
             bail!(
                 "storage {:?} is new in {}; adding storages to a running cluster is not supported",
                 section.name,
@@ -156,9 +158,18 @@ fn resume(
             );
         };
         let mut expected = logged_tids(disk, state, &recovered, checkpoint.index, &section.name)?;
+        let mut found = Tail::read(&**disk, &section.path, point.mark)?;
+        if let (Tail::Different(_), Some(packed)) = (&found, point.packed) {
+            // The checkpoint was made just before a packed file took the place of the old one.
+            found = Tail::read(&**disk, &section.path, packed)?;
+            if matches!(found, Tail::Follows(_)) {
+                point.mark = packed;
+            }
+        }
+        point.packed = None;
         // After a catch-up the data file is ahead of the entry that the checkpoint names.
         expected.retain(|tid| *tid > point.mark.tid);
-        let tail = match Tail::read(&**disk, &section.path, point.mark)? {
+        let tail = match found {
             Tail::Different(reason) => Err(reason),
             Tail::Follows(_) if catching_up => Ok(Vec::new()),
             Tail::Follows(found) => {

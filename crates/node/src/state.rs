@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use standby_consensus::{AppliedPoint, Member, Membership};
-use standby_filestorage::Mark;
+use standby_filestorage::{Job, Mark};
 use standby_types::disk::{read_all, replace};
 use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
 
@@ -55,12 +55,16 @@ pub struct Checkpoint {
 }
 
 /// A storage's part of a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoragePoint {
     /// How far the data file counts.
     pub mark: Mark,
     /// Oids up to this one may have been handed out.
     pub ceiling: Oid,
+    /// A packed file is being put in the place of the data file, where the same state ends here.
+    pub packed: Option<Mark>,
+    /// Packs to do, in order.
+    pub packs: Vec<Job>,
 }
 
 impl Checkpoint {
@@ -175,9 +179,33 @@ struct MemberFile {
 
 #[derive(Serialize, Deserialize)]
 struct StorageFile {
+    #[serde(flatten)]
+    mark: MarkFile,
+    oid_ceiling: String,
+    packed: Option<MarkFile>,
+    packs: Vec<PackFile>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct MarkFile {
     position: u64,
     tid: String,
-    oid_ceiling: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct PackFile {
+    time: String,
+    gc: bool,
+}
+
+impl MarkFile {
+    fn of(mark: Mark) -> MarkFile {
+        MarkFile { position: mark.position.0, tid: mark.tid.to_string() }
+    }
+
+    fn mark(&self) -> anyhow::Result<Mark> {
+        Ok(Mark { position: Position(self.position), tid: Tid(parse_hex(&self.tid)?) })
+    }
 }
 
 fn parse_hex(text: &str) -> anyhow::Result<u64> {
@@ -195,9 +223,14 @@ fn encode(checkpoint: &Checkpoint) -> io::Result<Vec<u8>> {
     });
     let storages = checkpoint.storages.iter().map(|(name, storage)| {
         let file = StorageFile {
-            position: storage.mark.position.0,
-            tid: storage.mark.tid.to_string(),
+            mark: MarkFile::of(storage.mark),
             oid_ceiling: storage.ceiling.to_string(),
+            packed: storage.packed.map(MarkFile::of),
+            packs: storage
+                .packs
+                .iter()
+                .map(|job| PackFile { time: job.time.to_string(), gc: job.gc })
+                .collect(),
         };
         (name.clone(), file)
     });
@@ -252,10 +285,14 @@ fn decode(bytes: &[u8]) -> anyhow::Result<Checkpoint> {
     }
     let mut storages = BTreeMap::new();
     for (name, storage) in file.storages {
-        let mark =
-            Mark { position: Position(storage.position), tid: Tid(parse_hex(&storage.tid)?) };
-        let ceiling = Oid(parse_hex(&storage.oid_ceiling)?);
-        storages.insert(name, StoragePoint { mark, ceiling });
+        let job = |file: &PackFile| Ok(Job { time: Tid(parse_hex(&file.time)?), gc: file.gc });
+        let point = StoragePoint {
+            mark: storage.mark.mark()?,
+            ceiling: Oid(parse_hex(&storage.oid_ceiling)?),
+            packed: storage.packed.map(|mark| mark.mark()).transpose()?,
+            packs: storage.packs.iter().map(job).collect::<anyhow::Result<_>>()?,
+        };
+        storages.insert(name, point);
     }
     Ok(Checkpoint {
         cluster_id: file.cluster_id,
@@ -321,7 +358,15 @@ mod tests {
             term: Term(2),
             log_begins_here: true,
             membership: Membership::founded_by(member),
-            storages: BTreeMap::from([("1".into(), StoragePoint { mark, ceiling: Oid(9) })]),
+            storages: BTreeMap::from([(
+                "1".into(),
+                StoragePoint {
+                    mark,
+                    ceiling: Oid(9),
+                    packed: Some(Mark { position: Position(50), ..mark }),
+                    packs: vec![Job { time: Tid(3), gc: true }],
+                },
+            )]),
         }
     }
 

@@ -32,17 +32,13 @@ struct Scanner<'a> {
 
 /// Gives the oid of each reference in a record to `each`, as often as it occurs.
 pub fn references(record: &[u8], mut each: impl FnMut([u8; 8])) -> Result<(), DecodeError> {
-    let mut at = 0;
+    let (stack, marks, memo) = Default::default();
+    let mut scanner = Scanner { bytes: record, at: 0, stack, marks, memo };
     for _ in 0..2 {
-        let mut scanner = Scanner {
-            bytes: record,
-            at,
-            stack: Vec::new(),
-            marks: Vec::new(),
-            memo: HashMap::new(),
-        };
+        // The state may refer to what the class has put into the memo.
+        scanner.stack.clear();
+        scanner.marks.clear();
         scanner.run(&mut each)?;
-        at = scanner.at;
     }
     Ok(())
 }
@@ -353,6 +349,8 @@ mod tests {
                 b"C\x08\0\0\0\0\0\0\0\x01\x94\x8c\x01C\x94\x86\x94Q0]C\x08\0\0\0\0\0\0\x124aQ.";
             assert_eq!(state(&[head, body].concat()), Ok(vec![ONE]));
         }
+        // The memo of the class is also that of the state.
+        assert_eq!(found(b"C\x08\0\0\0\0\0\0\0\x01q\x01.h\x01Q."), Ok(vec![ONE]));
         assert!(state(b"Q.").is_err());
         assert!(found(b"N.").is_err());
     }

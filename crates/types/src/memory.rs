@@ -150,6 +150,19 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
+    fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let file = self.find(from)?;
+        match locked(&self.names).current.entry(to.to_owned()) {
+            std::collections::btree_map::Entry::Occupied(_) => {
+                Err(io::ErrorKind::AlreadyExists.into())
+            }
+            std::collections::btree_map::Entry::Vacant(vacant) => {
+                vacant.insert(file);
+                Ok(())
+            }
+        }
+    }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.find(path)?;
         locked(&self.names).current.remove(path);

@@ -51,6 +51,12 @@ impl ClientError {
         ClientError::Other("ZODB.POSException.StorageError", vec![Value::Str(text.into())])
     }
 
+    /// A `FileStorageError` with a text for a person.
+    pub fn file_storage(text: impl Into<String>) -> ClientError {
+        let name = "ZODB.FileStorage.FileStorage.FileStorageError";
+        ClientError::Other(name, vec![Value::Str(text.into())])
+    }
+
     /// The class name and the arguments, as they stand in an error reply.
     pub fn to_wire(&self) -> (String, Value) {
         let conflict = |message: &str, oid: Oid, class: Value, serials: (Tid, Tid)| {

@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
+use standby_types::time::{tid_at, time_of};
 use standby_types::{Oid, Tid};
 
 /// Objects that are remembered at most, over all transactions: 32 MB.
@@ -19,12 +21,40 @@ pub struct History {
     base: Tid,
     transactions: VecDeque<(Tid, Arc<[Oid]>)>,
     objects: usize,
+    retention: Retention,
+}
+
+/// What is remembered at least, and no more than that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// So many transactions; `None`: as many as fit.
+    pub transactions: Option<usize>,
+    /// And all that are not older than this.
+    pub age: Duration,
 }
 
 impl History {
     /// A history that begins after the transaction `base`.
-    pub fn new(base: Tid) -> History {
-        History { base, transactions: VecDeque::new(), objects: 0 }
+    pub fn new(base: Tid, retention: Retention) -> History {
+        History { base, transactions: VecDeque::new(), objects: 0, retention }
+    }
+
+    /// Forgets what need not be remembered. `now` is the tid of this moment.
+    pub fn forget(&mut self, now: Tid) {
+        let Some(least) = self.retention.transactions else { return };
+        let oldest = tid_at(time_of(now).saturating_sub(self.retention.age));
+        while self.transactions.len() > least
+            && self.transactions.front().is_some_and(|(tid, _)| *tid < oldest)
+        {
+            self.pop();
+        }
+    }
+
+    fn pop(&mut self) {
+        if let Some((tid, oids)) = self.transactions.pop_front() {
+            self.objects -= oids.len();
+            self.base = tid;
+        }
     }
 
     /// Adds the next transaction.
@@ -33,11 +63,7 @@ impl History {
         self.objects += oids.len();
         self.transactions.push_back((tid, oids));
         while self.objects > MAX_OBJECTS || self.transactions.len() > MAX_TRANSACTIONS {
-            let Some((tid, oids)) = self.transactions.pop_front() else {
-                break;
-            };
-            self.objects -= oids.len();
-            self.base = tid;
+            self.pop();
         }
     }
 
@@ -66,7 +92,7 @@ mod tests {
 
     #[test]
     fn answers_are_exact_or_none() {
-        let mut history = History::new(Tid(5));
+        let mut history = History::new(Tid(5), Retention::default());
         for tid in [10, 20, 30] {
             history.push(Tid(tid), Arc::from([Oid(tid), Oid(1)]));
         }
@@ -79,8 +105,25 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_keeps_what_is_young() {
+        let at = |seconds| tid_at(Duration::from_secs(seconds));
+        let retention = Retention { transactions: Some(2), age: Duration::from_secs(60) };
+        let mut history = History::new(Tid(0), retention);
+        for seconds in [1000, 1050, 1100, 1110, 1120] {
+            history.push(at(seconds), Arc::from([Oid(seconds)]));
+            history.forget(at(seconds));
+        }
+        // 1050 is 70 seconds old, and there are more than two after it.
+        assert_eq!(history.since(at(1000)), None);
+        assert!(history.since(at(1050)).is_some());
+        history.forget(at(5000));
+        assert_eq!(history.since(at(1100)).map(|(_, oids)| oids.len()), Some(2));
+        assert_eq!(history.since(at(1050)), None);
+    }
+
+    #[test]
     fn old_transactions_are_forgotten_first() {
-        let mut history = History::new(Tid(0));
+        let mut history = History::new(Tid(0), Retention::default());
         let many: Arc<[Oid]> = (0..MAX_OBJECTS as u64 / 2).map(Oid).collect();
         for tid in 1..=3 {
             history.push(Tid(tid), many.clone());

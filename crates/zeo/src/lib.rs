@@ -24,11 +24,11 @@ mod transactions;
 pub use buffer::{Buffer, Content, Expected, Later, Meta, SPILL_ABOVE, Write};
 pub use error::ClientError;
 pub use frame::{FrameReader, FrameTooLong, MAX_FRAME, MAX_FRAME_BEFORE_REGISTER, frame};
-pub use history::History;
+pub use history::{History, Retention};
 pub use message::{Call, Encoding, Incoming, Reply, WireError};
 pub use session::{CloseReason, Effect, Look, Options, Read, Session, VoteOutcome};
 pub use spill::{MakeSpill, Slot, Spill};
-pub use standby_pickle::Value;
+pub use standby_pickle::{Value, references};
 pub use transactions::{FinishRefused, Transactions, VoteAnswer, VoteRequest};
 
 /// Reads a transaction's extension; `None` if it is empty, or no pickle of plain data. Nothing in it

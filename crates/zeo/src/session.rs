@@ -15,6 +15,7 @@ mod args;
 mod transaction;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use standby_pickle::Value;
@@ -37,6 +38,8 @@ pub struct Options {
     pub msgpack: bool,
     /// The listener refuses write access.
     pub read_only: bool,
+    /// Storages that nobody may write to.
+    pub read_only_storages: Arc<[String]>,
     /// Where large transactions spill to.
     pub make_spill: MakeSpill,
 }
@@ -139,6 +142,15 @@ pub enum Effect {
     },
     /// Free the locks of the session's transaction.
     Abort,
+    /// Pack; answer with `None`.
+    Pack {
+        /// The call; `None` if nothing is to be answered.
+        id: Option<Value>,
+        /// To this time, in seconds since 1970.
+        time: f64,
+        /// Answer when it is done, not at once.
+        wait: bool,
+    },
 }
 
 /// Why a session ends.
@@ -377,7 +389,9 @@ impl Session {
         let error = match call.args.items() {
             Some([Value::Str(storage), read_only]) => {
                 let read_only = read_only.truth();
-                if read_only || !self.options.read_only {
+                let refused =
+                    self.options.read_only || self.options.read_only_storages.contains(storage);
+                if read_only || !refused {
                     self.state = State::Registering { read_only };
                     let storage = storage.clone();
                     effects.push(Effect::Register { id: call.id, storage, read_only });
@@ -475,7 +489,11 @@ impl Session {
                 let text = "'ZEOStorage' object has no attribute 'new_oid'";
                 Err(ClientError::Other("builtins.AttributeError", vec![Value::str(text)]))
             }
-            "pack" | "storeBlobStart" | "storeBlobChunk" | "storeBlobEnd" | "storeBlobShared"
+            "pack" => args.pack().map(|(time, wait)| {
+                let id = (!call.one_way).then(id);
+                Some(Effect::Pack { id, time, wait })
+            }),
+            "storeBlobStart" | "storeBlobChunk" | "storeBlobEnd" | "storeBlobShared"
             | "sendBlob" => Err(ClientError::Other(
                 "builtins.NotImplementedError",
                 vec![Value::Str(format!(
@@ -491,8 +509,8 @@ impl Session {
 
 fn look(args: Args<'_>) -> Result<Look, ClientError> {
     Ok(match (args.method, args.args) {
-        ("history", [oid]) => Look::History(args.oid(oid)?, 1),
-        ("history", [oid, size]) => Look::History(args.oid(oid)?, args.int(size)?.max(0) as usize),
+        ("history", [oid]) => Look::History(args.key(oid)?, 1),
+        ("history", [oid, size]) => Look::History(args.key(oid)?, args.int(size)?.max(0) as usize),
         ("record_iternext", [] | [Value::None]) => Look::RecordIternext(None),
         ("record_iternext", [next]) => Look::RecordIternext(Some(args.oid(next)?)),
         ("undoLog", [first, last]) => Look::UndoLog(args.range(first, last)?, Vec::new()),

@@ -6,6 +6,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use standby_zeo::Retention;
+
 use super::zconfig::{ConfigError, Section, parse};
 
 /// A host and a port.
@@ -62,6 +64,9 @@ pub struct ZeoSection {
     pub pid_file: Option<PathBuf>,
     /// Announce msgpack.
     pub msgpack: bool,
+    /// What one node alone remembers for clients that come back: `invalidation-queue-size` and
+    /// `invalidation-age`.
+    pub retention: Retention,
 }
 
 /// `<filestorage NAME>`
@@ -73,6 +78,12 @@ pub struct StorageSection {
     pub path: PathBuf,
     /// The data file must not exist yet.
     pub create: bool,
+    /// No client may write to it.
+    pub read_only: bool,
+    /// A pack removes what cannot be reached from the root.
+    pub pack_gc: bool,
+    /// A pack keeps the old file as `PATH.old`.
+    pub pack_keep_old: bool,
 }
 
 /// `<eventlog>`
@@ -389,8 +400,11 @@ impl Checker {
             }
             Address::parse(text)
         };
-        reader.get("invalidation-queue-size", number)?;
-        reader.get("invalidation-age", number)?;
+        let queue = reader.get("invalidation-queue-size", number)?.map(|n| n as usize);
+        let age = reader.get("invalidation-age", number)?.unwrap_or(0.0);
+        let age = Duration::try_from_secs_f64(age).unwrap_or(Duration::MAX);
+        let asked = queue.is_some() || !age.is_zero();
+        let retention = Retention { transactions: asked.then(|| queue.unwrap_or(100)), age };
         reader.boolean("client-conflict-resolution", true)?;
         let timeout = reader.get("transaction-timeout", number)?.filter(|n| *n > 0.0);
         let zeo = ZeoSection {
@@ -399,11 +413,9 @@ impl Checker {
             transaction_timeout: timeout.map(Duration::from_secs_f64),
             pid_file: reader.get("pid-filename", path)?,
             msgpack: reader.boolean("msgpack", false)?,
+            retention,
         };
-        self.note(
-            section,
-            &["invalidation-queue-size", "invalidation-age", "client-conflict-resolution"],
-        );
+        self.note(section, &["client-conflict-resolution"]);
         Ok(zeo)
     }
 
@@ -423,16 +435,15 @@ impl Checker {
         if let Some((_, line)) = reader.text("blob-dir") {
             return Err(reader.error(line, "this version of Standby does not support blobs"));
         }
-        if reader.boolean("read-only", false)? {
-            let message = "read-only belongs into <zeo> for Standby";
-            return Err(reader.error(section.line, message));
-        }
         let storage = StorageSection {
             name: section.name.clone().unwrap_or_else(|| "1".into()),
             path: reader.required("path", path)?,
             create: reader.boolean("create", false)?,
+            read_only: reader.boolean("read-only", false)?,
+            pack_gc: reader.boolean("pack-gc", true)?,
+            pack_keep_old: reader.boolean("pack-keep-old", true)?,
         };
-        self.note(section, &["quota", "packer", "pack-gc", "pack-keep-old"]);
+        self.note(section, &["quota", "packer"]);
         Ok(storage)
     }
 
@@ -653,8 +664,9 @@ mod tests {
 
     #[test]
     fn options_without_meaning_are_noted() {
-        let config = read(&ALONE.replace("<zeo>", "<zeo>\ninvalidation-queue-size 50")).unwrap();
+        let config =
+            read(&ALONE.replace("<zeo>", "<zeo>\nclient-conflict-resolution true")).unwrap();
         assert_eq!(config.notes.len(), 1);
-        assert!(config.notes[0].contains("zeo.conf:2: \"invalidation-queue-size\""));
+        assert!(config.notes[0].contains("zeo.conf:2: \"client-conflict-resolution\""));
     }
 }

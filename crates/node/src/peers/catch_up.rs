@@ -137,7 +137,7 @@ async fn attempt(
 fn request(shared: &Shared, unconfirmed: bool) -> Result<Request, PeerError> {
     let mut storages = BTreeMap::new();
     for (name, storage) in &shared.storages {
-        let mark = storage.reader.mark();
+        let mark = storage.reader().mark();
         let sha256 = (unconfirmed && mark != Mark::START)
             .then(|| hash_of(&storage.path, mark))
             .transpose()?;
@@ -228,9 +228,9 @@ fn send_all(shared: &Shared, request: &Request, frames: &Frames) -> Result<(), S
             let reason = format!("its configuration lacks the storage {name:?}");
             return Err(SendError::Refused(reason));
         };
-        check_beginning(&storage.path, &storage.reader, name, have)?;
+        check_beginning(&storage.path, &storage.reader(), name, have)?;
         send(frame(b's', name.as_bytes()))?;
-        let mut transactions = storage.reader.transactions(Tid(have.tid).next(), Tid::MAX)?;
+        let mut transactions = storage.reader().transactions(Tid(have.tid).next(), Tid::MAX)?;
         while let Some(stored) = transactions.advance()? {
             let mut out = BytesMut::new();
             put_meta(&stored.meta, &mut out);

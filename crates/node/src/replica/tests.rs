@@ -28,7 +28,7 @@ fn replica(disk: &MemoryDisk) -> Replica {
         membership: Membership::default(),
         storages: BTreeMap::from([(
             "1".into(),
-            StoragePoint { mark: Mark::START, ceiling: Oid(0) },
+            StoragePoint { mark: Mark::START, ceiling: Oid(0), packed: None, packs: Vec::new() },
         )]),
     };
     let spill = disk.clone();
@@ -74,16 +74,24 @@ fn length_of(replica: &Replica, oid: u64) -> usize {
     reader.load_before(Oid(oid), Tid::MAX, Access::Blocking).unwrap().unwrap().data.len()
 }
 
+fn apply(replica: &mut Replica, entry: &Committed) -> Option<Applied> {
+    match replica.apply(entry).unwrap() {
+        Done::Applied(applied) => Some(applied),
+        Done::Nothing => None,
+        Done::Pack(storage) => panic!("a pack of {storage}"),
+    }
+}
+
 #[test]
 fn entries_are_applied_once() {
     let disk = MemoryDisk::new();
     let mut replica = replica(&disk);
     let entry = closing(2, 1, 10, &[], records(&[(1, 5), (2, 6)]));
-    let applied = replica.apply(&entry).unwrap().unwrap();
+    let applied = apply(&mut replica, &entry).unwrap();
     assert_eq!((applied.tid, &applied.oids[..]), (Tid(10), &[Oid(1), Oid(2)][..]));
-    assert!(replica.apply(&entry).unwrap().is_none());
+    assert!(apply(&mut replica, &entry).is_none());
     // The same transaction again under another index: it came from a peer before.
-    assert!(replica.apply(&closing(3, 1, 10, &[], records(&[(1, 5)]))).unwrap().is_none());
+    assert!(apply(&mut replica, &closing(3, 1, 10, &[], records(&[(1, 5)]))).is_none());
     assert_eq!(replica.index(), LogIndex(3));
     assert_eq!(replica.ceilings()["1"], Oid(2));
 }
@@ -101,7 +109,7 @@ fn long_transactions_come_in_parts_that_interleave() {
         replica.apply(&closing(index + 1, 1, index, &[], records(&[(9, index as usize)]))).unwrap();
         index += 2;
     }
-    let applied = replica.apply(&closing(index, 1, 1000, &parts, rest)).unwrap().unwrap();
+    let applied = apply(&mut replica, &closing(index, 1, 1000, &parts, rest)).unwrap();
     assert_eq!(applied.oids.len(), 3);
     assert_eq!((length_of(&replica, 1), length_of(&replica, 3)), (3 << 20, 30 << 20));
     assert!(replica.checkpoint().is_some());
@@ -133,9 +141,29 @@ fn catch_up_and_log_may_overlap() {
         peer_address: "h:1".into(),
     });
     replica.caught_up(&target).unwrap();
-    assert!(replica.apply(&closing(7, 3, 10, &[], records(&[(4, 1)]))).unwrap().is_none());
-    assert!(replica.apply(&closing(8, 3, 11, &[], records(&[(4, 1)]))).unwrap().is_some());
+    assert!(apply(&mut replica, &closing(7, 3, 10, &[], records(&[(4, 1)]))).is_none());
+    assert!(apply(&mut replica, &closing(8, 3, 11, &[], records(&[(4, 1)]))).is_some());
     assert_eq!(replica.point().membership, target.membership);
+}
+
+/// What is to be packed survives a restart, until it is done.
+#[test]
+fn packs_stand_in_the_checkpoint() {
+    let disk = MemoryDisk::new();
+    let mut replica = replica(&disk);
+    let command = |time| {
+        let command = Command::Pack { storage: "1".into(), time: Tid(time), gc: true };
+        Committed::Command(LogIndex(time), Term(1), command.encode())
+    };
+    for time in [5, 6] {
+        assert!(matches!(replica.apply(&command(time)).unwrap(), Done::Pack(name) if name == "1"));
+    }
+    let packs = |replica: &Replica| replica.checkpoint().unwrap().storages["1"].packs.clone();
+    let job = |time| Job { time: Tid(time), gc: true };
+    assert_eq!(packs(&replica), [job(5), job(6)]);
+    assert_eq!(replica.next_pack("1"), Some(job(5)));
+    replica.pack_ended("1");
+    assert_eq!(packs(&replica), [job(6)]);
 }
 
 #[test]

@@ -38,6 +38,14 @@ impl<'a> Args<'a> {
         }
     }
 
+    /// An oid; what is none is one that does not exist.
+    pub fn key(&self, value: &Value) -> Result<Oid, ClientError> {
+        match value {
+            Value::Bytes(_) => self.oid(value),
+            _ => Err(ClientError::PosKey(value.clone())),
+        }
+    }
+
     pub fn tid(&self, value: &Value) -> Result<Tid, ClientError> {
         match value {
             Value::Bytes(bytes) => Tid::from_slice(bytes).ok_or_else(|| self.wrong()),
@@ -88,6 +96,20 @@ impl<'a> Args<'a> {
         match self.args {
             [] => Ok(100),
             [Value::Int(n)] => Ok((*n).clamp(1, 100) as usize),
+            _ => Err(self.wrong()),
+        }
+    }
+
+    /// The time of a pack, and whether the client waits for it.
+    pub fn pack(&self) -> Result<(f64, bool), ClientError> {
+        let (time, wait) = match self.args {
+            [time] => (time, true),
+            [time, wait] => (time, wait.truth()),
+            _ => return Err(self.wrong()),
+        };
+        match time {
+            Value::Float(time) => Ok((*time, wait)),
+            Value::Int(time) => Ok((*time as f64, wait)),
             _ => Err(self.wrong()),
         }
     }

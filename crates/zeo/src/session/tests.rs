@@ -17,6 +17,7 @@ impl Client {
         let options = Options {
             msgpack: false,
             read_only: read_only_listener,
+            read_only_storages: Arc::from(["frozen".to_owned()]),
             make_spill: Arc::new(|| Err(io::ErrorKind::Unsupported.into())),
         };
         let mut client = Client { session: Session::new(options), encoding };
@@ -255,6 +256,8 @@ fn looks_back() {
     assert!(matches!(&effects[..], [Effect::Look { id: None, .. }]));
     let (class, _) = client.replied("history", vec![]).unwrap_err();
     assert_eq!(class, "builtins.TypeError");
+    let (class, _) = client.replied("history", vec![Value::None, Value::None]).unwrap_err();
+    assert_eq!(class, "ZODB.POSException.POSKeyError");
 }
 
 #[test]
@@ -269,6 +272,16 @@ fn read_only_sessions() {
     assert!(!client.session.is_read_write());
     let (class, _) = client.replied("new_oids", vec![]).unwrap_err();
     assert_eq!(class, "ZODB.POSException.ReadOnlyError");
+}
+
+#[test]
+fn read_only_storages() {
+    let mut client = Client::connect(Encoding::Pickle, false);
+    let frozen = Value::str("frozen");
+    let (class, _) = client.replied("register", vec![frozen.clone(), false.into()]).unwrap_err();
+    assert_eq!(class, "ZODB.POSException.ReadOnlyError");
+    let effects = client.call("register", vec![frozen, true.into()]);
+    assert!(matches!(effects[..], [Effect::Register { read_only: true, .. }]));
 }
 
 #[test]

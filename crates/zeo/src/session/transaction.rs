@@ -65,12 +65,8 @@ impl Session {
         let too_long = [("user", &user), ("description", &description), ("extension", &extension)]
             .into_iter()
             .find(|(_, text)| text.len() > usize::from(u16::MAX));
-        let doomed = too_long.map(|(name, _)| {
-            ClientError::Other(
-                "ZODB.FileStorage.FileStorage.FileStorageError",
-                vec![Value::Str(format!("{name} of more than 65535 bytes"))],
-            )
-        });
+        let doomed = too_long
+            .map(|(name, _)| ClientError::file_storage(format!("{name} of more than 65535 bytes")));
         let meta = Meta { tid, status, user, description, extension };
         self.transaction = Some(Transaction {
             name: name.clone(),

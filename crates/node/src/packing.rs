@@ -1,0 +1,123 @@
+//! Packs. Each node packs by itself, when it applies the log's entry for it: a thread writes the
+//! packed file beside commits, then the applier puts it in place. A pack that was cut short
+//! begins anew at the next start: what is to be done stands in the checkpoint.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use standby_filestorage::{FileStorage, Job, Outcome, Reader, pack};
+use standby_types::time::time_of;
+use standby_types::{Oid, Tid};
+use tracing::{info, warn};
+
+use crate::applier::{Origin, Work};
+use crate::node::Shared;
+use crate::status::ctime;
+
+/// How far a pack is, for people.
+pub struct Progress(AtomicU32);
+
+const IDLE: u32 = u32::MAX;
+
+impl Default for Progress {
+    fn default() -> Self {
+        Progress(AtomicU32::new(IDLE))
+    }
+}
+
+impl Progress {
+    /// Percent; `None` if no pack is under way.
+    pub fn percent(&self) -> Option<u32> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|percent| *percent != IDLE)
+    }
+
+    /// Notes how far it is.
+    pub fn set(&self, percent: Option<u32>) {
+        self.0.store(percent.unwrap_or(IDLE), Ordering::Relaxed);
+    }
+}
+
+/// The packs that the applier has to do with.
+#[derive(Default)]
+pub struct Packs {
+    running: BTreeMap<String, Stage>,
+    waiting: BTreeMap<String, Vec<Origin>>,
+}
+
+enum Stage {
+    Working,
+    Ready(Box<FileStorage>, Tid),
+}
+
+impl Packs {
+    /// Somebody wants to know when the storage is packed.
+    pub fn wait(&mut self, storage: &str, origin: Origin) {
+        self.waiting.entry(storage.into()).or_default().push(origin);
+    }
+
+    /// Starts a pack, unless one of this storage is running.
+    pub fn start(&mut self, shared: &Arc<Shared>, storage: &str, reader: Reader, job: Job) {
+        if self.running.contains_key(storage) {
+            return;
+        }
+        self.running.insert(storage.into(), Stage::Working);
+        let (shared, name) = (shared.clone(), storage.to_owned());
+        let started = std::thread::Builder::new().name("pack".into()).spawn(move || {
+            let packed = run(&shared, &name, &reader, job);
+            shared.apply(Work::Packed { storage: name, packed });
+        });
+        if let Err(error) = started {
+            // The job stays in the checkpoint: the next start of this node tries again.
+            warn!(storage, %error, "cannot start a pack");
+            self.running.remove(storage);
+        }
+    }
+
+    /// The thread has ended.
+    pub fn ready(&mut self, storage: &str, packed: FileStorage, last: Tid) {
+        self.running.insert(storage.into(), Stage::Ready(Box::new(packed), last));
+    }
+
+    /// A packed file that is to be put in place, and the last transaction that it has seen.
+    pub fn take_ready(&mut self) -> Option<(String, FileStorage, Tid)> {
+        let ready = |stage: &Stage| matches!(stage, Stage::Ready(..));
+        let name = self.running.iter().find(|(_, stage)| ready(stage))?.0.clone();
+        match self.running.remove(&name)? {
+            Stage::Ready(packed, last) => Some((name, *packed, last)),
+            Stage::Working => None,
+        }
+    }
+
+    /// A pack is over; returns who waited for it.
+    pub fn ended(&mut self, storage: &str) -> Vec<Origin> {
+        self.running.remove(storage);
+        self.waiting.remove(storage).unwrap_or_default()
+    }
+}
+
+/// Where the packed file is written.
+pub fn pack_path(data: &Path) -> PathBuf {
+    PathBuf::from(format!("{}.pack", data.display()))
+}
+
+fn run(shared: &Shared, name: &str, reader: &Reader, job: Job) -> anyhow::Result<Outcome> {
+    let Some(storage) = shared.storages.get(name) else { return Ok(Outcome::Nothing) };
+    info!(storage = name, to = ctime(time_of(job.time)), gc = job.gc, "packing");
+    let mut told = 0;
+    let mut progress = |done: u64, total: u64| {
+        let percent = (done * 100 / total.max(1)) as u32;
+        storage.packing.set(Some(percent.min(99)));
+        if percent >= told + 10 {
+            told = percent;
+            info!(storage = name, percent, "packing");
+        }
+    };
+    progress(0, 1);
+    let references = |data: &[u8], each: &mut dyn FnMut(Oid)| {
+        standby_zeo::references(data, |oid| each(Oid(u64::from_be_bytes(oid))))
+            .map_err(|error| error.to_string())
+    };
+    Ok(pack(reader, job, &pack_path(&storage.path), &references, &mut progress)?)
+}
