@@ -1,8 +1,9 @@
 //! One client's connection: frames in, effects performed, replies out.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 use standby_filestorage::{Access, StorageError};
@@ -11,8 +12,7 @@ use standby_zeo::{
     ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, Value, VoteAnswer,
     VoteOutcome, VoteRequest, frame,
 };
-use tokio::io::AsyncReadExt;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
@@ -20,14 +20,48 @@ use crate::engine::{Event, Request, read_failed};
 use crate::look::{self, Iterators};
 use crate::node::{Shared, StorageShared};
 use crate::sessions::{Mail, SessionHandle};
+use crate::stream::Stream;
+
+/// How long a client may take to agree on TLS.
+const TLS_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Serves a client until one side closes.
-pub async fn serve(shared: Arc<Shared>, stream: TcpStream, read_only: bool) {
-    let Ok(peer) = stream.peer_addr() else { return };
-    let _ = stream.set_nodelay(true);
-    let socket = rustix::io::fcntl_dupfd_cloexec(&stream, 3).ok();
+pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool) {
+    stream.set_nodelay();
+    let (peer, socket) = (stream.peer(), stream.duplicate());
+    let Some(tls) = &shared.tls else {
+        return match stream {
+            Stream::Tcp(tcp) => {
+                let (read, write) = tcp.into_split();
+                talk(shared, peer, socket, read, write, read_only).await;
+            }
+            Stream::Unix(unix) => {
+                let (read, write) = unix.into_split();
+                talk(shared, peer, socket, read, write, read_only).await;
+            }
+        };
+    };
+    let agreed = tokio::time::timeout(TLS_PATIENCE, tls.acceptor().accept(stream)).await;
+    match agreed.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+        Ok(stream) => {
+            let (read, write) = tokio::io::split(stream);
+            talk(shared, peer, socket, read, write, read_only).await;
+        }
+        Err(error) => warn!(client = peer, %error, "no TLS with a client"),
+    }
+}
+
+async fn talk(
+    shared: Arc<Shared>,
+    peer: String,
+    socket: Option<OwnedFd>,
+    read: impl AsyncRead + Unpin,
+    write: impl AsyncWrite + Send + Unpin + 'static,
+    read_only: bool,
+) {
     let (mailbox, mail) = mpsc::unbounded_channel();
-    let handle = Arc::new(SessionHandle::new(shared.sessions.next_id(), peer, mailbox, socket));
+    let id = shared.sessions.next_id();
+    let handle = Arc::new(SessionHandle::new(id, peer.clone(), mailbox, socket));
     shared.sessions.add(handle.clone());
     // What may come to write must be cut off with the lease even before it has registered.
     handle.read_write.store(!read_only, Ordering::Release);
@@ -37,7 +71,6 @@ pub async fn serve(shared: Arc<Shared>, stream: TcpStream, read_only: bool) {
         read_only_storages: shared.read_only_storages.clone(),
         make_spill: shared.make_spill.clone(),
     };
-    let (read, write) = stream.into_split();
     let session = Session::new(options);
     handle.outbox.push(session.greeting());
     let mut connection = Connection {

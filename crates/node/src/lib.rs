@@ -36,5 +36,7 @@ mod sessions;
 mod startup;
 mod state;
 pub mod status;
+mod stream;
+mod tls;
 
 pub use node::{Running, start};

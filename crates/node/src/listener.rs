@@ -10,19 +10,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::copy_bidirectional;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
 use crate::connection;
 use crate::node::{Shared, Standing};
 use crate::peers::{Purpose, connect};
+use crate::stream::{Listener, Stream};
 
 /// How long a client is held although another node is primary: most clients try all nodes at the
 /// same time and find that one by themselves.
 const HOLD: Duration = Duration::from_secs(1);
 
 /// Accepts clients that may write.
-pub async fn read_write(shared: Arc<Shared>, listener: TcpListener) {
+pub async fn read_write(shared: Arc<Shared>, listener: Listener) {
     loop {
         let stream = accept(&listener).await;
         tokio::spawn(hold(shared.clone(), stream));
@@ -30,7 +31,7 @@ pub async fn read_write(shared: Arc<Shared>, listener: TcpListener) {
 }
 
 /// Accepts clients that only read.
-pub async fn read_only(shared: Arc<Shared>, listener: TcpListener) {
+pub async fn read_only(shared: Arc<Shared>, listener: Listener) {
     loop {
         let stream = accept(&listener).await;
         let shared = shared.clone();
@@ -43,10 +44,10 @@ pub async fn read_only(shared: Arc<Shared>, listener: TcpListener) {
     }
 }
 
-async fn accept(listener: &TcpListener) -> TcpStream {
+async fn accept(listener: &Listener) -> Stream {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return stream,
+            Ok(stream) => return stream,
             Err(error) => {
                 warn!(%error, "cannot accept a client's connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -59,11 +60,11 @@ async fn accept(listener: &TcpListener) -> TcpStream {
 pub async fn passed_on(shared: Arc<Shared>, stream: TcpStream) {
     // If this node is not primary (any more), the other one finds out by the closed connection.
     if shared.standing.borrow().serves {
-        connection::serve(shared, stream, false).await;
+        connection::serve(shared, Stream::Tcp(stream), false).await;
     }
 }
 
-async fn hold(shared: Arc<Shared>, stream: TcpStream) {
+async fn hold(shared: Arc<Shared>, stream: Stream) {
     let arrived = Instant::now();
     let mut primary_since: Option<(String, Instant)> = None;
     let mut standing = shared.standing.subscribe();
@@ -86,7 +87,7 @@ async fn hold(shared: Arc<Shared>, stream: TcpStream) {
         };
         tokio::select! {
             changed = standing.changed() => if changed.is_err() { return },
-            () = gone(&stream) => return,
+            () = stream.gone() => return,
             () = due => {
                 let Some((address, _)) = &primary_since else { continue };
                 let introduction = shared.introduction();
@@ -110,31 +111,18 @@ async fn hold(shared: Arc<Shared>, stream: TcpStream) {
     }
 }
 
-async fn pass_on(mut client: TcpStream, mut primary: TcpStream) {
-    let peer = client.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
-    debug!(client = peer, "passing a client on to the primary");
-    let _ = client.set_nodelay(true);
+async fn pass_on(mut client: Stream, mut primary: TcpStream) {
+    debug!(client = client.peer(), "passing a client on to the primary");
+    client.set_nodelay();
     // When either side ends, both do: the client looks for a primary anew.
     let _ = copy_bidirectional(&mut client, &mut primary).await;
 }
 
 /// Waits until the node stands as wanted; false if the client leaves before.
-async fn wait_for(shared: &Shared, stream: &TcpStream, wanted: impl Fn(&Standing) -> bool) -> bool {
+async fn wait_for(shared: &Shared, stream: &Stream, wanted: impl Fn(&Standing) -> bool) -> bool {
     let mut standing = shared.standing.subscribe();
     tokio::select! {
         found = standing.wait_for(wanted) => found.is_ok(),
-        () = gone(stream) => false,
-    }
-}
-
-/// Returns when the client has closed. A held client that speaks nevertheless is no ZEO client, or a
-/// monitoring program; it waits like the others.
-async fn gone(stream: &TcpStream) {
-    let mut byte = [0];
-    loop {
-        match stream.peek(&mut byte).await {
-            Ok(0) | Err(_) => return,
-            Ok(_) => tokio::time::sleep(Duration::from_millis(200)).await,
-        }
+        () = stream.gone() => false,
     }
 }

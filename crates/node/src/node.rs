@@ -17,7 +17,7 @@ use tracing::{error, info, warn};
 
 use crate::admin;
 use crate::applier::{Applier, Work};
-use crate::config::{Address, Config, Profile};
+use crate::config::{Address, Config, Profile, ZeoAddress};
 use crate::disk::{LockFile, OsDisk, temporary_file};
 use crate::engine::{Engine, Event, Internal};
 use crate::listener;
@@ -29,6 +29,8 @@ use crate::sessions::Sessions;
 use crate::startup::{self, Beginning};
 use crate::state::{StateDir, random_hex};
 use crate::status::{NodeReport, Reports};
+use crate::stream::Listener;
+use crate::tls::Tls;
 
 /// Ticks until an election, at least.
 const ELECTION_TICKS: usize = 16;
@@ -140,6 +142,8 @@ pub struct Shared {
     pub lease: Lease,
     /// Storages that nobody may write to.
     pub read_only_storages: Arc<[String]>,
+    /// How clients' connections are secured.
+    pub tls: Option<Tls>,
     /// Makes temporary files.
     pub make_spill: MakeSpill,
     /// When the process started.
@@ -284,10 +288,11 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         info!("{note}");
     }
     // First the addresses: a second start of the same node must fail before it touches a file.
-    let zeo = bind(&config.zeo.address, "address").await?;
+    let zeo = Listener::bind(&config.zeo.address).await?;
+    let tls = config.zeo.ssl.as_ref().map(Tls::new).transpose()?;
     let standby = config.standby.as_ref();
     let read_only = match standby.and_then(|s| s.read_only_address.as_ref()) {
-        Some(address) => Some(bind(address, "read-only-address").await?),
+        Some(address) => Some(Listener::Tcp(bind(address, "read-only-address").await?)),
         None => None,
     };
     let peer = match standby {
@@ -339,6 +344,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             .filter(|section| section.read_only)
             .map(|section| section.name.clone())
             .collect(),
+        tls,
         make_spill: make_spill.clone(),
         started: SystemTime::now(),
         clock: Instant::now(),
@@ -498,6 +504,17 @@ fn guard_lease(shared: &Shared) {
     }
 }
 
+impl Shared {
+    /// Reads the certificates again; connections that are open keep theirs.
+    pub fn reload_certificates(&self) {
+        match self.tls.as_ref().map(Tls::reload) {
+            None => {}
+            Some(Ok(())) => info!("the certificates were read again"),
+            Some(Err(error)) => error!("the former certificates stay in use: {error:#}"),
+        }
+    }
+}
+
 impl Running {
     /// What the node's tasks share.
     pub fn shared(&self) -> &Arc<Shared> {
@@ -524,6 +541,9 @@ impl Running {
         self.shared.apply(Work::Stop(done));
         let _ = tokio::time::timeout(Duration::from_secs(30), stopped).await;
         if let Some(path) = &self.shared.config.zeo.pid_file {
+            let _ = std::fs::remove_file(path);
+        }
+        if let ZeoAddress::Unix(path) = &self.shared.config.zeo.address {
             let _ = std::fs::remove_file(path);
         }
         info!("stopped");

@@ -1,7 +1,6 @@
 //! The clients' sessions, as the engine and the applier see them.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -25,7 +24,7 @@ pub struct SessionHandle {
     /// Its name in this process.
     pub id: SessionId,
     /// Who it is.
-    pub peer: SocketAddr,
+    pub peer: String,
     /// What is to be sent.
     pub outbox: Outbox,
     /// To its own task.
@@ -43,7 +42,7 @@ impl SessionHandle {
     /// A handle for a new session.
     pub fn new(
         id: SessionId,
-        peer: SocketAddr,
+        peer: String,
         mailbox: mpsc::UnboundedSender<Mail>,
         socket: Option<OwnedFd>,
     ) -> SessionHandle {

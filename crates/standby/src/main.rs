@@ -49,6 +49,9 @@ enum Command {
     ///
     /// The first member founds the cluster from the Data.fs that it has; the others start empty and
     /// get everything from it. STANDBY_LOG=debug shows more.
+    ///
+    /// SIGTERM and SIGINT end the node in an orderly way, SIGHUP makes it read its certificates
+    /// again, SIGUSR2 open its log files again.
     #[command(verbatim_doc_comment)]
     Serve {
         /// The configuration.

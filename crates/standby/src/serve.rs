@@ -15,9 +15,16 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
         println!("{} is fine", file.display());
         return Ok(());
     }
-    logging::start(&config)?;
+    let log_files = logging::start(&config)?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut reload = signal(SignalKind::hangup())?;
+    let mut reopen = signal(SignalKind::user_defined2())?;
+    tokio::spawn(async move {
+        while reopen.recv().await.is_some() {
+            log_files.reopen();
+        }
+    });
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -30,5 +37,11 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
         started = start(config) => started?,
         () = &mut stop => return Ok(()),
     };
+    let shared = node.shared().clone();
+    tokio::spawn(async move {
+        while reload.recv().await.is_some() {
+            shared.reload_certificates();
+        }
+    });
     node.run_until(stop).await
 }

@@ -4,6 +4,7 @@ mod schema;
 mod zconfig;
 
 pub use schema::{
-    Address, Config, EventLog, LogFile, MemberLine, Profile, Standby, StorageSection, ZeoSection,
+    Address, Config, EventLog, LogFile, MemberLine, Profile, Standby, StorageSection, ZeoAddress,
+    ZeoSection,
 };
 pub use zconfig::ConfigError;

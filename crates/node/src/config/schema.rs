@@ -9,6 +9,7 @@ use std::time::Duration;
 use standby_zeo::Retention;
 
 use super::zconfig::{ConfigError, Section, parse};
+use crate::tls::SslSection;
 
 /// A host and a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +27,24 @@ impl fmt::Display for Address {
             write!(f, "[{host}]:{}", self.port)
         } else {
             write!(f, "{host}:{}", self.port)
+        }
+    }
+}
+
+/// Where read-write clients connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ZeoAddress {
+    /// A host and a port.
+    Tcp(Address),
+    /// A Unix socket: anything with a `/`.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for ZeoAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ZeoAddress::Tcp(address) => address.fmt(f),
+            ZeoAddress::Unix(path) => path.display().fmt(f),
         }
     }
 }
@@ -55,7 +74,9 @@ impl Address {
 #[derive(Debug, Clone)]
 pub struct ZeoSection {
     /// Where read-write clients connect.
-    pub address: Address,
+    pub address: ZeoAddress,
+    /// TLS for clients.
+    pub ssl: Option<SslSection>,
     /// No client may write.
     pub read_only: bool,
     /// How long a transaction may hold its locks.
@@ -250,7 +271,6 @@ impl<'a> SectionReader<'a> {
                         "its data would be gone at a restart; use <filestorage>".into()
                     }
                     "blobstorage" => "this version of Standby does not support blobs".into(),
-                    "ssl" => "this version of Standby does not support TLS; remove the section only if the network is trusted".into(),
                     _ => allowed_text("sections", allowed),
                 };
                 return Err(self
@@ -387,7 +407,7 @@ impl Checker {
                 "msgpack",
             ],
         )?;
-        reader.sections(&[])?;
+        reader.sections(&["ssl"])?;
         let number = |text: &str| {
             text.parse::<f64>()
                 .ok()
@@ -396,9 +416,9 @@ impl Checker {
         };
         let address = |text: &str| {
             if text.contains('/') {
-                return Err("this version of Standby does not listen on Unix sockets".into());
+                return Ok(ZeoAddress::Unix(text.into()));
             }
-            Address::parse(text)
+            Address::parse(text).map(ZeoAddress::Tcp)
         };
         let queue = reader.get("invalidation-queue-size", number)?.map(|n| n as usize);
         let age = reader.get("invalidation-age", number)?.unwrap_or(0.0);
@@ -407,8 +427,10 @@ impl Checker {
         let retention = Retention { transactions: asked.then(|| queue.unwrap_or(100)), age };
         reader.boolean("client-conflict-resolution", true)?;
         let timeout = reader.get("transaction-timeout", number)?.filter(|n| *n > 0.0);
+        let ssl = section.sections.first().map(|inner| self.ssl(inner)).transpose()?;
         let zeo = ZeoSection {
             address: reader.required("address", address)?,
+            ssl,
             read_only: reader.boolean("read-only", false)?,
             transaction_timeout: timeout.map(Duration::from_secs_f64),
             pid_file: reader.get("pid-filename", path)?,
@@ -417,6 +439,28 @@ impl Checker {
         };
         self.note(section, &["client-conflict-resolution"]);
         Ok(zeo)
+    }
+
+    fn ssl(&self, section: &Section) -> Result<SslSection, ConfigError> {
+        let mut reader =
+            self.reader(section, &["certificate", "key", "password-function", "authenticate"])?;
+        reader.sections(&[])?;
+        if let Some((_, line)) = reader.text("password-function") {
+            let message = "a function of Python cannot be called here; decrypt the key instead \
+                           (openssl pkey -in FILE -out FILE) and let only this server read it";
+            return Err(reader.error(line, message));
+        }
+        let certificate = reader.required("certificate", path)?;
+        let authenticate = reader.required("authenticate", |text| match text {
+            "DYNAMIC" | "SIGNED" => {
+                Err("name a file with the clients' certificates or with those \
+                                         of their authority, or a folder of such files"
+                    .into())
+            }
+            text => path(text),
+        })?;
+        let key = reader.get("key", path)?.unwrap_or_else(|| certificate.clone());
+        Ok(SslSection { certificate, key, authenticate })
     }
 
     fn storage(&mut self, section: &Section) -> Result<StorageSection, ConfigError> {

@@ -1,0 +1,149 @@
+//! A client's connection, over TCP or a Unix socket.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+use crate::config::ZeoAddress;
+
+/// See the module.
+pub enum Stream {
+    /// Over TCP.
+    Tcp(TcpStream),
+    /// Over a Unix socket.
+    Unix(UnixStream),
+}
+
+/// Where clients connect.
+pub enum Listener {
+    /// A port.
+    Tcp(TcpListener),
+    /// A file.
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// Listens on the address of `<zeo>`.
+    pub async fn bind(address: &ZeoAddress) -> anyhow::Result<Listener> {
+        let listener = match address {
+            ZeoAddress::Tcp(tcp) => TcpListener::bind(tcp.to_string()).await.map(Listener::Tcp),
+            ZeoAddress::Unix(path) => bind_unix(path).await.map(Listener::Unix),
+        };
+        listener.with_context(|| format!("cannot listen on address {address}"))
+    }
+
+    /// The next client.
+    pub async fn accept(&self) -> io::Result<Stream> {
+        match self {
+            Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, _)| Stream::Tcp(stream)),
+            Listener::Unix(unix) => unix.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+        }
+    }
+}
+
+/// A socket file that a former process has left is removed; one on which a server answers is not.
+async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::FileTypeExt;
+    let left = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    if left {
+        match UnixStream::connect(path).await {
+            Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
+            Err(_) => std::fs::remove_file(path)?,
+        }
+    }
+    UnixListener::bind(path)
+}
+
+impl Stream {
+    /// Who is on the other side, for people.
+    pub fn peer(&self) -> String {
+        match self {
+            Stream::Tcp(tcp) => tcp.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string()),
+            Stream::Unix(_) => "a Unix socket".into(),
+        }
+    }
+
+    /// Small messages are to be sent at once.
+    pub fn set_nodelay(&self) {
+        if let Stream::Tcp(tcp) = self {
+            let _ = tcp.set_nodelay(true);
+        }
+    }
+
+    /// The socket once more, to shut it down from any thread.
+    pub fn duplicate(&self) -> Option<OwnedFd> {
+        rustix::io::fcntl_dupfd_cloexec(self.fd(), 3).ok()
+    }
+
+    /// Returns when the other side has closed. One that speaks although nothing was said to it is no
+    /// ZEO client, or one that begins TLS; it waits like the others.
+    pub async fn gone(&self) {
+        loop {
+            let readable = match self {
+                Stream::Tcp(tcp) => tcp.readable().await,
+                Stream::Unix(unix) => unix.readable().await,
+            };
+            let mut byte = [0u8];
+            let peeked = rustix::net::recv(self.fd(), &mut byte, rustix::net::RecvFlags::PEEK);
+            match (readable, peeked) {
+                (Err(_), _) | (_, Ok((_, 0))) => return,
+                (_, Err(error)) if error != rustix::io::Errno::AGAIN => return,
+                _ => tokio::time::sleep(Duration::from_millis(200)).await,
+            }
+        }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Stream::Tcp(tcp) => tcp.as_fd(),
+            Stream::Unix(unix) => unix.as_fd(),
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Tcp(tcp) => Pin::new(tcp).poll_read(cx, buf),
+            Stream::Unix(unix) => Pin::new(unix).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Stream::Tcp(tcp) => Pin::new(tcp).poll_write(cx, buf),
+            Stream::Unix(unix) => Pin::new(unix).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Tcp(tcp) => Pin::new(tcp).poll_flush(cx),
+            Stream::Unix(unix) => Pin::new(unix).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Tcp(tcp) => Pin::new(tcp).poll_shutdown(cx),
+            Stream::Unix(unix) => Pin::new(unix).poll_shutdown(cx),
+        }
+    }
+}

@@ -1,0 +1,159 @@
+"""Packs: on one node and on three, beside commits, cut short by kills."""
+
+import os
+import threading
+import time
+
+import pytest
+from persistent.mapping import PersistentMapping
+
+import cluster as harness
+from zeo_client import Client, make_database, transactions
+
+
+def grow_and_drop(client, rounds=5):
+    """Makes revisions and garbage."""
+    for number in range(rounds):
+
+        def change(root):
+            root["kept"] = root.get("kept") or PersistentMapping()
+            root["kept"]["number"] = number
+            root["dropped"] = PersistentMapping(data="x" * 50_000)
+
+        client.commit(change)
+    client.commit(lambda root: root.pop("dropped"))
+
+
+def check_packed(path, most):
+    """The file is small, opens in Python, and every object in it can be loaded."""
+    assert os.path.getsize(path) < most
+    history = transactions(path)
+    assert {txn[1] for txn in history} <= {"p", " "}
+    return history
+
+
+def test_one_node_packs(nodes, encoding):
+    node = nodes.alone(zeo=encoding).start()
+    client = Client(node.address)
+    grow_and_drop(client)
+    before = os.path.getsize(node.data_file)
+    client.db.pack()
+    assert os.path.getsize(node.data_file) < before / 5
+    assert os.path.getsize(node.data_file + ".old") == before
+    client.commit(lambda root: root["kept"].update(after=1))
+    client.connection.sync()
+    assert client.root["kept"]["number"] == 4
+    # Killed before it has written another checkpoint than the one of the pack.
+    node.kill()
+    check_packed(node.data_file, before / 5)
+    node.start()
+    client.connection.sync()
+    assert dict(client.root["kept"]) == {"number": 4, "after": 1}
+    client.close()
+
+
+def test_options_of_a_pack(nodes):
+    node = nodes.alone()
+    with open(node.config_path) as config:
+        text = config.read()
+    with open(node.config_path, "w") as config:
+        options = "  pack-gc false\n  pack-keep-old no\n</filestorage>"
+        config.write(text.replace("</filestorage>", options))
+    node.start()
+    client = Client(node.address)
+    grow_and_drop(client)
+    client.db.pack()
+    assert not os.path.exists(node.data_file + ".old")
+    # Without garbage collection, the dropped objects stay, in one revision each.
+    assert os.path.getsize(node.data_file) > 5 * 50_000
+    assert "gc=false" in node.log()
+    client.close()
+
+
+def test_all_nodes_of_a_cluster_pack_beside_commits(nodes):
+    cluster = nodes.cluster()
+    make_database(cluster.nodes[0].data_file, 3000)
+    cluster.start()
+    client = Client(cluster.addresses)
+    grow_and_drop(client, 20)
+    stop, acknowledged, slowest = threading.Event(), [], [0.0]
+
+    def write():
+        writer = Client(cluster.addresses)
+        while not stop.is_set():
+            note = "note %d" % len(acknowledged)
+            began = time.monotonic()
+            writer.commit(lambda root: root.update(note=note), note=note)
+            slowest[0] = max(slowest[0], time.monotonic() - began)
+            acknowledged.append(note.encode())
+        writer.close()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        client.db.pack()
+        for node in cluster.nodes:
+            harness.wait_for("a pack of %s" % node.name, lambda: " packed storage" in node.log())
+    finally:
+        stop.set()
+        thread.join()
+    print("slowest commit beside a pack: %.3f s" % slowest[0])
+    cluster.wait_level()
+    client.close()
+    cluster.stop()
+    histories = [check_packed(node.data_file, 3_000_000) for node in cluster.nodes]
+    assert histories[0] == histories[1] == histories[2]
+    notes = [txn[3] for txn in histories[0]]
+    # Notes of packed transactions stay only if something of them is left.
+    packed = {txn[3] for txn in histories[0] if txn[1] == "p"}
+    late = [note for note in acknowledged if note in notes and note not in packed]
+    assert late == acknowledged[-len(late) :] and late
+
+
+def test_row_34_a_pack_that_is_cut_short_begins_again(nodes):
+    node = nodes.alone()
+    make_database(node.data_file, 5000)
+    node.start()
+    client = Client(node.address)
+    begun_before = 0
+    for round_ in range(12):
+        grow_and_drop(client, 3)
+        client.commit(lambda root: root["kept"].update(round=round_), note="round %d" % round_)
+        size = os.path.getsize(node.data_file)
+        client.db.storage._call("pack", time.time() + 1, False)
+        # From before it has begun to after it is done.
+        time.sleep(0.01 * round_)
+        node.kill()
+        begun = node.log().count(" packing storage")
+        notes = [txn[3] for txn in transactions(node.data_file)]
+        assert b"round %d" % round_ in notes
+        node.start()
+        client.connection.sync()
+        assert client.root["kept"]["round"] == round_ and len(client.root["tree"]) == 5000
+        if begun == begun_before:
+            # Nobody waited for it, and it never came into the log.
+            client.db.pack()
+        begun_before = node.log().count(" packing storage")
+
+        def packed():
+            return os.path.getsize(node.data_file) < size - 2 * 50_000
+
+        harness.wait_for("the pack in round %d" % round_, packed)
+    client.close()
+    assert node.stop() == 0
+    transactions(node.data_file)
+    assert not os.path.exists(node.data_file + ".pack")
+
+
+def test_a_pack_under_way_refuses_another(nodes):
+    node = nodes.alone()
+    make_database(node.data_file, 20_000)
+    node.start()
+    client = Client(node.address)
+    client.commit(lambda root: root["tree"].clear())
+    client.db.storage._call("pack", time.time() + 1, False)
+    with pytest.raises(Exception, match="Already packing"):
+        client.db.storage._call("pack", time.time() + 1, True)
+    harness.wait_for("the pack", lambda: " packed storage" in node.log())
+    client.db.pack()
+    client.close()

@@ -1,0 +1,169 @@
+"""How clients reach a node: Unix sockets, TLS, signals."""
+
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+
+import pytest
+from ZEO.Exceptions import ClientDisconnected
+
+import cluster as harness
+from zeo_client import Client, open_storage
+
+
+def certificate(directory, name, issuer=None):
+    """Makes a key and a certificate, self-signed or issued; returns both paths."""
+    key, cert = str(directory / (name + ".key")), str(directory / (name + ".pem"))
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-keyout", key, "-out", cert, "-subj", "/CN=" + name]
+    if issuer:
+        command += ["-CA", issuer[1], "-CAkey", issuer[0]]
+        command += ["-addext", "basicConstraints=critical,CA:FALSE"]
+    subprocess.run(command, check=True, capture_output=True)
+    return key, cert
+
+
+def client_context(server_cert, key, cert):
+    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=server_cert)
+    context.load_cert_chain(cert, key)
+    context.check_hostname = False
+    return context
+
+
+class Tls:
+    """Certificates of a server, of an authority, of clients that it knows and does not know."""
+
+    def __init__(self, directory):
+        self.server = certificate(directory, "server")
+        self.authority = certificate(directory, "authority")
+        self.issued = certificate(directory, "issued", self.authority)
+        self.known = certificate(directory, "known")
+        self.stranger = certificate(directory, "stranger")
+        self.folder = directory / "clients"
+        self.folder.mkdir()
+        shutil.copy(self.authority[1], self.folder)
+        shutil.copy(self.known[1], self.folder)
+
+    def section(self, authenticate):
+        return "  <ssl>\n    certificate %s\n    key %s\n    authenticate %s\n  </ssl>" % (
+            self.server[1],
+            self.server[0],
+            authenticate,
+        )
+
+    def client(self, who):
+        return client_context(self.server[1], *who)
+
+
+@pytest.fixture
+def tls(tmp_path):
+    return Tls(tmp_path)
+
+
+def refused(address, **options):
+    with pytest.raises(ClientDisconnected):
+        open_storage(address, wait_timeout=2, **options)
+
+
+def test_tls_asks_every_client_for_a_certificate(nodes, tls):
+    node = nodes.alone(zeo=tls.section(tls.folder)).start()
+    for who in (tls.issued, tls.known):
+        client = Client(node.address, ssl=tls.client(who))
+        client.commit(lambda root: root.update(x=who[0]))
+        client.close()
+    refused(node.address, ssl=tls.client(tls.stranger))
+    refused(node.address)
+    assert "no TLS with a client" in node.log()
+
+
+def test_certificates_are_read_again(nodes, tls):
+    node = nodes.alone(zeo=tls.section(tls.folder)).start()
+    before = Client(node.address, ssl=tls.client(tls.known))
+    before.commit(lambda root: root.update(x=1))
+    refused(node.address, ssl=tls.client(tls.stranger))
+    shutil.copy(tls.stranger[1], tls.folder)
+    node.signal(signal.SIGHUP)
+    harness.wait_for("the reload", lambda: "certificates were read again" in node.log())
+    Client(node.address, ssl=tls.client(tls.stranger)).close()
+    with open(tls.server[1], "w") as cert:
+        cert.write("nonsense")
+    node.signal(signal.SIGHUP)
+    harness.wait_for("a complaint", lambda: "former certificates stay in use" in node.log())
+    before.commit(lambda root: root.update(x=2))
+    before.close()
+
+
+def test_tls_through_a_failover(nodes, tls):
+    """A held client begins TLS when it is served; one that is passed on, with the primary."""
+    cluster = nodes.cluster(zeo=tls.section(tls.known[1])).start()
+    replica = next(node for node in cluster.nodes if node is not cluster.primary())
+    everywhere = Client(cluster.addresses, ssl=tls.client(tls.known))
+    passed_on = Client(replica.address, ssl=tls.client(tls.known))
+    passed_on.commit(lambda root: root.update(x=1))
+    cluster.primary().kill()
+    everywhere.commit(lambda root: root.update(x=2))
+    passed_on.commit(lambda root: root.update(x=3))
+    everywhere.close()
+    passed_on.close()
+
+
+def test_mistakes_in_ssl_are_explained(nodes, tls, tmp_path):
+    def complaint(section):
+        node = nodes.alone("bad%d" % len(os.listdir(tmp_path)), zeo=section).start()
+        assert node.wait() == 1
+        return node.log()
+
+    section = tls.section(tls.folder)
+    assert "cannot read a private key" in complaint(section.replace(tls.server[0], tls.server[1]))
+    assert "do not fit" in complaint(section.replace(tls.server[0], tls.known[0]))
+    assert "cannot read certificates" in complaint(section.replace(str(tls.folder), "/nowhere"))
+    option = "password-function a.b\n  </ssl>"
+    assert "openssl pkey" in complaint(section.replace("</ssl>", option))
+
+
+def test_unix_sockets(nodes, tmp_path):
+    path = str(tmp_path / "zeo.sock")
+    node = nodes.alone()
+    with open(node.config_path) as config:
+        text = config.read()
+    with open(node.config_path, "w") as config:
+        config.write(text.replace("127.0.0.1:%d" % node.port, path))
+    node.start()
+    client = Client(path)
+    client.commit(lambda root: root.update(x=1))
+    # The file of a killed server is in the way of nobody; that of a live one is not taken.
+    node.kill()
+    assert os.path.exists(path)
+    node.start()
+    client.commit(lambda root: root.update(x=2))
+    client.close()
+    second = nodes.alone("second")
+    with open(second.config_path, "w") as config:
+        config.write(text.replace("127.0.0.1:%d" % node.port, path))
+    second.start()
+    assert second.wait() == 1
+    assert "cannot listen on address %s" % path in second.log()
+    assert node.stop() == 0
+    assert not os.path.exists(path)
+
+
+def test_log_files_are_opened_again(nodes, tmp_path):
+    log = tmp_path / "server.log"
+    node = nodes.alone()
+    with open(node.config_path, "a") as config:
+        config.write("<eventlog>\n  <logfile>\n    path %s\n  </logfile>\n</eventlog>\n" % log)
+    node.start()
+    harness.wait_for("a log", lambda: log.exists() and "listening" in log.read_text())
+    os.rename(log, tmp_path / "server.log.1")
+    node.signal(signal.SIGUSR2)
+
+    def said():
+        Client(node.address).close()
+        node.signal(signal.SIGUSR2)
+        return log.exists()
+
+    harness.wait_for("a new log", said)
+    assert node.stop() == 0
+    assert "stopped" in log.read_text()
