@@ -292,6 +292,12 @@ impl Connection {
                 Request::Invalidations { session, storage, id, since }
             }
             Effect::NewOids { id, count } => Request::NewOids { session, storage, id, count },
+            Effect::Labelled => {
+                // In the words of the Python server: sites look for them in their logs.
+                let label = self.session.label().unwrap_or_default();
+                info!("ZEO.StorageServer ({label} {}) connected", self.handle.peer);
+                return None;
+            }
             Effect::Look { id, look } => {
                 self.look(id, look).await;
                 return None;

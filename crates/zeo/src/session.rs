@@ -142,6 +142,8 @@ pub enum Effect {
     },
     /// Free the locks of the session's transaction.
     Abort,
+    /// The client has given itself a name, for people who read logs.
+    Labelled,
     /// Pack; answer with `None`.
     Pack {
         /// The call; `None` if nothing is to be answered.
@@ -450,6 +452,7 @@ impl Session {
                     Value::Str(label) => Some(label.clone()),
                     other => other.as_bytes().map(|b| String::from_utf8_lossy(&b).into_owned()),
                 };
+                effects.push(Effect::Labelled);
                 (!call.one_way).then(|| Effect::Send(self.answer(&call.id, Ok(Value::None))))
             }),
             "getInvalidations" => args
