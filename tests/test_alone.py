@@ -5,10 +5,12 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import transaction
+import ZODB.Connection
 import ZODB.FileStorage
 import ZODB.POSException
 from BTrees.Length import Length
@@ -267,8 +269,6 @@ def test_row_11_a_client_that_hangs_after_its_vote(nodes):
     txn = transaction.TransactionManager().begin()
     mapping = hanging.root["a"]
     data, serial = storage.load(mapping._p_oid)[:2]
-    import ZODB.Connection
-
     meta = ZODB.Connection.TransactionMetaData()
     storage.tpc_begin(meta)
     storage.store(mapping._p_oid, serial, data, "", meta)
@@ -278,6 +278,72 @@ def test_row_11_a_client_that_hangs_after_its_vote(nodes):
     other.commit(lambda root: root["a"].update(x=1))
     assert "Transaction timeout after 2 seconds" in node.log()
     other.close()
+
+
+@pytest.mark.parametrize(
+    "fault", ["garbage", "a failing one-way call", "an unknown method", "a lost connection"]
+)
+def test_a_client_that_is_closed_frees_its_locks(nodes, fault):
+    """The Python server keeps the lock of a client that it closes, and every later vote hangs."""
+    node = nodes.alone().start()
+    bad, good = open_storage(node.address), Client(node.address)
+    good.commit(lambda root: root.update(x=1))
+    oid = good.root._p_oid
+    data, serial = good.db.storage.load(oid)[:2]
+    meta = ZODB.Connection.TransactionMetaData()
+    bad.tpc_begin(meta)
+    bad.store(oid, serial, data, "", meta)
+    bad.tpc_vote(meta)
+    protocol = bad._server.client.protocol
+    say = {
+        "garbage": lambda: protocol.sm_protocol.transport.write(struct.pack(">I", 7) + b"garbage"),
+        "a failing one-way call": lambda: protocol.call_async("storea", (1, 2)),
+        "an unknown method": lambda: protocol.call_async("no_such_method", ()),
+        "a lost connection": lambda: protocol.sm_protocol.transport.abort(),
+    }
+    protocol.loop.call_soon_threadsafe(say[fault])
+    freed = threading.Thread(target=good.commit, args=[lambda root: root.update(x=2)], daemon=True)
+    freed.start()
+    freed.join(20)
+    assert not freed.is_alive()
+    good.close()
+    bad.close()
+
+
+def test_several_storages_in_one_file(nodes):
+    node = nodes.alone()
+    with open(node.config_path, "a") as config:
+        config.write("<filestorage second>\n  path %s.2\n</filestorage>\n" % node.data_file)
+    node.start()
+    first, second = Client(node.address), Client(node.address, storage="second")
+    for number in range(5):
+        first.commit(lambda root: root.update(x=number))
+        second.commit(lambda root: root.update(y=number))
+    node.kill()
+    node.start()
+    for client in (first, second):
+        client.connection.sync()
+    assert (first.root["x"], second.root["y"]) == (4, 4)
+    assert "y" not in first.root and "x" not in second.root
+    with pytest.raises(Exception):
+        open_storage(node.address, storage="third", wait_timeout=2)
+    first.close()
+    second.close()
+    node.stop()
+    assert len(transactions(node.data_file)) == len(transactions(node.data_file + ".2"))
+
+
+def test_a_read_only_storage_is_read_only(nodes):
+    node = nodes.alone()
+    make_database(node.data_file, 100)
+    with open(node.config_path) as config:
+        text = config.read()
+    with open(node.config_path, "w") as config:
+        config.write(text.replace("</filestorage>", "  read-only true\n</filestorage>"))
+    node.start()
+    client = Client(node.address, read_only_fallback=True)
+    assert client.db.storage.is_read_only() and len(client.root["tree"]) == 100
+    client.close()
 
 
 def test_row_27_a_torn_tail_is_cut_and_kept(nodes):

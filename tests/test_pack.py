@@ -110,6 +110,35 @@ def test_all_nodes_of_a_cluster_pack_beside_commits(nodes):
     assert late == acknowledged[-len(late) :] and late
 
 
+def test_a_node_that_was_down_during_a_pack_catches_up(nodes):
+    """Its last transaction is one that the others have packed away."""
+    cluster = nodes.cluster(options="  log-tail 1KB\n").start()
+    client = Client(cluster.addresses)
+    grow_and_drop(client)
+    client.commit(lambda root: root.update(garbage=PersistentMapping()), note="packed away")
+    cluster.wait_level()
+    replica = next(node for node in cluster.nodes if node is not cluster.primary())
+    replica.stop()
+    assert transactions(replica.data_file)[-1][3] == b"packed away"
+    client.commit(lambda root: root.pop("garbage"))
+    client.commit(lambda root: root.update(x=1))
+    client.db.pack()
+    # Until a checkpoint has moved the beginning of the log beyond what the replica lacks.
+    for number in range(240):
+        client.commit(lambda root: root.update(x=number))
+        time.sleep(0.1)
+    survivors = [node for node in cluster.nodes if node is not replica]
+    for node in survivors:
+        assert b"packed away" not in [txn[3] for txn in transactions(node.data_file)]
+    replica.start()
+    cluster.wait_level()
+    assert "caught up" in replica.log().split("stopped")[-1]
+    reader = Client(replica.read_only_address, read_only=True)
+    assert reader.root["x"] == 239 and reader.root["kept"]["number"] == 4
+    reader.close()
+    client.close()
+
+
 def test_row_34_a_pack_that_is_cut_short_begins_again(nodes):
     node = nodes.alone()
     make_database(node.data_file, 5000)

@@ -229,7 +229,13 @@ impl Applier {
             session.outbox.push(session.encoding().notify("info", vec![shared.short_info(&name)]));
         }
         self.pack_answered(&name, None);
-        self.merge_indexes();
+        // The packed file has no index file yet; commits do not wait for it.
+        let reader = storage.reader();
+        self.checkpoint_thread = Some(std::thread::spawn(move || {
+            if let Err(error) = reader.merge_index(1) {
+                warn!(storage = name, %error, "cannot write the index file");
+            }
+        }));
         Ok(())
     }
 

@@ -273,7 +273,7 @@ pub fn work_out(
                 })
                 .map_err(|WorkError(error)| error)?,
             Later::Restore(oid, data, hint) => {
-                let data = reader.restored(oid, data, Some(hint)).map_err(failed)?;
+                let data = reader.restored(oid, data, hint).map_err(failed)?;
                 if !each(oid, content(data), false) {
                     return Err(gone());
                 }

@@ -272,6 +272,14 @@ impl Shared {
             ],
             self.cluster_name(),
         )
+        .packing(self.packing())
+    }
+
+    fn packing(&self) -> BTreeMap<String, u32> {
+        let percent = |(name, storage): (&String, &StorageShared)| {
+            storage.packing.percent().map(|percent| (name.clone(), percent))
+        };
+        self.storages.iter().filter_map(percent).collect()
     }
 }
 

@@ -31,6 +31,8 @@ pub struct NodeReport {
     peer_address: String,
     admin_address: String,
     version: String,
+    #[serde(default)]
+    packing: BTreeMap<String, u32>,
     /// Filled on the primary: name, group and vote of every member.
     members: Vec<(String, String, bool)>,
 }
@@ -73,8 +75,14 @@ impl NodeReport {
             peer_address,
             admin_address,
             version: env!("CARGO_PKG_VERSION").into(),
+            packing: BTreeMap::new(),
             members,
         }
+    }
+
+    /// The same, with the packs that are under way: the storages, and how far each is, in percent.
+    pub fn packing(self, packing: BTreeMap<String, u32>) -> NodeReport {
+        NodeReport { packing, ..self }
     }
 }
 
@@ -211,6 +219,9 @@ pub struct NodeStatus {
     pub admin_address: String,
     /// The program's version.
     pub version: String,
+    /// Packs that are under way: the storages, and how far each is, in percent.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub packing: BTreeMap<String, u32>,
 }
 
 /// A node's report, its age, and for how long the primary has had more.
@@ -258,6 +269,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 peer_address: report.peer_address.clone(),
                 admin_address: report.admin_address.clone(),
                 version: report.version.clone(),
+                packing: report.packing.clone(),
             }
         })
         .collect();
@@ -277,6 +289,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 peer_address: String::new(),
                 admin_address: String::new(),
                 version: String::new(),
+                packing: BTreeMap::new(),
             });
         }
     }

@@ -88,11 +88,12 @@ pub fn table(status: &Status) -> String {
             Some(seconds) => format!("{seconds:.1} s"),
             None => "?".into(),
         };
+        let packing = node.packing.values().map(|percent| format!("\npacking {percent} %"));
         table.add_row([
             node.node.clone(),
             node.group.clone(),
             role,
-            node.state.clone(),
+            node.state.clone() + &packing.collect::<String>(),
             status.term.to_string(),
             tids.join("\n"),
             lag,
@@ -126,7 +127,7 @@ mod tests {
         let json = r#"{"cluster":"c","timeline":1,"term":4,"primary":"n1","nodes":[
             {"node":"n1","group":"g","role":"primary","voter":true,"state":"up","last_tid":{"1":"00"},
              "applied_index":5,"lag_seconds":0.0,"address":"h:1","read_only_address":"","peer_address":"h:2",
-             "admin_address":"","version":"0.1.0"},
+             "admin_address":"","version":"0.1.0","packing":{"1":42}},
             {"node":"n2","group":"g","role":"replica","voter":true,"state":"down","last_tid":{},
              "applied_index":0,"lag_seconds":null,"address":"","read_only_address":"","peer_address":"",
              "admin_address":"","version":""}]}"#;
@@ -134,5 +135,6 @@ mod tests {
         let text = table(&status);
         assert!(text.contains("cluster c, primary n1, no fault tolerance"), "{text}");
         assert!(text.contains("n2") && text.contains("down"), "{text}");
+        assert!(text.contains("packing 42 %"), "{text}");
     }
 }

@@ -82,7 +82,7 @@ pub enum Later {
     /// Undo a transaction.
     Undo(Tid),
     /// Write this revision; a back pointer if the one that is hinted at has the same data.
-    Restore(Oid, Option<Bytes>, Tid),
+    Restore(Oid, Option<Bytes>, Option<Tid>),
 }
 
 /// A transaction before it is finished. Of several changes of one object the last one counts.
@@ -148,6 +148,11 @@ impl Buffer {
     /// Adds what can be worked out only when the transaction holds its locks.
     pub fn later(&mut self, later: Later) {
         self.later.push(later);
+    }
+
+    /// True if something is to be worked out: what comes after it must wait, to stay in order.
+    pub fn has_later(&self) -> bool {
+        !self.later.is_empty()
     }
 
     /// Takes what is to be worked out, in order.

@@ -246,6 +246,17 @@ fn send_all(shared: &Shared, request: &Request, frames: &Frames) -> Result<(), S
     send(frame(b'z', b""))
 }
 
+/// True if a pack may have removed the transaction: all that is left of that time is packed.
+fn is_packed(reader: &Reader, tid: Tid) -> Result<bool, StorageError> {
+    let mut backwards = reader.backwards();
+    while let Some(transaction) = backwards.step()? {
+        if transaction.meta.tid < tid {
+            return Ok(transaction.meta.status == b'p');
+        }
+    }
+    Ok(true)
+}
+
 /// A data file that this cluster did not write is welcome if it is the beginning of ours.
 fn check_beginning(
     path: &std::path::Path,
@@ -265,7 +276,9 @@ fn check_beginning(
             .transactions(tid, tid)?
             .advance()?
             .is_some_and(|stored| have.sha256.is_none() || stored.end().0 == have.position);
-    if !known {
+    let packed_away =
+        || -> Result<bool, StorageError> { Ok(have.sha256.is_none() && is_packed(reader, tid)?) };
+    if !known && !packed_away()? {
         return Err(foreign());
     }
     if let Some(theirs) = &have.sha256 {

@@ -194,19 +194,25 @@ fn copies_keep_their_tid_and_status() {
     let begin =
         vec![1.into(), text.clone(), text, Value::Dict(vec![]), TID.into(), Value::str("p")];
     assert!(client.notify("tpc_begin", begin).is_empty());
-    for (data, hint) in [
-        (Value::bytes(b"data"), Value::None),
-        (Value::None, Value::None),
-        (Value::bytes(b"data"), TID.into()),
+    for (oid, data, hint) in [
+        (1, Value::bytes(b"data"), Value::None),
+        (2, Value::None, Value::None),
+        (3, Value::bytes(b"data"), TID.into()),
+        (4, Value::None, Value::None),
     ] {
-        let restore = vec![OID.into(), TID.into(), data, hint, 1.into()];
+        let oid = Oid(oid).to_bytes().into();
+        let restore = vec![oid, TID.into(), data, hint, 1.into()];
         assert!(client.notify("restorea", restore).is_empty());
     }
     let effects = client.call("vote", vec![1.into()]);
     let [Effect::Vote(request)] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!(request.tid, Tid::from_slice(&TID));
-    assert!(request.writes.iter().all(|write| *write == (Oid(1), Expected::Any)));
-    assert!(matches!(client.session.take_later()[..], [Later::Restore(Oid(1), Some(_), _)]));
+    assert!(request.writes.iter().copied().eq((1..5).map(|n| (Oid(n), Expected::Any))));
+    // What follows a revision with a hint waits with it: records stay in order.
+    assert!(matches!(
+        client.session.take_later()[..],
+        [Later::Restore(Oid(3), Some(_), Some(_)), Later::Restore(Oid(4), None, None)]
+    ));
     client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
     let effects = client.call("tpc_finish", vec![1.into()]);
     let [Effect::Finish { transaction, .. }] = &effects[..] else { panic!("{effects:?}") };

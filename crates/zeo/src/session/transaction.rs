@@ -111,8 +111,10 @@ impl Session {
             return Err(args.wrong());
         };
         let (oid, data) = (args.oid(oid)?, args.data_or_none(data)?);
-        if let Some(hint) = args.tid_or_none(hint)? {
-            self.open(name)?.buffer.later(Later::Restore(oid, data, hint));
+        let hint = args.tid_or_none(hint)?;
+        let buffer = &mut self.open(name)?.buffer;
+        if hint.is_some() || buffer.has_later() {
+            buffer.later(Later::Restore(oid, data, hint));
             return Ok(());
         }
         self.change(name, oid, Expected::Any, data.map_or(Content::Gone, Content::Data))
