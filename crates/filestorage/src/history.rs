@@ -55,7 +55,8 @@ impl Reader {
     }
 
     /// The newest transactions, newest first, with the oids of each, until `enough` says so: it
-    /// gets the tid of the next one and the number of objects so far.
+    /// gets the tid of the next one and the number of objects so far. Packed ones are not among
+    /// them, for what they changed is not all in the file any more.
     pub fn newest_oids(
         &self,
         mut enough: impl FnMut(Tid, usize) -> bool,
@@ -64,7 +65,7 @@ impl Reader {
         let (mut found, mut objects) = (Vec::new(), 0);
         while let Some(transaction) = backwards.step()? {
             let tid = transaction.meta.tid;
-            if enough(tid, objects) {
+            if transaction.meta.status == b'p' || enough(tid, objects) {
                 break;
             }
             let records = self.records_of(&transaction)?;

@@ -263,6 +263,18 @@ fn a_restored_revision_shares_data_if_it_can() {
 }
 
 #[test]
+fn packed_transactions_do_not_say_what_they_changed() {
+    let disk = MemoryDisk::new();
+    let mut storage = open(&disk);
+    let mut packed = transaction(10, &[(0, "root"), (1, "one")]);
+    packed.meta.status = b'p';
+    storage.append(&packed).unwrap();
+    storage.append(&transaction(20, &[(1, "uno")])).unwrap();
+    let found = storage.reader().newest_oids(|_, _| false).unwrap();
+    assert_eq!(found, [(Tid(20), vec![Oid(1)])]);
+}
+
+#[test]
 fn index_file_is_used_and_can_be_lost() {
     let disk = MemoryDisk::new();
     let mut storage = open(&disk);

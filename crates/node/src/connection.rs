@@ -244,8 +244,7 @@ impl Connection {
         };
         if let Look::UndoLog(..) = look {
             if storage.packing.percent().is_some() {
-                let text = "Undo is currently disabled for database maintenance.<p>";
-                return answer(Err(ClientError::Undo(text.into())));
+                return answer(Err(look::undo_disabled()));
             }
             // It may read the whole file; the client's other threads do not wait for it.
             tokio::task::spawn_blocking(move || {

@@ -8,6 +8,8 @@
 //! `outgoing` → the tid and an entry of the log → durable on a majority → the applier, which makes it
 //! visible and replies → `Internal::Applied` frees the locks.
 
+mod pack;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,7 +22,7 @@ use standby_consensus::{
     Member, Output, PART_LEN, PeerMessage, Role, Written,
 };
 use standby_filestorage::{Access, Record, StorageError, TransactionMeta, put_meta, put_record};
-use standby_types::time::{new_tid, tid_at};
+use standby_types::time::new_tid;
 use standby_types::{LogIndex, NodeId, Oid, Term, Tid};
 use standby_zeo::{
     Buffer, ClientError, SessionId, Transactions, Value, VoteAnswer, VoteOutcome, VoteRequest,
@@ -29,6 +31,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
+use self::pack::PackRequest;
 use crate::applier::{Origin, Work, unknown_storage};
 use crate::log_thread::LogWork;
 use crate::look::record_data;
@@ -163,6 +166,8 @@ pub struct Engine {
     checkpoints: VecDeque<(LogIndex, u64)>,
     log_bytes: u64,
     ticks: u64,
+    /// Packs that wait for undos to be applied.
+    packs: Vec<PackRequest>,
 }
 
 impl Engine {
@@ -205,6 +210,7 @@ impl Engine {
             checkpoints: VecDeque::new(),
             log_bytes: 0,
             ticks: 0,
+            packs: Vec::new(),
         }
     }
 
@@ -324,6 +330,7 @@ impl Engine {
                 self.shared.apply(reader.work);
             }
         }
+        self.packs_that_waited()?;
         if self.ticks.is_multiple_of(10) {
             self.tend_membership()?;
             self.report_status();
@@ -421,6 +428,7 @@ impl Engine {
             // A pack that was asked for may never be committed. One that runs says so again.
             storage.packing.set(None);
         }
+        self.packs.clear();
         self.outgoing.clear();
         self.in_flight = 0;
     }
@@ -494,10 +502,13 @@ impl Engine {
                     return Ok(());
                 }
                 let last = self.storages.get(&storage).map_or(Tid::NONE, |s| s.last_tid);
-                if let Some(tid) = request.tid.filter(|tid| *tid <= last) {
-                    let outcome = VoteOutcome::Failed(does_not_follow(tid, last));
+                let refused = match request.tid {
+                    Some(tid) if tid <= last => Some(does_not_follow(tid, last)),
+                    _ => self.refuse_undo(&storage, &request),
+                };
+                if let Some(error) = refused {
                     // Without its own task the session is ending.
-                    let _ = session.mailbox.send(Mail::Voted(outcome));
+                    let _ = session.mailbox.send(Mail::Voted(VoteOutcome::Failed(error)));
                     return Ok(());
                 }
                 let session = session.id;
@@ -507,7 +518,7 @@ impl Engine {
                 self.finish(session, storage, id, transaction);
             }
             Request::Pack { session, storage, id, time, wait } => {
-                self.pack(&session, storage, id, time, wait)?;
+                self.pack(PackRequest { session, storage, id, time, wait })?;
             }
             Request::Abort { session, storage } => {
                 self.unlocked(&storage, |t| t.abort(now, session));
@@ -626,49 +637,6 @@ impl Engine {
             records: BytesMut::new(),
             parts: Vec::new(),
         });
-    }
-
-    fn pack(
-        &mut self,
-        session: &Arc<SessionHandle>,
-        storage: String,
-        id: Option<Value>,
-        time: f64,
-        wait: bool,
-    ) -> anyhow::Result<()> {
-        let Some(shared) = self.shared.storages.get(&storage) else { return Ok(()) };
-        let gc = self.shared.config.storages.iter().any(|s| s.name == storage && s.pack_gc);
-        let time = tid_at(Duration::try_from_secs_f64(time).unwrap_or_default());
-        let nothing = shared.reader().is_empty();
-        let refused = if !self.role.serves {
-            Some(ClientError::ReadOnly)
-        } else if shared.packing.percent().is_some() {
-            Some(ClientError::file_storage("Already packing"))
-        } else {
-            None
-        };
-        let mut answer = id.clone();
-        if refused.is_none() && !nothing {
-            let origin = match id {
-                Some(id) if wait => {
-                    answer = None;
-                    Some(Origin { session: session.clone(), id })
-                }
-                _ => None,
-            };
-            shared.packing.set(Some(0));
-            if self.propose(Command::Pack { storage, time, gc }, origin)?.is_none() {
-                session.cut("this node is not primary");
-            }
-        }
-        if let Some(id) = answer {
-            let encoding = session.encoding();
-            session.outbox.push(match &refused {
-                None => encoding.reply(&id, Value::None),
-                Some(error) => encoding.error(&id, error),
-            });
-        }
-        Ok(())
     }
 
     /// Moves finished transactions into the log: short ones at once, of long ones a part each

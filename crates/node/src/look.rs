@@ -291,6 +291,11 @@ impl From<UndoError> for WorkError {
     }
 }
 
+/// The error of undo while a pack is under way, in ZODB's words.
+pub fn undo_disabled() -> ClientError {
+    ClientError::Undo("Undo is currently disabled for database maintenance.<p>".into())
+}
+
 fn undo_failed(error: UndoError) -> ClientError {
     match error {
         UndoError::Unknown(_) => ClientError::Undo("Invalid transaction id".into()),

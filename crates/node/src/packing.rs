@@ -63,6 +63,10 @@ impl Packs {
             return;
         }
         self.running.insert(storage.into(), Stage::Working);
+        if let Some(storage) = shared.storages.get(storage) {
+            // Before anything else is applied: from now on nothing may be undone.
+            storage.packing.set(Some(0));
+        }
         let (shared, name) = (shared.clone(), storage.to_owned());
         let started = std::thread::Builder::new().name("pack".into()).spawn(move || {
             let packed = run(&shared, &name, &reader, job);
@@ -114,10 +118,15 @@ fn run(shared: &Shared, name: &str, reader: &Reader, job: Job) -> anyhow::Result
             info!(storage = name, percent, "packing");
         }
     };
-    progress(0, 1);
     let references = |data: &[u8], each: &mut dyn FnMut(Oid)| {
         standby_zeo::references(data, |oid| each(Oid(u64::from_be_bytes(oid))))
             .map_err(|error| error.to_string())
     };
-    Ok(pack(reader, job, &pack_path(&storage.path), &references, &mut progress)?)
+    let to = pack_path(&storage.path);
+    let packed = pack(reader, job, &to, &references, &mut progress);
+    if packed.is_err() {
+        // The disk may be full: what has been written so far must not keep it so.
+        let _ = std::fs::remove_file(&to);
+    }
+    Ok(packed?)
 }

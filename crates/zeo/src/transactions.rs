@@ -203,6 +203,11 @@ impl Transactions {
         self.transactions.iter().filter(|(_, t)| late(t)).map(|(session, _)| *session).collect()
     }
 
+    /// True if a transaction that undoes another one is between vote and the end.
+    pub fn any_undo(&self) -> bool {
+        self.transactions.values().any(|t| !t.request.undos.is_empty())
+    }
+
     /// Transactions that wait for locks.
     pub fn waiting(&self) -> usize {
         self.transactions.values().filter(|t| t.phase == Phase::Waiting).count()
@@ -311,6 +316,18 @@ mod tests {
         t.vote(NOW, SessionId(1), request);
         let conflict = ClientError::ReadConflict { oid: Oid(2), serials: (Tid(7), Tid(3)) };
         assert_eq!(examine(&mut t, 1, Some(7)), VoteAnswer::Refused(conflict));
+    }
+
+    #[test]
+    fn undos_are_known_until_they_are_applied() {
+        let mut t = Transactions::new(None);
+        let undo = VoteRequest { undos: vec![Tid(3)], ..writes(&[(1, 5)]) };
+        t.vote(NOW, SessionId(1), undo);
+        examine(&mut t, 1, Some(5));
+        t.finish(SessionId(1)).unwrap();
+        assert!(t.any_undo());
+        t.applied(NOW, SessionId(1));
+        assert!(!t.any_undo());
     }
 
     #[test]
