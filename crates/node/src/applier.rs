@@ -193,6 +193,9 @@ impl Applier {
 
     /// The last step of a pack, the only one for which commits wait.
     fn put_packed_in_place(&mut self) -> anyhow::Result<()> {
+        if !self.packs.any_ready() {
+            return Ok(());
+        }
         if self.checkpoint_thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return Ok(());
         }

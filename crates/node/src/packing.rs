@@ -84,6 +84,11 @@ impl Packs {
         self.running.insert(storage.into(), Stage::Ready(Box::new(packed), last));
     }
 
+    /// True if a packed file is to be put in place.
+    pub fn any_ready(&self) -> bool {
+        self.running.values().any(|stage| matches!(stage, Stage::Ready(..)))
+    }
+
     /// A packed file that is to be put in place, and the last transaction that it has seen.
     pub fn take_ready(&mut self) -> Option<(String, FileStorage, Tid)> {
         let ready = |stage: &Stage| matches!(stage, Stage::Ready(..));
