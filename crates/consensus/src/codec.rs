@@ -38,6 +38,12 @@ impl Reader {
         self.bytes.try_get_u64().map_err(|_| Malformed(self.what))
     }
 
+    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
+        let mut array = [0; N];
+        self.bytes.try_copy_to_slice(&mut array).map_err(|_| Malformed(self.what))?;
+        Ok(array)
+    }
+
     pub fn bytes(&mut self) -> Result<Bytes, Malformed> {
         let len = self.u32()? as usize;
         if len > self.bytes.len() {

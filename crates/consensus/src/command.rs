@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! transaction   't' storage, head (length 4, bytes) · part count 4, indexes 8 each · last part
+//!               'b' the same, but before the last part: blob count 4; each: oid 8, kind 1,
+//!                   for kind 'u': transfer 16, length 8, SHA-256 32; for kind 'c': tid 8
 //! part          'p' bytes
 //! ceiling       'c' storage · oid 8
 //! pack          'k' storage · time (a tid) 8 · garbage collection 1
@@ -14,7 +16,7 @@
 //! term has come, no closing entry can follow.
 
 use bytes::{BufMut, Bytes, BytesMut};
-use standby_types::{LogIndex, Oid, Tid};
+use standby_types::{Blob, BlobSource, LogIndex, Oid, Tid, Transfer, Upload};
 
 use crate::codec::{Malformed, Reader, put_bytes, put_list};
 
@@ -55,8 +57,51 @@ pub struct Ending {
     pub head: Bytes,
     /// The entries that hold the beginning of its records, in order.
     pub parts: Vec<LogIndex>,
-    /// What comes after them.
+    /// The blobs of its records.
+    pub blobs: Vec<Blob>,
+    /// What comes after the parts.
     pub rest: Bytes,
+}
+
+/// Reads an entry's data if it is a transaction with blobs.
+pub fn ending_with_blobs(data: &Bytes) -> Option<Ending> {
+    match data.first() {
+        Some(b'b') => match Command::decode(data.clone()) {
+            Ok(Command::Transaction(ending)) => Some(ending),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn put_blob(out: &mut BytesMut, blob: &Blob) {
+    out.put_u64(blob.oid.0);
+    match blob.source {
+        BlobSource::Upload(upload) => {
+            out.put_u8(b'u');
+            out.put_slice(&upload.transfer.0);
+            out.put_u64(upload.len);
+            out.put_slice(&upload.sha256);
+        }
+        BlobSource::Copy(tid) => {
+            out.put_u8(b'c');
+            out.put_u64(tid.0);
+        }
+    }
+}
+
+fn take_blob(reader: &mut Reader) -> Result<Blob, Malformed> {
+    let oid = Oid(reader.u64()?);
+    let source = match reader.u8()? {
+        b'u' => BlobSource::Upload(Upload {
+            transfer: Transfer(reader.array()?),
+            len: reader.u64()?,
+            sha256: reader.array()?,
+        }),
+        b'c' => BlobSource::Copy(Tid(reader.u64()?)),
+        _ => return Err(reader.malformed()),
+    };
+    Ok(Blob { oid, source })
 }
 
 impl Command {
@@ -69,10 +114,13 @@ impl Command {
                 out.put_slice(bytes);
             }
             Command::Transaction(ending) => {
-                out.put_u8(b't');
+                out.put_u8(if ending.blobs.is_empty() { b't' } else { b'b' });
                 put_bytes(&mut out, ending.storage.as_bytes());
                 put_bytes(&mut out, &ending.head);
                 put_list(&mut out, ending.parts.iter(), |out, index| out.put_u64(index.0));
+                if !ending.blobs.is_empty() {
+                    put_list(&mut out, ending.blobs.iter(), put_blob);
+                }
                 out.put_slice(&ending.rest);
             }
             Command::OidCeiling { storage, ceiling } => {
@@ -95,10 +143,11 @@ impl Command {
         let mut reader = Reader::new(bytes, "log entry");
         Ok(match reader.u8()? {
             b'p' => Command::Part(reader.rest()),
-            b't' => Command::Transaction(Ending {
+            kind @ (b't' | b'b') => Command::Transaction(Ending {
                 storage: reader.string()?,
                 head: reader.bytes()?,
                 parts: reader.list(|r| r.u64().map(LogIndex))?,
+                blobs: if kind == b'b' { reader.list(take_blob)? } else { Vec::new() },
                 rest: reader.rest(),
             }),
             b'c' => {
@@ -122,7 +171,10 @@ impl Command {
         match self {
             Command::Part(bytes) => bytes.len(),
             Command::Transaction(ending) => {
-                ending.head.len() + ending.parts.len() * 8 + ending.rest.len()
+                ending.head.len()
+                    + ending.parts.len() * 8
+                    + ending.blobs.len() * 65
+                    + ending.rest.len()
             }
             Command::OidCeiling { .. } | Command::Pack { .. } => 0,
         }
@@ -141,6 +193,24 @@ mod tests {
                 storage: "1".into(),
                 head: Bytes::from_static(b"head"),
                 parts: vec![LogIndex(4), LogIndex(6)],
+                blobs: Vec::new(),
+                rest: Bytes::from_static(b"rest"),
+            }),
+            Command::Transaction(Ending {
+                storage: "1".into(),
+                head: Bytes::from_static(b"head"),
+                parts: Vec::new(),
+                blobs: vec![
+                    Blob {
+                        oid: Oid(3),
+                        source: BlobSource::Upload(Upload {
+                            transfer: Transfer([9; 16]),
+                            len: 1 << 40,
+                            sha256: [8; 32],
+                        }),
+                    },
+                    Blob { oid: Oid(4), source: BlobSource::Copy(Tid(7)) },
+                ],
                 rest: Bytes::from_static(b"rest"),
             }),
             Command::OidCeiling { storage: "main".into(), ceiling: Oid(9) },

@@ -20,7 +20,7 @@ mod membership;
 mod message;
 
 pub use codec::Malformed;
-pub use command::{Command, Ending, PART_LEN};
+pub use command::{Command, Ending, PART_LEN, ending_with_blobs};
 pub use core::{
     AppliedPoint, Committed, Config, Consensus, Event, NotLeader, Output, Progress, Role, Roster,
 };

@@ -12,6 +12,7 @@ use raft::eraftpb::{Entry, EntryType, Message, MessageType, Snapshot};
 use standby_types::{NodeId, Term};
 
 use crate::codec::{Malformed, Reader, put_bytes, put_list};
+use crate::command::{Ending, ending_with_blobs};
 use crate::membership::Membership;
 
 const VERSION: u8 = 1;
@@ -29,6 +30,17 @@ impl PeerMessage {
     /// To whom it is addressed.
     pub fn to(&self) -> NodeId {
         NodeId(self.0.to)
+    }
+
+    /// True if it brings entries of the log.
+    pub fn is_append(&self) -> bool {
+        self.0.get_msg_type() == MessageType::MsgAppend
+    }
+
+    /// The transactions with blobs among its entries: they may be persisted only with their blobs.
+    pub fn endings_with_blobs(&self) -> Vec<Ending> {
+        let entries = self.0.get_entries().iter();
+        entries.filter_map(|entry| ending_with_blobs(&entry.data)).collect()
     }
 
     /// The sender's term.

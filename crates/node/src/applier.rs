@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Committed};
-use standby_filestorage::{Outcome, Record, TransactionMeta};
+use standby_filestorage::{Outcome, Record, Staged, TransactionMeta};
 use standby_types::time::tid_at;
-use standby_types::{Disk, LogIndex, Oid, Tid};
+use standby_types::{Blob, Disk, LogIndex, Oid, Tid};
 use standby_zeo::{ClientError, Encoding, History, SessionId, Value};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
@@ -74,6 +74,8 @@ pub enum Work {
         /// What it has made.
         packed: anyhow::Result<Outcome>,
     },
+    /// The blobs that a pack has made needless are gone.
+    BlobsRemoved(String),
     /// Make a last checkpoint and end.
     Stop(oneshot::Sender<()>),
 }
@@ -90,6 +92,8 @@ pub struct Origin {
 pub enum CatchUpItem {
     /// A transaction begins.
     Begin(String, TransactionMeta),
+    /// The blob of the next record.
+    Blob(Blob, Staged),
     /// One of its records.
     Record(Record),
     /// It ends.
@@ -162,13 +166,16 @@ impl Applier {
                     }
                     Ok(Outcome::Nothing) => {
                         info!(storage, "packed: there was nothing to remove");
-                        self.pack_ended(&storage, None);
+                        self.replica.pack_ended(&storage);
+                        self.remove_packed_blobs(&storage, false);
                     }
                     Err(error) => {
                         error!(storage, "the pack failed: {error:#}");
-                        self.pack_ended(&storage, Some(format!("{error:#}")));
+                        self.replica.pack_ended(&storage);
+                        self.pack_answered(&storage, Some(format!("{error:#}")));
                     }
                 },
+                Ok(Work::BlobsRemoved(storage)) => self.pack_answered(&storage, None),
                 Ok(Work::Stop(done)) => {
                     self.last_checkpoint()?;
                     let _ = done.send(());
@@ -216,11 +223,8 @@ impl Applier {
         }
         // After a crash, this checkpoint fits whichever file is in place.
         self.write_checkpoint(&checkpoint)?;
-        let keep_old = shared
-            .config
-            .storages
-            .iter()
-            .any(|section| section.name == name && section.pack_keep_old);
+        let section = shared.config.storages.iter().find(|section| section.name == name);
+        let keep_old = section.is_some_and(|section| section.pack_keep_old);
         self.replica.replace(&name, packed, &pack_path(&storage.path), keep_old)?;
         self.replica.pack_ended(&name);
         let checkpoint = self.replica.checkpoint().context("no checkpoint after a pack")?;
@@ -231,7 +235,7 @@ impl Applier {
         for session in shared.sessions.of(&name) {
             session.outbox.push(session.encoding().notify("info", vec![shared.short_info(&name)]));
         }
-        self.pack_answered(&name, None);
+        self.remove_packed_blobs(&name, section.is_some_and(|section| section.blob_keep_old));
         // The packed file has no index file yet; commits do not wait for it.
         let reader = storage.reader();
         self.checkpoint_thread = Some(std::thread::spawn(move || {
@@ -242,9 +246,15 @@ impl Applier {
         Ok(())
     }
 
-    fn pack_ended(&mut self, storage: &str, failed: Option<String>) {
-        self.replica.pack_ended(storage);
-        self.pack_answered(storage, failed);
+    /// The data file is packed: the blobs follow, then whoever waits is answered.
+    fn remove_packed_blobs(&mut self, storage: &str, keep_old: bool) {
+        let shared = self.shared.clone();
+        match shared.storages.get(storage).map(|s| (s.blobs.clone(), s.reader())) {
+            Some((Some(blobs), reader)) => {
+                self.packs.remove_blobs(&shared, storage, blobs, reader, keep_old);
+            }
+            _ => self.pack_answered(storage, None),
+        }
     }
 
     fn pack_answered(&mut self, storage: &str, failed: Option<String>) {
@@ -401,7 +411,7 @@ impl Applier {
                     }
                 }
                 Some(CatchUpItem::Done) => break,
-                Some(CatchUpItem::Record(_) | CatchUpItem::End) => {}
+                Some(CatchUpItem::Blob(..) | CatchUpItem::Record(_) | CatchUpItem::End) => {}
             }
         }
         let jumps = target.index > self.replica.index();
@@ -424,15 +434,25 @@ impl Applier {
         items: &mut mpsc::Receiver<CatchUpItem>,
         bytes: &mut u64,
     ) -> Result<Option<Applied>, ApplyError> {
-        self.replica.copy(storage, meta, || match items.blocking_recv() {
-            Some(CatchUpItem::Record(record)) => {
-                if let standby_filestorage::RecordData::Data(data) = &record.data {
-                    *bytes += data.len() as u64;
-                }
-                Ok(Some(record))
+        let mut held = Vec::new();
+        self.replica.copy(storage, meta, |blobs| {
+            loop {
+                return match items.blocking_recv() {
+                    Some(CatchUpItem::Blob(blob, staged)) => {
+                        held.push(staged);
+                        blobs.push(blob);
+                        continue;
+                    }
+                    Some(CatchUpItem::Record(record)) => {
+                        if let standby_filestorage::RecordData::Data(data) = &record.data {
+                            *bytes += data.len() as u64;
+                        }
+                        Ok(Some(record))
+                    }
+                    Some(CatchUpItem::End) => Ok(None),
+                    _ => Err(ApplyError::Part(std::io::ErrorKind::ConnectionAborted.into())),
+                };
             }
-            Some(CatchUpItem::End) => Ok(None),
-            _ => Err(ApplyError::Part(std::io::ErrorKind::ConnectionAborted.into())),
         })
     }
 
@@ -444,6 +464,9 @@ impl Applier {
         }
         for (_, storage) in self.replica.storages() {
             storage.sync()?;
+        }
+        for blobs in self.replica.blobs() {
+            blobs.sync()?;
         }
         self.shared.state.set_checkpoint(&*self.disk, checkpoint)?;
         Ok(())
@@ -470,10 +493,14 @@ impl Applier {
         let (shared, disk) = (self.shared.clone(), self.disk.clone());
         let readers: Vec<_> =
             self.replica.storages().map(|(name, s)| (name.clone(), s.reader())).collect();
+        let blobs: Vec<_> = self.replica.blobs().cloned().collect();
         self.checkpoint_thread = Some(std::thread::spawn(move || {
             let made = || -> anyhow::Result<()> {
                 for (_, reader) in &readers {
                     reader.sync()?;
+                }
+                for dir in &blobs {
+                    dir.sync()?;
                 }
                 shared.state.set_checkpoint(&*disk, &checkpoint)?;
                 Ok(())

@@ -6,22 +6,29 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
-use standby_filestorage::{Access, StorageError};
-use standby_types::Tid;
+use standby_filestorage::{Access, Staged, StorageError};
+use standby_types::{Oid, Tid, Upload};
 use standby_zeo::{
-    ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, Value, VoteAnswer,
-    VoteOutcome, VoteRequest, frame,
+    ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, StagedFile, Value,
+    VoteAnswer, VoteOutcome, VoteRequest, frame,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::mpsc;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
+use crate::blobs::{self, BlobReader, BlobWriter, StagedBlob};
 use crate::engine::{Event, Request, read_failed};
 use crate::look::{self, Iterators};
 use crate::node::{Shared, StorageShared};
 use crate::sessions::{Mail, SessionHandle};
 use crate::stream::Stream;
 
+/// Bytes of a blob in one message to a client, as the Python server sends them.
+const BLOB_CHUNK: usize = 59_000;
+/// Bytes in a client's queue above which a blob waits.
+const BLOB_QUEUE: usize = 2 << 20;
+/// Why an upload cannot begin.
+const NO_BLOBS: &str = "the client stores a blob, but the storage has no blob-dir";
 /// How long a client may take to agree on TLS.
 const TLS_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -80,6 +87,7 @@ async fn talk(
         storage: None,
         read_only,
         iterators: Iterators::default(),
+        upload: None,
     };
     let sending = {
         let handle = handle.clone();
@@ -112,6 +120,8 @@ struct Connection {
     storage: Option<String>,
     read_only: bool,
     iterators: Iterators,
+    /// The upload that has begun and not ended.
+    upload: Option<BlobWriter>,
 }
 
 impl Connection {
@@ -194,15 +204,14 @@ impl Connection {
         let voted = VoteOutcome::Answer(VoteAnswer::Voted);
         let Some(storage) = self.storage().filter(|_| !later.is_empty()) else { return voted };
         let reader = storage.reader().clone();
+        let blobs = storage.blobs.clone();
         let (results, mut received) = mpsc::channel(16);
         let working = tokio::task::spawn_blocking(move || {
-            look::work_out(&reader, later, |oid, content, undone| {
-                results.blocking_send((oid, content, undone)).is_ok()
-            })
+            look::work_out(&reader, blobs.as_ref(), later, |out| results.blocking_send(out).is_ok())
         });
         let mut kept = Ok(());
-        while let Some((oid, content, undone)) = received.recv().await {
-            kept = kept.and_then(|()| self.session.worked_out(oid, content, undone));
+        while let Some(out) = received.recv().await {
+            kept = kept.and_then(|()| self.session.worked_out(out));
         }
         let worked =
             working.await.unwrap_or_else(|error| Err(ClientError::storage(error.to_string())));
@@ -316,6 +325,31 @@ impl Connection {
                 }
                 Request::Finish { session, storage, id, transaction }
             }
+            Effect::BlobStart => return self.begin_upload().err().map(Some),
+            Effect::BlobChunk(bytes) => {
+                let Some(upload) = &mut self.upload else { return None };
+                let written = upload.write(&bytes).await;
+                return written.err().map(|error| Some(format!("cannot keep a blob: {error}")));
+            }
+            Effect::BlobEnd(oid) => {
+                if let Some(upload) = self.upload.take() {
+                    let staged = upload.finish().await;
+                    self.staged(oid, staged);
+                }
+                return None;
+            }
+            Effect::BlobShared { oid, name } => {
+                let Some(blobs) = self.storage().and_then(|s| s.blobs.clone()) else {
+                    return Some(Some(NO_BLOBS.into()));
+                };
+                let staged = blobs::adopt(&blobs, oid, name).await;
+                self.staged(oid, staged);
+                return None;
+            }
+            Effect::SendBlob { id, oid, serial } => {
+                self.send_blob(id, oid, serial).await;
+                return None;
+            }
             Effect::Pack { id, time, wait } => Request::Pack { session, storage, id, time, wait },
             Effect::Abort => {
                 if let Some(storage) = self.storage() {
@@ -326,6 +360,80 @@ impl Connection {
         };
         self.shared.tell(Event::Client(request)).await;
         None
+    }
+
+    fn begin_upload(&mut self) -> Result<(), String> {
+        let blobs = self.storage().and_then(|s| s.blobs.as_ref()).ok_or(NO_BLOBS)?;
+        let transfer = blobs::new_transfer().map_err(|error| error.to_string())?;
+        self.upload = Some(BlobWriter::new(blobs, transfer));
+        Ok(())
+    }
+
+    /// An upload has ended: the other nodes fetch it while the client goes on.
+    fn staged(&mut self, oid: Oid, staged: Result<(Upload, Staged), StorageError>) {
+        let staged = match staged {
+            Ok((upload, staged)) => {
+                let storage = self.storage.clone().unwrap_or_default();
+                let staged = StagedBlob::announce(&self.shared, &storage, upload, staged);
+                Ok((upload, Box::new(staged) as Box<dyn StagedFile>))
+            }
+            Err(error) => {
+                error!(%error, "cannot keep a blob");
+                Err(ClientError::storage(format!("cannot keep a blob: {error}")))
+            }
+        };
+        self.session.staged(oid, staged);
+    }
+
+    /// Sends a blob beside whatever else the client asks for.
+    async fn send_blob(&self, id: Value, oid: Oid, serial: Tid) {
+        let Some(storage) = self.storage() else { return };
+        let opened = match &storage.blobs {
+            Some(blobs) => BlobReader::open(blobs, None, Some((oid, serial))).await,
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        };
+        let handle = self.handle.clone();
+        let blob = [Value::from(oid.to_bytes()), Value::from(serial.to_bytes())];
+        let mut reader = match opened {
+            Ok(reader) => reader,
+            Err(error) => {
+                let path = storage.blobs.as_ref().map(|blobs| blobs.path(oid, serial));
+                let path = path.map_or_else(String::new, |path| path.display().to_string());
+                let error = if error.kind() == std::io::ErrorKind::NotFound {
+                    let text = Value::Str(format!("No blob file at {path}"));
+                    let [oid, serial] = blob;
+                    ClientError::Other("ZODB.POSException.POSKeyError", vec![text, oid, serial])
+                } else {
+                    ClientError::storage(format!("cannot read {path}: {error}"))
+                };
+                return handle.outbox.push(handle.encoding().error(&id, &error));
+            }
+        };
+        tokio::spawn(async move {
+            let encoding = handle.encoding();
+            handle.outbox.push(encoding.notify("receiveBlobStart", blob.to_vec()));
+            loop {
+                handle.outbox.room_below(BLOB_QUEUE).await;
+                match reader.next().await {
+                    Ok(bytes) if bytes.is_empty() => break,
+                    Ok(bytes) => {
+                        for chunk in bytes.chunks(BLOB_CHUNK) {
+                            let [oid, serial] = blob.clone();
+                            let chunk = Value::Bytes(bytes.slice_ref(chunk));
+                            let arguments = vec![oid, serial, chunk];
+                            handle.outbox.push(encoding.notify("receiveBlobChunk", arguments));
+                        }
+                    }
+                    // The client has a part of it and cannot be told otherwise.
+                    Err(error) => return handle.cut(&format!("cannot read a blob: {error}")),
+                }
+                if handle.outbox.close_reason().is_some() {
+                    return;
+                }
+            }
+            handle.outbox.push(encoding.notify("receiveBlobStop", blob.to_vec()));
+            handle.outbox.push(encoding.reply(&id, Value::None));
+        });
     }
 
     fn storage(&self) -> Option<&StorageShared> {
@@ -432,19 +540,22 @@ struct NotCached;
 
 /// `get_info`: what the storage can do.
 fn info(storage: &StorageShared) -> Value {
-    let pair = |module, name| Value::Tuple(vec![Value::str(module), Value::str(name)]);
+    let pair = |module: &str, name: &str| Value::Tuple(vec![Value::str(module), Value::str(name)]);
     // In the order in which Python's server gives them.
-    let mut interfaces: Vec<Value> = [
+    let with_blobs: &[&str] = match storage.blobs {
+        Some(_) => &["IBlobStorageRestoreable", "IBlobStorage"],
+        None => &[],
+    };
+    let without = [
         "IStorageRestoreable",
         "IStorageIteration",
         "IStorageUndoable",
         "IStorageCurrentRecordIteration",
         "IExternalGC",
         "IStorage",
-    ]
-    .into_iter()
-    .map(|name| pair("ZODB.interfaces", name))
-    .collect();
+    ];
+    let names = with_blobs.iter().chain(&without);
+    let mut interfaces: Vec<Value> = names.map(|name| pair("ZODB.interfaces", name)).collect();
     interfaces.push(pair("zope.interface", "Interface"));
     Value::Dict(vec![
         (Value::str("length"), Value::Int(storage.reader().len() as i64)),

@@ -2,7 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, IoSliceMut, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -104,6 +104,16 @@ impl Disk for OsDisk {
 
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
         fs::create_dir_all(dir)
+    }
+
+    fn remove_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::remove_dir(dir)
+    }
+
+    fn make_read_only(&self, path: &Path) -> io::Result<()> {
+        let of_dir = fs::metadata(standby_types::disk::parent(path))?.permissions().mode();
+        let mode = fs::metadata(path)?.permissions().mode() & 0o7777;
+        fs::set_permissions(path, fs::Permissions::from_mode((mode | of_dir & 0o444) & !0o222))
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

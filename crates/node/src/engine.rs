@@ -8,6 +8,7 @@
 //! `outgoing` → the tid and an entry of the log → durable on a majority → the applier, which makes it
 //! visible and replies → `Internal::Applied` frees the locks.
 
+mod blobs;
 mod pack;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -23,7 +24,7 @@ use standby_consensus::{
 };
 use standby_filestorage::{Access, Record, StorageError, TransactionMeta, put_meta, put_record};
 use standby_types::time::new_tid;
-use standby_types::{LogIndex, NodeId, Oid, Term, Tid};
+use standby_types::{LogIndex, NodeId, Oid, Term, Tid, Transfer};
 use standby_zeo::{
     Buffer, ClientError, SessionId, Transactions, Value, VoteAnswer, VoteOutcome, VoteRequest,
 };
@@ -31,13 +32,14 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
+use self::blobs::Blobs;
 use self::pack::PackRequest;
 use crate::applier::{Origin, Work, unknown_storage};
 use crate::log_thread::LogWork;
 use crate::look::record_data;
 use crate::node::{Shared, Standing};
 use crate::oids::Oids;
-use crate::peers::{PeerInfo, Peers, fetch};
+use crate::peers::{Announcement, PeerInfo, Peers, fetch};
 use crate::sessions::{Mail, SessionHandle};
 
 /// Bytes of entries of ours without a majority, beyond which long transactions wait.
@@ -65,6 +67,17 @@ pub enum Internal {
     },
     /// A catch-up is complete and durable.
     CaughtUp(LogIndex),
+    /// A fetch of a blob has ended.
+    Obtained {
+        /// Who announced it, or sent an entry that names it.
+        from: NodeId,
+        /// Its storage.
+        storage: String,
+        /// Its name.
+        transfer: Transfer,
+        /// It is durable here.
+        here: bool,
+    },
     /// A checkpoint is durable: the log up to there is not needed for a restart.
     Checkpointed(LogIndex),
     /// This process must stop.
@@ -75,6 +88,12 @@ pub enum Internal {
 pub enum Event {
     /// A peer's message.
     Peer(PeerMessage),
+    /// A peer has an upload.
+    Announced(NodeId, Announcement),
+    /// The transaction of an upload was aborted.
+    Forgotten(Announcement),
+    /// A peer has fetched an upload.
+    Arrived(NodeId, Transfer),
     /// A peer can be reached, or reaches us.
     PeerUp(PeerInfo),
     /// A peer's connection has closed.
@@ -168,6 +187,7 @@ pub struct Engine {
     ticks: u64,
     /// Packs that wait for undos to be applied.
     packs: Vec<PackRequest>,
+    blobs: Blobs,
 }
 
 impl Engine {
@@ -211,6 +231,7 @@ impl Engine {
             log_bytes: 0,
             ticks: 0,
             packs: Vec::new(),
+            blobs: Blobs::default(),
         }
     }
 
@@ -272,6 +293,9 @@ impl Engine {
                 self.publish_standing();
                 Ok(())
             }
+            Internal::Obtained { from, storage, transfer, here } => {
+                self.obtained(from, &storage, transfer, here)
+            }
             Internal::Checkpointed(index) => self.compact(index),
             Internal::Fatal(error) => Err(error),
         }
@@ -280,7 +304,10 @@ impl Engine {
     /// False if the engine is to end.
     fn event(&mut self, event: Event) -> anyhow::Result<bool> {
         match event {
-            Event::Peer(message) => self.step(Happened::Received(message))?,
+            Event::Peer(message) => self.received(message)?,
+            Event::Announced(from, announcement) => self.announced(from, &announcement),
+            Event::Forgotten(announcement) => self.forgotten(&announcement),
+            Event::Arrived(at, transfer) => self.arrived(at, transfer),
             Event::PeerUp(info) => {
                 self.present.insert(info.id(), info);
             }
@@ -333,6 +360,7 @@ impl Engine {
         self.packs_that_waited()?;
         if self.ticks.is_multiple_of(10) {
             self.tend_membership()?;
+            self.announce_again();
             self.report_status();
         }
         Ok(())
@@ -372,6 +400,7 @@ impl Engine {
         let mut work = Vec::with_capacity(entries.len());
         for entry in entries {
             let (index, term) = entry.point();
+            self.blobs.committed(&entry);
             if let Committed::Command(_, _, data) = &entry {
                 self.log_bytes += data.len() as u64;
             }
@@ -404,6 +433,9 @@ impl Engine {
             self.promoted()?;
         }
         self.oriented |= role.leader.is_some();
+        if role.leader != before.leader {
+            self.blobs.leader_changed();
+        }
         if role.leader.is_some() && role.leader != before.leader {
             let settled = |session: &SessionHandle| session.settled.load(Ordering::Acquire);
             let count = self.shared.sessions.cut("a primary has appeared", settled);
@@ -430,6 +462,7 @@ impl Engine {
         }
         self.packs.clear();
         self.outgoing.clear();
+        self.blobs.demoted();
         self.in_flight = 0;
     }
 
@@ -644,8 +677,14 @@ impl Engine {
     fn pump(&mut self) -> anyhow::Result<()> {
         while self.in_flight < WINDOW {
             let Some(mut outgoing) = self.outgoing.pop_front() else { break };
-            if outgoing.parts.is_empty() && self.overtaken(&outgoing) {
-                continue;
+            if outgoing.parts.is_empty() {
+                if self.overtaken(&outgoing) {
+                    continue;
+                }
+                match self.with_blobs(outgoing) {
+                    Some(ready) => outgoing = ready,
+                    None => continue,
+                }
             }
             if let Err(error) = outgoing.fill() {
                 error!(%error, "cannot read a large transaction back");
@@ -695,7 +734,7 @@ impl Engine {
     }
 
     /// Proposes the closing entry of a transaction; false if it has to be tried again.
-    fn close(&mut self, outgoing: Outgoing) -> anyhow::Result<bool> {
+    fn close(&mut self, mut outgoing: Outgoing) -> anyhow::Result<bool> {
         let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
         let meta = &outgoing.buffer.meta;
         let tid = meta.tid;
@@ -713,6 +752,7 @@ impl Engine {
             storage: outgoing.storage.clone(),
             head: head.freeze(),
             parts: outgoing.parts.clone(),
+            blobs: outgoing.buffer.blobs(),
             rest: Bytes::copy_from_slice(&outgoing.records),
         };
         let origin = Origin { session: outgoing.session.clone(), id: outgoing.id.clone() };
@@ -720,6 +760,7 @@ impl Engine {
             self.outgoing.push_front(outgoing);
             return Ok(false);
         }
+        outgoing.buffer.keep_blobs();
         if let Some(committing) = self.storages.get_mut(&outgoing.storage) {
             committing.last_tid = tid;
         }

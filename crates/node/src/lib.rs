@@ -17,6 +17,7 @@
 
 pub mod admin;
 mod applier;
+mod blobs;
 pub mod client;
 pub mod config;
 mod connection;

@@ -6,12 +6,12 @@ use std::ops::Range;
 
 use base64::Engine as _;
 use standby_filestorage::{
-    Access, Reader, RecordData, Records, StorageError, StoredTransaction, TransactionMeta,
-    Transactions, UndoError, Undone,
+    Access, BlobDir, Reader, RecordData, Records, StorageError, StoredTransaction, TransactionMeta,
+    Transactions, UndoError, Undone, may_be_blob,
 };
 use standby_types::time::time_of;
-use standby_types::{Oid, Tid};
-use standby_zeo::{ClientError, Content, Later, Look, Value};
+use standby_types::{BlobSource, Oid, Tid};
+use standby_zeo::{ClientError, Content, Later, Look, Value, WorkedOut};
 
 use crate::engine::read_failed;
 
@@ -256,12 +256,13 @@ pub fn undo_objects(reader: &Reader, undos: &[Tid]) -> Result<Vec<Oid>, ClientEr
     Ok(oids)
 }
 
-/// Works out what can be known only when the locks are held; each result goes to `each`: the
-/// object, what it becomes, and whether by an undo. `each` returns false if nobody listens.
+/// Works out what can be known only when the locks are held; each result goes to `each`, which returns
+/// false if nobody listens.
 pub fn work_out(
     reader: &Reader,
+    blobs: Option<&BlobDir>,
     later: Vec<Later>,
-    mut each: impl FnMut(Oid, Content, bool) -> bool,
+    mut each: impl FnMut(WorkedOut) -> bool,
 ) -> Result<(), ClientError> {
     let mut undone = Undone::new();
     let gone = || ClientError::storage("the client has left");
@@ -269,18 +270,36 @@ pub fn work_out(
         match task {
             Later::Undo(tid) => reader
                 .undo(tid, &mut undone, |oid, data| {
-                    if each(oid, content(data), true) { Ok(()) } else { Err(WorkError(gone())) }
+                    let blob = blob_brought_back(blobs, oid, &data).map_err(WorkError)?;
+                    let out = WorkedOut { oid, content: content(data), undone: true, blob };
+                    if each(out) { Ok(()) } else { Err(WorkError(gone())) }
                 })
                 .map_err(|WorkError(error)| error)?,
             Later::Restore(oid, data, hint) => {
                 let data = reader.restored(oid, data, hint).map_err(failed)?;
-                if !each(oid, content(data), false) {
+                let content = content(data);
+                if !each(WorkedOut { oid, content, undone: false, blob: None }) {
                     return Err(gone());
                 }
             }
         }
     }
     Ok(())
+}
+
+/// The blob that an undo gives back to an object, if the revision has one.
+fn blob_brought_back(
+    blobs: Option<&BlobDir>,
+    oid: Oid,
+    data: &RecordData,
+) -> Result<Option<BlobSource>, ClientError> {
+    match (blobs, data) {
+        (Some(blobs), RecordData::Back(tid, Some(data))) if may_be_blob(data) => {
+            let found = blobs.has(oid, *tid).map_err(failed)?;
+            Ok(found.then_some(BlobSource::Copy(*tid)))
+        }
+        _ => Ok(None),
+    }
 }
 
 struct WorkError(ClientError);

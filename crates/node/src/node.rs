@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use standby_consensus::{Config as RaftConfig, Consensus, LogWriter, Member, Role, Roster};
-use standby_filestorage::{Reader, Source};
+use standby_filestorage::{BlobDir, Reader, Source};
 use standby_types::{Disk, LogIndex, NodeId};
 use standby_zeo::{MakeSpill, Retention, Value};
 use tokio::net::TcpListener;
@@ -105,6 +105,8 @@ pub struct StorageShared {
     pub source: Source,
     /// The data file.
     pub path: PathBuf,
+    /// The blobs.
+    pub blobs: Option<BlobDir>,
     /// How far a pack is.
     pub packing: Progress,
     /// Counters.
@@ -335,7 +337,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let storages = config.storages.iter().filter_map(|section| {
         let source = prepared.storages.get(&section.name)?.source();
         let (path, packing) = (section.path.clone(), Progress::default());
-        let shared = StorageShared { source, path, packing, stats: Stats::default() };
+        let blobs = prepared.blobs.get(&section.name).cloned();
+        let shared = StorageShared { source, path, blobs, packing, stats: Stats::default() };
         Some((section.name.clone(), shared))
     });
     let member = startup::self_as_member(&config, prepared.id);
@@ -376,7 +379,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let point = prepared.checkpoint.applied_point();
     let consensus =
         Consensus::new(raft_config, disk.clone(), state.log(), &prepared.recovered, point)?;
-    let replica = Replica::new(&prepared.checkpoint, prepared.storages, make_spill);
+    let replica = Replica::new(&prepared.checkpoint, prepared.storages, prepared.blobs, make_spill);
     let ceilings = replica.ceilings();
     let applied = replica.index();
     start_threads(&shared, &disk, replica, prepared.writer, work_receiver, log_receiver)?;

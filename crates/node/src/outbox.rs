@@ -86,7 +86,7 @@ impl Outbox {
         drop(queue);
         self.wake.notify_one();
         self.closing.notify_one();
-        self.drained.notify_one();
+        self.drained.notify_waiters();
     }
 
     /// Closes the connection once all that is queued has been sent.
@@ -111,14 +111,23 @@ impl Outbox {
 
     /// Returns when there is room for more replies.
     pub async fn room(&self) {
+        self.room_below(FULL).await;
+    }
+
+    /// Returns when there are no more than `limit` bytes in the queue.
+    pub async fn room_below(&self, limit: usize) {
         loop {
+            let drained = self.drained.notified();
+            tokio::pin!(drained);
+            // Before looking, so that nothing is missed.
+            drained.as_mut().enable();
             {
                 let queue = self.lock();
-                if queue.len <= FULL || queue.closed.is_some() {
+                if queue.len <= limit || queue.closed.is_some() {
                     return;
                 }
             }
-            self.drained.notified().await;
+            drained.await;
         }
     }
 
@@ -158,7 +167,7 @@ impl Outbox {
                 together.clear();
             }
             socket.write_all(&together).await?;
-            self.drained.notify_one();
+            self.drained.notify_waiters();
         }
         socket.shutdown().await
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use standby_filestorage::{FileStorage, Job, Outcome, Reader, pack};
+use standby_filestorage::{BlobDir, FileStorage, Job, Outcome, Reader, pack};
 use standby_types::time::time_of;
 use standby_types::{Oid, Tid};
 use tracing::{info, warn};
@@ -49,6 +49,8 @@ pub struct Packs {
 enum Stage {
     Working,
     Ready(Box<FileStorage>, Tid),
+    /// The packed file is in place; the blobs that it does not need are being removed.
+    Blobs,
 }
 
 impl Packs {
@@ -95,7 +97,39 @@ impl Packs {
         let name = self.running.iter().find(|(_, stage)| ready(stage))?.0.clone();
         match self.running.remove(&name)? {
             Stage::Ready(packed, last) => Some((name, *packed, last)),
-            Stage::Working => None,
+            Stage::Working | Stage::Blobs => None,
+        }
+    }
+
+    /// Removes the blobs of revisions that the data file has no more; then tells the applier.
+    pub fn remove_blobs(
+        &mut self,
+        shared: &Arc<Shared>,
+        storage: &str,
+        blobs: BlobDir,
+        reader: Reader,
+        keep: bool,
+    ) {
+        self.running.insert(storage.into(), Stage::Blobs);
+        let last = reader.last_tid();
+        let (to_tell, name) = (shared.clone(), storage.to_owned());
+        let work = move || {
+            let old = keep.then(|| PathBuf::from(format!("{}.old", blobs.dir().display())));
+            let removed = (old.as_deref().map_or(Ok(()), remove_tree))
+                .map_err(anyhow::Error::from)
+                .and_then(|()| Ok(blobs.remove_packed(&reader, last, old.as_deref())?));
+            match removed {
+                Ok(removed) => info!(storage = name, removed, "removed blobs that are packed away"),
+                // They are found again by the next pack.
+                Err(error) => {
+                    warn!(storage = name, "cannot remove all blobs that are packed away: {error:#}")
+                }
+            }
+            to_tell.apply(Work::BlobsRemoved(name));
+        };
+        if let Err(error) = std::thread::Builder::new().name("pack-blobs".into()).spawn(work) {
+            warn!(storage, %error, "cannot remove blobs that are packed away");
+            shared.apply(Work::BlobsRemoved(storage.into()));
         }
     }
 
@@ -134,4 +168,11 @@ fn run(shared: &Shared, name: &str, reader: &Reader, job: Job) -> anyhow::Result
         let _ = std::fs::remove_file(&to);
     }
     Ok(packed?)
+}
+
+fn remove_tree(dir: &Path) -> std::io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }

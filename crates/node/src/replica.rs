@@ -12,11 +12,12 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{AppliedPoint, Command, Committed, Ending, Membership};
 use standby_filestorage::{
-    FileStorage, Job, Record, StorageError, TransactionMeta, copy_rest, record_len, take_meta,
-    take_record,
+    BlobDir, FileStorage, Job, Record, StorageError, TransactionMeta, copy_rest, record_len,
+    take_meta, take_record,
 };
-use standby_types::{LogIndex, Oid, Term, Tid};
+use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
+use tracing::warn;
 
 use crate::state::{Checkpoint, StoragePoint, decode_shared, encode_shared};
 
@@ -37,6 +38,11 @@ pub enum ApplyError {
     /// A long transaction's part cannot be kept or found.
     #[error("a part of a long transaction is not at hand: {0}")]
     Part(io::Error),
+    /// A blob has no place.
+    #[error(
+        "the log has a blob of the storage {0:?}, for which this node's configuration has no blob-dir"
+    )]
+    NoBlobDir(String),
 }
 
 /// A transaction that has just become visible.
@@ -62,6 +68,7 @@ pub struct Replica {
 
 struct Stored {
     storage: FileStorage,
+    blobs: Option<BlobDir>,
     ceiling: Oid,
     /// Packs to do, in order; the first may be under way.
     packs: VecDeque<Job>,
@@ -83,13 +90,14 @@ impl Replica {
     pub fn new(
         checkpoint: &Checkpoint,
         storages: BTreeMap<String, FileStorage>,
+        blobs: BTreeMap<String, BlobDir>,
         make_spill: MakeSpill,
     ) -> Replica {
         let stored = |name: &str, storage| {
             let point = checkpoint.storages.get(name);
             let ceiling = point.map_or(Oid(0), |point| point.ceiling);
             let packs = point.map_or_else(VecDeque::new, |point| point.packs.clone().into());
-            Stored { storage, ceiling, packs }
+            Stored { storage, blobs: blobs.get(name).cloned(), ceiling, packs }
         };
         Replica {
             cluster_id: checkpoint.cluster_id.clone(),
@@ -125,6 +133,11 @@ impl Replica {
     /// The storages, by name.
     pub fn storages(&self) -> impl Iterator<Item = (&String, &FileStorage)> {
         self.storages.iter().map(|(name, stored)| (name, &stored.storage))
+    }
+
+    /// The directories of blobs.
+    pub fn blobs(&self) -> impl Iterator<Item = &BlobDir> {
+        self.storages.values().filter_map(|stored| stored.blobs.as_ref())
     }
 
     /// Oids up to these may have been handed out.
@@ -228,8 +241,11 @@ impl Replica {
         let parts = &mut self.parts;
         if meta.tid <= stored.storage.mark().tid {
             parts.remove(&ending.parts);
+            stored.discard(&ending.blobs)?;
             return Ok(None);
         }
+        // A blob is there before the record that tells of it can be read.
+        stored.place(&ending.storage, &ending.blobs, meta.tid)?;
         let mut appender = stored.storage.begin(&meta)?;
         let mut oids = Vec::new();
         let mut pending = BytesMut::new();
@@ -260,21 +276,25 @@ impl Replica {
     }
 
     /// Appends a transaction that has come from a peer instead of the log; `None` if it is
-    /// there already. `next` gives the records one by one.
+    /// there already. `next` gives the records one by one, each after its blob.
     pub fn copy(
         &mut self,
         storage: &str,
         meta: &TransactionMeta,
-        mut next: impl FnMut() -> Result<Option<Record>, ApplyError>,
+        mut next: impl FnMut(&mut Vec<Blob>) -> Result<Option<Record>, ApplyError>,
     ) -> Result<Option<Applied>, ApplyError> {
         let stored = self.stored(storage)?;
+        let mut blobs = Vec::new();
         if meta.tid <= stored.storage.mark().tid {
-            while next()?.is_some() {}
+            while next(&mut blobs)?.is_some() {}
+            stored.discard(&blobs)?;
             return Ok(None);
         }
+        let dir = stored.blobs.clone();
         let mut appender = stored.storage.begin(meta)?;
         let mut oids = Vec::new();
-        while let Some(record) = next()? {
+        while let Some(record) = next(&mut blobs)? {
+            place(dir.as_ref(), storage, &std::mem::take(&mut blobs), meta.tid)?;
             appender.record(&record)?;
             oids.push(record.oid);
         }
@@ -341,7 +361,33 @@ impl Replica {
     }
 }
 
+/// Gives the blobs of a transaction their names.
+fn place(dir: Option<&BlobDir>, storage: &str, blobs: &[Blob], tid: Tid) -> Result<(), ApplyError> {
+    for blob in blobs {
+        let dir = dir.ok_or_else(|| ApplyError::NoBlobDir(storage.into()))?;
+        if !dir.place(blob, tid)? {
+            warn!(storage, oid = %blob.oid, %tid, "the blob that an undo brings back is missing");
+        }
+    }
+    Ok(())
+}
+
 impl Stored {
+    fn place(&self, storage: &str, blobs: &[Blob], tid: Tid) -> Result<(), ApplyError> {
+        place(self.blobs.as_ref(), storage, blobs, tid)
+    }
+
+    /// The blobs' transaction is there already.
+    fn discard(&self, blobs: &[Blob]) -> Result<(), ApplyError> {
+        let Some(dir) = &self.blobs else { return Ok(()) };
+        for blob in blobs {
+            if let BlobSource::Upload(upload) = blob.source {
+                dir.discard(upload.transfer)?;
+            }
+        }
+        Ok(())
+    }
+
     /// An oid in use was handed out, whoever did it.
     fn note_oids(&mut self, oids: &[Oid]) {
         let highest = oids.iter().max().copied().unwrap_or(Oid(0));

@@ -12,14 +12,16 @@
 //!                                                    the beginning of the cluster's history
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use standby_consensus::{Command, LogWriter, Member, Membership, Recovered, recover};
-use standby_filestorage::{Extent, FileStorage, Magic, Mark, Tail, take_meta};
-use standby_types::{Disk, LogIndex, NodeId, Oid, Term, Tid};
+use standby_consensus::{
+    Command, LogWriter, Member, Membership, Recovered, ending_with_blobs, recover,
+};
+use standby_filestorage::{BlobDir, Extent, FileStorage, Magic, Mark, Tail, take_meta};
+use standby_types::{BlobSource, Disk, LogIndex, NodeId, Oid, Term, Tid, Transfer};
 use tracing::{info, warn};
 
 use crate::config::{Config, StorageSection};
@@ -42,6 +44,8 @@ pub struct Prepared {
     pub checkpoint: Checkpoint,
     /// Its storages, open, at the checkpoint's marks.
     pub storages: BTreeMap<String, FileStorage>,
+    /// The directories of their blobs.
+    pub blobs: BTreeMap<String, BlobDir>,
     /// What the log holds.
     pub recovered: Recovered,
     /// The log, open for appending.
@@ -67,6 +71,38 @@ pub fn prepare(
         (Some(identity), Some(checkpoint)) => resume(config, disk, state, &identity, checkpoint),
         (identity, _) => begin(config, disk, state, identity, beginning),
     }
+}
+
+/// Opens the directories of blobs. What was staged there by a former run goes, except what entries
+/// of the log after `applied` name.
+fn open_blobs(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    recovered: &Recovered,
+    applied: LogIndex,
+) -> anyhow::Result<BTreeMap<String, BlobDir>> {
+    let mut needed: BTreeMap<String, BTreeSet<Transfer>> = BTreeMap::new();
+    for (_, data) in recovered.data_after(&**disk, &state.log(), applied)? {
+        let Some(ending) = ending_with_blobs(&data) else { continue };
+        let uploads = needed.entry(ending.storage).or_default();
+        uploads.extend(ending.blobs.iter().filter_map(|blob| match blob.source {
+            BlobSource::Upload(upload) => Some(upload.transfer),
+            BlobSource::Copy(_) => None,
+        }));
+    }
+    let mut opened = BTreeMap::new();
+    for section in &config.storages {
+        let Some(dir) = &section.blob_dir else { continue };
+        let blobs = BlobDir::open(disk.clone(), dir)?;
+        let removed =
+            blobs.remove_staged_except(needed.get(&section.name).unwrap_or(&BTreeSet::new()))?;
+        if removed > 0 {
+            info!(dir = %dir.display(), removed, "removed uploads that were never committed");
+        }
+        opened.insert(section.name.clone(), blobs);
+    }
+    Ok(opened)
 }
 
 fn begin(
@@ -125,7 +161,8 @@ fn begin(
         info!(node = %id, cluster = %checkpoint.cluster_id, "founded a cluster");
     }
     let unconfirmed = unconfirmed && !found;
-    Ok(Prepared { id, checkpoint, storages, recovered, writer, unconfirmed })
+    let blobs = open_blobs(config, disk, state, &recovered, checkpoint.index)?;
+    Ok(Prepared { id, checkpoint, storages, blobs, recovered, writer, unconfirmed })
 }
 
 fn resume(
@@ -204,7 +241,8 @@ fn resume(
     let id = identity.node_id()?;
     info!(node = %id, applied = %checkpoint.index, log_end = %recovered.last_index(), "resuming");
     let unconfirmed = false;
-    Ok(Prepared { id, checkpoint, storages, recovered, writer, unconfirmed })
+    let blobs = open_blobs(config, disk, state, &recovered, checkpoint.index)?;
+    Ok(Prepared { id, checkpoint, storages, blobs, recovered, writer, unconfirmed })
 }
 
 /// The data file is not the one that Standby left. One node alone takes it as it is; a member of a

@@ -171,11 +171,28 @@ impl Disk for MemoryDisk {
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
         let names = locked(&self.names);
-        Ok(names.current.keys().filter(|p| parent(p) == dir).cloned().collect())
+        let inside = |path: &PathBuf| {
+            let first = path.strip_prefix(dir).ok()?.components().next()?;
+            Some(dir.join(first))
+        };
+        let found: BTreeSet<PathBuf> = names.current.keys().filter_map(inside).collect();
+        Ok(found.into_iter().collect())
     }
 
     fn create_dir(&self, _dir: &Path) -> io::Result<()> {
         Ok(())
+    }
+
+    fn remove_dir(&self, dir: &Path) -> io::Result<()> {
+        if self.list(dir)?.is_empty() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::DirectoryNotEmpty.into())
+        }
+    }
+
+    fn make_read_only(&self, path: &Path) -> io::Result<()> {
+        self.find(path).map(drop)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

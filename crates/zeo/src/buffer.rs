@@ -3,11 +3,11 @@
 //! Data beyond [`SPILL_ABOVE`] go to a temporary file, so that a transaction of any size costs
 //! bounded memory.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 
 use bytes::Bytes;
-use standby_types::{Oid, Tid};
+use standby_types::{Blob, BlobSource, Oid, Tid};
 
 use crate::spill::{MakeSpill, Slot, Spill};
 use crate::transactions::VoteRequest;
@@ -85,6 +85,12 @@ pub enum Later {
     Restore(Oid, Option<Bytes>, Option<Tid>),
 }
 
+/// Keeps an upload on disk as long as it lives.
+pub trait StagedFile: Send + Sync {
+    /// The file stays: the log is to name it.
+    fn keep(self: Box<Self>);
+}
+
 /// A transaction before it is finished. Of several changes of one object the last one counts.
 pub struct Buffer {
     /// Its head.
@@ -94,6 +100,7 @@ pub struct Buffer {
     /// Objects that must not have changed since they were read.
     checks: Vec<(Oid, Tid)>,
     later: Vec<Later>,
+    blobs: BTreeMap<Oid, (BlobSource, Option<Box<dyn StagedFile>>)>,
     spill: Spill,
 }
 
@@ -112,6 +119,7 @@ impl Buffer {
             by_oid: HashMap::new(),
             checks: Vec::new(),
             later: Vec::new(),
+            blobs: BTreeMap::new(),
             spill: Spill::new(SPILL_ABOVE, make_spill),
         }
     }
@@ -138,6 +146,28 @@ impl Buffer {
             }
         }
         Ok(())
+    }
+
+    /// The object's new revision has a blob.
+    pub fn put_blob(&mut self, oid: Oid, source: BlobSource, staged: Option<Box<dyn StagedFile>>) {
+        self.blobs.insert(oid, (source, staged));
+    }
+
+    /// The blobs of all revisions that have one.
+    pub fn blobs(&self) -> Vec<Blob> {
+        let written =
+            |oid: &Oid| self.write_of(*oid).is_some_and(|write| !matches!(write.kept, Kept::Gone));
+        let written = self.blobs.iter().filter(|(oid, _)| written(oid));
+        written.map(|(oid, (source, _))| Blob { oid: *oid, source: *source }).collect()
+    }
+
+    /// The uploads stay on disk, whatever becomes of this buffer: the log is to name them.
+    pub fn keep_blobs(&mut self) {
+        for (_, staged) in self.blobs.values_mut() {
+            if let Some(staged) = staged.take() {
+                staged.keep();
+            }
+        }
     }
 
     /// Adds a check.

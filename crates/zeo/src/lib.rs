@@ -21,12 +21,12 @@ mod session;
 mod spill;
 mod transactions;
 
-pub use buffer::{Buffer, Content, Expected, Later, Meta, SPILL_ABOVE, Write};
+pub use buffer::{Buffer, Content, Expected, Later, Meta, SPILL_ABOVE, StagedFile, Write};
 pub use error::ClientError;
 pub use frame::{FrameReader, FrameTooLong, MAX_FRAME, MAX_FRAME_BEFORE_REGISTER, frame};
 pub use history::{History, Retention};
 pub use message::{Call, Encoding, Incoming, Reply, WireError};
-pub use session::{CloseReason, Effect, Look, Options, Read, Session, VoteOutcome};
+pub use session::{CloseReason, Effect, Look, Options, Read, Session, VoteOutcome, WorkedOut};
 pub use spill::{MakeSpill, Slot, Spill};
 pub use standby_pickle::{Value, references};
 pub use transactions::{FinishRefused, Transactions, VoteAnswer, VoteRequest};

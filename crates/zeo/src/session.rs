@@ -19,11 +19,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use standby_pickle::Value;
-use standby_types::{Oid, Tid};
+use standby_types::{BlobSource, Oid, Tid, Upload};
 
 use self::args::Args;
 use self::transaction::{Phase, Transaction, conflict_list};
-use crate::buffer::{Buffer, Content, Expected, Later};
+use crate::buffer::{Buffer, Content, Expected, Later, StagedFile};
 use crate::error::ClientError;
 use crate::frame::frame;
 use crate::message::{Call, Encoding, Incoming};
@@ -144,6 +144,29 @@ pub enum Effect {
     Abort,
     /// The client has given itself a name, for people who read logs.
     Labelled,
+    /// An upload begins. Only one is under way at a time.
+    BlobStart,
+    /// The next bytes of the upload.
+    BlobChunk(Bytes),
+    /// The upload is complete: it is the blob of this object. Make it durable and tell
+    /// [`Session::staged`] before anything else is received.
+    BlobEnd(Oid),
+    /// As `BlobEnd`, for a file that the client has put into the object's directory.
+    BlobShared {
+        /// The object.
+        oid: Oid,
+        /// The file's name; it has no `/`.
+        name: String,
+    },
+    /// Send a blob, then answer with `None`.
+    SendBlob {
+        /// The call.
+        id: Value,
+        /// The object.
+        oid: Oid,
+        /// Its revision.
+        serial: Tid,
+    },
     /// Pack; answer with `None`.
     Pack {
         /// The call; `None` if nothing is to be answered.
@@ -186,6 +209,18 @@ pub enum CloseReason {
     Spill(String),
 }
 
+/// What was worked out for an object once its lock was held.
+pub struct WorkedOut {
+    /// The object.
+    pub oid: Oid,
+    /// What it becomes.
+    pub content: Content,
+    /// The client does not know it: it comes from an undo.
+    pub undone: bool,
+    /// Its blob.
+    pub blob: Option<BlobSource>,
+}
+
 /// What became of a vote.
 #[derive(Debug)]
 pub enum VoteOutcome {
@@ -209,6 +244,8 @@ pub struct Session {
     encoding: Encoding,
     label: Option<String>,
     transaction: Option<Transaction>,
+    /// An upload has begun and not ended.
+    uploading: bool,
     wanted_write: bool,
 }
 
@@ -221,6 +258,7 @@ impl Session {
             encoding: Encoding::Pickle,
             label: None,
             transaction: None,
+            uploading: false,
             wanted_write: false,
         }
     }
@@ -335,13 +373,29 @@ impl Session {
         }
     }
 
-    /// Adds what was worked out: what an object becomes, and whether the client does not know it.
-    pub fn worked_out(&mut self, oid: Oid, content: Content, undone: bool) -> std::io::Result<()> {
+    /// Adds what was worked out.
+    pub fn worked_out(&mut self, out: WorkedOut) -> std::io::Result<()> {
+        let WorkedOut { oid, content, undone, blob } = out;
         let Some(transaction) = &mut self.transaction else { return Ok(()) };
         if undone && !transaction.changed.contains(&oid) {
             transaction.changed.push(oid);
         }
-        transaction.buffer.put(oid, Expected::Any, content)
+        transaction.buffer.put(oid, Expected::Any, content)?;
+        if let Some(source) = blob {
+            transaction.buffer.put_blob(oid, source, None);
+        }
+        Ok(())
+    }
+
+    /// An upload is durable, or failed: then the vote will fail.
+    pub fn staged(&mut self, oid: Oid, staged: Result<(Upload, Box<dyn StagedFile>), ClientError>) {
+        let Some(transaction) = &mut self.transaction else { return };
+        match staged {
+            Ok((upload, staged)) => {
+                transaction.buffer.put_blob(oid, BlobSource::Upload(upload), Some(staged));
+            }
+            Err(error) => transaction.doomed = Some(error),
+        }
     }
 
     fn step(&mut self, frame: Bytes, effects: &mut Vec<Effect>) -> Result<(), CloseReason> {
@@ -428,6 +482,10 @@ impl Session {
                 | "deleteObject"
                 | "undoa"
                 | "checkCurrentSerialInTransaction"
+                | "storeBlobStart"
+                | "storeBlobChunk"
+                | "storeBlobEnd"
+                | "storeBlobShared"
                 | "vote"
         );
         if writing && read_only {
@@ -496,14 +554,13 @@ impl Session {
                 let id = (!call.one_way).then(id);
                 Some(Effect::Pack { id, time, wait })
             }),
-            "storeBlobStart" | "storeBlobChunk" | "storeBlobEnd" | "storeBlobShared"
-            | "sendBlob" => Err(ClientError::Other(
-                "builtins.NotImplementedError",
-                vec![Value::Str(format!(
-                    "this version of Standby does not support {}",
-                    call.method
-                ))],
-            )),
+            "storeBlobStart" => self.blob_start(&args).map(Some),
+            "storeBlobChunk" => self.blob_chunk(&args).map(Some),
+            "storeBlobEnd" => self.blob_end(&args).map(Some),
+            "storeBlobShared" => self.blob_shared(&args).map(Some),
+            "sendBlob" => args
+                .oid_and_tid()
+                .map(|(oid, serial)| Some(Effect::SendBlob { id: id(), oid, serial })),
             _ => return None,
         };
         Some(result.map(|effect| effects.extend(effect)))

@@ -105,6 +105,10 @@ pub struct StorageSection {
     pub pack_gc: bool,
     /// A pack keeps the old file as `PATH.old`.
     pub pack_keep_old: bool,
+    /// The directory of the blobs.
+    pub blob_dir: Option<PathBuf>,
+    /// A pack keeps the blobs of before as `BLOBDIR.old`, as `blob-dir` in a `<filestorage>` asks for.
+    pub blob_keep_old: bool,
 }
 
 /// `<eventlog>`
@@ -213,7 +217,7 @@ impl Config {
     pub fn parse(file: &Path, text: &str) -> Result<Config, ConfigError> {
         let top = parse(file, text)?;
         let mut checker = Checker { file: file.display().to_string(), notes: Vec::new() };
-        let allowed = ["zeo", "filestorage", "eventlog", "standby", "runner"];
+        let allowed = ["zeo", "filestorage", "blobstorage", "eventlog", "standby", "runner"];
         let mut top_reader = checker.reader(&top, &[])?;
         top_reader.sections(&allowed)?;
         let zeo = match top.sections.iter().find(|s| s.kind == "zeo") {
@@ -221,8 +225,12 @@ impl Config {
             None => return Err(checker.error(1, "there is no <zeo> section with an address")),
         };
         let mut storages: Vec<StorageSection> = Vec::new();
-        for section in top.sections.iter().filter(|s| s.kind == "filestorage") {
-            let storage = checker.storage(section)?;
+        let storage_kinds = ["filestorage", "blobstorage"];
+        for section in top.sections.iter().filter(|s| storage_kinds.contains(&s.kind.as_str())) {
+            let storage = match section.kind.as_str() {
+                "blobstorage" => checker.blob_storage(section)?,
+                _ => checker.storage(section)?,
+            };
             if storages.iter().any(|other| other.name == storage.name) {
                 let message = format!("there are two storages named {:?}", storage.name);
                 return Err(checker.error(section.line, message));
@@ -270,7 +278,6 @@ impl<'a> SectionReader<'a> {
                     "mappingstorage" | "demostorage" => {
                         "its data would be gone at a restart; use <filestorage>".into()
                     }
-                    "blobstorage" => "this version of Standby does not support blobs".into(),
                     _ => allowed_text("sections", allowed),
                 };
                 return Err(self
@@ -476,19 +483,37 @@ impl Checker {
         ];
         let mut reader = self.reader(section, &keys)?;
         reader.sections(&[])?;
-        if let Some((_, line)) = reader.text("blob-dir") {
-            return Err(reader.error(line, "this version of Standby does not support blobs"));
-        }
+        let (blob_dir, pack_keep_old) =
+            (reader.get("blob-dir", path)?, reader.boolean("pack-keep-old", true)?);
         let storage = StorageSection {
             name: section.name.clone().unwrap_or_else(|| "1".into()),
             path: reader.required("path", path)?,
             create: reader.boolean("create", false)?,
             read_only: reader.boolean("read-only", false)?,
             pack_gc: reader.boolean("pack-gc", true)?,
-            pack_keep_old: reader.boolean("pack-keep-old", true)?,
+            pack_keep_old,
+            blob_keep_old: pack_keep_old,
+            blob_dir,
         };
         self.note(section, &["quota", "packer"]);
         Ok(storage)
+    }
+
+    /// `<blobstorage NAME>`: a directory of blobs around a `<filestorage>`.
+    fn blob_storage(&mut self, section: &Section) -> Result<StorageSection, ConfigError> {
+        let mut reader = self.reader(section, &["blob-dir"])?;
+        reader.sections(&["filestorage"])?;
+        let blob_dir = reader.required("blob-dir", path)?;
+        let [inner] = &section.sections[..] else {
+            return Err(reader.error(section.line, "<blobstorage> needs one <filestorage> in it"));
+        };
+        let storage = self.storage(inner)?;
+        if storage.blob_dir.is_some() {
+            let message = "\"blob-dir\" stands in <blobstorage> and in its <filestorage>";
+            return Err(self.error(inner.line, message));
+        }
+        let name = section.name.clone().unwrap_or_else(|| "1".into());
+        Ok(StorageSection { name, blob_dir: Some(blob_dir), blob_keep_old: false, ..storage })
     }
 
     fn eventlog(&mut self, section: &Section) -> Result<EventLog, ConfigError> {
@@ -673,9 +698,14 @@ mod tests {
                 ALONE.replace("filestorage", "mappingstorage"),
                 "zeo.conf:4: <mappingstorage> is not possible here: its data would be gone at a restart",
             ),
+            (ALONE.replace("path", "blob-dir"), "zeo.conf:4: <filestorage> has no \"path\""),
             (
-                ALONE.replace("path", "blob-dir"),
-                "zeo.conf:5: this version of Standby does not support blobs",
+                ALONE.replace("filestorage", "blobstorage"),
+                "zeo.conf:5: unknown key \"path\" in <blobstorage>",
+            ),
+            (
+                format!("{ALONE}<blobstorage b>\nblob-dir /b\n</blobstorage>"),
+                "zeo.conf:7: <blobstorage> needs one <filestorage> in it",
             ),
             (
                 format!("{ALONE}path x"),
@@ -703,6 +733,21 @@ mod tests {
         for (text, expected) in cases {
             let error = read(&text).unwrap_err();
             assert!(error.starts_with(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn blobs_have_two_ways() {
+        let inside = read(&ALONE.replace("path", "blob-dir /srv/blobs\npath")).unwrap();
+        let around = ALONE
+            .replace("<filestorage>", "<blobstorage main>\nblob-dir /srv/blobs\n<filestorage>")
+            .replace("</filestorage>", "</filestorage>\n</blobstorage>");
+        let around = read(&around).unwrap();
+        for (config, name, keep_old) in [(inside, "1", true), (around, "main", false)] {
+            let storage = &config.storages[0];
+            assert_eq!(storage.name, name);
+            assert_eq!(storage.blob_dir.as_deref(), Some(Path::new("/srv/blobs")));
+            assert_eq!(storage.blob_keep_old, keep_old);
         }
     }
 

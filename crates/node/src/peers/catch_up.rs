@@ -8,6 +8,9 @@
 //!                                      ◀─────  'x' reason, or per storage:
 //!                                      ◀─────  's' storage name
 //!                                      ◀─────  't' transaction's head
+//!                                      ◀─────  'b' the oid of the next record, if that has a blob
+//!                                      ◀─────  'c' the blob's bytes …
+//!                                      ◀─────  'h' their SHA-256
 //!                                      ◀─────  'd' record …
 //!                                      ◀─────  'e' end of transaction
 //!                                      ◀─────  'z' that is all
@@ -25,10 +28,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use standby_consensus::AppliedPoint;
 use standby_filestorage::{
-    Mark, Reader, Record, StorageError, put_meta, put_record, take_meta, take_record,
+    BlobDir, Mark, Reader, Record, RecordData, StorageError, may_be_blob, put_meta, put_record,
+    take_meta, take_record,
 };
 use standby_types::disk::{Open, read_full};
-use standby_types::{Disk, NodeId, Tid};
+use standby_types::{Blob, BlobSource, Disk, NodeId, Oid, Tid};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -36,6 +40,7 @@ use tracing::{info, warn};
 
 use super::{PeerError, Purpose, connect, frame, read_frame, write_frame};
 use crate::applier::{CatchUpItem, Work};
+use crate::blobs::{BlobWriter, new_transfer};
 use crate::disk::OsDisk;
 use crate::engine::Internal;
 use crate::node::Shared;
@@ -46,6 +51,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const MAX_RECORD: usize = u32::MAX as usize;
 /// Records between socket and applier, and between data file and socket.
 const QUEUE: usize = 256;
+/// Bytes of a blob in one frame.
+const BLOB_PIECE: usize = 64 << 10;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Request {
@@ -95,6 +102,8 @@ async fn attempt(
     shared.apply(Work::CatchUp { items: receiver, target: target.clone() });
     let mut stream = BufReader::with_capacity(1 << 20, stream);
     let mut storage = String::new();
+    let mut blob: Option<(Oid, BlobWriter)> = None;
+    let no_blob = || PeerError::Protocol("bytes of no blob".into());
     let (mut bytes, mut told) = (0u64, std::time::Instant::now());
     loop {
         let next = tokio::time::timeout(PATIENCE, read_frame(&mut stream, MAX_RECORD)).await;
@@ -115,6 +124,25 @@ async fn attempt(
                 let meta = take_meta(&mut content.clone()).map_err(malformed)?;
                 CatchUpItem::Begin(storage.clone(), meta)
             }
+            b'b' => {
+                let oid = Oid::from_slice(&content)
+                    .ok_or_else(|| PeerError::Protocol("a malformed oid".into()))?;
+                blob = Some((oid, begin_blob(shared, &storage)?));
+                continue;
+            }
+            b'c' => {
+                let (_, writer) = blob.as_mut().ok_or_else(no_blob)?;
+                writer.write(&content).await?;
+                continue;
+            }
+            b'h' => {
+                let (oid, writer) = blob.take().ok_or_else(no_blob)?;
+                let (upload, staged) = writer.finish().await?;
+                if upload.sha256[..] != content[..] {
+                    return Err(PeerError::Protocol("a blob has arrived damaged".into()));
+                }
+                CatchUpItem::Blob(Blob { oid, source: BlobSource::Upload(upload) }, staged)
+            }
             b'd' => CatchUpItem::Record(take_record(&mut content.clone()).map_err(malformed)?),
             b'e' => CatchUpItem::End,
             b'z' => CatchUpItem::Done,
@@ -132,6 +160,15 @@ async fn attempt(
             return Ok(());
         }
     }
+}
+
+fn begin_blob(shared: &Shared, storage: &str) -> Result<BlobWriter, PeerError> {
+    let blobs = shared.storages.get(storage).and_then(|s| s.blobs.as_ref()).ok_or_else(|| {
+        PeerError::Refused(format!(
+            "the storage {storage:?} has blobs, but the configuration of this node has no blob-dir for it"
+        ))
+    })?;
+    Ok(BlobWriter::new(blobs, new_transfer()?))
 }
 
 fn request(shared: &Shared, unconfirmed: bool) -> Result<Request, PeerError> {
@@ -236,6 +273,11 @@ fn send_all(shared: &Shared, request: &Request, frames: &Frames) -> Result<(), S
             put_meta(&stored.meta, &mut out);
             send(frame(b't', &out))?;
             transactions.records(&stored, |record: Record| {
+                if let Some(blobs) = &storage.blobs
+                    && may_have_blob(&record)
+                {
+                    send_blob(blobs, record.oid, stored.meta.tid, &send)?;
+                }
                 out.clear();
                 put_record(&record, &mut out);
                 send(frame(b'd', &out))
@@ -244,6 +286,41 @@ fn send_all(shared: &Shared, request: &Request, frames: &Frames) -> Result<(), S
         }
     }
     send(frame(b'z', b""))
+}
+
+fn may_have_blob(record: &Record) -> bool {
+    match &record.data {
+        RecordData::Data(data) | RecordData::Back(_, Some(data)) => may_be_blob(data),
+        RecordData::Back(_, None) | RecordData::Gone => false,
+    }
+}
+
+/// Sends the blob of a revision, if it has one.
+fn send_blob(
+    blobs: &BlobDir,
+    oid: Oid,
+    tid: Tid,
+    send: &impl Fn(bytes::Bytes) -> Result<(), SendError>,
+) -> Result<(), SendError> {
+    let path = blobs.path(oid, tid);
+    let failed = |source| {
+        SendError::Storage(StorageError::Io { path: path.clone(), action: "read", source })
+    };
+    let file = match OsDisk.open(&path, Open::Read) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(failed)?,
+    };
+    send(frame(b'b', &oid.to_bytes()))?;
+    let (mut hash, mut buffer, mut at) = (Sha256::new(), vec![0; BLOB_PIECE], 0);
+    loop {
+        let n = read_full(&*file, &mut buffer, at).map_err(failed)?;
+        if n == 0 {
+            return send(frame(b'h', &hash.finalize()));
+        }
+        hash.update(&buffer[..n]);
+        send(frame(b'c', &buffer[..n]))?;
+        at += n as u64;
+    }
 }
 
 /// True if a pack may have removed the transaction: all that is left of that time is packed.

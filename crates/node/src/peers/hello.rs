@@ -40,6 +40,8 @@ pub enum Purpose {
     Link,
     /// Transactions for a node that is behind.
     CatchUp,
+    /// A blob.
+    Blob,
     /// A client that is passed on.
     Client,
     /// Only the hello is wanted.

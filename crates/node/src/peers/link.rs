@@ -5,16 +5,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use serde::Serialize;
 use standby_consensus::decode_message;
-use standby_types::NodeId;
+use standby_types::{NodeId, Transfer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::{
-    Introduction, MAX_FRAME, PeerError, PeerInfo, Purpose, catch_up, connect, frame, read_frame,
-    receive,
+    Announcement, Introduction, MAX_FRAME, PeerError, PeerInfo, Purpose, blob, catch_up, connect,
+    frame, read_frame, receive,
 };
 use crate::engine::Event;
 use crate::listener;
@@ -49,10 +50,31 @@ impl Peers {
 
     /// Sends a report to all.
     pub fn broadcast(&self, report: &NodeReport) {
-        let Ok(json) = serde_json::to_vec(report) else { return };
-        let report = frame(b's', &json);
+        self.tell_all(b's', report);
+    }
+
+    /// Says to all that an upload is to be had here.
+    pub fn announce(&self, announcement: &Announcement) {
+        self.tell_all(b'a', announcement);
+    }
+
+    /// Says to all that an upload's transaction was aborted.
+    pub fn forget(&self, announcement: &Announcement) {
+        self.tell_all(b'd', announcement);
+    }
+
+    /// Says to the node that announced an upload that it is durable here too.
+    pub fn arrived(&self, to: NodeId, transfer: Transfer) {
+        if let Some(link) = lock(&self.links).get(&to) {
+            let _ = link.try_send(frame(b'g', &transfer.0));
+        }
+    }
+
+    fn tell_all(&self, kind: u8, what: &impl Serialize) {
+        let Ok(json) = serde_json::to_vec(what) else { return };
+        let frame = frame(kind, &json);
         for link in lock(&self.links).values() {
-            let _ = link.try_send(report.clone());
+            let _ = link.try_send(frame.clone());
         }
     }
 
@@ -156,6 +178,11 @@ async fn accept(shared: Arc<Shared>, mut stream: TcpStream) {
             }
             shared.tell(Event::PeerLost(id)).await;
         }
+        Purpose::Blob => {
+            if let Err(error) = blob::serve(&shared, stream).await {
+                warn!(from, %error, "cannot send a blob to a node");
+            }
+        }
         Purpose::CatchUp => catch_up::serve(shared, stream, &info.node).await,
         Purpose::Client => listener::passed_on(shared, stream).await,
     }
@@ -182,6 +209,20 @@ async fn receive_all(
                 if let Ok(report) = serde_json::from_slice::<NodeReport>(&content) {
                     shared.reports.note(from, report);
                 }
+            }
+            b'a' | b'd' => {
+                let announcement = serde_json::from_slice(&content)
+                    .map_err(|error| PeerError::Protocol(error.to_string()))?;
+                let event = match kind {
+                    b'a' => Event::Announced(from, announcement),
+                    _ => Event::Forgotten(announcement),
+                };
+                shared.tell(event).await;
+            }
+            b'g' => {
+                let transfer = content[..].try_into().map(Transfer);
+                let wrong = |_| PeerError::Protocol("a malformed name of an upload".into());
+                shared.tell(Event::Arrived(from, transfer.map_err(wrong)?)).await;
             }
             other => {
                 return Err(PeerError::Protocol(format!("a frame of unknown kind {other}")));

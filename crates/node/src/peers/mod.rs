@@ -3,13 +3,15 @@
 //! Each node dials every other one and sends over the connection it dialled; what it receives comes
 //! over the connections that others dialled. Every connection begins with a handshake
 //! (`hello.rs`) that refuses strangers; then it serves one purpose (`Purpose`): a link for messages
-//! (`link.rs`), a catch-up (`catch_up.rs`), a client passed on from another node, or a question
+//! (`link.rs`), a catch-up (`catch_up.rs`), a blob (`blob.rs`), a client passed on from another node, or a question
 //! whether a cluster exists already.
 
+mod blob;
 mod catch_up;
 mod hello;
 mod link;
 
+pub use blob::{Announcement, Wanted, obtain};
 pub use catch_up::fetch;
 pub use hello::{Introduction, PeerInfo, Purpose, connect, receive};
 pub use link::{Peers, listen, probe};
@@ -26,6 +28,9 @@ pub enum PeerError {
     /// The connection broke.
     #[error("{0}")]
     Io(#[from] std::io::Error),
+    /// A blob cannot be kept.
+    #[error("{0}")]
+    Storage(#[from] standby_filestorage::StorageError),
     /// The other side refuses us, and says why.
     #[error("refused: {0}")]
     Refused(String),

@@ -20,6 +20,8 @@ fn replica(disk: &MemoryDisk) -> Replica {
         &mut |_, _| (),
     )
     .unwrap();
+    let dir = BlobDir::open(Arc::new(disk.clone()), Path::new("/blobs")).unwrap();
+    let blobs = BTreeMap::from([("1".into(), dir)]);
     let checkpoint = Checkpoint {
         cluster_id: "c".into(),
         index: LogIndex(1),
@@ -33,7 +35,7 @@ fn replica(disk: &MemoryDisk) -> Replica {
     };
     let spill = disk.clone();
     let make_spill: MakeSpill = Arc::new(move || spill.open(Path::new("/spill"), Open::Create));
-    Replica::new(&checkpoint, BTreeMap::from([("1".into(), storage)]), make_spill)
+    Replica::new(&checkpoint, BTreeMap::from([("1".into(), storage)]), blobs, make_spill)
 }
 
 fn head(tid: u64) -> Bytes {
@@ -60,6 +62,7 @@ fn closing(index: u64, term: u64, tid: u64, parts: &[u64], rest: Bytes) -> Commi
         storage: "1".into(),
         head: head(tid),
         parts: parts.iter().map(|i| LogIndex(*i)).collect(),
+        blobs: Vec::new(),
         rest,
     });
     Committed::Command(LogIndex(index), Term(term), command.encode())
@@ -130,7 +133,7 @@ fn catch_up_and_log_may_overlap() {
     let mut replica = replica(&disk);
     let meta = take_meta(&mut head(10)).unwrap();
     let mut rows = vec![Record { oid: Oid(4), data: RecordData::Data(Bytes::from_static(b"x")) }];
-    let copied = replica.copy("1", &meta, || Ok(rows.pop())).unwrap().unwrap();
+    let copied = replica.copy("1", &meta, |_| Ok(rows.pop())).unwrap().unwrap();
     assert_eq!(copied.tid, Tid(10));
     let mut target = replica.point();
     (target.index, target.term) = (LogIndex(7), Term(3));
@@ -170,7 +173,13 @@ fn packs_stand_in_the_checkpoint() {
 fn unknown_storages_and_garbage_are_errors() {
     let disk = MemoryDisk::new();
     let mut replica = replica(&disk);
-    let ending = Ending { storage: "2".into(), head: head(1), parts: vec![], rest: Bytes::new() };
+    let ending = Ending {
+        storage: "2".into(),
+        head: head(1),
+        parts: vec![],
+        blobs: vec![],
+        rest: Bytes::new(),
+    };
     let entry = Committed::Command(LogIndex(2), Term(1), Command::Transaction(ending).encode());
     assert!(matches!(replica.apply(&entry), Err(ApplyError::UnknownStorage(_))));
     let entry = Committed::Command(LogIndex(2), Term(1), Bytes::from_static(b"?"));

@@ -173,7 +173,9 @@ fn undo_is_worked_out_when_the_locks_are_held() {
     let tid = Tid::from_slice(&TID).unwrap();
     assert_eq!((&request.undos[..], &request.writes[..]), (&[tid][..], &[][..]));
     assert_eq!(client.session.take_later(), [Later::Undo(tid)]);
-    client.session.worked_out(Oid(1), Content::Back(Tid(7), None), true).unwrap();
+    let content = Content::Back(Tid(7), None);
+    let out = WorkedOut { oid: Oid(1), content, undone: true, blob: None };
+    client.session.worked_out(out).unwrap();
     let reply = client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
     assert_eq!(client.result(&reply), Ok(Value::List(vec![OID.into()])));
     let effects = client.call("tpc_finish", vec![1.into()]);

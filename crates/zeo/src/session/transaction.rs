@@ -160,6 +160,51 @@ impl Session {
         Ok(())
     }
 
+    /// `storeBlobStart()`
+    pub(super) fn blob_start(&mut self, args: &Args<'_>) -> Result<Effect, ClientError> {
+        args.none()?;
+        if std::mem::replace(&mut self.uploading, true) {
+            return Err(upload_out_of_order("a second upload begins before the first has ended"));
+        }
+        Ok(Effect::BlobStart)
+    }
+
+    /// `storeBlobChunk(bytes)`
+    pub(super) fn blob_chunk(&mut self, args: &Args<'_>) -> Result<Effect, ClientError> {
+        match args.one()? {
+            Value::Bytes(bytes) if self.uploading => Ok(Effect::BlobChunk(bytes.clone())),
+            Value::Bytes(_) => Err(upload_out_of_order("no upload has begun")),
+            _ => Err(args.wrong()),
+        }
+    }
+
+    /// `storeBlobEnd(oid, serial, data, transaction)`
+    pub(super) fn blob_end(&mut self, args: &Args<'_>) -> Result<Effect, ClientError> {
+        if !std::mem::take(&mut self.uploading) {
+            return Err(upload_out_of_order("no upload has begun"));
+        }
+        self.store(args)?;
+        Ok(Effect::BlobEnd(args.oid(&args.args[0])?))
+    }
+
+    /// `storeBlobShared(oid, serial, data, file name, transaction)`
+    pub(super) fn blob_shared(&mut self, args: &Args<'_>) -> Result<Effect, ClientError> {
+        let [oid, serial, data, Value::Str(name), transaction] = args.args else {
+            return Err(args.wrong());
+        };
+        let base = name.strip_suffix(".tmp").or_else(|| {
+            let mut characters = name.chars();
+            characters.next_back()?;
+            characters.as_str().strip_suffix(".tmp")
+        });
+        if base.is_none() || name.contains(['/', '\0']) {
+            return Err(ClientError::Other("builtins.ValueError", vec![Value::str(name)]));
+        }
+        let stored = [oid.clone(), serial.clone(), data.clone(), transaction.clone()];
+        self.store(&Args { method: args.method, args: &stored })?;
+        Ok(Effect::BlobShared { oid: args.oid(oid)?, name: name.clone() })
+    }
+
     pub(super) fn check(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
         let [oid, serial, name] = args.args else {
             return Err(args.wrong());
@@ -212,6 +257,10 @@ impl Session {
             }
         }
     }
+}
+
+fn upload_out_of_order(text: &str) -> ClientError {
+    ClientError::Other("builtins.AssertionError", vec![Value::str(text)])
 }
 
 /// The items of a dict, also of one that is written as a call: `dict(((key, value), …))`.

@@ -1,0 +1,254 @@
+//! Blobs and the log: an entry is persisted only where all of its blobs are durable, so the majority
+//! that has the entry has the blobs.
+//!
+//! The primary announces an upload as soon as it is complete, and proposes the transaction when
+//! a majority has said that the upload has arrived: so others need not wait for it behind the
+//! entry. A node that gets an entry without its blobs holds the message back, and those that follow
+//! it, until it has fetched them. It may also drop them: Raft sends again.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use standby_consensus::{Committed, Ending, Event as Happened, PeerMessage, ending_with_blobs};
+use standby_filestorage::take_meta;
+use standby_types::{BlobSource, NodeId, Transfer, Upload};
+use tracing::{debug, warn};
+
+use super::{Engine, Internal, Outgoing};
+use crate::peers::{Announcement, Wanted, obtain};
+use crate::replica::ApplyError;
+
+/// Messages that are held back; more are dropped.
+const HELD: usize = 256;
+/// Uploads that are remembered; what is forgotten is looked for on disk.
+const REMEMBERED: usize = 10_000;
+/// Time after a failed fetch before anybody tries again.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Blobs {
+    /// Uploads that are durable here and not applied yet.
+    here: BTreeSet<Transfer>,
+    fetching: BTreeSet<Transfer>,
+    /// Uploads that were given up while they were being fetched.
+    forgotten: BTreeSet<Transfer>,
+    /// Messages with entries that must wait, in order.
+    held: VecDeque<PeerMessage>,
+    /// Where uploads have arrived.
+    arrived: BTreeMap<Transfer, BTreeSet<NodeId>>,
+    /// Transactions whose blobs have not arrived at a majority.
+    waiting: Vec<Outgoing>,
+}
+
+impl Blobs {
+    /// This node is not primary any more.
+    pub(super) fn demoted(&mut self) {
+        self.waiting.clear();
+        self.arrived.clear();
+    }
+
+    /// Another node leads: it sends again what was held.
+    pub(super) fn leader_changed(&mut self) {
+        self.held.clear();
+    }
+
+    /// Entries are being applied: their blobs are uploads no more.
+    pub(super) fn committed(&mut self, entry: &Committed) {
+        if let Committed::Command(_, _, data) = entry
+            && let Some(ending) = ending_with_blobs(data)
+        {
+            for upload in uploads(&ending) {
+                self.here.remove(&upload.transfer);
+                self.arrived.remove(&upload.transfer);
+            }
+        }
+    }
+}
+
+fn uploads(ending: &Ending) -> impl Iterator<Item = Upload> {
+    ending.blobs.iter().filter_map(|blob| match blob.source {
+        BlobSource::Upload(upload) => Some(upload),
+        BlobSource::Copy(_) => None,
+    })
+}
+
+impl Engine {
+    /// A message of consensus has come.
+    pub(super) fn received(&mut self, message: PeerMessage) -> anyhow::Result<()> {
+        if !message.is_append() {
+            return self.step(Happened::Received(message));
+        }
+        let missing = self.missing(&message)?;
+        if missing.is_empty() && self.blobs.held.is_empty() {
+            return self.step(Happened::Received(message));
+        }
+        if self.blobs.held.len() < HELD {
+            let from = message.from();
+            self.blobs.held.push_back(message);
+            missing.into_iter().for_each(|wanted| self.obtain(from, wanted));
+        }
+        Ok(())
+    }
+
+    /// The blobs of a message's entries that are not known to be here.
+    fn missing(&self, message: &PeerMessage) -> anyhow::Result<Vec<Wanted>> {
+        let mut missing = Vec::new();
+        for ending in message.endings_with_blobs() {
+            let storage = self.shared.storages.get(&ending.storage);
+            if storage.is_some_and(|storage| storage.blobs.is_none()) {
+                return Err(ApplyError::NoBlobDir(ending.storage).into());
+            }
+            let tid = take_meta(&mut ending.head.clone())?.tid;
+            for blob in &ending.blobs {
+                let BlobSource::Upload(upload) = blob.source else { continue };
+                if !self.blobs.here.contains(&upload.transfer) {
+                    let (storage, revision) = (ending.storage.clone(), Some((blob.oid, tid)));
+                    missing.push(Wanted { storage, upload, revision });
+                }
+            }
+        }
+        Ok(missing)
+    }
+
+    fn obtain(&mut self, from: NodeId, wanted: Wanted) {
+        let members = &self.consensus.membership().members;
+        let address = members.get(&from).map(|member| member.peer_address.clone());
+        let address = address.or_else(|| self.present.get(&from).map(|p| p.peer_address.clone()));
+        let Some(address) = address else { return };
+        let transfer = wanted.upload.transfer;
+        if !self.blobs.fetching.insert(transfer) {
+            return;
+        }
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            let obtained = obtain(&shared, &wanted, &address).await;
+            if let Err(error) = &obtained {
+                warn!(address, storage = wanted.storage, %error, "cannot fetch a blob; it is tried again");
+                tokio::time::sleep(PAUSE).await;
+            }
+            let storage = wanted.storage;
+            shared.report(Internal::Obtained { from, storage, transfer, here: obtained.is_ok() });
+        });
+    }
+
+    /// A fetch has ended.
+    pub(super) fn obtained(
+        &mut self,
+        from: NodeId,
+        storage: &str,
+        transfer: Transfer,
+        here: bool,
+    ) -> anyhow::Result<()> {
+        self.blobs.fetching.remove(&transfer);
+        if self.blobs.forgotten.remove(&transfer) {
+            self.discard(storage, transfer);
+        } else if here {
+            debug!(%transfer, "a blob has arrived");
+            if self.blobs.here.len() >= REMEMBERED {
+                self.blobs.here.clear();
+            }
+            self.blobs.here.insert(transfer);
+            self.shared.peers.arrived(from, transfer);
+        } else {
+            self.blobs.held.clear();
+        }
+        while let Some(message) = self.blobs.held.front().cloned() {
+            let missing = self.missing(&message)?;
+            if !missing.is_empty() {
+                let from = message.from();
+                missing.into_iter().for_each(|wanted| self.obtain(from, wanted));
+                break;
+            }
+            self.blobs.held.pop_front();
+            self.step(Happened::Received(message))?;
+        }
+        Ok(())
+    }
+
+    /// Another node has an upload that this one will need.
+    pub(super) fn announced(&mut self, from: NodeId, announcement: &Announcement) {
+        let Some(upload) = announcement.upload() else { return };
+        let storage = announcement.storage();
+        let has_dir = self.shared.storages.get(storage).is_some_and(|s| s.blobs.is_some());
+        if self.blobs.here.contains(&upload.transfer) {
+            self.shared.peers.arrived(from, upload.transfer);
+        } else if has_dir {
+            self.obtain(from, Wanted { storage: storage.into(), upload, revision: None });
+        }
+    }
+
+    /// The transaction of an upload was aborted.
+    pub(super) fn forgotten(&mut self, announcement: &Announcement) {
+        let Some(Upload { transfer, .. }) = announcement.upload() else { return };
+        self.blobs.here.remove(&transfer);
+        if self.blobs.fetching.contains(&transfer) {
+            self.blobs.forgotten.insert(transfer);
+        } else {
+            self.discard(announcement.storage(), transfer);
+        }
+    }
+
+    fn discard(&self, storage: &str, transfer: Transfer) {
+        let blobs = self.shared.storages.get(storage).and_then(|s| s.blobs.clone());
+        tokio::task::spawn_blocking(move || {
+            // What cannot be removed now goes at the next start.
+            let _ = blobs.map(|blobs| blobs.discard(transfer));
+        });
+    }
+
+    /// A node has fetched an upload.
+    pub(super) fn arrived(&mut self, at: NodeId, transfer: Transfer) {
+        if self.blobs.arrived.len() >= REMEMBERED {
+            // Who waits announces again.
+            self.blobs.arrived.clear();
+        }
+        self.blobs.arrived.entry(transfer).or_default().insert(at);
+        self.let_go();
+    }
+
+    /// Lets a transaction go into the log, or holds it until its blobs are on a majority.
+    pub(super) fn with_blobs(&mut self, outgoing: Outgoing) -> Option<Outgoing> {
+        if outgoing.buffer.blobs().is_empty() || self.at_majority(&outgoing) {
+            return Some(outgoing);
+        }
+        self.blobs.waiting.push(outgoing);
+        None
+    }
+
+    /// Some time has passed: announces again what has not arrived at a majority.
+    pub(super) fn announce_again(&mut self) {
+        for outgoing in &self.blobs.waiting {
+            for blob in outgoing.buffer.blobs() {
+                if let BlobSource::Upload(upload) = blob.source {
+                    self.shared.peers.announce(&Announcement::of(&outgoing.storage, upload));
+                }
+            }
+        }
+        self.let_go();
+    }
+
+    fn let_go(&mut self) {
+        for outgoing in std::mem::take(&mut self.blobs.waiting) {
+            if self.at_majority(&outgoing) {
+                self.outgoing.push_back(outgoing);
+            } else {
+                self.blobs.waiting.push(outgoing);
+            }
+        }
+    }
+
+    fn at_majority(&self, outgoing: &Outgoing) -> bool {
+        let membership = self.consensus.membership();
+        outgoing.buffer.blobs().iter().all(|blob| {
+            let BlobSource::Upload(upload) = blob.source else { return true };
+            let arrived = self.blobs.arrived.get(&upload.transfer);
+            let has = |id: &&NodeId| {
+                **id == self.shared.id || arrived.is_some_and(|nodes| nodes.contains(*id))
+            };
+            [&membership.voters, &membership.outgoing].into_iter().all(|voters| {
+                voters.is_empty() || voters.iter().filter(has).count() * 2 > voters.len()
+            })
+        })
+    }
+}
