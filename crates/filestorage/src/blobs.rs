@@ -151,7 +151,8 @@ impl BlobDir {
         // Only after a rename is it sure that nobody writes there any more.
         let to = self.partial(transfer);
         self.0.disk.rename(&from, &to).map_err(StorageError::io(&from, "take"))?;
-        staging.file = self.0.disk.open(&to, Open::Write).map_err(StorageError::io(&to, "open"))?;
+        // It may be read-only already; reading is enough to sync it.
+        staging.file = self.0.disk.open(&to, Open::Read).map_err(StorageError::io(&to, "open"))?;
         let mut buffer = vec![0; CHUNK];
         loop {
             let n = read_full(&*staging.file, &mut buffer, staging.len)
