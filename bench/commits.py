@@ -24,14 +24,16 @@ CLIENTS = (1, 8, 32)
 class RunZeo(harness.Process):
     """The Python server."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, blobs=False):
         super().__init__(directory)
+        blobs = "  blob-dir %s/blobs\n" % self.directory if blobs else ""
         self.port = harness.free_ports(1)[0]
         self.config_path = os.path.join(self.directory, "zeo.conf")
         with open(self.config_path, "w") as config:
             config.write(
                 "<zeo>\n  address 127.0.0.1:%d\n  client-conflict-resolution true\n</zeo>\n"
-                "<filestorage>\n  path %s/Data.fs\n</filestorage>\n" % (self.port, self.directory)
+                "<filestorage>\n  path %s/Data.fs\n%s</filestorage>\n"
+                % (self.port, self.directory, blobs)
             )
 
     def command(self):

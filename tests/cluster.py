@@ -107,7 +107,7 @@ class Process:
 class Node(Process):
     """A Standby node, alone or in a cluster."""
 
-    def __init__(self, directory, name="alone", ports=None, zeo="", data_file=None):
+    def __init__(self, directory, name="alone", ports=None, zeo="", data_file=None, blobs=False):
         super().__init__(directory)
         self.name = name
         ports = ports or free_ports(4)
@@ -118,13 +118,16 @@ class Node(Process):
         self.state_dir = os.path.join(self.directory, "state")
         self.config_path = os.path.join(self.directory, "zeo.conf")
         self.zeo = zeo
+        self.blob_dir = os.path.join(self.directory, "blobs") if blobs else None
         self.configure("")
 
     def configure(self, standby):
+        blobs = "  blob-dir %s\n" % self.blob_dir if self.blob_dir else ""
         with open(self.config_path, "w") as config:
             config.write(
-                "<zeo>\n  address 127.0.0.1:%s\n%s\n</zeo>\n<filestorage>\n  path %s\n</filestorage>\n%s"
-                % (self.port, self.zeo, self.data_file, standby)
+                "<zeo>\n  address 127.0.0.1:%s\n%s\n</zeo>\n"
+                "<filestorage>\n  path %s\n%s</filestorage>\n%s"
+                % (self.port, self.zeo, self.data_file, blobs, standby)
             )
 
     def command(self):
@@ -150,10 +153,10 @@ class Node(Process):
 class Cluster:
     """Nodes of one group."""
 
-    def __init__(self, directory, count=3, zeo="", options=""):
+    def __init__(self, directory, count=3, zeo="", options="", blobs=False):
         self.directory = str(directory)
         self.nodes = [
-            Node(os.path.join(self.directory, "n%d" % n), "n%d" % n, zeo=zeo)
+            Node(os.path.join(self.directory, "n%d" % n), "n%d" % n, zeo=zeo, blobs=blobs)
             for n in range(1, count + 1)
         ]
         self.options = options
