@@ -167,3 +167,66 @@ def test_log_files_are_opened_again(nodes, tmp_path):
     harness.wait_for("a new log", said)
     assert node.stop() == 0
     assert "stopped" in log.read_text()
+
+
+def peer_section(who, trusted):
+    return "  <peer-ssl>\n    certificate %s\n    key %s\n    authenticate %s\n  </peer-ssl>\n" % (
+        who[1],
+        who[0],
+        trusted,
+    )
+
+
+def test_nodes_show_certificates_to_each_other(nodes, tls, tmp_path):
+    cluster = nodes.cluster()
+    names = [node.name for node in cluster.nodes]
+    made = {name: certificate(tmp_path, name, tls.authority) for name in names}
+    for node in cluster.nodes:
+        edit(node, "</standby>", peer_section(made[node.name], tls.authority[1]) + "</standby>")
+    cluster.start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=1))
+    cluster.primary().kill()
+    client.commit(lambda root: root.update(x=2))
+    for node in cluster.nodes:
+        if node.process is None:
+            node.start()
+    cluster.wait_level()
+    # A client that knows only a replica is passed on over TLS.
+    replica = next(node for node in cluster.nodes if node is not cluster.primary())
+    passed_on = Client(replica.address, wait_timeout=10)
+    passed_on.commit(lambda root: root.update(x="y" * 3_000_000))
+    passed_on.close()
+    # One that has another certificate, or none, is not let in, and says why.
+    replica.stop()
+    edit(replica, made[replica.name][0], tls.stranger[0])
+    edit(replica, made[replica.name][1], tls.stranger[1])
+    replica.start()
+    harness.wait_for("a refusal", lambda: "no TLS between the nodes" in replica.log())
+    replica.stop()
+    with open(replica.config_path) as config:
+        text = config.read()
+    with open(replica.config_path, "w") as config:
+        config.write(text[: text.index("<peer-ssl>")] + text[text.index("</peer-ssl>") + 11 :])
+    replica.start()
+    others = [node for node in cluster.nodes if node is not replica]
+    told = "this node has no <peer-ssl>"
+    harness.wait_for("a hint", lambda: told in replica.log())
+    # With a new certificate, and nodes that have read the new list of those they trust, it is back.
+    replica.stop()
+    edit(replica, "</standby>", peer_section(tls.stranger, tls.authority[1]) + "</standby>")
+    with open(tls.authority[1], "a") as trusted, open(tls.stranger[1]) as new:
+        trusted.write(new.read())
+    for node in others:
+        node.signal(signal.SIGHUP)
+    replica.start()
+    cluster.wait_level()
+    client.close()
+
+
+def edit(node, old, new):
+    with open(node.config_path) as config:
+        text = config.read()
+    assert old in text
+    with open(node.config_path, "w") as config:
+        config.write(text.replace(old, new))

@@ -46,6 +46,10 @@ pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool) {
                 let (read, write) = unix.into_split();
                 talk(shared, peer, socket, read, write, read_only).await;
             }
+            Stream::Tls(tls) => {
+                let (read, write) = tokio::io::split(tls);
+                talk(shared, peer, socket, read, write, read_only).await;
+            }
         };
     };
     let agreed = tokio::time::timeout(TLS_PATIENCE, tls.acceptor().accept(stream)).await;

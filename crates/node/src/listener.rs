@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::copy_bidirectional;
-use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
 use crate::connection;
@@ -57,10 +56,10 @@ async fn accept(listener: &Listener) -> Stream {
 }
 
 /// A client that another node has passed on.
-pub async fn passed_on(shared: Arc<Shared>, stream: TcpStream) {
+pub async fn passed_on(shared: Arc<Shared>, stream: Stream) {
     // If this node is not primary (any more), the other one finds out by the closed connection.
     if shared.standing.borrow().serves {
-        connection::serve(shared, Stream::Tcp(stream), false).await;
+        connection::serve(shared, stream, false).await;
     }
 }
 
@@ -111,7 +110,7 @@ async fn hold(shared: Arc<Shared>, stream: Stream) {
     }
 }
 
-async fn pass_on(mut client: Stream, mut primary: TcpStream) {
+async fn pass_on(mut client: Stream, mut primary: Stream) {
     debug!(client = client.peer(), "passing a client on to the primary");
     client.set_nodelay();
     // When either side ends, both do: the client looks for a primary anew.

@@ -146,6 +146,8 @@ pub struct Shared {
     pub read_only_storages: Arc<[String]>,
     /// How clients' connections are secured.
     pub tls: Option<Tls>,
+    /// How connections between nodes are secured.
+    pub peer_tls: Option<Arc<Tls>>,
     /// Makes temporary files.
     pub make_spill: MakeSpill,
     /// When the process started.
@@ -195,6 +197,7 @@ impl Shared {
             cluster: self.cluster_name().into(),
             cluster_id: self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             secret: self.config.standby.as_ref().map_or_else(Vec::new, |s| s.secret.clone()),
+            tls: self.peer_tls.clone(),
         }
     }
 
@@ -301,6 +304,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let zeo = Listener::bind(&config.zeo.address).await?;
     let tls = config.zeo.ssl.as_ref().map(Tls::new).transpose()?;
     let standby = config.standby.as_ref();
+    let peer_tls = standby.and_then(|s| s.peer_ssl.as_ref()).map(Tls::new).transpose()?;
+    let peer_tls = peer_tls.map(Arc::new);
     let read_only = match standby.and_then(|s| s.read_only_address.as_ref()) {
         Some(address) => Some(Listener::Tcp(bind(address, "read-only-address").await?)),
         None => None,
@@ -321,7 +326,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     }
     let disk: Arc<dyn Disk> = Arc::new(OsDisk);
     let state = StateDir(config.state_dir());
-    let beginning = beginning(&config, &disk, &state).await?;
+    let beginning = beginning(&config, &disk, &state, peer_tls.clone()).await?;
     let opening = {
         let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
         tokio::task::spawn_blocking(move || startup::prepare(&config, &disk, &state, beginning))
@@ -356,6 +361,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             .map(|section| section.name.clone())
             .collect(),
         tls,
+        peer_tls,
         make_spill: make_spill.clone(),
         started: SystemTime::now(),
         clock: Instant::now(),
@@ -423,6 +429,7 @@ async fn beginning(
     config: &Config,
     disk: &Arc<dyn Disk>,
     state: &StateDir,
+    peer_tls: Option<Arc<Tls>>,
 ) -> anyhow::Result<Beginning> {
     let Some(standby) = &config.standby else { return Ok(Beginning::Found) };
     if standby.members[0].name != standby.node {
@@ -440,6 +447,7 @@ async fn beginning(
         cluster: standby.cluster.clone(),
         cluster_id: String::new(),
         secret: standby.secret.clone(),
+        tls: peer_tls,
     };
     match peers::probe(&me, &others, PROBE).await {
         Some(node) => {
@@ -518,10 +526,11 @@ fn guard_lease(shared: &Shared) {
 impl Shared {
     /// Reads the certificates again; connections that are open keep theirs.
     pub fn reload_certificates(&self) {
-        match self.tls.as_ref().map(Tls::reload) {
-            None => {}
-            Some(Ok(())) => info!("the certificates were read again"),
-            Some(Err(error)) => error!("the former certificates stay in use: {error:#}"),
+        for tls in self.tls.iter().chain(self.peer_tls.as_deref()) {
+            match tls.reload() {
+                Ok(()) => info!("the certificates were read again"),
+                Err(error) => error!("the former certificates stay in use: {error:#}"),
+            }
         }
     }
 }

@@ -167,6 +167,8 @@ impl Outbox {
                 together.clear();
             }
             socket.write_all(&together).await?;
+            // TLS may keep a part of what does not fit the socket.
+            socket.flush().await?;
             self.drained.notify_waiters();
         }
         socket.shutdown().await

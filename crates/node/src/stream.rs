@@ -1,4 +1,4 @@
-//! A client's connection, over TCP or a Unix socket.
+//! A connection, over TCP or a Unix socket, perhaps with TLS.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio_rustls::TlsStream;
 
 use crate::config::ZeoAddress;
 
@@ -19,6 +20,8 @@ pub enum Stream {
     Tcp(TcpStream),
     /// Over a Unix socket.
     Unix(UnixStream),
+    /// Over TCP, encrypted.
+    Tls(Box<TlsStream<TcpStream>>),
 }
 
 /// Where clients connect.
@@ -62,19 +65,29 @@ async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 }
 
 impl Stream {
+    /// A connection that is encrypted now.
+    pub fn from_tls(tls: impl Into<TlsStream<TcpStream>>) -> Stream {
+        Stream::Tls(Box::new(tls.into()))
+    }
+
     /// Who is on the other side, for people.
     pub fn peer(&self) -> String {
         match self {
             Stream::Tcp(tcp) => tcp.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string()),
             Stream::Unix(_) => "a Unix socket".into(),
+            Stream::Tls(tls) => {
+                tls.get_ref().0.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string())
+            }
         }
     }
 
     /// Small messages are to be sent at once.
     pub fn set_nodelay(&self) {
-        if let Stream::Tcp(tcp) = self {
-            let _ = tcp.set_nodelay(true);
-        }
+        let _ = match self {
+            Stream::Tcp(tcp) => tcp.set_nodelay(true),
+            Stream::Tls(tls) => tls.get_ref().0.set_nodelay(true),
+            Stream::Unix(_) => Ok(()),
+        };
     }
 
     /// The socket once more, to shut it down from any thread.
@@ -89,6 +102,7 @@ impl Stream {
             let readable = match self {
                 Stream::Tcp(tcp) => tcp.readable().await,
                 Stream::Unix(unix) => unix.readable().await,
+                Stream::Tls(tls) => tls.get_ref().0.readable().await,
             };
             let mut byte = [0u8];
             let peeked = rustix::net::recv(self.fd(), &mut byte, rustix::net::RecvFlags::PEEK);
@@ -104,6 +118,7 @@ impl Stream {
         match self {
             Stream::Tcp(tcp) => tcp.as_fd(),
             Stream::Unix(unix) => unix.as_fd(),
+            Stream::Tls(tls) => tls.get_ref().0.as_fd(),
         }
     }
 }
@@ -117,6 +132,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Stream::Tcp(tcp) => Pin::new(tcp).poll_read(cx, buf),
             Stream::Unix(unix) => Pin::new(unix).poll_read(cx, buf),
+            Stream::Tls(tls) => Pin::new(tls).poll_read(cx, buf),
         }
     }
 }
@@ -130,6 +146,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(tcp) => Pin::new(tcp).poll_write(cx, buf),
             Stream::Unix(unix) => Pin::new(unix).poll_write(cx, buf),
+            Stream::Tls(tls) => Pin::new(tls).poll_write(cx, buf),
         }
     }
 
@@ -137,6 +154,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(tcp) => Pin::new(tcp).poll_flush(cx),
             Stream::Unix(unix) => Pin::new(unix).poll_flush(cx),
+            Stream::Tls(tls) => Pin::new(tls).poll_flush(cx),
         }
     }
 
@@ -144,6 +162,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(tcp) => Pin::new(tcp).poll_shutdown(cx),
             Stream::Unix(unix) => Pin::new(unix).poll_shutdown(cx),
+            Stream::Tls(tls) => Pin::new(tls).poll_shutdown(cx),
         }
     }
 }

@@ -1,23 +1,27 @@
-//! TLS for clients: the `<ssl>` section of zeo.conf.
+//! TLS: the `<ssl>` section of zeo.conf for clients, and `<peer-ssl>` for the other nodes.
 //!
 //! As with the Python server, a client must always show a certificate. It is let in if the
-//! certificate is one of those in `authenticate`, or was issued by one of them.
+//! certificate is one of those in `authenticate`, or was issued by one of them. Nodes show certificates to each other and look
+//! at them in the same way, whichever has dialled; the names in them do not matter.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, bail};
-use tokio_rustls::TlsAcceptor;
+use tokio::net::TcpStream;
 use tokio_rustls::rustls::client::danger::HandshakeSignatureValid;
+use tokio_rustls::rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use tokio_rustls::rustls::{
-    DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig, SignatureScheme,
+    ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
+    SignatureScheme,
 };
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// `<ssl>`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,30 +37,40 @@ pub struct SslSection {
 /// What new connections use; can be read again from the files.
 pub struct Tls {
     section: SslSection,
-    acceptor: RwLock<TlsAcceptor>,
+    current: RwLock<(TlsAcceptor, TlsConnector)>,
 }
 
 impl Tls {
     /// Reads the files.
     pub fn new(section: &SslSection) -> anyhow::Result<Tls> {
-        let acceptor = RwLock::new(load(section)?);
-        Ok(Tls { section: section.clone(), acceptor })
+        let current = RwLock::new(load(section)?);
+        Ok(Tls { section: section.clone(), current })
     }
 
     /// Reads the files again; after an error the old certificates stay in use.
     pub fn reload(&self) -> anyhow::Result<()> {
-        let acceptor = load(&self.section)?;
-        *self.acceptor.write().unwrap_or_else(std::sync::PoisonError::into_inner) = acceptor;
+        let read = load(&self.section)?;
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = read;
         Ok(())
     }
 
     /// For the next connection.
     pub fn acceptor(&self) -> TlsAcceptor {
-        self.acceptor.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.current.read().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// Begins TLS with a node that was dialled.
+    pub async fn connect(
+        &self,
+        tcp: TcpStream,
+    ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+        let connector = self.current.read().unwrap_or_else(PoisonError::into_inner).1.clone();
+        let any_name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
+        connector.connect(any_name, tcp).await
     }
 }
 
-fn load(section: &SslSection) -> anyhow::Result<TlsAcceptor> {
+fn load(section: &SslSection) -> anyhow::Result<(TlsAcceptor, TlsConnector)> {
     let provider = Arc::new(ring::default_provider());
     let chain = certificates(&section.certificate)?;
     let key = PrivateKeyDer::from_pem_file(&section.key).with_context(|| {
@@ -70,12 +84,20 @@ fn load(section: &SslSection) -> anyhow::Result<TlsAcceptor> {
     let verifier = Verifier::new(&provider, trusted).with_context(|| {
         format!("{}: no certificate can be used", section.authenticate.display())
     })?;
-    let config = ServerConfig::builder_with_provider(provider)
+    let verifier = Arc::new(verifier);
+    let do_not_fit = || format!("{} and its key do not fit", section.certificate.display());
+    let server = ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()?
-        .with_client_cert_verifier(Arc::new(verifier))
-        .with_single_cert(chain, key)
-        .with_context(|| format!("{} and its key do not fit", section.certificate.display()))?;
-    Ok(TlsAcceptor::from(Arc::new(config)))
+        .with_client_cert_verifier(verifier.clone())
+        .with_single_cert(chain.clone(), key.clone_key())
+        .with_context(do_not_fit)?;
+    let client = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_client_auth_cert(chain, key)
+        .with_context(do_not_fit)?;
+    Ok((TlsAcceptor::from(Arc::new(server)), TlsConnector::from(Arc::new(client))))
 }
 
 fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
@@ -145,6 +167,43 @@ impl ClientCertVerifier for Verifier {
             return Ok(ClientCertVerified::assertion());
         }
         self.issued.verify_client_cert(end_entity, intermediates, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.issued.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.issued.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.issued.supported_verify_schemes()
+    }
+}
+
+/// For a node that was dialled: it is looked at as one that dials.
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.verify_client_cert(end_entity, intermediates, now)?;
+        Ok(ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(

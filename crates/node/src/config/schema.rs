@@ -176,6 +176,8 @@ pub struct Standby {
     pub admin_address: Address,
     /// The first members; the first of them founds the cluster.
     pub members: Vec<MemberLine>,
+    /// TLS between nodes.
+    pub peer_ssl: Option<SslSection>,
     /// What the nodes prove to each other that they know; empty between loopback addresses.
     pub secret: Vec<u8>,
     /// How patient they are.
@@ -568,7 +570,8 @@ impl Checker {
                 "log-tail",
             ],
         )?;
-        reader.sections(&[])?;
+        reader.sections(&["peer-ssl"])?;
+        let peer_ssl = section.sections.first().map(|inner| self.ssl(inner)).transpose()?;
         let member = |text: &str| {
             let words: Vec<&str> = text.split_whitespace().collect();
             match words[..] {
@@ -624,9 +627,9 @@ impl Checker {
         let secret = reader.get("secret-file", secret)?;
         let all_loopback =
             members.iter().all(|m| m.address.is_loopback()) && peer_address.is_loopback();
-        if secret.is_none() && !all_loopback {
+        if secret.is_none() && peer_ssl.is_none() && !all_loopback {
             let message = "\"secret-file\" is needed, for the nodes are on several machines: the same file on each, \
-                           for example from: head -c 32 /dev/urandom | base64 > secret";
+                           for example from: head -c 32 /dev/urandom | base64 > secret; or <peer-ssl>";
             return Err(reader.error(section.line, message));
         }
         Ok(Standby {
@@ -637,6 +640,7 @@ impl Checker {
                 .get("admin-address", Address::parse)?
                 .unwrap_or(Address { host: "127.0.0.1".into(), port: 8103 }),
             secret: secret.unwrap_or_default(),
+            peer_ssl,
             profile: reader.get("profile", profile)?.unwrap_or(Profile::Lan),
             log_tail: reader.get("log-tail", byte_size)?.unwrap_or(256 << 20),
             node,

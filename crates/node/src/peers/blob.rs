@@ -21,11 +21,11 @@ use sha2::{Digest, Sha256};
 use standby_filestorage::BlobDir;
 use standby_types::{Oid, Tid, Transfer, Upload};
 use tokio::io::{AsyncRead, AsyncWrite, BufReader};
-use tokio::net::TcpStream;
 
 use super::{PeerError, Purpose, connect, read_frame, write_frame};
 use crate::blobs::{BlobReader, BlobWriter};
 use crate::node::Shared;
+use crate::stream::Stream;
 
 /// Silence after which a fetch is given up.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -144,7 +144,7 @@ async fn piece(stream: &mut (impl AsyncRead + Unpin)) -> Result<Option<Bytes>, P
 }
 
 /// Serves a node that fetches a blob.
-pub async fn serve(shared: &Arc<Shared>, mut stream: TcpStream) -> Result<(), PeerError> {
+pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
     let request: Request = match read_frame(&mut stream, 4 << 10).await? {
         (b'q', json) => {
             serde_json::from_slice(&json).map_err(|e| PeerError::Protocol(e.to_string()))?

@@ -34,7 +34,6 @@ use standby_filestorage::{
 use standby_types::disk::{Open, read_full};
 use standby_types::{Blob, BlobSource, Disk, NodeId, Oid, Tid};
 use tokio::io::{AsyncWriteExt, BufReader};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
@@ -44,6 +43,7 @@ use crate::blobs::{BlobWriter, new_transfer};
 use crate::disk::OsDisk;
 use crate::engine::Internal;
 use crate::node::Shared;
+use crate::stream::Stream;
 
 /// Silence after which a catch-up is given up and begun again.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -212,7 +212,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// Serves a follower.
-pub async fn serve(shared: Arc<Shared>, mut stream: TcpStream, peer: &str) {
+pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
     let served = async {
         let (kind, content) = read_frame(&mut stream, 1 << 20).await?;
         let request: Request = match kind {
@@ -226,6 +226,7 @@ pub async fn serve(shared: Arc<Shared>, mut stream: TcpStream, peer: &str) {
         while let Some(frame) = queue.recv().await {
             stream.write_all(&frame).await?;
         }
+        stream.flush().await?;
         drop(queue);
         match reading.await {
             Ok(Ok(())) => Ok(()),

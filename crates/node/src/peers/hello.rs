@@ -11,9 +11,10 @@
 //! ```
 //!
 //! Either side may send `'x'` with a reason instead and close. Both prove that they know the secret
-//! without showing it, and the nonces make every proof a new one. What follows is not
-//! encrypted.
+//! without showing it, and the nonces make every proof a new one. With `<peer-ssl>` all of this, and
+//! what follows, goes over TLS, in which each side has shown a certificate that the other trusts.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use hmac::{Hmac, Mac};
@@ -25,6 +26,8 @@ use tokio::net::TcpStream;
 
 use super::{PeerError, read_frame, write_frame};
 use crate::state::random_hex;
+use crate::stream::Stream;
+use crate::tls::Tls;
 
 const PROTOCOL: u32 = 1;
 /// A hello is short.
@@ -58,6 +61,8 @@ pub struct Introduction {
     pub cluster_id: String,
     /// What the nodes prove to each other that they know.
     pub secret: Vec<u8>,
+    /// How connections between nodes are encrypted.
+    pub tls: Option<Arc<Tls>>,
 }
 
 /// Who a peer says it is.
@@ -152,12 +157,12 @@ fn parse(kind: u8, content: &[u8]) -> Result<PeerInfo, PeerError> {
     }
 }
 
-async fn refuse(stream: &mut TcpStream, reason: &str) -> PeerError {
+async fn refuse(stream: &mut Stream, reason: &str) -> PeerError {
     let _ = write_frame(stream, b'x', reason.as_bytes()).await;
     PeerError::Protocol(reason.into())
 }
 
-async fn expect(stream: &mut TcpStream, expected: u8) -> Result<bytes::Bytes, PeerError> {
+async fn expect(stream: &mut Stream, expected: u8) -> Result<bytes::Bytes, PeerError> {
     match read_frame(stream, MAX_HELLO).await? {
         (kind, content) if kind == expected => Ok(content),
         (b'x', reason) => Err(PeerError::Refused(String::from_utf8_lossy(&reason).into_owned())),
@@ -170,7 +175,7 @@ pub async fn connect(
     me: &Introduction,
     address: &str,
     purpose: Purpose,
-) -> Result<(TcpStream, PeerInfo), PeerError> {
+) -> Result<(Stream, PeerInfo), PeerError> {
     tokio::time::timeout(PATIENCE, dial(me, address, purpose))
         .await
         .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
@@ -180,9 +185,13 @@ async fn dial(
     me: &Introduction,
     address: &str,
     purpose: Purpose,
-) -> Result<(TcpStream, PeerInfo), PeerError> {
-    let mut stream = TcpStream::connect(address).await?;
-    stream.set_nodelay(true)?;
+) -> Result<(Stream, PeerInfo), PeerError> {
+    let tcp = TcpStream::connect(address).await?;
+    tcp.set_nodelay(true)?;
+    let mut stream = match &me.tls {
+        None => Stream::Tcp(tcp),
+        Some(tls) => tls.connect(tcp).await.map(Stream::from_tls).map_err(no_tls)?,
+    };
     let mine = PeerInfo::of(me, purpose)?;
     let my_hello = to_json(&mine)?;
     write_frame(&mut stream, b'h', &my_hello).await?;
@@ -204,14 +213,30 @@ async fn dial(
 }
 
 /// Lets a node in, or refuses it.
-pub async fn receive(me: &Introduction, stream: &mut TcpStream) -> Result<PeerInfo, PeerError> {
-    tokio::time::timeout(PATIENCE, accept(me, stream))
+pub async fn receive(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo), PeerError> {
+    tokio::time::timeout(PATIENCE, accept(me, tcp))
         .await
         .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
 }
 
-async fn accept(me: &Introduction, stream: &mut TcpStream) -> Result<PeerInfo, PeerError> {
-    stream.set_nodelay(true)?;
+async fn accept(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo), PeerError> {
+    tcp.set_nodelay(true)?;
+    let mut stream = match &me.tls {
+        None => Stream::Tcp(tcp),
+        Some(tls) => tls.acceptor().accept(tcp).await.map(Stream::from_tls).map_err(no_tls)?,
+    };
+    let info = greet(me, &mut stream).await?;
+    Ok((stream, info))
+}
+
+fn no_tls(error: std::io::Error) -> PeerError {
+    PeerError::Protocol(format!(
+        "no TLS between the nodes: {error}; is <peer-ssl> in the configuration of both, and does each \
+         trust the other's certificate?"
+    ))
+}
+
+async fn greet(me: &Introduction, stream: &mut Stream) -> Result<PeerInfo, PeerError> {
     let (kind, their_hello) = read_frame(stream, MAX_HELLO).await?;
     let theirs = parse(kind, &their_hello)?;
     let mine = PeerInfo::of(me, theirs.purpose)?;

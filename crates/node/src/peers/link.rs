@@ -8,7 +8,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use standby_consensus::decode_message;
 use standby_types::{NodeId, Transfer};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
@@ -21,6 +21,7 @@ use crate::engine::Event;
 use crate::listener;
 use crate::node::Shared;
 use crate::status::NodeReport;
+use crate::stream::Stream;
 
 /// Frames that wait for a slow peer; more are dropped, and Raft sends again.
 const QUEUE: usize = 4096;
@@ -117,12 +118,24 @@ async fn keep_dialling(shared: Arc<Shared>, address: String) {
 }
 
 /// Sends what is queued; ends when the other side closes.
-async fn run_dialled(shared: &Arc<Shared>, stream: TcpStream, info: PeerInfo) {
+async fn run_dialled(shared: &Arc<Shared>, stream: Stream, info: PeerInfo) {
     let id = info.id();
     let (sender, mut queue) = mpsc::channel(QUEUE);
     lock(&shared.peers.links).insert(id, sender);
     shared.tell(Event::PeerUp(info)).await;
-    let (mut read, mut write) = stream.into_split();
+    let (mut read, mut write): (
+        Box<dyn AsyncRead + Send + Unpin>,
+        Box<dyn AsyncWrite + Send + Unpin>,
+    ) = match stream {
+        Stream::Tcp(tcp) => {
+            let (read, write) = tcp.into_split();
+            (Box::new(read), Box::new(write))
+        }
+        other => {
+            let (read, write) = tokio::io::split(other);
+            (Box::new(read), Box::new(write))
+        }
+    };
     let send = async {
         while let Some(first) = queue.recv().await {
             let mut together = bytes::BytesMut::from(&first[..]);
@@ -132,7 +145,7 @@ async fn run_dialled(shared: &Arc<Shared>, stream: TcpStream, info: PeerInfo) {
                     Err(_) => break,
                 }
             }
-            if write.write_all(&together).await.is_err() {
+            if write.write_all(&together).await.is_err() || write.flush().await.is_err() {
                 break;
             }
         }
@@ -161,10 +174,10 @@ pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     }
 }
 
-async fn accept(shared: Arc<Shared>, mut stream: TcpStream) {
+async fn accept(shared: Arc<Shared>, stream: TcpStream) {
     let from = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
-    let info = match receive(&shared.introduction(), &mut stream).await {
-        Ok(info) => info,
+    let (mut stream, info) = match receive(&shared.introduction(), stream).await {
+        Ok(received) => received,
         Err(PeerError::Io(error)) => return debug!(from, %error, "a peer's handshake broke off"),
         Err(error) => return warn!(from, %error, "refused a connection to the peer address"),
     };
@@ -190,7 +203,7 @@ async fn accept(shared: Arc<Shared>, mut stream: TcpStream) {
 
 async fn receive_all(
     shared: &Arc<Shared>,
-    stream: &mut TcpStream,
+    stream: &mut Stream,
     from: NodeId,
 ) -> Result<(), PeerError> {
     let mut stream = tokio::io::BufReader::with_capacity(256 << 10, stream);

@@ -22,6 +22,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 /// The longest frame between nodes.
 const MAX_FRAME: usize = 64 << 20;
 
+/// How a TLS handshake begins; as a length it would be beyond any limit.
+const TLS_HANDSHAKE: usize = 0x1603;
+
 /// A peer's connection that cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
@@ -45,6 +48,12 @@ async fn read_frame(
     limit: usize,
 ) -> Result<(u8, Bytes), PeerError> {
     let len = stream.read_u32().await? as usize;
+    if len > limit && len >> 16 == TLS_HANDSHAKE {
+        return Err(PeerError::Protocol(
+            "the other node begins TLS, but this node has no <peer-ssl> in its configuration"
+                .into(),
+        ));
+    }
     if len == 0 || len > limit {
         return Err(PeerError::Protocol(format!("a frame of {len} bytes was announced")));
     }
@@ -74,5 +83,6 @@ async fn write_frame(
     kind: u8,
     content: &[u8],
 ) -> Result<(), PeerError> {
-    Ok(stream.write_all(&frame(kind, content)).await?)
+    stream.write_all(&frame(kind, content)).await?;
+    Ok(stream.flush().await?)
 }
