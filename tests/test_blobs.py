@@ -270,6 +270,31 @@ def test_no_blob_is_lost_with_the_primary(nodes, tmp_path):
         check_in_python(node, acknowledged)
 
 
+def test_a_copied_data_file_gets_its_blobs(nodes, tmp_path):
+    cluster = nodes.cluster(blobs=True)
+    first, second, third = cluster.nodes
+    first.start()
+    client = blob_client(first.address, tmp_path / "cache")
+    expected = {}
+    for number in range(20):
+        expected[number] = content(number, number * 10_000)
+        client.commit(lambda root: put(root, number, expected[number]))
+    first.stop()
+    # One head start with all blobs, one without.
+    for node in (second, third):
+        shutil.copy(first.data_file, node.data_file)
+    shutil.copytree(first.blob_dir, second.blob_dir)
+    cluster.start()
+    client.commit(lambda root: put(root, "last", b"last"))
+    client.close()
+    cluster.wait_level()
+    assert files(third.blob_dir) == files(second.blob_dir) == files(first.blob_dir)
+    assert "fetched=20" in third.log() and "fetched=" not in second.log()
+    nothing_staged(cluster.nodes)
+    cluster.stop()
+    check_in_python(third, expected)
+
+
 def test_a_node_without_blob_dir_says_so(nodes, tmp_path):
     cluster = nodes.cluster(blobs=True)
     last = cluster.nodes[2]

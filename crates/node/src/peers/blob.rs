@@ -6,24 +6,27 @@
 //!
 //! ```text
 //! fetching node                          serving node
-//!    'q' JSON: storage, transfer,  ─────▶
-//!        perhaps oid and tid
+//!    'q' JSON: what is wanted      ─────▶
 //!                                  ◀─────  'x' reason, or: 'c' bytes …
 //!                                  ◀─────  'h' SHA-256 of all bytes
 //! ```
+//!
+//! A list of blobs is sent in the same way, without a hash.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use standby_filestorage::BlobDir;
-use standby_types::{Oid, Tid, Transfer, Upload};
-use tokio::io::{AsyncRead, AsyncWrite, BufReader};
+use standby_filestorage::{BlobDir, Staged, StorageError};
+use standby_types::{Blob, BlobSource, Oid, Tid, Transfer, Upload};
+use tokio::io::{AsyncWrite, BufReader};
+use tokio::sync::mpsc;
+use tracing::info;
 
 use super::{PeerError, Purpose, connect, read_frame, write_frame};
-use crate::blobs::{BlobReader, BlobWriter};
+use crate::blobs::{BlobReader, BlobWriter, new_transfer};
 use crate::node::Shared;
 use crate::stream::Stream;
 
@@ -77,46 +80,137 @@ pub struct Wanted {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Request {
-    storage: String,
-    transfer: String,
-    revision: Option<(u64, u64)>,
+#[serde(rename_all = "kebab-case")]
+enum Request {
+    Blob { storage: String, transfer: Option<String>, revision: Option<(u64, u64)> },
+    List { storage: String, up_to: u64 },
 }
 
 /// Makes sure that the blob is durable here; fetches it from `address` if it is not.
 pub async fn obtain(shared: &Shared, wanted: &Wanted, address: &str) -> Result<(), PeerError> {
     let blobs = blobs_of(shared, &wanted.storage)?;
-    let Wanted { upload, revision, .. } = wanted;
-    if is_here(blobs, upload.transfer, *revision).await? {
+    let Wanted { storage, upload, revision } = wanted;
+    if is_here(blobs, Some(upload.transfer), *revision).await? {
         return Ok(());
     }
-    let (mut stream, _) = connect(&shared.introduction(), address, Purpose::Blob).await?;
-    let request = Request {
-        storage: wanted.storage.clone(),
-        transfer: upload.transfer.to_string(),
-        revision: revision.map(|(oid, tid)| (oid.0, tid.0)),
-    };
-    let json = serde_json::to_vec(&request).map_err(|e| PeerError::Protocol(e.to_string()))?;
-    write_frame(&mut stream, b'q', &json).await?;
-    let mut stream = BufReader::with_capacity(1 << 20, stream);
-    let mut writer = BlobWriter::new(blobs, upload.transfer);
-    while let Some(piece) = piece(&mut stream).await? {
-        writer.write(&piece).await?;
-    }
-    let (got, staged) = writer.finish().await?;
+    let mut source = Source::connect(shared, address).await?;
+    let (got, staged) =
+        source.fetch(blobs, storage, Some(upload.transfer), upload.transfer, *revision).await?;
     if got != *upload {
-        return Err(PeerError::Protocol(format!("blob {} has arrived damaged", upload.transfer)));
+        return Err(damaged());
     }
     staged.keep();
     Ok(())
 }
 
+/// Fetches the blobs of revisions up to `up_to` that are missing here: the data file may have been
+/// copied without them.
+pub async fn obtain_old(
+    shared: &Shared,
+    storage: &str,
+    up_to: Tid,
+    address: &str,
+) -> Result<(), PeerError> {
+    let Some(blobs) = shared.storages.get(storage).and_then(|s| s.blobs.as_ref()) else {
+        return Ok(());
+    };
+    let mut list = Source::connect(shared, address).await?;
+    let mut source = Source::connect(shared, address).await?;
+    list.ask(&Request::List { storage: storage.into(), up_to: up_to.0 }).await?;
+    let mut fetched = 0;
+    while let Piece::Bytes(names) = list.piece().await? {
+        for name in names.chunks_exact(16) {
+            let (Some(oid), Some(tid)) = (Oid::from_slice(&name[..8]), Tid::from_slice(&name[8..]))
+            else {
+                continue;
+            };
+            if is_here(blobs, None, Some((oid, tid))).await? {
+                continue;
+            }
+            let transfer = new_transfer()?;
+            let revision = Some((oid, tid));
+            let (upload, _staged) = source.fetch(blobs, storage, None, transfer, revision).await?;
+            let blob = Blob { oid, source: BlobSource::Upload(upload) };
+            let blobs = blobs.clone();
+            tokio::task::spawn_blocking(move || blobs.place(&blob, tid))
+                .await
+                .map_err(std::io::Error::other)??;
+            fetched += 1;
+        }
+    }
+    if fetched > 0 {
+        info!(storage, fetched, "fetched blobs that the data file's copy came without");
+    }
+    Ok(())
+}
+
+fn damaged() -> PeerError {
+    PeerError::Protocol("a blob has arrived damaged".into())
+}
+
+enum Piece {
+    Bytes(Bytes),
+    /// That is all; its hash.
+    End(Bytes),
+}
+
+/// A node that blobs are fetched from, one after the other.
+struct Source(BufReader<Stream>);
+
+impl Source {
+    async fn connect(shared: &Shared, address: &str) -> Result<Source, PeerError> {
+        let (stream, _) = connect(&shared.introduction(), address, Purpose::Blob).await?;
+        Ok(Source(BufReader::with_capacity(1 << 20, stream)))
+    }
+
+    async fn ask(&mut self, request: &Request) -> Result<(), PeerError> {
+        let json = serde_json::to_vec(request).map_err(|e| PeerError::Protocol(e.to_string()))?;
+        write_frame(&mut self.0, b'q', &json).await
+    }
+
+    async fn piece(&mut self) -> Result<Piece, PeerError> {
+        let next = tokio::time::timeout(PATIENCE, read_frame(&mut self.0, MAX_PIECE)).await;
+        match next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?? {
+            (b'c', bytes) => Ok(Piece::Bytes(bytes)),
+            (b'h', hash) => Ok(Piece::End(hash)),
+            (b'x', why) => Err(PeerError::Refused(String::from_utf8_lossy(&why).into_owned())),
+            (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
+        }
+    }
+
+    /// Fetches an upload, or what it has become, into the staging directory under the name `to`.
+    async fn fetch(
+        &mut self,
+        blobs: &BlobDir,
+        storage: &str,
+        transfer: Option<Transfer>,
+        to: Transfer,
+        revision: Option<(Oid, Tid)>,
+    ) -> Result<(Upload, Staged), PeerError> {
+        let request = Request::Blob {
+            storage: storage.into(),
+            transfer: transfer.map(|transfer| transfer.to_string()),
+            revision: revision.map(|(oid, tid)| (oid.0, tid.0)),
+        };
+        self.ask(&request).await?;
+        let mut writer = BlobWriter::new(blobs, to);
+        let hash = loop {
+            match self.piece().await? {
+                Piece::Bytes(piece) => writer.write(&piece).await?,
+                Piece::End(hash) => break hash,
+            }
+        };
+        let (upload, staged) = writer.finish().await?;
+        if upload.sha256[..] == hash[..] { Ok((upload, staged)) } else { Err(damaged()) }
+    }
+}
+
 async fn is_here(
     blobs: &BlobDir,
-    transfer: Transfer,
+    transfer: Option<Transfer>,
     revision: Option<(Oid, Tid)>,
 ) -> Result<bool, PeerError> {
-    match BlobReader::open(blobs, Some(transfer), revision).await {
+    match BlobReader::open(blobs, transfer, revision).await {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error.into()),
@@ -132,31 +226,66 @@ fn blobs_of<'a>(shared: &'a Shared, storage: &str) -> Result<&'a BlobDir, PeerEr
     })
 }
 
-/// The next piece of a blob; `None` when it is complete.
-async fn piece(stream: &mut (impl AsyncRead + Unpin)) -> Result<Option<Bytes>, PeerError> {
-    let next = tokio::time::timeout(PATIENCE, read_frame(stream, MAX_PIECE)).await;
-    match next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?? {
-        (b'c', bytes) => Ok(Some(bytes)),
-        (b'h', _) => Ok(None),
-        (b'x', reason) => Err(PeerError::Refused(String::from_utf8_lossy(&reason).into_owned())),
-        (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
+/// Serves a node that fetches blobs, until it leaves.
+pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
+    loop {
+        let request = match read_frame(&mut stream, 4 << 10).await {
+            Ok((b'q', json)) => {
+                serde_json::from_slice(&json).map_err(|e| PeerError::Protocol(e.to_string()))?
+            }
+            Ok(_) => return Err(PeerError::Protocol("no request for a blob".into())),
+            Err(PeerError::Io(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match request {
+            Request::Blob { storage, transfer, revision } => {
+                let blobs = blobs_of(shared, &storage)?;
+                let transfer = transfer.as_deref().and_then(Transfer::parse);
+                let revision = revision.map(|(oid, tid)| (Oid(oid), Tid(tid)));
+                match BlobReader::open(blobs, transfer, revision).await {
+                    Ok(reader) => send(&mut stream, reader).await?,
+                    Err(error) => {
+                        write_frame(&mut stream, b'x', error.to_string().as_bytes()).await?;
+                    }
+                }
+            }
+            Request::List { storage, up_to } => {
+                let blobs = shared.storages.get(&storage).and_then(|s| s.blobs.clone());
+                send_list(&mut stream, blobs, Tid(up_to)).await?;
+            }
+        }
     }
 }
 
-/// Serves a node that fetches a blob.
-pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
-    let request: Request = match read_frame(&mut stream, 4 << 10).await? {
-        (b'q', json) => {
-            serde_json::from_slice(&json).map_err(|e| PeerError::Protocol(e.to_string()))?
-        }
-        _ => return Err(PeerError::Protocol("no request for a blob".into())),
-    };
-    let blobs = blobs_of(shared, &request.storage)?;
-    let revision = request.revision.map(|(oid, tid)| (Oid(oid), Tid(tid)));
-    match BlobReader::open(blobs, Transfer::parse(&request.transfer), revision).await {
-        Ok(reader) => send(&mut stream, reader).await,
-        Err(error) => write_frame(&mut stream, b'x', error.to_string().as_bytes()).await,
+/// Sends the names of the blobs of revisions up to `up_to`: oid 8, tid 8 each.
+async fn send_list(
+    stream: &mut Stream,
+    blobs: Option<BlobDir>,
+    up_to: Tid,
+) -> Result<(), PeerError> {
+    let (names, mut queue) = mpsc::channel::<Bytes>(16);
+    let walking = tokio::task::spawn_blocking(move || {
+        let Some(blobs) = blobs else { return Ok(()) };
+        let mut batch = BytesMut::new();
+        blobs.walk(&mut |oid, tid, _| {
+            if tid <= up_to {
+                batch.put_u64(oid.0);
+                batch.put_u64(tid.0);
+            }
+            if batch.len() >= 1 << 16 {
+                // Without a receiver the other node is gone.
+                let _ = names.blocking_send(batch.split().freeze());
+            }
+            Ok(())
+        })?;
+        let _ = names.blocking_send(batch.freeze());
+        Ok::<_, StorageError>(())
+    });
+    while let Some(batch) = queue.recv().await {
+        write_frame(stream, b'c', &batch).await?;
     }
+    walking.await.map_err(std::io::Error::other)??;
+    write_frame(stream, b'h', b"").await
 }
 
 /// Sends the pieces of a blob.

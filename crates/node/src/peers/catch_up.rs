@@ -37,6 +37,7 @@ use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use super::blob::obtain_old;
 use super::{PeerError, Purpose, connect, frame, read_frame, write_frame};
 use crate::applier::{CatchUpItem, Work};
 use crate::blobs::{BlobWriter, new_transfer};
@@ -90,6 +91,11 @@ async fn attempt(
 ) -> Result<(), PeerError> {
     let (mut stream, peer) = connect(&shared.introduction(), address, Purpose::CatchUp).await?;
     let unconfirmed = shared.is_unconfirmed();
+    if unconfirmed {
+        for (name, storage) in &shared.storages {
+            obtain_old(shared, name, storage.reader().last_tid(), address).await?;
+        }
+    }
     let request = blocking({
         let shared = shared.clone();
         move || request(&shared, unconfirmed)
