@@ -1,6 +1,9 @@
 """Databases made at random by Python's FileStorage pass through Standby unchanged, and back."""
 
+import contextlib
+import os
 import random
+import tempfile
 import time
 
 import pytest
@@ -34,11 +37,18 @@ def record(generator, oids):
     return out.getvalue()
 
 
+# The record of a blob, and objects that have it.
+BLOB = b"\x80\x03cZODB.blob\nBlob\nq\x01.\x80\x03N."
+BLOBS = [p64(number) for number in range(100, 104)]
+
+
 class Maker:
     """Random transactions on any storage."""
 
-    def __init__(self, storage, seed):
+    def __init__(self, storage, seed, blob_files=None):
         self.storage = storage
+        # Where files are made that become blobs; None: there are none.
+        self.blob_files = blob_files
         self.generator = random.Random(seed)
         self.oids = [z64] + [p64(number) for number in range(1, 12)]
         self.serials = {}
@@ -77,8 +87,15 @@ class Maker:
             data = record(self.generator, self.oids)
             self.storage.store(oid, self.serial(oid), data, "", meta)
 
+    def store_blob(self, meta):
+        oid = self.generator.choice(BLOBS)
+        handle, path = tempfile.mkstemp(dir=str(self.blob_files))
+        with os.fdopen(handle, "wb") as file:
+            file.write(self.generator.randbytes(self.generator.choice([0, 9, 70_000])))
+        self.storage.storeBlob(oid, self.serial(oid), BLOB, path, "", meta)
+
     def delete(self, meta):
-        oid = self.generator.choice(self.oids[1:])
+        oid = self.generator.choice(self.oids[1:] + (BLOBS if self.blob_files else []))
         self.storage.deleteObject(oid, self.serial(oid), meta)
 
     def undo(self, meta):
@@ -87,10 +104,12 @@ class Maker:
 
     def run(self, steps):
         self.transaction(lambda meta: self.storage.store(
-            z64, z64, record(self.generator, self.oids), "", meta))
+            z64, z64, record(self.generator, self.oids + (BLOBS if self.blob_files else [])), "", meta))
         for _ in range(steps):
             what = self.generator.random()
-            if what < 0.65:
+            if self.blob_files and what < 0.4:
+                self.transaction(self.store_blob)
+            elif what < 0.65:
                 self.transaction(self.store)
             elif what < 0.85:
                 self.transaction(self.undo)
@@ -124,6 +143,18 @@ def file_content(path):
         return content(storage)
     finally:
         storage.close()
+
+
+def blobs(storage):
+    """The blobs of all revisions that have one."""
+    found = {}
+    for txn in storage.iterator():
+        for record in txn:
+            if record.data == BLOB:
+                with contextlib.suppress(KeyError):
+                    with open(storage.loadBlob(record.oid, record.tid), "rb") as file:
+                        found[record.oid, record.tid] = file.read()
+    return found
 
 
 def logical(found):
@@ -191,4 +222,34 @@ def test_from_standby_to_python(nodes, seed):
     node.start()
     storage = open_storage(node.address)
     assert content(storage) == expected
+    storage.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blobs_from_python_and_from_standby(nodes, tmp_path, seed):
+    """Python makes a database, Standby goes on with it, and Python again."""
+    node = nodes.alone(blobs=True)
+    files = tmp_path / "files"
+    files.mkdir()
+    storage = ZODB.FileStorage.FileStorage(node.data_file, blob_dir=node.blob_dir)
+    Maker(storage, seed, files).run(40)
+    by_python, in_python = content(storage), blobs(storage)
+    storage.close()
+    node.start()
+    storage = open_storage(node.address, blob_dir=str(tmp_path / "cache"))
+    assert (content(storage), blobs(storage)) == (by_python, in_python)
+    assert in_python
+    Maker(storage, seed + 1000, files).run(40)
+    by_standby = content(storage)
+    storage.close()
+    # The cache of the first client has blobs that a pack may have removed.
+    storage = open_storage(node.address, blob_dir=str(tmp_path / "another cache"))
+    in_standby = blobs(storage)
+    storage.close()
+    node.kill()
+    storage = ZODB.FileStorage.FileStorage(node.data_file, blob_dir=node.blob_dir)
+    assert (content(storage), blobs(storage)) == (by_standby, in_standby)
+    # Each revision of a blob has its file, also those that an undo brought back.
+    revisions = {(r[0], r[1]) for txn in by_standby for r in txn[5] if r[2] == BLOB}
+    assert set(in_standby) == revisions
     storage.close()

@@ -6,12 +6,14 @@ replaced by `standby serve`.
 The suites are those of the installed packages; nothing of them is copied. Where they start a server,
 they get this program instead. PATTERNs choose tests by a part of their names. Tests that cannot apply
 are listed in `exceptions.txt` with the reason. `--server runzeo` runs the same tests against the
-Python server: so the runner proves itself.
+Python server: so the runner proves itself. `--nodes 3` starts a cluster of three nodes in place of each
+server; clients get the addresses of all of them.
 """
 
 import argparse
 import contextlib
 import importlib
+import json
 import logging
 import os
 import re
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 import unittest
+import urllib.request
 import warnings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -81,6 +84,9 @@ class StandbyServer:
             self.process.kill()
             self.process.wait()
         self.process = None
+        self.clean_up()
+
+    def clean_up(self):
         if os.environ.get("CONFORMANCE_SHOW"):
             with open(self.log) as log:
                 sys.stderr.write(log.read())
@@ -94,6 +100,87 @@ class StandbyServer:
                     with contextlib.suppress(OSError):
                         os.remove(data + suffix)
                 shutil.rmtree(data + ".standby", ignore_errors=True)
+
+
+# What the nodes of a cluster keep over a restart of its server: by the data file, their ports.
+PORTS = {}
+# The addresses of all nodes, by that of the first.
+CLUSTERS = {}
+
+
+class StandbyCluster:
+    """Three nodes in place of a server. The first has its files and its address."""
+
+    def __init__(self, config, path, keep, address):
+        data = re.search(r"^\s*path\s+(\S+)\s*(?=(^\s*\S.*$\s*)*^\s*</filestorage>)", config, re.M)
+        self.data = os.path.abspath(data.group(1))
+        # Ports of peers, administrators, and clients.
+        ports = PORTS.setdefault(self.data, harness.free_ports(9))
+        self.addresses = [address] + [("127.0.0.1", port) for port in ports[6:8]]
+        CLUSTERS[address] = self.addresses
+        members = "".join("member n%d 127.0.0.1:%d here\n" % (n, ports[n]) for n in range(3))
+        self.admin = ports[3:6]
+        self.nodes = []
+        for n in reversed(range(3)):
+            text = config if n == 0 else other_node(config, n, "127.0.0.1:%d" % ports[5 + n])
+            text += (
+                "\n<standby>\ncluster test\nnode n%d\ngroup here\nstate-dir %s\n"
+                "peer-address 127.0.0.1:%d\nadmin-address 127.0.0.1:%d\n%s</standby>\n"
+                % (n, self.data + ".standby" + (".%d" % n if n else ""), ports[n], ports[3 + n], members)
+            )
+            file = "%s.%d" % (path, n)
+            with open(file, "w") as out:
+                out.write(text)
+            self.nodes.append(StandbyServer(text, file, keep))
+        os.remove(path)
+        self.keep = keep
+
+    def wait(self, address, timeout=33):
+        self.nodes[-1].wait(address, timeout)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                url = "http://127.0.0.1:%d/status" % self.admin[0]
+                with urllib.request.urlopen(url, timeout=2) as answer:
+                    nodes = json.load(answer)["nodes"]
+                if sum(1 for node in nodes if node["voter"] and node["state"] == "up") == 3:
+                    return
+            time.sleep(0.02)
+        self.stop()
+        raise RuntimeError("the nodes do not come together")
+
+    def stop(self, stop_timeout=30):
+        CLUSTERS.pop(self.addresses[0], None)
+        for node in self.nodes:
+            if node.process:
+                node.process.terminate()
+        for node in self.nodes:
+            node.stop(stop_timeout)
+        if not self.keep:
+            for n in range(3):
+                state = self.data + ".standby" + (".%d" % n if n else "")
+                shutil.rmtree(state, ignore_errors=True)
+            PORTS.pop(self.data, None)
+
+
+def other_node(config, n, address):
+    """The configuration of another node: its own files and address."""
+    config = re.sub(r"^(\s*address\s+).+$", r"\g<1>" + address, config, flags=re.M)
+    config = re.sub(r"^\s*pid-filename\s.*$", "", config, flags=re.M)
+    return re.sub(r"^(\s*(?:path|blob-dir)\s+)(\S+)", r"\1\2.n%d" % n, config, flags=re.M)
+
+
+def give_all_addresses():
+    """Clients know all nodes of a cluster, as those of a real one do."""
+    import ZEO.asyncio.client
+
+    init = ZEO.asyncio.client.ClientThread.__init__
+
+    def init_with_all(self, addrs, *args, **options):
+        found = [all for address in addrs for all in CLUSTERS.get(address, [address])]
+        return init(self, found, *args, **options)
+
+    ZEO.asyncio.client.ClientThread.__init__ = init_with_all
 
 
 def start_standby(
@@ -135,7 +222,10 @@ def start_standby(
     handle, file = tempfile.mkstemp(".conf", prefix="conformance", dir=os.getcwd())
     with os.fdopen(handle, "w") as out:
         out.write(config)
-    server = StandbyServer(config, file, keep)
+    if OPTIONS.nodes == 3:
+        server = StandbyCluster(config, file, keep, address)
+    else:
+        server = StandbyServer(config, file, keep)
     server.wait(address, start_timeout)
     return address, server.stop
 
@@ -187,6 +277,10 @@ def read_exceptions():
             line = line.split("#")[0].strip()
             if line:
                 pattern, reason = line.split(None, 1)
+                if pattern.startswith("cluster:"):
+                    if OPTIONS.nodes == 1:
+                        continue
+                    pattern = pattern[len("cluster:") :]
                 found.append((re.compile(pattern), reason))
     return found
 
@@ -274,6 +368,8 @@ def main():
         START_PYTHON = ZEO._forker.start_zeo_server
         ZEO._forker.start_zeo_server = start_standby
         ZEO.tests.forker.start_zeo_server = start_standby
+        if OPTIONS.nodes == 3:
+            give_all_addresses()
     chosen, skipped = collect()
     if OPTIONS.list:
         for _, test in chosen:
@@ -317,6 +413,7 @@ if __name__ == "__main__":
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="a part of tests' names")
     parser.add_argument("--server", choices=["standby", "runzeo"], default="standby")
     parser.add_argument("--msgpack", action="store_true", help="servers announce msgpack")
+    parser.add_argument("--nodes", type=int, choices=[1, 3], default=1, help="of each server")
     parser.add_argument("--list", action="store_true", help="only list the tests")
     parser.add_argument("-v", "--verbose", action="store_true", help="also what passed or is skipped")
     OPTIONS = parser.parse_args()

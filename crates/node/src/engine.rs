@@ -358,8 +358,10 @@ impl Engine {
             }
         }
         self.packs_that_waited()?;
-        if self.ticks.is_multiple_of(10) {
+        if self.ticks.is_multiple_of(2) {
             self.tend_membership()?;
+        }
+        if self.ticks.is_multiple_of(10) {
             self.announce_again();
             self.report_status();
         }
