@@ -119,8 +119,8 @@ def test_mistakes_in_ssl_are_explained(nodes, tls, tmp_path):
     assert "cannot read a private key" in complaint(section.replace(tls.server[0], tls.server[1]))
     assert "do not fit" in complaint(section.replace(tls.server[0], tls.known[0]))
     assert "cannot read certificates" in complaint(section.replace(str(tls.folder), "/nowhere"))
-    option = "password-function a.b\n  </ssl>"
-    assert "openssl pkey" in complaint(section.replace("</ssl>", option))
+    option = "password-function ab\n  </ssl>"
+    assert "is not the dotted name of a Python function" in complaint(section.replace("</ssl>", option))
 
 
 def test_unix_sockets(nodes, tmp_path):
@@ -230,3 +230,34 @@ def edit(node, old, new):
     assert old in text
     with open(node.config_path, "w") as config:
         config.write(text.replace(old, new))
+
+
+def test_an_encrypted_key_and_its_password_function(nodes, tls, tmp_path, monkeypatch):
+    plain, cert = tls.server
+    encrypted = str(tmp_path / "encrypted.key")
+    command = ["openssl", "pkey", "-aes256", "-passout", "pass:secret", "-in", plain]
+    subprocess.run(command + ["-out", encrypted], check=True, capture_output=True)
+    (tmp_path / "site_passwords.py").write_text(
+        "def right():\n    return 'secret'\n\ndef wrong():\n    return b'wrong'\n"
+    )
+
+    def server(name, function):
+        line = "    key %s\n    %s\n" % (encrypted, function)
+        zeo = tls.section(tls.folder).replace("    key %s\n" % plain, line)
+        return nodes.alone(name, zeo=zeo).start()
+
+    for name, function, reason in [
+        ("none", "", 'there is no "password-function"'),
+        ("nowhere", "password-function site_passwords.right", "No module named 'site_passwords'"),
+    ]:
+        node = server(name, function)
+        assert node.wait() != 0
+        assert reason in node.log()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    node = server("wrong", "password-function site_passwords.wrong")
+    assert node.wait() != 0
+    assert "is the password right?" in node.log()
+    node = server("right", "password-function site_passwords.right")
+    client = Client(node.address, ssl=tls.client(tls.known))
+    client.commit(lambda root: root.update(x=1))
+    client.close()

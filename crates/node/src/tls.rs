@@ -6,9 +6,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, bail};
+use pkcs8::{EncryptedPrivateKeyInfo, SecretDocument};
 use tokio::net::TcpStream;
 use tokio_rustls::rustls::client::danger::HandshakeSignatureValid;
 use tokio_rustls::rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
@@ -30,6 +32,8 @@ pub struct SslSection {
     pub certificate: PathBuf,
     /// Its private key; the same file by default.
     pub key: PathBuf,
+    /// The dotted name of a function of Python that gives the key's password.
+    pub password_function: Option<String>,
     /// A file with certificates, or a folder of such files.
     pub authenticate: PathBuf,
 }
@@ -73,13 +77,7 @@ impl Tls {
 fn load(section: &SslSection) -> anyhow::Result<(TlsAcceptor, TlsConnector)> {
     let provider = Arc::new(ring::default_provider());
     let chain = certificates(&section.certificate)?;
-    let key = PrivateKeyDer::from_pem_file(&section.key).with_context(|| {
-        format!(
-            "{}: cannot read a private key; one that is encrypted must be decrypted first \
-             (openssl pkey -in FILE -out FILE)",
-            section.key.display()
-        )
-    })?;
+    let key = private_key(section)?;
     let trusted = trusted(&section.authenticate)?;
     let verifier = Verifier::new(&provider, trusted).with_context(|| {
         format!("{}: no certificate can be used", section.authenticate.display())
@@ -98,6 +96,62 @@ fn load(section: &SslSection) -> anyhow::Result<(TlsAcceptor, TlsConnector)> {
         .with_client_auth_cert(chain, key)
         .with_context(do_not_fit)?;
     Ok((TlsAcceptor::from(Arc::new(server)), TlsConnector::from(Arc::new(client))))
+}
+
+const ENCRYPTED: [&str; 2] =
+    ["-----BEGIN ENCRYPTED PRIVATE KEY-----", "-----END ENCRYPTED PRIVATE KEY-----"];
+
+fn private_key(section: &SslSection) -> anyhow::Result<PrivateKeyDer<'static>> {
+    let file = section.key.display();
+    let cannot = || format!("{file}: cannot read a private key");
+    let text = fs::read_to_string(&section.key).with_context(cannot)?;
+    let [begin, end] = ENCRYPTED.map(|line| text.find(line));
+    let Some((begin, end)) = begin.zip(end).filter(|(begin, end)| begin < end) else {
+        if text.contains("Proc-Type: 4,ENCRYPTED") {
+            bail!(
+                "{file}: the key is encrypted in an old way; convert it with \
+                 openssl pkey -aes256 -in FILE -out FILE"
+            );
+        }
+        return PrivateKeyDer::from_pem_slice(text.as_bytes()).with_context(cannot);
+    };
+    let Some(function) = &section.password_function else {
+        bail!("{file}: the key is encrypted, but there is no \"password-function\"");
+    };
+    let password = password(function)?;
+    let pem = &text[begin..end + ENCRYPTED[1].len()];
+    // The libraries' errors do not show what they were given.
+    let opened =
+        SecretDocument::from_pem(pem).map_err(|error| anyhow::anyhow!("{file}: {error}"))?;
+    let key = EncryptedPrivateKeyInfo::try_from(opened.1.as_bytes())
+        .and_then(|key| key.decrypt(password))
+        .map_err(|error| {
+            anyhow::anyhow!("{file}: cannot decrypt the key: {error}; is the password right?")
+        })?;
+    Ok(PrivateKeyDer::Pkcs8(key.as_bytes().to_vec().into()))
+}
+
+/// Calls a function of Python, in a process of its own: `python3`, or what STANDBY_PYTHON names.
+fn password(function: &str) -> anyhow::Result<Vec<u8>> {
+    const CALL: &str = "import importlib, sys\n\
+        module, name = sys.argv[1].rsplit('.', 1)\n\
+        password = getattr(importlib.import_module(module), name)()\n\
+        password = password.encode() if isinstance(password, str) else bytes(password)\n\
+        sys.stdout.buffer.write(password)\n";
+    let python = std::env::var("STANDBY_PYTHON").unwrap_or_else(|_| "python3".into());
+    let called = Command::new(&python)
+        .args(["-c", CALL, function])
+        .output()
+        .with_context(|| format!("password-function {function}: cannot run {python}"))?;
+    if !called.status.success() {
+        let said = String::from_utf8_lossy(&called.stderr);
+        let last = said.trim().lines().next_back().unwrap_or("it says nothing").to_owned();
+        bail!(
+            "password-function {function}: {python} cannot call it ({last}). Set STANDBY_PYTHON to \
+             the Python that can, or PYTHONPATH"
+        );
+    }
+    Ok(called.stdout)
 }
 
 fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {

@@ -454,11 +454,11 @@ impl Checker {
         let mut reader =
             self.reader(section, &["certificate", "key", "password-function", "authenticate"])?;
         reader.sections(&[])?;
-        if let Some((_, line)) = reader.text("password-function") {
-            let message = "a function of Python cannot be called here; decrypt the key instead \
-                           (openssl pkey -in FILE -out FILE) and let only this server read it";
-            return Err(reader.error(line, message));
-        }
+        let function = |text: &str| match text.rsplit_once('.') {
+            Some((module, name)) if !module.is_empty() && !name.is_empty() => Ok(text.to_owned()),
+            _ => Err(format!("{text:?} is not the dotted name of a Python function")),
+        };
+        let password_function = reader.get("password-function", function)?;
         let certificate = reader.required("certificate", path)?;
         let authenticate = reader.required("authenticate", |text| match text {
             "DYNAMIC" | "SIGNED" => {
@@ -469,7 +469,7 @@ impl Checker {
             text => path(text),
         })?;
         let key = reader.get("key", path)?.unwrap_or_else(|| certificate.clone());
-        Ok(SslSection { certificate, key, authenticate })
+        Ok(SslSection { certificate, key, password_function, authenticate })
     }
 
     fn storage(&mut self, section: &Section) -> Result<StorageSection, ConfigError> {
