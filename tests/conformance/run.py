@@ -48,10 +48,13 @@ class StandbyServer:
     def __init__(self, config, path, keep):
         self.path, self.keep, self.config = path, keep, config
         self.log = path + ".log"
+        self.start()
+
+    def start(self):
         environment = dict(os.environ, STANDBY_LOG=os.environ.get("STANDBY_LOG", "info"))
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [harness.STANDBY, "serve", "-C", path],
+                [harness.STANDBY, "serve", "-C", self.path],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -112,7 +115,7 @@ class StandbyCluster:
     """Three nodes in place of a server. The first has its files and its address."""
 
     def __init__(self, config, path, keep, address):
-        data = re.search(r"^\s*path\s+(\S+)\s*(?=(^\s*\S.*$\s*)*^\s*</filestorage>)", config, re.M)
+        data = re.search(r"<filestorage[^>]*>.*?^\s*path\s+(\S+)", config, re.M | re.S)
         self.data = os.path.abspath(data.group(1))
         # Ports of peers, administrators, and clients.
         ports = PORTS.setdefault(self.data, harness.free_ports(9))
@@ -135,16 +138,23 @@ class StandbyCluster:
         os.remove(path)
         self.keep = keep
 
+    def whole(self):
+        with contextlib.suppress(OSError):
+            url = "http://127.0.0.1:%d/status" % self.admin[0]
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                nodes = json.load(answer)["nodes"]
+            return sum(1 for node in nodes if node["voter"] and node["state"] == "up") == 3
+
     def wait(self, address, timeout=33):
-        self.nodes[-1].wait(address, timeout)
+        try:
+            self.nodes[-1].wait(address, timeout)
+        except RuntimeError:
+            self.stop()
+            raise
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                url = "http://127.0.0.1:%d/status" % self.admin[0]
-                with urllib.request.urlopen(url, timeout=2) as answer:
-                    nodes = json.load(answer)["nodes"]
-                if sum(1 for node in nodes if node["voter"] and node["state"] == "up") == 3:
-                    return
+            if self.whole():
+                return
             time.sleep(0.02)
         self.stop()
         raise RuntimeError("the nodes do not come together")

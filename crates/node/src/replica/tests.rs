@@ -190,3 +190,49 @@ fn unknown_storages_and_garbage_are_errors() {
         Err(ApplyError::Malformed(LogIndex(2)))
     ));
 }
+
+#[test]
+fn blobs_are_there_with_their_transaction_and_replayed() {
+    let disk = MemoryDisk::new();
+    let mut first = replica(&disk);
+    let transfer = standby_types::Transfer([3; 16]);
+    let dir = BlobDir::open(Arc::new(disk.clone()), Path::new("/blobs")).unwrap();
+    let mut staging = dir.stage(transfer).unwrap();
+    staging.write(b"blob").unwrap();
+    let (upload, staged) = staging.finish().unwrap();
+    staged.keep();
+    let blob = |source| Blob { oid: Oid(1), source };
+    let entry = |index, tid, blobs: Vec<Blob>| {
+        let (storage, rest) = ("1".into(), records(&[(1, 5)]));
+        let ending = Ending { storage, head: head(tid), parts: Vec::new(), blobs, rest };
+        let data = Command::Transaction(ending).encode();
+        Committed::Command(LogIndex(index), Term(1), data)
+    };
+    let entries = [
+        entry(2, 10, vec![blob(BlobSource::Upload(upload))]),
+        entry(3, 11, vec![blob(BlobSource::Copy(Tid(10)))]),
+    ];
+    for found in &entries {
+        apply(&mut first, found).unwrap();
+    }
+    for tid in [10, 11] {
+        assert!(dir.has(Oid(1), Tid(tid)).unwrap());
+    }
+    assert!(!dir.has_staged(transfer).unwrap());
+    drop(first);
+    // After a crash without a checkpoint the data file is new again, and the blobs are there or staged.
+    disk.remove(Path::new("/db/Data.fs")).unwrap();
+    let mut second = replica(&disk);
+    for found in &entries {
+        apply(&mut second, found).unwrap();
+    }
+    // A transaction that a peer has sent before: its upload is not needed.
+    let mut staging = dir.stage(transfer).unwrap();
+    staging.write(b"blob").unwrap();
+    staging.finish().unwrap().1.keep();
+    assert!(apply(&mut second, &entry(4, 11, vec![blob(BlobSource::Upload(upload))])).is_none());
+    assert!(!dir.has_staged(transfer).unwrap());
+    // One that is nowhere stops the node: it would differ from the others.
+    let missing = entry(5, 12, vec![Blob { oid: Oid(7), source: BlobSource::Upload(upload) }]);
+    assert!(matches!(second.apply(&missing), Err(ApplyError::Storage(_))));
+}

@@ -350,3 +350,78 @@ proptest::proptest! {
         }
     }
 }
+
+/// An upload that is kept, and one that goes with its transaction.
+struct Counted(Arc<std::sync::atomic::AtomicU32>);
+
+impl StagedFile for Counted {
+    fn keep(self: Box<Self>) {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+fn upload() -> Upload {
+    Upload { transfer: standby_types::Transfer([1; 16]), len: 4, sha256: [2; 32] }
+}
+
+#[test]
+fn blobs_belong_to_the_transaction() {
+    for encoding in [Encoding::Pickle, Encoding::Msgpack] {
+        let mut client = Client::registered(encoding);
+        client.begin_and_store(1);
+        assert!(matches!(client.notify("storeBlobStart", vec![])[..], [Effect::BlobStart]));
+        let effects = client.notify("storeBlobChunk", vec![Value::bytes(b"blob")]);
+        assert!(matches!(&effects[..], [Effect::BlobChunk(bytes)] if &bytes[..] == b"blob"));
+        let end = vec![OID.into(), TID.into(), Value::bytes(b"data"), 1.into()];
+        let effects = client.notify("storeBlobEnd", end);
+        assert!(matches!(effects[..], [Effect::BlobEnd(Oid(1))]), "{effects:?}");
+        let kept = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        client.session.staged(Oid(1), Ok((upload(), Box::new(Counted(kept.clone())))));
+        client.call("vote", vec![1.into()]);
+        client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
+        let mut effects = client.call("tpc_finish", vec![1.into()]);
+        let Some(Effect::Finish { transaction, .. }) = effects.first_mut() else { panic!() };
+        let source = BlobSource::Upload(upload());
+        assert_eq!(transaction.blobs(), [standby_types::Blob { oid: Oid(1), source }]);
+        transaction.keep_blobs();
+        assert_eq!(kept.load(std::sync::atomic::Ordering::Relaxed), 1);
+    }
+}
+
+#[test]
+fn a_failed_upload_fails_the_vote() {
+    let mut client = Client::registered(Encoding::Pickle);
+    client.begin_and_store(1);
+    client.session.staged(Oid(1), Err(ClientError::storage("no space")));
+    let (class, _) = client.replied("vote", vec![1.into()]).unwrap_err();
+    assert_eq!(class, "ZODB.POSException.StorageError");
+}
+
+#[test]
+fn uploads_out_of_order_close_the_connection() {
+    let end = || vec![OID.into(), TID.into(), Value::bytes(b"data"), 1.into()];
+    let shared = |name: &str| {
+        vec![OID.into(), TID.into(), Value::bytes(b"data"), Value::str(name), 1.into()]
+    };
+    let cases: Vec<Vec<(&str, Vec<Value>)>> = vec![
+        vec![("storeBlobChunk", vec![Value::bytes(b"x")])],
+        vec![("storeBlobEnd", end())],
+        vec![("storeBlobStart", vec![]), ("storeBlobStart", vec![])],
+        vec![("storeBlobShared", shared("../x.tmp"))],
+        vec![("storeBlobShared", shared("x.blob"))],
+        vec![("storeBlobShared", shared("tmp"))],
+    ];
+    for calls in cases {
+        let mut client = Client::registered(Encoding::Pickle);
+        client.begin_and_store(1);
+        let last = calls.into_iter().map(|(method, args)| client.notify(method, args)).last();
+        let effects = last.unwrap();
+        assert!(matches!(effects[..], [Effect::Close(CloseReason::OneWay { .. })]), "{effects:?}");
+    }
+    for name in ["x.tmp", "x.tmp1"] {
+        let mut client = Client::registered(Encoding::Pickle);
+        client.begin_and_store(1);
+        let effects = client.notify("storeBlobShared", shared(name));
+        assert!(matches!(&effects[..], [Effect::BlobShared { oid: Oid(1), name: n }] if n == name));
+    }
+}
