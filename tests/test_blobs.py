@@ -166,6 +166,22 @@ def test_nothing_is_left_of_broken_uploads(nodes, tmp_path):
         client.close()
 
 
+def test_a_blob_that_cannot_be_kept_fails_its_transaction(nodes, tmp_path):
+    node = nodes.alone(blobs=True).start()
+    client = blob_client(node.address, tmp_path / "cache")
+    client.commit(lambda root: put(root, "blob", b"fine"))
+    tmp = os.path.join(node.blob_dir, "tmp")
+    os.rmdir(tmp)
+    with pytest.raises(ZODB.POSException.StorageError, match="cannot keep a blob"):
+        client.commit(lambda root: put(root, "blob", content(1, 3_000_000)), attempts=1)
+    os.mkdir(tmp)
+    # The connection is the same, and all is well again.
+    client.commit(lambda root: put(root, "blob", b"again"))
+    assert sorted(files(node.blob_dir).values()) == [b"again", b"fine"]
+    assert "closed a client's connection" not in node.log()
+    client.close()
+
+
 def test_every_node_has_the_blobs(nodes, tmp_path):
     cluster = nodes.cluster(blobs=True)
     for node in cluster.nodes[:2]:

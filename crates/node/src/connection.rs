@@ -124,8 +124,8 @@ struct Connection {
     storage: Option<String>,
     read_only: bool,
     iterators: Iterators,
-    /// The upload that has begun and not ended.
-    upload: Option<BlobWriter>,
+    /// The upload that has begun and not ended, or why it has failed.
+    upload: Option<Result<BlobWriter, StorageError>>,
 }
 
 impl Connection {
@@ -331,15 +331,21 @@ impl Connection {
             }
             Effect::BlobStart => return self.begin_upload().err().map(Some),
             Effect::BlobChunk(bytes) => {
-                let Some(upload) = &mut self.upload else { return None };
-                let written = upload.write(&bytes).await;
-                return written.err().map(|error| Some(format!("cannot keep a blob: {error}")));
+                if let Some(Ok(upload)) = &mut self.upload
+                    && let Err(error) = upload.write(&bytes).await
+                {
+                    // The client sends the rest all the same, and hears of it when it votes.
+                    self.upload = Some(Err(error));
+                }
+                return None;
             }
             Effect::BlobEnd(oid) => {
-                if let Some(upload) = self.upload.take() {
-                    let staged = upload.finish().await;
-                    self.staged(oid, staged);
-                }
+                let staged = match self.upload.take() {
+                    Some(Ok(upload)) => upload.finish().await,
+                    Some(Err(error)) => Err(error),
+                    None => return None,
+                };
+                self.staged(oid, staged);
                 return None;
             }
             Effect::BlobShared { oid, name } => {
@@ -369,7 +375,7 @@ impl Connection {
     fn begin_upload(&mut self) -> Result<(), String> {
         let blobs = self.storage().and_then(|s| s.blobs.as_ref()).ok_or(NO_BLOBS)?;
         let transfer = blobs::new_transfer().map_err(|error| error.to_string())?;
-        self.upload = Some(BlobWriter::new(blobs, transfer));
+        self.upload = Some(Ok(BlobWriter::new(blobs, transfer)));
         Ok(())
     }
 

@@ -362,7 +362,7 @@ impl Engine {
             self.tend_membership()?;
         }
         if self.ticks.is_multiple_of(10) {
-            self.announce_again();
+            self.tend_blobs()?;
             self.report_status();
         }
         Ok(())

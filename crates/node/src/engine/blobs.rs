@@ -99,11 +99,12 @@ impl Engine {
             if storage.is_some_and(|storage| storage.blobs.is_none()) {
                 return Err(ApplyError::NoBlobDir(ending.storage).into());
             }
-            let tid = take_meta(&mut ending.head.clone())?.tid;
+            // What means nothing is refused when it is applied.
+            let Ok(meta) = take_meta(&mut ending.head.clone()) else { continue };
             for blob in &ending.blobs {
                 let BlobSource::Upload(upload) = blob.source else { continue };
                 if !self.blobs.here.contains(&upload.transfer) {
-                    let (storage, revision) = (ending.storage.clone(), Some((blob.oid, tid)));
+                    let (storage, revision) = (ending.storage.clone(), Some((blob.oid, meta.tid)));
                     missing.push(Wanted { storage, upload, revision });
                 }
             }
@@ -153,6 +154,11 @@ impl Engine {
         } else {
             self.blobs.held.clear();
         }
+        self.let_in()
+    }
+
+    /// Takes up the messages whose blobs are here, in order; sees to it that the others' come.
+    fn let_in(&mut self) -> anyhow::Result<()> {
         while let Some(message) = self.blobs.held.front().cloned() {
             let missing = self.missing(&message)?;
             if !missing.is_empty() {
@@ -216,8 +222,8 @@ impl Engine {
         None
     }
 
-    /// Some time has passed: announces again what has not arrived at a majority.
-    pub(super) fn announce_again(&mut self) {
+    /// Some time has passed: what has been said may have been lost.
+    pub(super) fn tend_blobs(&mut self) -> anyhow::Result<()> {
         for outgoing in &self.blobs.waiting {
             for blob in outgoing.buffer.blobs() {
                 if let BlobSource::Upload(upload) = blob.source {
@@ -226,6 +232,7 @@ impl Engine {
             }
         }
         self.let_go();
+        self.let_in()
     }
 
     fn let_go(&mut self) {
