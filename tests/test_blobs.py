@@ -82,6 +82,7 @@ def test_blobs_of_all_sizes(nodes, tmp_path, encoding):
     other = blob_client(node.address, tmp_path / "other")
     assert {name: read(other.root, name) for name in expected} == expected
     assert sorted(files(node.blob_dir).values()) == sorted(expected.values())
+    assert os.stat(node.blob_dir).st_mode & 0o777 == 0o700
     for path in files(node.blob_dir):
         assert os.stat(os.path.join(node.blob_dir, path)).st_mode & 0o222 == 0
     missing = pytest.raises(ZODB.POSException.POSKeyError, match="No blob file")

@@ -13,6 +13,8 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -94,6 +96,12 @@ fn open_blobs(
     let mut opened = BTreeMap::new();
     for section in &config.storages {
         let Some(dir) = &section.blob_dir else { continue };
+        // As Python makes it: blobs are nobody else's business.
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .with_context(|| format!("cannot make blob-dir {}", dir.display()))?;
         let blobs = BlobDir::open(disk.clone(), dir)?;
         let removed =
             blobs.remove_staged_except(needed.get(&section.name).unwrap_or(&BTreeSet::new()))?;
