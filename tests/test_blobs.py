@@ -1,7 +1,11 @@
 """Blobs: stored, read, undone, packed; on one node and on three; and what is left of broken uploads."""
 
+import contextlib
 import os
+import pickle
 import shutil
+import socket
+import struct
 import threading
 import time
 
@@ -181,6 +185,38 @@ def test_a_blob_that_cannot_be_kept_fails_its_transaction(nodes, tmp_path):
     assert sorted(files(node.blob_dir).values()) == [b"again", b"fine"]
     assert "closed a client's connection" not in node.log()
     client.close()
+
+
+def test_a_client_that_leaves_in_a_download_leaves_no_open_file(nodes, tmp_path):
+    node = nodes.alone(blobs=True).start()
+    client = blob_client(node.address, tmp_path / "cache")
+    client.commit(lambda root: put(root, "blob", content(1, 60_000_000)))
+    blob = client.root["blob"]
+    blob._p_activate()
+    oid, serial = blob._p_oid, blob._p_serial
+    client.close()
+
+    def open_blobs():
+        descriptors = "/proc/%d/fd" % node.process.pid
+        targets = []
+        for name in os.listdir(descriptors):
+            with contextlib.suppress(OSError):
+                targets.append(os.readlink(os.path.join(descriptors, name)))
+        return [target for target in targets if target.endswith(".blob")]
+
+    # A client that reads nothing of what it has asked for.
+    call = pickle.dumps((2, False, "sendBlob", (oid, serial)), 3)
+    register = pickle.dumps((1, False, "register", ("1", True)), 3)
+    with socket.create_connection(node.address) as sock:
+        for frame in (b"Z5", register, call):
+            sock.sendall(struct.pack(">I", len(frame)) + frame)
+            if frame is not call:
+                # The greeting, then the reply.
+                sock.recv(4096)
+        harness.wait_for("a download", open_blobs)
+        time.sleep(0.5)
+        assert open_blobs()
+    harness.wait_for("no open blob", lambda: not open_blobs(), timeout=10)
 
 
 def test_every_node_has_the_blobs(nodes, tmp_path):

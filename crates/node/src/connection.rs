@@ -114,6 +114,8 @@ async fn talk(
     shared.tell(Event::Client(Request::Closed { session: handle.id, storage })).await;
     handle.outbox.finish();
     let _ = sending.await;
+    // Blobs that are still being sent wait for room that nobody makes any more.
+    handle.outbox.close("the connection is closed");
 }
 
 struct Connection {
