@@ -185,8 +185,9 @@ impl BlobDir {
             BlobSource::Copy(of) if !there => {
                 let from = self.path(blob.oid, of);
                 let found = disk.exists(&from).map_err(&failed)?;
-                if found {
-                    self.name(&to, || disk.hard_link(&from, &to)).map_err(&failed)?;
+                if found && self.name(&to, || disk.hard_link(&from, &to)).is_err() {
+                    // Not every file system has links, nor any number of them.
+                    self.copy(&from, &to).map_err(&failed)?;
                 }
                 found
             }
@@ -200,6 +201,26 @@ impl BlobDir {
             }
         }
         Ok(done)
+    }
+
+    fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let disk = &self.0.disk;
+        // Taken for an upload that nobody names, if the process ends meanwhile.
+        let part = self.0.dir.join("tmp").join("standby-copy");
+        let (source, target) = (disk.open(from, Open::Read)?, disk.open(&part, Open::Create)?);
+        target.set_len(0)?;
+        let (mut buffer, mut at) = (vec![0; CHUNK], 0);
+        loop {
+            let n = read_full(&*source, &mut buffer, at)?;
+            if n == 0 {
+                break;
+            }
+            target.write_at(&buffer[..n], at)?;
+            at += n as u64;
+        }
+        target.sync()?;
+        disk.make_read_only(&part)?;
+        self.name(to, || disk.rename(&part, to))
     }
 
     /// Names a file; a directory may be removed as empty in the moment in which it is made.
@@ -482,6 +503,19 @@ mod tests {
         assert!(!blobs.place(&blob(1, BlobSource::Copy(Tid(4))), Tid(7)).unwrap());
         let missing = blob(2, BlobSource::Upload(upload));
         assert!(blobs.place(&missing, Tid(8)).is_err());
+    }
+
+    #[test]
+    fn without_links_a_blob_is_copied() {
+        let disk = MemoryDisk::new();
+        let blobs = open(&disk);
+        let (upload, staged) = upload(&blobs, &vec![7; CHUNK + 5]);
+        staged.keep();
+        blobs.place(&blob(1, BlobSource::Upload(upload)), Tid(5)).unwrap();
+        blobs.copy(&blobs.path(Oid(1), Tid(5)), &blobs.path(Oid(1), Tid(6))).unwrap();
+        assert_eq!(read_all(&disk, &blobs.path(Oid(1), Tid(6))).unwrap(), vec![7; CHUNK + 5]);
+        assert!(blobs.has(Oid(1), Tid(5)).unwrap());
+        assert_eq!(blobs.remove_staged_except(&BTreeSet::new()).unwrap(), 0);
     }
 
     #[test]
