@@ -473,11 +473,32 @@ def test_typos_are_explained(nodes, tmp_path):
 
 
 def test_the_server_survives_what_clients_may_not_do(nodes):
-    """Methods that this version lacks are refused by an exception, not by silence."""
+    """What cannot be done is refused by an exception, not by silence."""
     node = nodes.alone().start()
     storage = open_storage(node.address)
-    with pytest.raises(Exception, match="does not support"):
+    with pytest.raises(TypeError, match="Blobs are not supported"):
         storage._call("sendBlob", b"\0" * 8, b"\0" * 8)
     with pytest.raises(ZODB.POSException.POSKeyError):
         storage.load(b"\0" * 7 + b"\x77")
     storage.close()
+
+
+def test_a_quota_is_kept(nodes):
+    node = nodes.alone()
+    with open(node.config_path) as config:
+        text = config.read()
+    with open(node.config_path, "w") as config:
+        config.write(text.replace("</filestorage>", "  quota 20KB\n</filestorage>"))
+    node.start()
+    client = Client(node.address)
+    for number in range(100):
+        try:
+            client.commit(lambda root: root.update(number=number, text="x" * 3000), attempts=1)
+        except ZODB.POSException.StorageError as error:
+            assert "The storage quota has been exceeded." in str(error)
+            break
+    assert 20_000 < os.path.getsize(node.data_file) < 27_000
+    # Room again.
+    client.db.pack()
+    client.commit(lambda root: root.update(text="short"))
+    client.close()

@@ -399,18 +399,18 @@ impl Connection {
 
     /// Sends a blob beside whatever else the client asks for.
     async fn send_blob(&self, id: Value, oid: Oid, serial: Tid) {
-        let Some(storage) = self.storage() else { return };
-        let opened = match &storage.blobs {
-            Some(blobs) => BlobReader::open(blobs, None, Some((oid, serial))).await,
-            None => Err(std::io::ErrorKind::NotFound.into()),
-        };
         let handle = self.handle.clone();
+        let Some(blobs) = self.storage().and_then(|storage| storage.blobs.as_ref()) else {
+            let text = Value::str("Blobs are not supported");
+            let error = ClientError::Other("builtins.TypeError", vec![text]);
+            return handle.outbox.push(handle.encoding().error(&id, &error));
+        };
+        let opened = BlobReader::open(blobs, None, Some((oid, serial))).await;
         let blob = [Value::from(oid.to_bytes()), Value::from(serial.to_bytes())];
         let mut reader = match opened {
             Ok(reader) => reader,
             Err(error) => {
-                let path = storage.blobs.as_ref().map(|blobs| blobs.path(oid, serial));
-                let path = path.map_or_else(String::new, |path| path.display().to_string());
+                let path = blobs.path(oid, serial).display().to_string();
                 let error = if error.kind() == std::io::ErrorKind::NotFound {
                     let text = Value::Str(format!("No blob file at {path}"));
                     let [oid, serial] = blob;

@@ -26,7 +26,8 @@ use standby_filestorage::{Access, Record, StorageError, TransactionMeta, put_met
 use standby_types::time::new_tid;
 use standby_types::{LogIndex, NodeId, Oid, Term, Tid, Transfer};
 use standby_zeo::{
-    Buffer, ClientError, SessionId, Transactions, Value, VoteAnswer, VoteOutcome, VoteRequest,
+    Buffer, ClientError, Expected, SessionId, Transactions, Value, VoteAnswer, VoteOutcome,
+    VoteRequest,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -539,7 +540,9 @@ impl Engine {
                 let last = self.storages.get(&storage).map_or(Tid::NONE, |s| s.last_tid);
                 let refused = match request.tid {
                     Some(tid) if tid <= last => Some(does_not_follow(tid, last)),
-                    _ => self.refuse_undo(&storage, &request),
+                    _ => self
+                        .refuse_undo(&storage, &request)
+                        .or_else(|| self.over_quota(&storage, &request)),
                 };
                 if let Some(error) = refused {
                     // Without its own task the session is ending.
@@ -566,6 +569,18 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// As FileStorage: nothing is stored by a record that would begin beyond the quota.
+    fn over_quota(&self, storage: &str, request: &VoteRequest) -> Option<ClientError> {
+        let section = self.shared.config.storages.iter().find(|s| s.name == storage)?;
+        let quota = section.quota?;
+        let size = self.shared.storages.get(storage)?.reader().size();
+        let stores = request.writes.iter().any(|(_, expected)| *expected != Expected::Any);
+        (stores && size + request.len_before_last > quota).then(|| {
+            let name = "ZODB.FileStorage.FileStorage.FileStorageQuotaError";
+            ClientError::Other(name, vec![Value::str("The storage quota has been exceeded.")])
+        })
     }
 
     fn register(

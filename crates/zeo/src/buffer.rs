@@ -73,8 +73,16 @@ pub struct Write {
     pub oid: Oid,
     /// On what the change relies.
     pub expected: Expected,
+    /// Bytes that its record takes in the data file.
+    len: u64,
     kept: Kept,
 }
+
+/// Bytes of a transaction and of a record in the data file, beside texts and data; and those of a
+/// pointer in place of data.
+const TRANSACTION_LEN: u64 = 23;
+const RECORD_LEN: u64 = 42;
+const POINTER_LEN: u64 = 8;
 
 /// What can be worked out only when the transaction holds its locks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,13 +139,17 @@ impl Buffer {
 
     /// Adds a change.
     pub fn put(&mut self, oid: Oid, expected: Expected, content: Content) -> io::Result<()> {
+        let data_len = match &content {
+            Content::Data(data) => data.len() as u64,
+            Content::Back(..) | Content::Gone => POINTER_LEN,
+        };
         let kept = match content {
             Content::Data(data) => Kept::Data(self.spill.put(data)?),
             Content::Back(tid, Some(data)) => Kept::Back(tid, Some(self.spill.put(data)?)),
             Content::Back(tid, None) => Kept::Back(tid, None),
             Content::Gone => Kept::Gone,
         };
-        let write = Write { oid, expected, kept };
+        let write = Write { oid, expected, len: RECORD_LEN + data_len, kept };
         match self.by_oid.get(&oid) {
             Some(at) => self.writes[*at] = write,
             None => {
@@ -197,6 +209,7 @@ impl Buffer {
             writes: self.writes.iter().map(|write| (write.oid, write.expected)).collect(),
             checks: self.checks.clone(),
             undos: Vec::new(),
+            len_before_last: self.len_before_last(),
         };
         for later in &self.later {
             match later {
@@ -205,6 +218,14 @@ impl Buffer {
             }
         }
         request
+    }
+
+    /// Bytes that the transaction takes in the data file before its last record begins.
+    fn len_before_last(&self) -> u64 {
+        let Meta { user, description, extension, .. } = &self.meta;
+        let texts = user.len() + description.len() + extension.len();
+        let before = self.writes.iter().rev().skip(1).map(|write| write.len).sum::<u64>();
+        TRANSACTION_LEN + texts as u64 + before
     }
 
     /// The changes, in the order in which the objects first came.

@@ -35,6 +35,8 @@ pub struct VoteRequest {
     pub checks: Vec<(Oid, Tid)>,
     /// Transactions to undo: before the vote, whoever can read them adds their objects to `writes`.
     pub undos: Vec<Tid>,
+    /// Bytes that the transaction takes in the data file before its last record begins.
+    pub len_before_last: u64,
 }
 
 /// What became of a vote.

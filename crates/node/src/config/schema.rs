@@ -101,6 +101,8 @@ pub struct StorageSection {
     pub create: bool,
     /// No client may write to it.
     pub read_only: bool,
+    /// Bytes of the data file beyond which nothing is stored.
+    pub quota: Option<u64>,
     /// A pack removes what cannot be reached from the root.
     pub pack_gc: bool,
     /// A pack keeps the old file as `PATH.old`.
@@ -492,12 +494,13 @@ impl Checker {
             path: reader.required("path", path)?,
             create: reader.boolean("create", false)?,
             read_only: reader.boolean("read-only", false)?,
+            quota: reader.get("quota", byte_size)?,
             pack_gc: reader.boolean("pack-gc", true)?,
             pack_keep_old,
             blob_keep_old: pack_keep_old,
             blob_dir,
         };
-        self.note(section, &["quota", "packer"]);
+        self.note(section, &["packer"]);
         Ok(storage)
     }
 
