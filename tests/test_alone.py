@@ -58,7 +58,7 @@ def test_invalidations_reach_other_clients(nodes, encoding):
         writer.commit(lambda root: root.update(x=number))
 
         def sees():
-            reader.connection.sync()
+            reader.sync()
             return reader.root.get("x") == number
 
         harness.wait_for("the invalidation", sees, 5, poll=0.001)
@@ -70,16 +70,16 @@ def test_conflicts_are_resolved_by_the_client_or_raised(nodes, encoding):
     node = nodes.alone(zeo=encoding).start()
     one, two = Client(node.address), Client(node.address)
     one.commit(lambda root: root.update(length=Length(0), mapping=PersistentMapping()))
-    two.connection.sync()
+    two.sync()
     for client in (one, two):
         client.root["length"].change(1)
     one.manager.commit()
     two.manager.commit()
-    one.connection.sync()
+    one.sync()
     assert one.root["length"]() == 2
 
     for client in (one, two):
-        client.connection.sync()
+        client.sync()
         client.root["mapping"]["x"] = client is one
     one.manager.commit()
     with pytest.raises(ZODB.POSException.ConflictError) as raised:
@@ -88,7 +88,7 @@ def test_conflicts_are_resolved_by_the_client_or_raised(nodes, encoding):
     two.manager.abort()
 
     # A transaction that only read an object fails if that object was changed.
-    one.connection.sync(), two.connection.sync()
+    one.sync(), two.sync()
     two.connection.readCurrent(two.root["mapping"])
     two.root["other"] = 1
     one.commit(lambda root: root["mapping"].update(x="new"))
@@ -121,7 +121,7 @@ def test_many_writers_of_one_counter(nodes, encoding, tmp_path):
     for writer in writers:
         output, _ = writer.communicate(timeout=120)
         assert writer.returncode == 0 and output == "failed 0\n", output
-    client.connection.sync()
+    client.sync()
     assert client.root["length"]() == 500
     client.close()
 
@@ -143,7 +143,7 @@ def test_row_6_objects_are_created_over_a_restart(nodes, encoding):
 
                 client.commit(add)
         new.close()
-    old.connection.sync()
+    old.sync()
     oids = {value._p_oid for name in ("old", "new") for value in old.root[name].values()}
     assert len(oids) == 300
     old.close()
@@ -264,7 +264,7 @@ def test_row_11_a_client_that_hangs_after_its_vote(nodes):
     node = nodes.alone(zeo="  transaction-timeout 2").start()
     hanging, other = Client(node.address), Client(node.address)
     other.commit(lambda root: root.update(a=PersistentMapping(), b=PersistentMapping()))
-    hanging.connection.sync()
+    hanging.sync()
     storage = hanging.db.storage
     txn = transaction.TransactionManager().begin()
     mapping = hanging.root["a"]
@@ -322,7 +322,7 @@ def test_several_storages_in_one_file(nodes):
     node.kill()
     node.start()
     for client in (first, second):
-        client.connection.sync()
+        client.sync()
     assert (first.root["x"], second.root["y"]) == (4, 4)
     assert "y" not in first.root and "x" not in second.root
     with pytest.raises(Exception):

@@ -109,7 +109,7 @@ def test_undo_brings_a_blob_back_and_a_pack_removes_it(nodes, tmp_path):
     second = client.db.undoLog(0, 10)[2]["id"]
     client.db.undo(second, client.manager.get())
     client.manager.commit()
-    client.connection.sync()
+    client.sync()
     assert read(client.root, "blob") == b"first"
     before = files(node.blob_dir)
     assert sorted(before.values()) == [b"first", b"first", b"garbage", b"second"]
@@ -164,7 +164,7 @@ def test_nothing_is_left_of_broken_uploads(nodes, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    clients[0].connection.sync()
+    clients[0].sync()
     assert [read(clients[0].root, n) == content(n, 5_000_000) for n in (0, 1)] == [True, True]
     nothing_staged([node])
     for client in clients:

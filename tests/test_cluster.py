@@ -118,7 +118,7 @@ def test_row_6_objects_are_created_over_a_failover(nodes, encoding):
                 root[name][number] = PersistentMapping(by=name)
 
             client.commit(add)
-    old.connection.sync()
+    old.sync()
     oids = {value._p_oid for name in ("old", "new") for value in old.root[name].values()}
     assert len(oids) == 500
     old.close()
@@ -157,7 +157,7 @@ def test_a_reader_on_a_replica_keeps_its_connection(nodes, encoding):
 
     def all_see(number):
         def sees(reader):
-            reader.connection.sync()
+            reader.sync()
             return reader.root.get("x") == number
 
         for reader in readers:
@@ -191,7 +191,7 @@ def test_readers_are_served_without_a_primary(nodes):
     for node in cluster.nodes:
         if node is not survivor:
             node.kill()
-    early.connection.sync()
+    early.sync()
     assert early.root["x"] == 1
     late = Client(survivor.read_only_address, read_only=True)
     assert late.root["x"] == 1
@@ -251,14 +251,14 @@ def test_row_29_a_frozen_primary_is_replaced_and_follows(nodes, encoding):
     thread.join(40)
     if answers == ["acknowledged"]:
         # Then it was by the new primary, after the client had come over to it.
-        other.connection.sync()
+        other.sync()
         assert other.root["late"] == 1
     cluster.wait_healthy()
     assert cluster.primary() is successor
     assert frozen.status()["primary"] == successor.name
     assert "this node is not primary any more" in frozen.log()
     before.commit(lambda root: root.update(x=3))
-    other.connection.sync()
+    other.sync()
     assert other.root["x"] == 3
     before.close()
     other.close()

@@ -41,13 +41,13 @@ def test_one_node_packs(nodes, encoding):
     assert os.path.getsize(node.data_file) < before / 5
     assert os.path.getsize(node.data_file + ".old") == before
     client.commit(lambda root: root["kept"].update(after=1))
-    client.connection.sync()
+    client.sync()
     assert client.root["kept"]["number"] == 4
     # Killed before it has written another checkpoint than the one of the pack.
     node.kill()
     check_packed(node.data_file, before / 5)
     node.start()
-    client.connection.sync()
+    client.sync()
     assert dict(client.root["kept"]) == {"number": 4, "after": 1}
     client.close()
 
@@ -159,7 +159,7 @@ def test_row_34_a_pack_that_is_cut_short_begins_again(nodes):
         notes = [txn[3] for txn in transactions(node.data_file)]
         assert b"round %d" % round_ in notes
         node.start()
-        client.connection.sync()
+        client.sync()
         assert client.root["kept"]["round"] == round_ and len(client.root["tree"]) == 5000
         if begun == begun_before:
             # Nobody waited for it, and it never came into the log.

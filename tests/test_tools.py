@@ -133,7 +133,7 @@ def test_history_and_undo_log(nodes, encoding):
     client.manager.abort()
     client.db.undo(client.db.undoLog(0, 1)[0]["id"], client.manager.get())
     client.manager.commit()
-    client.connection.sync()
+    client.sync()
     assert client.root["x"] == 3
     client.close()
     assert harness.wait_for("the file", lambda: len(transactions(node.data_file)) == 7)

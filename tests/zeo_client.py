@@ -41,6 +41,17 @@ class Client:
         self.connection.close()
         self.db.close()
 
+    def sync(self):
+        """Begins a transaction with all that is committed; again if a killed server's connection is lost
+        in that moment, of which ZEO tells by an error."""
+        for attempt in range(200):
+            try:
+                return self.connection.sync()
+            except RETRY:
+                if attempt == 199:
+                    raise
+                time.sleep(0.02)
+
     def commit(self, change, note=None, attempts=200):
         """Runs change(root) and commits, again if the outcome is an error that ZODB's users retry.
 
