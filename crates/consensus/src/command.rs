@@ -63,6 +63,16 @@ pub struct Ending {
     pub rest: Bytes,
 }
 
+impl Ending {
+    /// The uploads among its blobs.
+    pub fn uploads(&self) -> impl Iterator<Item = Upload> {
+        self.blobs.iter().filter_map(|blob| match blob.source {
+            BlobSource::Upload(upload) => Some(upload),
+            BlobSource::Copy(_) => None,
+        })
+    }
+}
+
 /// Reads an entry's data if it is a transaction with blobs.
 pub fn ending_with_blobs(data: &Bytes) -> Option<Ending> {
     match data.first() {

@@ -23,7 +23,7 @@ use standby_consensus::{
     Command, LogWriter, Member, Membership, Recovered, ending_with_blobs, recover,
 };
 use standby_filestorage::{BlobDir, Extent, FileStorage, Magic, Mark, Tail, take_meta};
-use standby_types::{BlobSource, Disk, LogIndex, NodeId, Oid, Term, Tid, Transfer};
+use standby_types::{Disk, LogIndex, NodeId, Oid, Term, Tid, Transfer};
 use tracing::{info, warn};
 
 use crate::config::{Config, StorageSection};
@@ -87,11 +87,8 @@ fn open_blobs(
     let mut needed: BTreeMap<String, BTreeSet<Transfer>> = BTreeMap::new();
     for (_, data) in recovered.data_after(&**disk, &state.log(), applied)? {
         let Some(ending) = ending_with_blobs(&data) else { continue };
-        let uploads = needed.entry(ending.storage).or_default();
-        uploads.extend(ending.blobs.iter().filter_map(|blob| match blob.source {
-            BlobSource::Upload(upload) => Some(upload.transfer),
-            BlobSource::Copy(_) => None,
-        }));
+        let transfers: Vec<_> = ending.uploads().map(|upload| upload.transfer).collect();
+        needed.entry(ending.storage).or_default().extend(transfers);
     }
     let mut opened = BTreeMap::new();
     for section in &config.storages {

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use standby_consensus::{Committed, Ending, Event as Happened, PeerMessage, ending_with_blobs};
+use standby_consensus::{Committed, Event as Happened, PeerMessage, ending_with_blobs};
 use standby_filestorage::take_meta;
 use standby_types::{BlobSource, NodeId, Transfer, Upload};
 use tracing::{debug, warn};
@@ -58,19 +58,12 @@ impl Blobs {
         if let Committed::Command(_, _, data) = entry
             && let Some(ending) = ending_with_blobs(data)
         {
-            for upload in uploads(&ending) {
+            for upload in ending.uploads() {
                 self.here.remove(&upload.transfer);
                 self.arrived.remove(&upload.transfer);
             }
         }
     }
-}
-
-fn uploads(ending: &Ending) -> impl Iterator<Item = Upload> {
-    ending.blobs.iter().filter_map(|blob| match blob.source {
-        BlobSource::Upload(upload) => Some(upload),
-        BlobSource::Copy(_) => None,
-    })
 }
 
 impl Engine {

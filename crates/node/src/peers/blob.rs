@@ -1,7 +1,8 @@
 //! Blobs between nodes.
 //!
-//! While a client uploads, the primary announces each complete upload over its links ('a', JSON);
-//! each node fetches it into its staging directory and says so ('g', JSON). A node that is to persist
+//! The primary announces each complete upload over its links ('a', JSON); each node fetches it into its
+//! staging directory and says so ('g', the transfer's name). An upload that is given up is called off in
+//! the same way ('d', JSON). A node that is to persist
 //! an entry of the log whose blobs it lacks fetches them the same way.
 //!
 //! ```text
@@ -35,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest piece of a blob.
 const MAX_PIECE: usize = 4 << 20;
 
-/// What is said of an upload: that it is to be had, or that it has arrived.
+/// What is said of an upload: that it is to be had, or that it is given up.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Announcement {
     storage: String,
