@@ -107,9 +107,21 @@ class Process:
 class Node(Process):
     """A Standby node, alone or in a cluster."""
 
-    def __init__(self, directory, name="alone", ports=None, zeo="", data_file=None, blobs=False):
+    def __init__(
+        self,
+        directory,
+        name="alone",
+        ports=None,
+        zeo="",
+        data_file=None,
+        blobs=False,
+        group="here",
+        witness=False,
+    ):
         super().__init__(directory)
         self.name = name
+        self.group = group
+        self.witness = witness
         ports = ports or free_ports(4)
         self.port, self.read_only_port, self.peer_port, self.admin_port = ports
         self.address = ("127.0.0.1", self.port)
@@ -124,14 +136,44 @@ class Node(Process):
     def configure(self, standby):
         blobs = "  blob-dir %s\n" % self.blob_dir if self.blob_dir else ""
         with open(self.config_path, "w") as config:
+            if self.witness:
+                config.write(standby)
+                return
             config.write(
                 "<zeo>\n  address 127.0.0.1:%s\n%s\n</zeo>\n"
                 "<filestorage>\n  path %s\n%s</filestorage>\n%s"
                 % (self.port, self.zeo, self.data_file, blobs, standby)
             )
 
+    def join(self, cluster, lines, options=""):
+        """Writes the configuration of a member; `lines` say how it finds the others."""
+        self.configure(
+            "<standby>\n  cluster %s\n  node %s\n  group %s\n  state-dir %s\n  peer-address 127.0.0.1:%s\n"
+            "  admin-address 127.0.0.1:%s\n%s%s%s</standby>\n"
+            % (
+                cluster,
+                self.name,
+                self.group,
+                self.state_dir,
+                self.peer_port,
+                self.admin_port,
+                lines,
+                options,
+                "  witness on\n"
+                if self.witness
+                else "  read-only-address 127.0.0.1:%s\n" % self.read_only_port,
+            )
+        )
+
     def command(self):
         return [STANDBY, "serve", "-C", self.config_path]
+
+    def ask(self, *words, fails=False, timeout=60):
+        """Runs an administrator's command; returns what it prints."""
+        command = [STANDBY, *words, "--at", "127.0.0.1:%s" % self.admin_port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        assert (done.returncode != 0) == fails, (words, done.stdout, done.stderr)
+        return done.stdout + done.stderr
 
     def status(self):
         """The cluster as this node sees it, or None."""
@@ -151,34 +193,42 @@ class Node(Process):
 
 
 class Cluster:
-    """Nodes of one group."""
+    """Nodes of a cluster: n1, n2, … of the groups given, the first of which is the fail-over group. The
+    group "witness" makes a witness."""
 
-    def __init__(self, directory, count=3, zeo="", options="", blobs=False):
+    def __init__(
+        self, directory, count=3, zeo="", options="", blobs=False, groups=None
+    ):
         self.directory = str(directory)
-        self.nodes = [
-            Node(os.path.join(self.directory, "n%d" % n), "n%d" % n, zeo=zeo, blobs=blobs)
-            for n in range(1, count + 1)
-        ]
         self.options = options
+        groups = groups or ["here"] * count
+        self.failover = groups[0]
+        self.nodes = [
+            Node(
+                os.path.join(self.directory, "n%d" % number),
+                "n%d" % number,
+                zeo=zeo,
+                blobs=blobs,
+                group=group,
+                witness=group == "witness",
+            )
+            for number, group in enumerate(groups, 1)
+        ]
         members = "".join(
-            "  member %s 127.0.0.1:%s here\n" % (node.name, node.peer_port) for node in self.nodes
+            "  member %s 127.0.0.1:%s %s%s\n"
+            % (node.name, node.peer_port, node.group, " witness" if node.witness else "")
+            for node in self.nodes
         )
         for node in self.nodes:
-            node.configure(
-                "<standby>\n  cluster test\n  node %s\n  group here\n  state-dir %s\n"
-                "  read-only-address 127.0.0.1:%s\n  peer-address 127.0.0.1:%s\n"
-                "  admin-address 127.0.0.1:%s\n%s%s</standby>\n"
-                % (
-                    node.name,
-                    node.state_dir,
-                    node.read_only_port,
-                    node.peer_port,
-                    node.admin_port,
-                    members,
-                    options,
-                )
-            )
-        self.addresses = [node.address for node in self.nodes]
+            node.join("test", members, options)
+
+    @property
+    def addresses(self):
+        return [node.address for node in self.nodes if not node.witness]
+
+    @property
+    def voters(self):
+        return [n for n in self.nodes if n.witness or n.group == self.failover]
 
     def start(self):
         for node in self.nodes:
@@ -217,15 +267,19 @@ class Cluster:
             raise AssertionError(self.logs())
 
     def wait_healthy(self, timeout=60):
-        """Until all nodes vote, are up, and are not behind."""
+        """Until all nodes are up and not behind, and those that are to vote do."""
 
         def healthy():
             picture = self.status()
             if not picture or picture["primary"] is None:
                 return False
-            nodes = picture["nodes"]
-            up = [n for n in nodes if n["voter"] and n["state"] == "up"]
-            return len(up) == len(self.nodes) and all(n["lag_seconds"] <= 1 for n in up)
+            up = {n["node"]: n for n in picture["nodes"] if n["state"] == "up"}
+            voters = {name for name, node in up.items() if node["voter"]}
+            return (
+                set(up) == {node.name for node in self.nodes}
+                and voters == {node.name for node in self.voters}
+                and all(n["lag_seconds"] <= 1 for n in up.values())
+            )
 
         try:
             wait_for("a healthy cluster", healthy, timeout)
@@ -237,7 +291,8 @@ class Cluster:
 
         def level():
             picture = self.status()
-            return picture and len({json.dumps(n["last_tid"]) for n in picture["nodes"]}) == 1
+            data = [n for n in picture["nodes"] if n["role"] != "witness"] if picture else []
+            return len({json.dumps(n["last_tid"]) for n in data}) == 1
 
         self.wait_healthy(timeout)
         wait_for("nodes that are level", level, timeout)

@@ -255,7 +255,9 @@ def test_row_29_a_frozen_primary_is_replaced_and_follows(nodes, encoding):
         assert other.root["late"] == 1
     cluster.wait_healthy()
     assert cluster.primary() is successor
-    assert frozen.status()["primary"] == successor.name
+    harness.wait_for(
+        "it to know the successor", lambda: frozen.status()["primary"] == successor.name
+    )
     assert "this node is not primary any more" in frozen.log()
     before.commit(lambda root: root.update(x=3))
     other.sync()

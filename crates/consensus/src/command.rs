@@ -7,6 +7,7 @@
 //! part          'p' bytes
 //! ceiling       'c' storage · oid 8
 //! pack          'k' storage · time (a tid) 8 · garbage collection 1
+//! setting       's' bytes
 //! ```
 //!
 //! A transaction's head and records (which this crate does not look into) stand in its closing
@@ -46,6 +47,8 @@ pub enum Command {
         /// Objects that cannot be reached from the root go.
         gc: bool,
     },
+    /// An administrator has decided something; this crate does not look into it.
+    Setting(Bytes),
 }
 
 /// The end of a transaction.
@@ -144,6 +147,10 @@ impl Command {
                 out.put_u64(time.0);
                 out.put_u8(u8::from(*gc));
             }
+            Command::Setting(bytes) => {
+                out.put_u8(b's');
+                out.put_slice(bytes);
+            }
         }
         out.freeze()
     }
@@ -166,6 +173,7 @@ impl Command {
                 reader.end()?;
                 command
             }
+            b's' => Command::Setting(reader.rest()),
             b'k' => {
                 let storage = reader.string()?;
                 let command =
@@ -179,7 +187,7 @@ impl Command {
 
     fn len(&self) -> usize {
         match self {
-            Command::Part(bytes) => bytes.len(),
+            Command::Part(bytes) | Command::Setting(bytes) => bytes.len(),
             Command::Transaction(ending) => {
                 ending.head.len()
                     + ending.parts.len() * 8
@@ -225,6 +233,7 @@ mod tests {
             }),
             Command::OidCeiling { storage: "main".into(), ceiling: Oid(9) },
             Command::Pack { storage: "main".into(), time: Tid(7), gc: true },
+            Command::Setting(Bytes::from_static(b"setting")),
         ] {
             assert_eq!(Command::decode(command.encode()), Ok(command));
         }

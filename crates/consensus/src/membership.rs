@@ -19,6 +19,8 @@ pub struct Member {
     pub group: String,
     /// Where its peers reach it.
     pub peer_address: String,
+    /// It votes, but holds no data and never leads.
+    pub witness: bool,
 }
 
 /// The members, and which of them vote.
@@ -48,6 +50,8 @@ pub enum Change {
     AddLearner(Member),
     /// The learner votes from now on.
     Promote(NodeId),
+    /// The voter is a learner from now on.
+    Demote(NodeId),
     /// The node is gone.
     Remove(NodeId),
 }
@@ -70,6 +74,23 @@ impl Membership {
     /// True if the node's vote counts.
     pub fn is_voter(&self, id: NodeId) -> bool {
         self.voters.contains(&id) || self.outgoing.contains(&id)
+    }
+
+    /// True if the node is a witness.
+    pub fn is_witness(&self, id: NodeId) -> bool {
+        self.members.get(&id).is_some_and(|member| member.witness)
+    }
+
+    /// The voters that hold data, those of a change that is under way included.
+    pub fn data_voters(&self) -> impl Iterator<Item = NodeId> {
+        self.voters.union(&self.outgoing).copied().filter(|id| !self.is_witness(*id))
+    }
+
+    /// True if `nodes` hold a majority of the voters; during a change, of both sets of them.
+    pub fn is_quorum(&self, nodes: &BTreeSet<NodeId>) -> bool {
+        [&self.voters, &self.outgoing].into_iter().all(|voters| {
+            voters.is_empty() || voters.intersection(nodes).count() * 2 > voters.len()
+        })
     }
 
     /// The member with this name.
@@ -115,26 +136,45 @@ impl Membership {
     }
 
     /// Appends the membership to `out`.
+    ///
+    /// ```text
+    /// voters, outgoing, learners, next learners: count 4, ids 8 each · flags 1 (1: Raft ends the change
+    /// by itself; 2: witnesses follow) · members: count 4; each: id 8, name, group, peer address
+    /// · if flag 2: witnesses: count 4, ids 8 each
+    /// ```
     pub fn encode(&self, out: &mut BytesMut) {
         for ids in [&self.voters, &self.outgoing, &self.learners, &self.learners_next] {
             put_list(out, ids.iter(), |out, id| out.put_u64(id.0));
         }
-        out.put_u8(u8::from(self.auto_leave));
+        let witnesses: Vec<_> = self.members.values().filter(|member| member.witness).collect();
+        let flags = u8::from(self.auto_leave) | u8::from(!witnesses.is_empty()) << 1;
+        out.put_u8(flags);
         put_list(out, self.members.values(), put_member);
+        if !witnesses.is_empty() {
+            put_list(out, witnesses.into_iter(), |out, member| out.put_u64(member.id.0));
+        }
     }
 
     /// Reads what [`Membership::encode`] wrote; also returns the bytes that follow it.
     pub fn decode(bytes: Bytes) -> Result<(Membership, Bytes), Malformed> {
         let mut reader = Reader::new(bytes, "membership");
-        let ids = |reader: &mut Reader| reader.list(|r| r.u64().map(NodeId));
-        let membership = Membership {
-            voters: ids(&mut reader)?,
-            outgoing: ids(&mut reader)?,
-            learners: ids(&mut reader)?,
-            learners_next: ids(&mut reader)?,
-            auto_leave: reader.bool()?,
-            members: reader.list(|r| take_member(r).map(|member| (member.id, member)))?,
-        };
+        let ids = |reader: &mut Reader| reader.list::<_, BTreeSet<_>>(|r| r.u64().map(NodeId));
+        let (voters, outgoing) = (ids(&mut reader)?, ids(&mut reader)?);
+        let (learners, learners_next) = (ids(&mut reader)?, ids(&mut reader)?);
+        let flags = reader.u8()?;
+        if flags > 3 {
+            return Err(reader.malformed());
+        }
+        let mut members: BTreeMap<NodeId, Member> =
+            reader.list(|r| take_member(r).map(|member| (member.id, member)))?;
+        if flags & 2 != 0 {
+            for id in ids(&mut reader)? {
+                members.get_mut(&id).ok_or(reader.malformed())?.witness = true;
+            }
+        }
+        let auto_leave = flags & 1 != 0;
+        let membership =
+            Membership { voters, outgoing, learners, learners_next, auto_leave, members };
         Ok((membership, reader.rest()))
     }
 }
@@ -152,6 +192,7 @@ fn take_member(reader: &mut Reader) -> Result<Member, Malformed> {
         name: reader.string()?,
         group: reader.string()?,
         peer_address: reader.string()?,
+        witness: false,
     })
 }
 
@@ -160,11 +201,15 @@ pub(crate) fn encode_changes(changes: &[Change]) -> Bytes {
     let mut out = BytesMut::new();
     put_list(&mut out, changes.iter(), |out, change| match change {
         Change::AddLearner(member) => {
-            out.put_u8(b'l');
+            out.put_u8(if member.witness { b'w' } else { b'l' });
             put_member(out, member);
         }
         Change::Promote(id) => {
             out.put_u8(b'v');
+            out.put_u64(id.0);
+        }
+        Change::Demote(id) => {
+            out.put_u8(b'd');
             out.put_u64(id.0);
         }
         Change::Remove(id) => {
@@ -183,7 +228,9 @@ pub(crate) fn decode_changes(bytes: Bytes) -> Result<Vec<Change>, Malformed> {
     let mut reader = Reader::new(bytes, "membership change");
     let changes = reader.list(|r| match r.u8()? {
         b'l' => take_member(r).map(Change::AddLearner),
+        b'w' => Ok(Change::AddLearner(Member { witness: true, ..take_member(r)? })),
         b'v' => Ok(Change::Promote(NodeId(r.u64()?))),
+        b'd' => Ok(Change::Demote(NodeId(r.u64()?))),
         b'r' => Ok(Change::Remove(NodeId(r.u64()?))),
         _ => Err(r.malformed()),
     })?;
@@ -196,6 +243,7 @@ pub(crate) fn to_raft(changes: &[Change]) -> ConfChangeV2 {
         let (kind, id) = match change {
             Change::AddLearner(member) => (ConfChangeType::AddLearnerNode, member.id),
             Change::Promote(id) => (ConfChangeType::AddNode, *id),
+            Change::Demote(id) => (ConfChangeType::AddLearnerNode, *id),
             Change::Remove(id) => (ConfChangeType::RemoveNode, *id),
         };
         let mut single = ConfChangeSingle::default();
@@ -218,6 +266,7 @@ mod tests {
             name: format!("n{id}"),
             group: "here".into(),
             peer_address: format!("127.0.0.1:{id}"),
+            witness: false,
         }
     }
 
@@ -226,6 +275,7 @@ mod tests {
         let mut membership = Membership::founded_by(member(1));
         membership.learners.insert(NodeId(2));
         membership.members.insert(NodeId(2), member(2));
+        membership.members.insert(NodeId(3), Member { witness: true, ..member(3) });
         let mut out = BytesMut::new();
         membership.encode(&mut out);
         out.put_slice(b"rest");
@@ -234,7 +284,9 @@ mod tests {
 
         let changes = vec![
             Change::AddLearner(member(3)),
+            Change::AddLearner(Member { witness: true, ..member(4) }),
             Change::Promote(NodeId(2)),
+            Change::Demote(NodeId(4)),
             Change::Remove(NodeId(1)),
         ];
         assert_eq!(decode_changes(encode_changes(&changes)), Ok(changes));

@@ -215,6 +215,7 @@ mod tests {
             name: "n1".into(),
             group: "g".into(),
             peer_address: "h:1".into(),
+            witness: false,
         };
         let mut data = BytesMut::new();
         let membership = Membership::founded_by(member);

@@ -5,22 +5,38 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use axum::extract::State;
-use axum::routing::get;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
 use axum::{Json, Router};
-use http_body_util::{BodyExt, Empty};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tracing::error;
 
+use crate::ask::{Answer, Ask, route};
 use crate::node::Shared;
 use crate::status::Status;
 
-/// Serves `GET /status` and `GET /health`.
+/// How long a node may take to do what it is asked for.
+const ASK_PATIENCE: Duration = Duration::from_secs(130);
+
+/// Serves `GET /status`, `GET /health`, and `POST /ask`: an [`Ask`] in JSON; the answer is a
+/// [`crate::ask::Done`], or with status 409 the reason as text.
 pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     let app = Router::new()
         .route(
             "/status",
             get(|State(shared): State<Arc<Shared>>| async move { Json(shared.reports.status()) }),
+        )
+        .route(
+            "/ask",
+            post(|State(shared): State<Arc<Shared>>, Json(ask): Json<Ask>| async move {
+                match route(&shared, ask).await {
+                    Ok(done) => Ok(Json(done)),
+                    Err(reason) => Err((StatusCode::CONFLICT, reason)),
+                }
+            }),
         )
         .route("/health", get(|| async { "ok\n" }))
         .with_state(shared);
@@ -31,24 +47,47 @@ pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
 
 /// Asks a node for the cluster's status.
 pub async fn fetch_status(address: &str) -> anyhow::Result<Status> {
+    let request = hyper::Request::get("/status");
+    let (status, body) = call(address, request, Bytes::new(), Duration::from_secs(5)).await?;
+    if !status.is_success() {
+        bail!("the node at {address} answers {status}");
+    }
+    serde_json::from_slice(&body).with_context(|| format!("{address} gives no status"))
+}
+
+/// Asks a node to have something done.
+pub async fn ask(address: &str, ask: &Ask) -> anyhow::Result<Answer> {
+    let request = hyper::Request::post("/ask").header("content-type", "application/json");
+    let (status, body) =
+        call(address, request, serde_json::to_vec(ask)?.into(), ASK_PATIENCE).await?;
+    match status {
+        hyper::StatusCode::CONFLICT => Ok(Err(String::from_utf8_lossy(&body).into_owned())),
+        status if status.is_success() => Ok(Ok(serde_json::from_slice(&body)?)),
+        status => {
+            bail!("the node at {address} answers {status}: {}", String::from_utf8_lossy(&body))
+        }
+    }
+}
+
+async fn call(
+    address: &str,
+    request: hyper::http::request::Builder,
+    body: Bytes,
+    patience: Duration,
+) -> anyhow::Result<(hyper::StatusCode, Bytes)> {
     let request = async {
         let stream = TcpStream::connect(address).await?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection);
-        let request = hyper::Request::get("/status")
-            .header("host", address)
-            .body(Empty::<bytes::Bytes>::new())?;
+        let request = request.header("host", address).body(Full::new(body))?;
         let response = sender.send_request(request).await?;
-        if !response.status().is_success() {
-            bail!("it answers {}", response.status());
-        }
-        let body = response.into_body().collect().await?.to_bytes();
-        Ok(serde_json::from_slice(&body)?)
+        let status = response.status();
+        Ok((status, response.into_body().collect().await?.to_bytes()))
     };
-    tokio::time::timeout(Duration::from_secs(5), request)
+    tokio::time::timeout(patience, request)
         .await
-        .map_err(|_| anyhow::anyhow!("it does not answer within 5 seconds"))
+        .map_err(|_| anyhow::anyhow!("it does not answer within {} seconds", patience.as_secs()))
         .flatten()
         .with_context(|| format!("cannot ask the node at {address} (its admin-address)"))
 }

@@ -25,6 +25,7 @@ use crate::node::Shared;
 use crate::packing::{Packs, pack_path};
 use crate::replica::{Applied, ApplyError, Done, Replica};
 use crate::sessions::{Mail, SessionHandle};
+use crate::settings::Settings;
 use crate::state::Checkpoint;
 
 /// Bytes appended after which a checkpoint is made.
@@ -49,6 +50,15 @@ pub enum Work {
         /// The call.
         id: Value,
     },
+    /// Answer a call by `None`, after what was applied before.
+    Answer {
+        /// Who.
+        session: Arc<SessionHandle>,
+        /// The call.
+        id: Value,
+    },
+    /// End the sessions that may write, after what was applied before has been sent.
+    SendWritersAway,
     /// Answer `getInvalidations`.
     Invalidations {
         /// The storage.
@@ -106,6 +116,8 @@ pub enum CatchUpItem {
 pub struct Applier {
     shared: Arc<Shared>,
     replica: Replica,
+    /// Those of the replica, to be shown.
+    settings: Arc<Settings>,
     disk: Arc<dyn Disk>,
     histories: BTreeMap<String, History>,
     /// The thread that makes a checkpoint; only one writes the file at a time.
@@ -141,7 +153,17 @@ impl Applier {
         }
         let checkpointed = (replica.index(), Instant::now(), 0);
         let (checkpoint_thread, packs) = (None, Packs::default());
-        Ok(Applier { shared, replica, disk, histories, checkpoint_thread, checkpointed, packs })
+        let settings = Arc::new(replica.settings().clone());
+        Ok(Applier {
+            shared,
+            replica,
+            settings,
+            disk,
+            histories,
+            checkpoint_thread,
+            checkpointed,
+            packs,
+        })
     }
 
     /// Works until it is told to stop. An error means that the process must stop.
@@ -155,6 +177,13 @@ impl Applier {
                 Ok(Work::Entries(entries)) => self.entries(entries)?,
                 Ok(Work::Register { storage, session, id }) => {
                     self.register(&storage, session, &id)
+                }
+                Ok(Work::Answer { session, id }) => {
+                    session.outbox.push(session.encoding().reply(&id, Value::None));
+                }
+                Ok(Work::SendWritersAway) => {
+                    let count = self.shared.sessions.send_writers_away();
+                    info!(count, "clients that may write are sent to the new primary");
                 }
                 Ok(Work::Invalidations { storage, session, id, since }) => {
                     self.invalidations(&storage, &session, &id, since);
@@ -306,10 +335,14 @@ impl Applier {
         Ok(())
     }
 
-    fn report(&self, finished: Vec<SessionId>) {
+    fn report(&mut self, finished: Vec<SessionId>) {
+        if *self.settings != *self.replica.settings() {
+            self.settings = Arc::new(self.replica.settings().clone());
+        }
         self.shared.report(Internal::Applied {
             point: self.replica.point(),
             ceilings: self.replica.ceilings(),
+            settings: self.settings.clone(),
             finished,
         });
     }

@@ -29,6 +29,8 @@ const BLOB_CHUNK: usize = 59_000;
 const BLOB_QUEUE: usize = 2 << 20;
 /// Why an upload cannot begin.
 const NO_BLOBS: &str = "the client stores a blob, but the storage has no blob-dir";
+/// How long a client that must leave may take to read what is queued for it.
+const LEAVING: Duration = Duration::from_secs(2);
 /// How long a client may take to agree on TLS.
 const TLS_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -113,7 +115,12 @@ async fn talk(
     }
     shared.tell(Event::Client(Request::Closed { session: handle.id, storage })).await;
     handle.outbox.finish();
-    let _ = sending.await;
+    if handle.leaving.load(Ordering::Acquire) {
+        let _ = tokio::time::timeout(LEAVING, sending).await;
+        handle.cut("it does not take what was queued for it");
+    } else {
+        let _ = sending.await;
+    }
     // Blobs that are still being sent wait for room that nobody makes any more.
     handle.outbox.close("the connection is closed");
 }
@@ -143,7 +150,9 @@ impl Connection {
         loop {
             loop {
                 while let Ok(mail) = mail.try_recv() {
-                    self.mail(mail).await;
+                    if !self.mail(mail).await {
+                        return None;
+                    }
                 }
                 let frame = match frames.next_frame(self.session.frame_limit()) {
                     Ok(Some(frame)) => frame,
@@ -165,7 +174,11 @@ impl Connection {
             tokio::select! {
                 biased;
                 () = self.handle.outbox.closed() => return None,
-                Some(mail) = mail.recv() => self.mail(mail).await,
+                Some(mail) = mail.recv() => {
+                    if !self.mail(mail).await {
+                        return None;
+                    }
+                }
                 read = socket.read_buf(frames.buffer()) => match read {
                     Ok(0) | Err(_) => return None,
                     Ok(_) => {}
@@ -174,8 +187,13 @@ impl Connection {
         }
     }
 
-    async fn mail(&mut self, mail: Mail) {
+    /// False if the session is to end.
+    async fn mail(&mut self, mail: Mail) -> bool {
         match mail {
+            Mail::Leave => {
+                info!(client = %self.handle.peer, "another node becomes primary: the client goes there");
+                return false;
+            }
             Mail::Registered(accepted) => {
                 self.session.registered(accepted);
                 if accepted {
@@ -196,6 +214,7 @@ impl Connection {
                 self.voted(outcome);
             }
         }
+        true
     }
 
     fn voted(&mut self, outcome: VoteOutcome) {
@@ -305,6 +324,12 @@ impl Connection {
             Effect::Invalidations { id, since } => {
                 Request::Invalidations { session, storage, id, since }
             }
+            Effect::Ping { id } if self.read_only => Request::Sync { session, id },
+            Effect::Ping { id } => {
+                // This node is primary: what it has acknowledged is visible.
+                self.handle.outbox.push(self.handle.encoding().reply(&id, Value::None));
+                return None;
+            }
             Effect::NewOids { id, count } => Request::NewOids { session, storage, id, count },
             Effect::Labelled => {
                 // In the words of the Python server: sites look for them in their logs.
@@ -325,13 +350,17 @@ impl Connection {
                 Request::Vote { session, storage, request }
             }
             Effect::Finish { id, transaction } => {
+                session.uploads.store(false, Ordering::Release);
                 if let Some(storage) = self.storage() {
                     let count = transaction.writes().len() as u64;
                     storage.stats.stores.fetch_add(count, Ordering::Relaxed);
                 }
                 Request::Finish { session, storage, id, transaction }
             }
-            Effect::BlobStart => return self.begin_upload().err().map(Some),
+            Effect::BlobStart => {
+                session.uploads.store(true, Ordering::Release);
+                return self.begin_upload().err().map(Some);
+            }
             Effect::BlobChunk(bytes) => {
                 if let Some(Ok(upload)) = &mut self.upload
                     && let Err(error) = upload.write(&bytes).await
@@ -364,6 +393,7 @@ impl Connection {
             }
             Effect::Pack { id, time, wait } => Request::Pack { session, storage, id, time, wait },
             Effect::Abort => {
+                session.uploads.store(false, Ordering::Release);
                 if let Some(storage) = self.storage() {
                     storage.stats.aborts.fetch_add(1, Ordering::Relaxed);
                 }

@@ -8,19 +8,23 @@
 //! `outgoing` → the tid and an entry of the log → durable on a majority → the applier, which makes it
 //! visible and replies → `Internal::Applied` frees the locks.
 
+mod asks;
 mod blobs;
+mod membership;
 mod pack;
+mod readers;
+mod switchover;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{
-    AppliedPoint, Change, Command, Committed, Consensus, Ending, Event as Happened, LogError,
-    Member, Output, PART_LEN, PeerMessage, Role, Written,
+    AppliedPoint, Command, Committed, Consensus, Ending, Event as Happened, LogError, Output,
+    PART_LEN, PeerMessage, Role, Written,
 };
 use standby_filestorage::{Access, Record, StorageError, TransactionMeta, put_meta, put_record};
 use standby_types::time::new_tid;
@@ -33,25 +37,31 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
+use self::asks::Watch;
 use self::blobs::Blobs;
 use self::pack::PackRequest;
-use crate::applier::{Origin, Work, unknown_storage};
+use self::readers::{Freshness, Reader};
+use self::switchover::Switchover;
+use crate::applier::{CatchUpItem, Origin, Work, unknown_storage};
+use crate::ask::{Ask, Asker as AnswerTo};
 use crate::log_thread::LogWork;
 use crate::look::record_data;
 use crate::node::{Shared, Standing};
 use crate::oids::Oids;
 use crate::peers::{Announcement, PeerInfo, Peers, fetch};
 use crate::sessions::{Mail, SessionHandle};
+use crate::settings::Settings;
+use crate::status::Moment;
 
 /// Bytes of entries of ours without a majority, beyond which long transactions wait.
 const WINDOW: usize = 16 << 20;
-/// How long a read-only client's `register` waits for the primary to say what it must see.
-const READ_PATIENCE: Duration = Duration::from_secs(1);
 /// Ticks after which a starting node serves readers although it has not heard of a primary: two
 /// elections could have been held.
 const ORIENTATION_TICKS: u64 = 64;
-/// Entries by which a learner may be behind when it is given a vote.
+/// Entries by which a node may be behind when it is given a vote, or is to be primary.
 const NEARLY: u64 = 100;
+/// Bytes that an entry takes in the log beside its data, about.
+const ENTRY_OVERHEAD: u64 = 64;
 
 /// What this process's own threads tell.
 pub enum Internal {
@@ -63,6 +73,8 @@ pub enum Internal {
         point: AppliedPoint,
         /// Oids up to these are reserved or in use.
         ceilings: BTreeMap<String, Oid>,
+        /// What administrators have decided.
+        settings: Arc<Settings>,
         /// Sessions whose transactions were among them.
         finished: Vec<SessionId>,
     },
@@ -101,6 +113,8 @@ pub enum Event {
     PeerLost(NodeId),
     /// A client asks for something.
     Client(Request),
+    /// An administrator asks for something.
+    Ask(Ask, AnswerTo),
     /// The process is to end in an orderly way.
     Stop,
 }
@@ -111,6 +125,8 @@ pub enum Request {
     Register { session: Arc<SessionHandle>, id: Value, storage: String, read_only: bool },
     /// `getInvalidations`
     Invalidations { session: Arc<SessionHandle>, storage: String, id: Value, since: Tid },
+    /// `ping`: the client begins a transaction with what is committed by now
+    Sync { session: Arc<SessionHandle>, id: Value },
     /// `new_oids`
     NewOids { session: Arc<SessionHandle>, storage: String, id: Value, count: usize },
     /// `vote`
@@ -126,6 +142,16 @@ pub enum Request {
 }
 
 type Asker = (Arc<SessionHandle>, Value);
+
+impl Request {
+    /// Whose vote it is.
+    fn session(&self) -> Option<SessionId> {
+        match self {
+            Request::Vote { session, .. } => Some(session.id),
+            _ => None,
+        }
+    }
+}
 
 /// What the primary keeps for each storage.
 struct Committing {
@@ -154,14 +180,6 @@ struct Pending {
     origin: Option<Origin>,
 }
 
-/// A read-only `register` that waits until this node has applied what is acknowledged elsewhere.
-struct Reader {
-    work: Work,
-    /// `None` until the primary has said it.
-    index: Option<LogIndex>,
-    deadline: Instant,
-}
-
 /// See the module.
 pub struct Engine {
     shared: Arc<Shared>,
@@ -175,7 +193,17 @@ pub struct Engine {
     outgoing: VecDeque<Outgoing>,
     readers: HashMap<u64, Reader>,
     next_reader: u64,
+    freshness: Freshness,
     role: Role,
+    settings: Arc<Settings>,
+    /// The last decision that this node has proposed.
+    decided: LogIndex,
+    /// Answers to administrators that wait for something.
+    watches: Vec<Watch>,
+    switchover: Option<Switchover>,
+    switchover_failed_at: Option<Duration>,
+    /// Votes that wait for the end of a switchover.
+    held: Vec<Request>,
     /// A primary has been heard of since the start, or enough time has passed to give up on one:
     /// what this node has is as good as can be had.
     oriented: bool,
@@ -212,6 +240,7 @@ impl Engine {
         let storages = shared.storages.keys().map(committing).collect();
         // Answers to questions of a former run of this node must not be taken for new ones.
         let next_reader = shared.wall_clock().as_nanos() as u64;
+        let settings = shared.settings();
         Engine {
             shared,
             consensus,
@@ -224,7 +253,14 @@ impl Engine {
             outgoing: VecDeque::new(),
             readers: HashMap::new(),
             next_reader,
+            freshness: Freshness::default(),
             role: Role::default(),
+            settings,
+            decided: LogIndex(0),
+            watches: Vec::new(),
+            switchover: None,
+            switchover_failed_at: None,
+            held: Vec::new(),
             oriented: false,
             catch_up: None,
             present: BTreeMap::new(),
@@ -267,6 +303,7 @@ impl Engine {
                 }
             }
             self.pump()?;
+            self.tend_switchover()?;
             self.publish_lease();
         }
     }
@@ -274,9 +311,13 @@ impl Engine {
     fn internal(&mut self, told: Internal) -> anyhow::Result<()> {
         match told {
             Internal::Persisted(written) => self.step(Happened::Persisted(written?)),
-            Internal::Applied { point, ceilings, finished } => {
+            Internal::Applied { point, ceilings, settings, finished } => {
                 self.applied = point.index;
                 self.ceilings = ceilings;
+                if !Arc::ptr_eq(&self.settings, &settings) {
+                    self.shared.set_settings(settings.clone());
+                    self.settings = settings;
+                }
                 self.step(Happened::Applied(point))?;
                 let (now, shared) = (self.shared.now(), self.shared.clone());
                 for session in finished {
@@ -286,6 +327,7 @@ impl Engine {
                 }
                 self.give_oids()?;
                 self.admit_readers();
+                self.tend_watches();
                 Ok(())
             }
             Internal::CaughtUp(index) => {
@@ -317,7 +359,12 @@ impl Engine {
                 self.shared.reports.lost(peer);
                 self.step(Happened::PeerLost(peer))?;
             }
-            Event::Client(request) => self.request(request)?,
+            Event::Client(request) => {
+                if let Some(request) = self.hold(request) {
+                    self.request(request)?;
+                }
+            }
+            Event::Ask(ask, asker) => self.ask(ask, asker)?,
             Event::Stop => return Ok(false),
         }
         Ok(true)
@@ -348,22 +395,16 @@ impl Engine {
                 self.unlocked(name, |t| t.abort(now, session));
             }
         }
-        let late: Vec<u64> = (self.readers.iter())
-            .filter(|(_, reader)| reader.index.is_none() && reader.deadline <= Instant::now())
-            .map(|(key, _)| *key)
-            .collect();
-        for key in late {
-            // The primary does not answer: the client gets what this node has.
-            if let Some(reader) = self.readers.remove(&key) {
-                self.shared.apply(reader.work);
-            }
-        }
+        self.give_up_on_primary();
+        self.switchover_lost();
+        self.tend_watches();
         self.packs_that_waited()?;
         if self.ticks.is_multiple_of(2) {
             self.tend_membership()?;
         }
         if self.ticks.is_multiple_of(10) {
             self.tend_blobs()?;
+            self.tend_freshness()?;
             self.report_status();
         }
         Ok(())
@@ -383,12 +424,7 @@ impl Engine {
                 Output::Commit(entries) => self.committed(entries),
                 Output::Role(role) => self.role_changed(role)?,
                 Output::CatchUp { from, target } => self.begin_catch_up(from, target),
-                Output::ReadIndex(key, index) => {
-                    if let Some(reader) = self.readers.get_mut(&key) {
-                        reader.index = Some(index);
-                    }
-                    self.admit_readers();
-                }
+                Output::ReadIndex(key, index) => self.read_index(key, index),
                 Output::Purge(index) => self.to_log(LogWork::Purge(index))?,
             }
         }
@@ -407,6 +443,7 @@ impl Engine {
             if let Committed::Command(_, _, data) = &entry {
                 self.log_bytes += data.len() as u64;
             }
+            self.log_bytes += ENTRY_OVERHEAD;
             let pending = self.pending.remove(&index);
             let origin = pending.and_then(|pending| {
                 self.in_flight = self.in_flight.saturating_sub(pending.len);
@@ -432,6 +469,7 @@ impl Engine {
         if before.serves && !(role.serves && role.term == before.term) {
             self.demoted();
         }
+        self.switchover_role_changed();
         if role.serves && !(before.serves && role.term == before.term) {
             self.promoted()?;
         }
@@ -448,6 +486,9 @@ impl Engine {
             warn!(term = %role.term, "there is no primary");
         }
         self.publish_standing();
+        if role.serves != before.serves || role.leader != before.leader {
+            self.report_status();
+        }
         Ok(())
     }
 
@@ -459,6 +500,7 @@ impl Engine {
             committing.oids = None;
         }
         self.pending.clear();
+        self.decided = LogIndex(0);
         for storage in self.shared.storages.values() {
             // A pack that was asked for may never be committed. One that runs says so again.
             storage.packing.set(None);
@@ -484,6 +526,12 @@ impl Engine {
     fn begin_catch_up(&mut self, from: NodeId, target: AppliedPoint) {
         let address = target.membership.members.get(&from).map(|m| m.peer_address.clone());
         let address = address.or_else(|| self.present.get(&from).map(|p| p.peer_address.clone()));
+        if self.shared.member.witness {
+            // It has no data to fetch.
+            let (items, receiver) = mpsc::channel(1);
+            let _ = items.try_send(CatchUpItem::Done);
+            return self.shared.apply(Work::CatchUp { items: receiver, target });
+        }
         let Some(address) = address else {
             return warn!(node = %from, "a catch-up is asked for, but its source has no address");
         };
@@ -525,6 +573,7 @@ impl Engine {
             Request::Invalidations { session, storage, id, since } => {
                 self.shared.apply(Work::Invalidations { storage, session, id, since });
             }
+            Request::Sync { session, id } => self.sync(session, id)?,
             Request::NewOids { session, storage, id, count } => {
                 match self.storages.get_mut(&storage).and_then(|s| s.oids.as_mut()) {
                     Some(oids) => oids.want((session, id), count),
@@ -533,7 +582,7 @@ impl Engine {
                 self.give_oids()?;
             }
             Request::Vote { session, storage, request } => {
-                if !self.role.serves {
+                if !self.serves() {
                     session.cut("this node is not primary");
                     return Ok(());
                 }
@@ -559,10 +608,12 @@ impl Engine {
                 self.pack(PackRequest { session, storage, id, time, wait })?;
             }
             Request::Abort { session, storage } => {
+                self.held.retain(|held| held.session() != Some(session));
                 self.unlocked(&storage, |t| t.abort(now, session));
             }
             Request::Closed { session, storage } => {
                 self.shared.sessions.remove(session);
+                self.held.retain(|held| held.session() != Some(session));
                 if let Some(storage) = storage {
                     self.unlocked(&storage, |t| t.abort(now, session));
                 }
@@ -595,28 +646,11 @@ impl Engine {
             session.outbox.push(session.encoding().error(&id, &unknown_storage(&storage)));
             return Ok(());
         }
-        if !read_only && !self.role.serves {
+        if !read_only && !self.serves() {
             session.cut("this node is not primary");
             return Ok(());
         }
-        let work = Work::Register { storage, session, id };
-        if self.role.serves || self.role.leader.is_none() {
-            // All that is known to be committed is in the applier's queue already.
-            self.shared.apply(work);
-            return Ok(());
-        }
-        self.next_reader += 1;
-        let reader = Reader { work, index: None, deadline: Instant::now() + READ_PATIENCE };
-        self.readers.insert(self.next_reader, reader);
-        self.step(Happened::ReadIndex(self.next_reader))
-    }
-
-    fn admit_readers(&mut self) {
-        let applied = self.applied;
-        let ready = |reader: &Reader| reader.index.is_some_and(|index| index <= applied);
-        for (_, reader) in self.readers.extract_if(|_, reader| ready(reader)) {
-            self.shared.apply(reader.work);
-        }
+        self.when_level(Work::Register { storage, session, id })
     }
 
     /// Something has freed locks: answers the votes of those who hold all of theirs now.
@@ -827,58 +861,6 @@ impl Engine {
         Ok(())
     }
 
-    // Membership: the primary takes the configured nodes in as they appear.
-
-    fn tend_membership(&mut self) -> anyhow::Result<()> {
-        if !self.role.serves {
-            return Ok(());
-        }
-        let roster = self.consensus.roster();
-        let Some(standby) = &self.shared.config.standby else { return Ok(()) };
-        let Some(founder) = standby.members.first() else { return Ok(()) };
-        let mut changes = Vec::new();
-        for (id, info) in &self.present {
-            let listed =
-                standby.members.iter().any(|m| m.name == info.node && m.group == info.group);
-            if roster.membership.contains(*id) || !listed {
-                continue;
-            }
-            if let Some(former) = roster.membership.named(&info.node) {
-                if self.present.contains_key(&former.id) {
-                    warn!(node = info.node, "two nodes have this name; the second is not let in");
-                    continue;
-                }
-                info!(node = info.node, "the node has lost its state and begins anew");
-                changes.push(Change::Remove(former.id));
-            }
-            changes.push(Change::AddLearner(Member {
-                id: *id,
-                name: info.node.clone(),
-                group: info.group.clone(),
-                peer_address: info.peer_address.clone(),
-            }));
-            break;
-        }
-        if changes.is_empty() {
-            let last = self.consensus.last_index().0;
-            let caught_up = roster.membership.learners.iter().find(|id| {
-                let group = roster.membership.members.get(id).map(|m| m.group.as_str());
-                let progress = roster.progress.get(id);
-                group == Some(founder.group.as_str())
-                    && progress
-                        .is_some_and(|p| p.active && !p.catching_up && p.matched.0 + NEARLY >= last)
-            });
-            changes.extend(caught_up.map(|id| Change::Promote(*id)));
-        }
-        if !changes.is_empty() {
-            let mut outputs = Vec::new();
-            // Refused while another change is under way; then it is tried again.
-            let _ = self.consensus.change_membership(&changes, &mut outputs);
-            self.perform(outputs)?;
-        }
-        Ok(())
-    }
-
     // What others look at.
 
     fn name_of(&self, id: NodeId) -> Option<String> {
@@ -891,9 +873,12 @@ impl Engine {
         let members = &self.consensus.membership().members;
         let address = leader.and_then(|id| members.get(&id)).map(|m| m.peer_address.clone());
         let standing = Standing {
-            serves: self.role.serves,
+            serves: self.serves(),
             other_primary: address,
-            ready: self.catch_up.is_none() && !members.is_empty() && self.oriented,
+            ready: self.catch_up.is_none()
+                && !members.is_empty()
+                && self.oriented
+                && !self.freshness.refuses,
         };
         self.shared.standing.send_if_modified(|old| {
             let changed = *old != standing;
@@ -911,18 +896,21 @@ impl Engine {
             Some(until) => until,
             None => Duration::ZERO,
         };
-        self.shared.lease.set(self.role.serves, until);
+        self.shared.lease.set(self.serves(), until);
     }
 
     fn report_status(&self) {
         let roster = self.consensus.roster();
-        self.shared.reports.note_own(self.shared.own_report(
-            &self.role,
-            &roster,
-            self.applied,
-            self.catch_up.is_some(),
-            self.name_of(self.role.leader.unwrap_or_default()),
-        ));
+        let role = Role { serves: self.serves(), ..self.role };
+        self.shared.reports.note_own(self.shared.own_report(Moment {
+            role: &role,
+            roster: &roster,
+            applied: self.applied,
+            catching_up: self.catch_up.is_some(),
+            primary: self.name_of(self.role.leader.unwrap_or_default()),
+            staleness: self.staleness(),
+            settings: &self.settings,
+        }));
         self.shared.peers.broadcast(&self.shared.reports.own());
     }
 }

@@ -17,12 +17,14 @@
 
 pub mod admin;
 mod applier;
+pub mod ask;
 mod blobs;
 pub mod client;
 pub mod config;
 mod connection;
 pub mod disk;
 mod engine;
+mod hex;
 mod listener;
 mod log_thread;
 pub mod logging;
@@ -34,6 +36,7 @@ mod packing;
 mod peers;
 mod replica;
 mod sessions;
+pub mod settings;
 mod startup;
 mod state;
 pub mod status;

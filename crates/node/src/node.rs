@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use standby_consensus::{Config as RaftConfig, Consensus, LogWriter, Member, Role, Roster};
+use standby_consensus::{Config as RaftConfig, Consensus, LogWriter, Member};
 use standby_filestorage::{BlobDir, Reader, Source};
-use standby_types::{Disk, LogIndex, NodeId};
+use standby_types::{Disk, NodeId};
 use standby_zeo::{MakeSpill, Retention, Value};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -26,9 +26,10 @@ use crate::packing::Progress;
 use crate::peers::{self, Introduction, Peers};
 use crate::replica::Replica;
 use crate::sessions::Sessions;
+use crate::settings::Settings;
 use crate::startup::{self, Beginning};
 use crate::state::{StateDir, random_hex};
-use crate::status::{NodeReport, Reports};
+use crate::status::{Moment, NodeReport, Reports};
 use crate::stream::Listener;
 use crate::tls::Tls;
 
@@ -153,7 +154,9 @@ pub struct Shared {
     /// When the process started.
     pub started: SystemTime,
     clock: Instant,
+    run: String,
     cluster_id: Mutex<String>,
+    settings: Mutex<Arc<Settings>>,
     unconfirmed: AtomicBool,
     internal: mpsc::UnboundedSender<Internal>,
     events: mpsc::Sender<Event>,
@@ -198,6 +201,12 @@ impl Shared {
             cluster_id: self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             secret: self.config.standby.as_ref().map_or_else(Vec::new, |s| s.secret.clone()),
             tls: self.peer_tls.clone(),
+            join_token: self
+                .config
+                .standby
+                .as_ref()
+                .map_or_else(String::new, |s| s.join_token.clone()),
+            run: self.run.clone(),
         }
     }
 
@@ -209,6 +218,16 @@ impl Shared {
     /// This node belongs to that cluster from now on.
     pub fn set_cluster_id(&self, id: &str) {
         *self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner) = id.to_owned();
+    }
+
+    /// What administrators have decided, as far as it is applied here.
+    pub fn settings(&self) -> Arc<Settings> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// It is another now.
+    pub fn set_settings(&self, settings: Arc<Settings>) {
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
     /// True if a peer must still confirm that the data files belong to the cluster's history.
@@ -247,37 +266,23 @@ impl Shared {
     }
 
     /// What this node says of itself.
-    pub fn own_report(
-        &self,
-        role: &Role,
-        roster: &Roster,
-        applied: LogIndex,
-        catching_up: bool,
-        primary: Option<String>,
-    ) -> NodeReport {
-        let text = |address: &Option<Address>| {
-            address.as_ref().map_or_else(String::new, ToString::to_string)
-        };
+    pub fn own_report(&self, moment: Moment<'_>) -> NodeReport {
+        let text =
+            |address: Option<&dyn ToString>| address.map_or_else(String::new, |a| a.to_string());
         let standby = self.config.standby.as_ref();
+        let read_only = standby.and_then(|s| s.read_only_address.as_ref());
         let last_tids =
             |(name, s): (&String, &StorageShared)| (name.clone(), s.reader().last_tid());
-        NodeReport::new(
-            &self.member,
-            role,
-            roster,
-            applied,
-            catching_up,
-            primary,
-            self.storages.iter().map(last_tids),
-            [
-                self.config.zeo.address.to_string(),
-                text(&standby.and_then(|s| s.read_only_address.clone())),
-                self.member.peer_address.clone(),
-                text(&standby.map(|s| s.admin_address.clone())),
-            ],
-            self.cluster_name(),
-        )
-        .packing(self.packing())
+        let addresses = [
+            text(self.config.zeo.address.as_ref().map(|a| a as _)),
+            text(read_only.map(|a| a as _)),
+            self.member.peer_address.clone(),
+            text(standby.map(|s| &s.admin_address as _)),
+        ];
+        let tids = self.storages.iter().map(last_tids);
+        let cluster = self.cluster_name();
+        NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster)
+            .packing(self.packing())
     }
 
     fn packing(&self) -> BTreeMap<String, u32> {
@@ -301,7 +306,10 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         info!("{note}");
     }
     // First the addresses: a second start of the same node must fail before it touches a file.
-    let zeo = Listener::bind(&config.zeo.address).await?;
+    let zeo = match &config.zeo.address {
+        Some(address) => Some(Listener::bind(address).await?),
+        None => None,
+    };
     let tls = config.zeo.ssl.as_ref().map(Tls::new).transpose()?;
     let standby = config.standby.as_ref();
     let peer_tls = standby.and_then(|s| s.peer_ssl.as_ref()).map(Tls::new).transpose()?;
@@ -319,6 +327,14 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         None => None,
     };
     let mut locks = Vec::new();
+    if config.storages.is_empty() {
+        // A witness has no data file whose lock would tell that the node runs already.
+        let state_dir = config.state_dir();
+        std::fs::create_dir_all(&state_dir)
+            .and_then(|()| LockFile::take(&state_dir.join("identity")))
+            .map(|lock| locks.push(lock))
+            .with_context(|| format!("cannot use state-dir {}", state_dir.display()))?;
+    }
     for storage in &config.storages {
         locks.push(LockFile::take(&storage.path).with_context(|| {
             format!("cannot use {} (from {})", storage.path.display(), config.file.display())
@@ -365,7 +381,9 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         make_spill: make_spill.clone(),
         started: SystemTime::now(),
         clock: Instant::now(),
+        run: random_hex(8)?,
         cluster_id: Mutex::new(prepared.checkpoint.cluster_id.clone()),
+        settings: Mutex::new(Arc::new(prepared.checkpoint.settings.clone())),
         unconfirmed: AtomicBool::new(prepared.unconfirmed),
         internal,
         events,
@@ -381,6 +399,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         heartbeat_ticks: HEARTBEAT_TICKS,
         tick: shared.tick(),
         seed,
+        witness: shared.member.witness,
     };
     let point = prepared.checkpoint.applied_point();
     let consensus =
@@ -396,8 +415,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         tokio::spawn(peers::listen(shared.clone(), peer));
     }
     if let Some(standby) = &shared.config.standby {
-        for member in &standby.members {
-            Peers::dial(&shared, &member.address.to_string());
+        for address in standby.members.iter().map(|member| &member.address).chain(&standby.join) {
+            Peers::dial(&shared, &address.to_string());
         }
     }
     for member in prepared.checkpoint.membership.members.values() {
@@ -409,12 +428,17 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     if let Some(admin) = admin {
         tokio::spawn(admin::listen(shared.clone(), admin));
     }
-    tokio::spawn(listener::read_write(shared.clone(), zeo));
+    if let Some(zeo) = zeo {
+        tokio::spawn(listener::read_write(shared.clone(), zeo));
+    }
     if let Some(path) = &shared.config.zeo.pid_file {
         std::fs::write(path, format!("{}\n", std::process::id()))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    info!(node = shared.member.name, address = %shared.config.zeo.address, "listening");
+    match &shared.config.zeo.address {
+        Some(address) => info!(node = shared.member.name, %address, "listening"),
+        None => info!(node = shared.member.name, "a witness: it votes, and holds no data"),
+    }
     Ok(Running { shared, engine, _locks: locks })
 }
 
@@ -432,7 +456,7 @@ async fn beginning(
     peer_tls: Option<Arc<Tls>>,
 ) -> anyhow::Result<Beginning> {
     let Some(standby) = &config.standby else { return Ok(Beginning::Found) };
-    if standby.members[0].name != standby.node {
+    if standby.members.first().is_none_or(|first| first.name != standby.node) {
         return Ok(Beginning::Join);
     }
     if !startup::is_new(&**disk, state)? {
@@ -448,6 +472,8 @@ async fn beginning(
         cluster_id: String::new(),
         secret: standby.secret.clone(),
         tls: peer_tls,
+        join_token: String::new(),
+        run: String::new(),
     };
     match peers::probe(&me, &others, PROBE).await {
         Some(node) => {
@@ -563,7 +589,7 @@ impl Running {
         if let Some(path) = &self.shared.config.zeo.pid_file {
             let _ = std::fs::remove_file(path);
         }
-        if let ZeoAddress::Unix(path) = &self.shared.config.zeo.address {
+        if let Some(ZeoAddress::Unix(path)) = &self.shared.config.zeo.address {
             let _ = std::fs::remove_file(path);
         }
         info!("stopped");

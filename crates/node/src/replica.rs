@@ -19,6 +19,7 @@ use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
 use tracing::warn;
 
+use crate::settings::{Setting, Settings};
 use crate::state::{Checkpoint, StoragePoint, decode_shared, encode_shared};
 
 /// Why an entry cannot be applied. The node must stop: it would differ from the others.
@@ -62,6 +63,7 @@ pub struct Replica {
     index: LogIndex,
     term: Term,
     membership: Membership,
+    settings: Settings,
     storages: BTreeMap<String, Stored>,
     parts: Parts,
 }
@@ -104,6 +106,7 @@ impl Replica {
             index: checkpoint.index,
             term: checkpoint.term,
             membership: checkpoint.membership.clone(),
+            settings: checkpoint.settings.clone(),
             storages: storages
                 .into_iter()
                 .map(|(name, storage)| {
@@ -123,6 +126,11 @@ impl Replica {
     /// The cluster's identity; empty if this node has not joined one.
     pub fn cluster_id(&self) -> &str {
         &self.cluster_id
+    }
+
+    /// What administrators have decided.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// A storage.
@@ -151,7 +159,7 @@ impl Replica {
             index: self.index,
             term: self.term,
             membership: self.membership.clone(),
-            state: encode_shared(&self.cluster_id, &self.ceilings()).into(),
+            state: encode_shared(&self.cluster_id, &self.ceilings(), &self.settings).into(),
             open_parts: !self.parts.is_empty(),
         }
     }
@@ -165,6 +173,7 @@ impl Replica {
             term: self.term,
             log_begins_here: false,
             membership: self.membership.clone(),
+            settings: self.settings.clone(),
             storages: self
                 .storages
                 .iter()
@@ -221,6 +230,11 @@ impl Replica {
             Command::Pack { storage, time, gc } => {
                 self.stored(&storage)?.packs.push_back(Job { time, gc });
                 Ok(Done::Pack(storage))
+            }
+            Command::Setting(bytes) => {
+                let setting = Setting::decode(&bytes).ok_or(ApplyError::Malformed(index))?;
+                self.settings.apply(setting);
+                Ok(Done::Nothing)
             }
             Command::Transaction(ending) => {
                 let applied = self.transaction(index, ending)?;
@@ -305,13 +319,17 @@ impl Replica {
 
     /// A catch-up has brought the storages to `target` or beyond.
     pub fn caught_up(&mut self, target: &AppliedPoint) -> anyhow::Result<()> {
-        let (cluster_id, ceilings) = decode_shared(&target.state)?;
+        let (cluster_id, ceilings, settings) = decode_shared(&target.state)?;
         self.cluster_id = cluster_id;
-        for (name, ceiling) in ceilings {
-            let stored = self.stored(&name)?;
-            stored.ceiling = stored.ceiling.max(ceiling);
+        // A witness has no storages.
+        if !self.storages.is_empty() {
+            for (name, ceiling) in ceilings {
+                let stored = self.stored(&name)?;
+                stored.ceiling = stored.ceiling.max(ceiling);
+            }
         }
         if target.index > self.index {
+            self.settings = settings;
             self.index = target.index;
             self.term = target.term;
             self.membership = target.membership.clone();

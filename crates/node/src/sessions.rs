@@ -17,6 +17,8 @@ pub enum Mail {
     Registered(bool),
     /// What became of a vote; the session answers.
     Voted(VoteOutcome),
+    /// The session is to end when what is queued has been sent.
+    Leave,
 }
 
 /// A session's handle for others.
@@ -34,6 +36,10 @@ pub struct SessionHandle {
     pub read_write: AtomicBool,
     /// It wanted to write and took read-only: it must end when a primary appears.
     pub settled: AtomicBool,
+    /// Its transaction has uploads.
+    pub uploads: AtomicBool,
+    /// It ends as soon as what is queued has been sent.
+    pub leaving: AtomicBool,
     /// Its socket once more, to cut it off from any thread.
     socket: Option<OwnedFd>,
 }
@@ -54,8 +60,15 @@ impl SessionHandle {
             encoding: OnceLock::new(),
             read_write: AtomicBool::new(false),
             settled: AtomicBool::new(false),
+            uploads: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
             socket,
         }
+    }
+
+    /// True if it only reads, whatever this node is.
+    pub fn is_reader(&self) -> bool {
+        !self.read_write.load(Ordering::Acquire)
     }
 
     /// The encoding that the client chose.
@@ -137,8 +150,26 @@ impl Sessions {
         chosen.len()
     }
 
-    /// Cuts off all sessions that may write.
+    /// True if an upload is under way, or its transaction.
+    pub fn any_upload(&self) -> bool {
+        lock(&self.all).values().any(|session| session.uploads.load(Ordering::Acquire))
+    }
+
+    /// Cuts off all sessions that may write, but those that are leaving.
     pub fn cut_writers(&self, reason: &str) -> usize {
-        self.cut(reason, |session| session.read_write.load(Ordering::Acquire))
+        self.cut(reason, |session| !session.is_reader() && !session.leaving.load(Ordering::Acquire))
+    }
+
+    /// Ends all sessions that may write when what is queued for them has been sent; their number.
+    pub fn send_writers_away(&self) -> usize {
+        let all = lock(&self.all);
+        let writers = all.values().filter(|session| !session.is_reader());
+        writers
+            .map(|session| {
+                session.leaving.store(true, Ordering::Release);
+                // Without its own task it is ending.
+                let _ = session.mailbox.send(Mail::Leave);
+            })
+            .count()
     }
 }

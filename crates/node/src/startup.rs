@@ -27,6 +27,7 @@ use standby_types::{Disk, LogIndex, NodeId, Oid, Term, Tid, Transfer};
 use tracing::{info, warn};
 
 use crate::config::{Config, StorageSection};
+use crate::settings::Settings;
 use crate::state::{Checkpoint, Identity, StateDir, StoragePoint, random_hex};
 
 /// What a new node does.
@@ -149,16 +150,14 @@ fn begin(
     // what this one has by catching up.
     let start = if found { (LogIndex(1), Term(1)) } else { (LogIndex(0), Term(0)) };
     let writer = LogWriter::open(disk.clone(), &state.log(), &mut recovered, Some(start))?;
+    let me = self_as_member(config, id);
     let checkpoint = Checkpoint {
+        settings: if found { Settings::founded_in(&me.group) } else { Settings::default() },
         cluster_id: if found { random_hex(16)? } else { String::new() },
         index: start.0,
         term: start.1,
         log_begins_here: false,
-        membership: if found {
-            Membership::founded_by(self_as_member(config, id))
-        } else {
-            Membership::default()
-        },
+        membership: if found { Membership::founded_by(me) } else { Membership::default() },
         storages: points,
     };
     state.set_checkpoint(&**disk, &checkpoint)?;
@@ -183,11 +182,11 @@ fn resume(
     if recovered.last_index() < checkpoint.index && !checkpoint.log_begins_here {
         bail!(
             "{}: the log ends at entry {}, but entry {} was durable: the disk has lost data. \
-             Remove this directory and {} to fetch everything from the other nodes",
+             Move {} and the data files away: the node then fetches everything from the others",
             state.log().display(),
             recovered.last_index(),
             checkpoint.index,
-            config.storages[0].path.display(),
+            state.0.display(),
         );
     }
     let mut extents = Vec::new();
@@ -269,7 +268,7 @@ fn adopt(
              cluster anew from this file: stop all nodes, remove the state directory of each, \
              keep this file on the first member ({}) only, and start that first",
             state.0.display(),
-            standby.members[0].name,
+            standby.members.first().map_or("the one that founds", |first| &first.name),
         );
     }
     let kept = (1..)
@@ -329,10 +328,15 @@ pub fn self_as_member(config: &Config, id: NodeId) -> Member {
             name: standby.node.clone(),
             group: standby.group.clone(),
             peer_address: standby.peer_address.to_string(),
+            witness: standby.witness,
         },
-        None => {
-            Member { id, name: "alone".into(), group: "alone".into(), peer_address: String::new() }
-        }
+        None => Member {
+            id,
+            name: "alone".into(),
+            group: "alone".into(),
+            peer_address: String::new(),
+            witness: false,
+        },
     }
 }
 

@@ -19,6 +19,9 @@ use standby_filestorage::{Job, Mark};
 use standby_types::disk::{read_all, replace};
 use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
 
+use crate::hex::hex;
+use crate::settings::Settings;
+
 /// Who this node is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
@@ -50,6 +53,8 @@ pub struct Checkpoint {
     pub log_begins_here: bool,
     /// The members as of that entry.
     pub membership: Membership,
+    /// The settings as of that entry.
+    pub settings: Settings,
     /// The storages, by name.
     pub storages: BTreeMap<String, StoragePoint>,
 }
@@ -75,7 +80,7 @@ impl Checkpoint {
             index: self.index,
             term: self.term,
             membership: self.membership.clone(),
-            state: encode_shared(&self.cluster_id, &ceilings).into(),
+            state: encode_shared(&self.cluster_id, &ceilings, &self.settings).into(),
             open_parts: false,
         }
     }
@@ -166,6 +171,8 @@ struct CheckpointFile {
     learners_next: Vec<String>,
     auto_leave: bool,
     members: Vec<MemberFile>,
+    #[serde(default)]
+    settings: Settings,
     storages: BTreeMap<String, StorageFile>,
 }
 
@@ -175,6 +182,8 @@ struct MemberFile {
     name: String,
     group: String,
     peer_address: String,
+    #[serde(default)]
+    witness: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -220,6 +229,7 @@ fn encode(checkpoint: &Checkpoint) -> io::Result<Vec<u8>> {
         name: member.name.clone(),
         group: member.group.clone(),
         peer_address: member.peer_address.clone(),
+        witness: member.witness,
     });
     let storages = checkpoint.storages.iter().map(|(name, storage)| {
         let file = StorageFile {
@@ -246,6 +256,7 @@ fn encode(checkpoint: &Checkpoint) -> io::Result<Vec<u8>> {
         learners_next: ids(&membership.learners_next),
         auto_leave: membership.auto_leave,
         members: members.collect(),
+        settings: checkpoint.settings.clone(),
         storages: storages.collect(),
     };
     let mut bytes = serde_json::to_vec_pretty(&file)?;
@@ -280,8 +291,8 @@ fn decode(bytes: &[u8]) -> anyhow::Result<Checkpoint> {
     };
     for member in file.members {
         let id = NodeId(parse_hex(&member.id)?);
-        let MemberFile { name, group, peer_address, .. } = member;
-        membership.members.insert(id, Member { id, name, group, peer_address });
+        let MemberFile { name, group, peer_address, witness, .. } = member;
+        membership.members.insert(id, Member { id, name, group, peer_address, witness });
     }
     let mut storages = BTreeMap::new();
     for (name, storage) in file.storages {
@@ -300,6 +311,7 @@ fn decode(bytes: &[u8]) -> anyhow::Result<Checkpoint> {
         term: Term(file.term),
         log_begins_here: file.log_begins_here,
         membership,
+        settings: file.settings,
         storages,
     })
 }
@@ -308,24 +320,30 @@ fn decode(bytes: &[u8]) -> anyhow::Result<Checkpoint> {
 struct SharedState {
     cluster_id: String,
     ceilings: BTreeMap<String, String>,
+    #[serde(default)]
+    settings: Settings,
 }
 
 /// What a node that begins with a catch-up must know beside the transactions and the members.
-pub fn encode_shared(cluster_id: &str, ceilings: &BTreeMap<String, Oid>) -> Vec<u8> {
+pub fn encode_shared(
+    cluster_id: &str,
+    ceilings: &BTreeMap<String, Oid>,
+    settings: &Settings,
+) -> Vec<u8> {
     let ceilings = ceilings.iter().map(|(name, oid)| (name.clone(), oid.to_string())).collect();
-    let state = SharedState { cluster_id: cluster_id.into(), ceilings };
+    let state = SharedState { cluster_id: cluster_id.into(), ceilings, settings: settings.clone() };
     serde_json::to_vec(&state).unwrap_or_default()
 }
 
 /// Reads what [`encode_shared`] wrote.
-pub fn decode_shared(bytes: &[u8]) -> anyhow::Result<(String, BTreeMap<String, Oid>)> {
+pub fn decode_shared(bytes: &[u8]) -> anyhow::Result<(String, BTreeMap<String, Oid>, Settings)> {
     let state: SharedState = serde_json::from_slice(bytes)?;
     let ceilings = state
         .ceilings
         .into_iter()
         .map(|(name, oid)| Ok((name, Oid(parse_hex(&oid)?))))
         .collect::<anyhow::Result<_>>()?;
-    Ok((state.cluster_id, ceilings))
+    Ok((state.cluster_id, ceilings, state.settings))
 }
 
 /// A random hexadecimal string of `bytes` bytes; never all zeros.
@@ -335,7 +353,7 @@ pub fn random_hex(bytes: usize) -> anyhow::Result<String> {
     if random.iter().all(|byte| *byte == 0) {
         bail!("the system's randomness is broken: it gives zeros only");
     }
-    Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&random))
 }
 
 #[cfg(test)]
@@ -350,6 +368,7 @@ mod tests {
             name: "n1".into(),
             group: "here".into(),
             peer_address: "127.0.0.1:1".into(),
+            witness: true,
         };
         let mark = Mark { position: Position(100), tid: Tid(0x0102) };
         Checkpoint {
@@ -358,6 +377,7 @@ mod tests {
             term: Term(2),
             log_begins_here: true,
             membership: Membership::founded_by(member),
+            settings: Settings::founded_in("here"),
             storages: BTreeMap::from([(
                 "1".into(),
                 StoragePoint {
@@ -391,7 +411,8 @@ mod tests {
     #[test]
     fn shared_state_travels() {
         let ceilings = BTreeMap::from([("main".to_owned(), Oid(255))]);
-        let (cluster, back) = decode_shared(&encode_shared("id", &ceilings)).unwrap();
-        assert_eq!((cluster.as_str(), back), ("id", ceilings));
+        let settings = Settings::founded_in("here");
+        let encoded = encode_shared("id", &ceilings, &settings);
+        assert_eq!(decode_shared(&encoded).unwrap(), ("id".to_owned(), ceilings, settings));
     }
 }

@@ -8,10 +8,33 @@ use serde::{Deserialize, Serialize};
 use standby_consensus::{Member, Role, Roster};
 use standby_types::{LogIndex, NodeId, Tid};
 
+use crate::settings::{FEATURE_LEVEL, Settings};
+
 /// Silence after which a node counts as down.
 const SILENCE: Duration = Duration::from_millis(2500);
 /// Lag above which a node counts as catching up.
 const BEHIND: Duration = Duration::from_secs(5);
+
+/// Silence after which another process may have a node's identity: it reports twice a second.
+const IDENTITY_SILENCE: Duration = Duration::from_millis(1500);
+
+/// What a node is at a moment.
+pub struct Moment<'a> {
+    /// Its role.
+    pub role: &'a Role,
+    /// The members.
+    pub roster: &'a Roster,
+    /// The last entry applied.
+    pub applied: LogIndex,
+    /// It is being brought up to date from a data file.
+    pub catching_up: bool,
+    /// The primary's name.
+    pub primary: Option<String>,
+    /// How old its data may be; `None` if it was never level with a primary.
+    pub staleness: Option<Duration>,
+    /// What administrators have decided.
+    pub settings: &'a Settings,
+}
 
 /// A node's report of itself.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -33,27 +56,44 @@ pub struct NodeReport {
     version: String,
     #[serde(default)]
     packing: BTreeMap<String, u32>,
-    /// Filled on the primary: name, group and vote of every member.
+    /// Name, group and vote of every member.
     members: Vec<(String, String, bool)>,
+    #[serde(default)]
+    witness: bool,
+    /// The names of the witnesses among the members.
+    #[serde(default)]
+    witnesses: Vec<String>,
+    #[serde(default)]
+    stale_seconds: Option<f64>,
+    /// The highest feature level that the program knows; 0 stands for 1.
+    #[serde(default)]
+    knows_level: u32,
+    #[serde(default)]
+    feature_level: u32,
+    #[serde(default)]
+    failover: Vec<String>,
+    #[serde(default)]
+    moving_to: Option<String>,
+    /// Its process.
+    #[serde(default)]
+    run: String,
 }
 
 impl NodeReport {
     /// A report of this moment; `addresses` are those for clients, for readers, for peers and for
     /// administrators.
-    #[allow(clippy::too_many_arguments)]
     pub fn new(
         member: &Member,
-        role: &Role,
-        roster: &Roster,
-        applied: LogIndex,
-        catching_up: bool,
-        primary: Option<String>,
+        run: &str,
+        moment: Moment<'_>,
         last_tids: impl Iterator<Item = (String, Tid)>,
         addresses: [String; 4],
         cluster: &str,
     ) -> NodeReport {
         let [address, read_only_address, peer_address, admin_address] = addresses;
-        let membership = &roster.membership;
+        let Moment { role, settings, .. } = moment;
+        let membership = &moment.roster.membership;
+        let witnesses = membership.members.values().filter(|m| m.witness);
         let members = membership
             .members
             .values()
@@ -65,10 +105,10 @@ impl NodeReport {
             id: member.id.to_string(),
             group: member.group.clone(),
             serves: role.serves,
-            primary,
+            primary: moment.primary,
             term: role.term.0,
-            catching_up,
-            applied_index: applied.0,
+            catching_up: moment.catching_up,
+            applied_index: moment.applied.0,
             last_tid: last_tids.map(|(name, tid)| (name, tid.to_string())).collect(),
             address,
             read_only_address,
@@ -77,7 +117,20 @@ impl NodeReport {
             version: env!("CARGO_PKG_VERSION").into(),
             packing: BTreeMap::new(),
             members,
+            witness: member.witness,
+            witnesses: witnesses.map(|m| m.name.clone()).collect(),
+            stale_seconds: moment.staleness.map(|age| age.as_secs_f64()),
+            knows_level: FEATURE_LEVEL,
+            feature_level: settings.level(),
+            failover: settings.failover.iter().cloned().collect(),
+            moving_to: settings.moving_to.clone(),
+            run: run.into(),
         }
+    }
+
+    /// The node's name.
+    pub fn node(&self) -> &str {
+        &self.node
     }
 
     /// The same, with the packs that are under way: the storages, and how far each is, in percent.
@@ -136,10 +189,32 @@ impl Reports {
         others.insert(from, (report, Some(Instant::now())));
     }
 
+    /// A peer does not belong to the cluster any more.
+    pub fn forget(&self, peer: NodeId) {
+        lock(&self.others).remove(&peer);
+    }
+
     /// A peer's connection has closed.
     pub fn lost(&self, peer: NodeId) {
         if let Some((_, at)) = lock(&self.others).get_mut(&peer) {
             *at = None;
+        }
+    }
+
+    /// True if another process than `run` has been this node until a moment ago.
+    pub fn is_taken(&self, id: NodeId, run: &str) -> bool {
+        let others = lock(&self.others);
+        let Some((report, Some(at))) = others.get(&id) else { return false };
+        let known = !run.is_empty() && !report.run.is_empty();
+        known && report.run != run && at.elapsed() < IDENTITY_SILENCE
+    }
+
+    /// The highest feature level that a node is known to know.
+    pub fn feature_level(&self, id: NodeId) -> u32 {
+        let known = lock(&self.others).get(&id).map(|(report, _)| report.knows_level);
+        match id.to_string() == lock(&self.own).id {
+            true => FEATURE_LEVEL,
+            false => known.unwrap_or(0).max(1),
         }
     }
 
@@ -186,6 +261,15 @@ pub struct Status {
     pub term: u64,
     /// The primary's name.
     pub primary: Option<String>,
+    /// What the cluster may use: see `standby feature-level`.
+    #[serde(default)]
+    pub feature_level: u32,
+    /// The groups whose nodes vote.
+    #[serde(default)]
+    pub failover_groups: Vec<String>,
+    /// The group that the primary is being moved to.
+    #[serde(default)]
+    pub moving_to: Option<String>,
     /// All nodes.
     pub nodes: Vec<NodeStatus>,
 }
@@ -197,7 +281,7 @@ pub struct NodeStatus {
     pub node: String,
     /// Its group.
     pub group: String,
-    /// `primary` or `replica`.
+    /// `primary`, `replica` or `witness`.
     pub role: String,
     /// Its vote counts.
     pub voter: bool,
@@ -209,6 +293,9 @@ pub struct NodeStatus {
     pub applied_index: u64,
     /// For how long the primary has had more than this node; `None` without a primary.
     pub lag_seconds: Option<f64>,
+    /// How old what its readers see may be; `None` if that is not known.
+    #[serde(default)]
+    pub stale_seconds: Option<f64>,
     /// For clients that write.
     pub address: String,
     /// For clients that read.
@@ -229,6 +316,10 @@ struct Seen {
     report: NodeReport,
     age: Duration,
     lag: Duration,
+}
+
+fn tenths(seconds: f64) -> f64 {
+    (seconds * 10.0).round() / 10.0
 }
 
 fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
@@ -258,12 +349,22 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
             NodeStatus {
                 node: report.node.clone(),
                 group: report.group.clone(),
-                role: if is_primary { "primary" } else { "replica" }.into(),
+                role: match (is_primary, report.witness) {
+                    (true, _) => "primary",
+                    (false, true) => "witness",
+                    (false, false) => "replica",
+                }
+                .into(),
                 voter,
                 state: state.into(),
+                // What a node said of itself grows older with its report.
+                stale_seconds: report
+                    .stale_seconds
+                    .filter(|_| !report.witness && one.age < Duration::MAX)
+                    .map(|seconds| tenths(seconds + one.age.as_secs_f64())),
                 last_tid: report.last_tid.clone(),
                 applied_index: report.applied_index,
-                lag_seconds: primary.map(|_| (one.lag.as_secs_f64() * 10.0).round() / 10.0),
+                lag_seconds: primary.map(|_| tenths(one.lag.as_secs_f64())),
                 address: report.address.clone(),
                 read_only_address: report.read_only_address.clone(),
                 peer_address: report.peer_address.clone(),
@@ -278,9 +379,14 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
             nodes.push(NodeStatus {
                 node: name.clone(),
                 group: group.clone(),
-                role: "replica".into(),
+                role: match own.witnesses.contains(name) {
+                    true => "witness",
+                    false => "replica",
+                }
+                .into(),
                 voter: *voter,
                 state: "down".into(),
+                stale_seconds: None,
                 last_tid: BTreeMap::new(),
                 applied_index: 0,
                 lag_seconds: None,
@@ -299,6 +405,9 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
         timeline: 1,
         term: seen.iter().map(|seen| seen.report.term).max().unwrap_or(0),
         primary: primary.map(|p| p.node.clone()),
+        feature_level: primary.unwrap_or(own).feature_level,
+        failover_groups: primary.unwrap_or(own).failover.clone(),
+        moving_to: primary.unwrap_or(own).moving_to.clone(),
         nodes,
     }
 }
@@ -388,6 +497,18 @@ mod tests {
         assert_eq!(reports.status().nodes[1].state, "up");
         reports.lost(NodeId(2));
         assert_eq!(reports.status().nodes[1].state, "down");
+    }
+
+    #[test]
+    fn row_31_an_identity_belongs_to_one_process_at_a_time() {
+        let reports = Reports::default();
+        let of = |run: &str| NodeReport { run: run.into(), ..report("n2", false, 0) };
+        reports.note(NodeId(2), of("first"));
+        assert!(reports.is_taken(NodeId(2), "second"));
+        assert!(!reports.is_taken(NodeId(2), "first"));
+        assert!(!reports.is_taken(NodeId(3), "second"));
+        reports.lost(NodeId(2));
+        assert!(!reports.is_taken(NodeId(2), "second"), "a restart comes back at once");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod administer;
 mod bench;
 mod demo;
 mod process;
@@ -72,6 +73,17 @@ enum Command {
         #[arg(long, conflicts_with = "json")]
         watch: bool,
     },
+    /// Makes another node primary while commits go on: they are held for a moment, and none is lost.
+    Switchover(administer::Switchover),
+    /// Adds, replaces and removes nodes while the cluster runs.
+    #[command(subcommand)]
+    Node(administer::Node),
+    /// Says which groups of nodes can have the primary.
+    #[command(subcommand)]
+    Group(administer::Group),
+    /// What the cluster may use, after an upgrade of all nodes.
+    #[command(subcommand)]
+    FeatureLevel(administer::FeatureLevel),
     /// Starts three nodes on this machine, kills the primary while clients write, and shows that
     /// nothing is lost.
     Demo(demo::Options),
@@ -92,6 +104,10 @@ fn main() -> ExitCode {
         match Arguments::parse().command {
             Command::Serve { config, check } => serve::run(&config, check).await,
             Command::Status { at, json, watch } => status::run(&at, json, watch).await,
+            Command::Switchover(options) => administer::switchover(options).await,
+            Command::Node(command) => administer::node(command).await,
+            Command::Group(command) => administer::group(command).await,
+            Command::FeatureLevel(command) => administer::feature_level(command).await,
             Command::Demo(options) => demo::run(&options).await,
             Command::Bench(options) => bench::run(&options).await,
         }

@@ -22,7 +22,7 @@ pub struct At {
 }
 
 impl At {
-    fn address(&self) -> anyhow::Result<String> {
+    pub fn address(&self) -> anyhow::Result<String> {
         if let Some(address) = &self.at {
             return Ok(address.clone());
         }
@@ -59,6 +59,9 @@ pub async fn run(at: &At, json: bool, watch: bool) -> anyhow::Result<()> {
     }
 }
 
+/// Seconds from which the age of a replica's data is shown.
+const STALE: f64 = 3.0;
+
 /// The cluster as a table for people.
 pub fn table(status: &Status) -> String {
     let mut table = Table::new();
@@ -79,6 +82,12 @@ pub fn table(status: &Status) -> String {
     ]);
     for node in &status.nodes {
         let role = if node.voter { node.role.clone() } else { format!("{} (no vote)", node.role) };
+        let stale = match node.stale_seconds {
+            Some(seconds) if seconds >= STALE && node.state != "down" => {
+                format!("\nmay be {seconds:.0} s old")
+            }
+            _ => String::new(),
+        };
         let tids: Vec<String> = match node.last_tid.len() {
             1 => node.last_tid.values().cloned().collect(),
             _ => node.last_tid.iter().map(|(name, tid)| format!("{name}: {tid}")).collect(),
@@ -93,7 +102,7 @@ pub fn table(status: &Status) -> String {
             node.node.clone(),
             node.group.clone(),
             role,
-            node.state.clone() + &packing.collect::<String>(),
+            node.state.clone() + &stale + &packing.collect::<String>(),
             status.term.to_string(),
             tids.join("\n"),
             lag,
@@ -108,14 +117,26 @@ pub fn table(status: &Status) -> String {
     let advice = if status.primary.is_none() {
         "no primary: writes wait until a majority of the voters is there".to_owned()
     } else if voters < 3 {
-        "no fault tolerance: with fewer than three voters, writes stop when one is lost".to_owned()
+        "no fault tolerance: with fewer than three voters, writes stop when one is lost; a witness is \
+         enough (standby node add NAME --witness)"
+            .to_owned()
     } else if alive <= majority {
         "the next failure stops writes".to_owned()
     } else {
         format!("{} more failure(s) can be survived", alive - majority)
     };
     let primary = status.primary.as_deref().unwrap_or("none");
-    format!("cluster {}, primary {primary}, {advice}\n{table}", status.cluster)
+    let moving =
+        status.moving_to.as_ref().map(|to| format!("\nthe primary is being moved to group {to}"));
+    let groups = match status.failover_groups.is_empty() {
+        true => String::new(),
+        false => format!(", fail-over in {}", status.failover_groups.join(", ")),
+    };
+    format!(
+        "cluster {}{groups}, primary {primary}, {advice}{}\n{table}",
+        status.cluster,
+        moving.unwrap_or_default()
+    )
 }
 
 #[cfg(test)]

@@ -117,6 +117,11 @@ pub enum Effect {
         /// What is asked.
         look: Look,
     },
+    /// A transaction begins: answer `None` when all that is acknowledged by now is visible.
+    Ping {
+        /// The call.
+        id: Value,
+    },
     /// What has changed since the tid? Answer with a tuple or `None`.
     Invalidations {
         /// The call.
@@ -502,9 +507,7 @@ impl Session {
             "lastTransaction" => read(args.none().map(|()| Read::LastTransaction)),
             "get_info" => read(args.none().map(|()| Read::Info)),
             "server_status" => read(args.none().map(|()| Read::Status)),
-            "ping" => {
-                args.none().map(|()| Some(Effect::Send(self.answer(&call.id, Ok(Value::None)))))
-            }
+            "ping" => args.none().map(|()| Some(Effect::Ping { id: call.id.clone() })),
             "set_client_label" => args.one().map(|label| {
                 self.label = match label {
                     Value::Str(label) => Some(label.clone()),

@@ -12,6 +12,8 @@
 //! committed changes ahead, and does not stand for election before it has taken them. Otherwise the
 //! founder of a cluster, restarted with the membership of its founding, would elect itself alone.
 
+mod witness;
+
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +28,8 @@ use crate::codec::Malformed;
 use crate::log::{Batch, LogError, LogView, Point, Recovered, Written};
 use crate::membership::{Change, Membership, decode_changes, encode_changes, to_raft};
 use crate::message::{PeerMessage, encode_message};
+
+use self::witness::Witnesses;
 
 /// Bytes of proposed entries that may be without a majority; then proposals are refused.
 const UNCOMMITTED_LEN: u64 = 64 << 20;
@@ -49,6 +53,8 @@ pub struct Config {
     pub tick: Duration,
     /// Where election timeouts come from.
     pub seed: u64,
+    /// This node votes, but holds no data and never stands for election.
+    pub witness: bool,
 }
 
 /// The state after some entry, as far as others need it to start from there.
@@ -160,7 +166,7 @@ pub struct Role {
 pub struct Progress {
     /// Entries up to here are durable there.
     pub matched: LogIndex,
-    /// It was heard of recently.
+    /// It has answered within an election timeout.
     pub active: bool,
     /// It is being brought up to date from the data file.
     pub catching_up: bool,
@@ -202,8 +208,14 @@ pub struct Consensus {
     last_step: Duration,
     /// After a pause: answers that come before this may be to heartbeats from before it.
     deaf_until: Duration,
-    /// Ticks until this node stands for election because the primary's process died.
+    /// Ticks until this node stands for election because the primary's process died, or because it
+    /// handed the leadership to one that did not take it.
     stand_in: Option<usize>,
+    /// To whom the leadership is being handed.
+    handing_to: Option<NodeId>,
+    /// Ticks since the leader was heard.
+    leader_silence: usize,
+    witnesses: Witnesses,
     /// What Raft draws its timeout for; another one means a new draw.
     drawn_for: (u64, StateRole, u64),
     election_timeout: usize,
@@ -241,6 +253,8 @@ impl Consensus {
             pre_vote: true,
             max_uncommitted_size: UNCOMMITTED_LEN,
             max_committed_size_per_ready: COMMITTED_LEN,
+            // Never reached: a witness does not stand for election.
+            max_election_tick: if config.witness { usize::MAX } else { 0 },
             ..raft::Config::default()
         };
         let logger = slog::Logger::root(slog::Discard, slog::o!());
@@ -267,6 +281,9 @@ impl Consensus {
             last_step: Duration::ZERO,
             deaf_until: Duration::ZERO,
             stand_in: None,
+            handing_to: None,
+            leader_silence: 0,
+            witnesses: Witnesses::default(),
         };
         consensus.draw_election_timeout();
         if consensus.membership.voters.iter().eq([&consensus.config.id]) {
@@ -305,16 +322,22 @@ impl Consensus {
     pub fn roster(&self) -> Roster {
         let mut roster = Roster { membership: self.membership.clone(), progress: BTreeMap::new() };
         if self.role.leads {
-            for (id, progress) in self.raft.raft.prs().iter() {
-                let progress = Progress {
-                    matched: LogIndex(progress.matched),
-                    active: progress.recent_active || *id == self.config.id.0,
-                    catching_up: progress.state == raft::ProgressState::Snapshot,
-                };
-                roster.progress.insert(NodeId(*id), progress);
-            }
+            let members = roster.membership.members.keys();
+            roster.progress = members.filter_map(|id| Some((*id, self.progress(*id)?))).collect();
         }
         roster
+    }
+
+    /// How far a node is; `None` unless this one leads.
+    pub fn progress(&self, id: NodeId) -> Option<Progress> {
+        let progress = self.raft.raft.prs().get(id.0).filter(|_| self.role.leads)?;
+        let patience = self.config.tick * self.config.election_ticks as u32;
+        let heard = |at: &Duration| *at + patience >= self.last_step;
+        Some(Progress {
+            matched: LogIndex(progress.matched),
+            active: id == self.config.id || self.heard.get(&id).is_some_and(heard),
+            catching_up: progress.state == raft::ProgressState::Snapshot,
+        })
     }
 
     /// Until when this node, if it leads, can be sure that nobody else does: a majority has been
@@ -377,6 +400,24 @@ impl Consensus {
         Ok(())
     }
 
+    /// Hands the leadership to another voter with data. Until that one has it, or it is given up
+    /// after an election timeout, nothing is proposed; see [`Consensus::is_handing_over`].
+    pub fn hand_over(&mut self, to: NodeId, outputs: &mut Vec<Output>) -> Result<(), NotLeader> {
+        let may_lead = self.membership.data_voters().any(|id| id == to);
+        if !self.role.leads || !may_lead || to == self.config.id {
+            return Err(NotLeader);
+        }
+        self.raft.transfer_leader(to.0);
+        self.handing_to = self.raft.raft.lead_transferee.map(NodeId);
+        self.flush(outputs);
+        Ok(())
+    }
+
+    /// True while the leadership is being handed over.
+    pub fn is_handing_over(&self) -> bool {
+        self.role.leads && self.raft.raft.lead_transferee.is_some()
+    }
+
     /// Forgets entries up to `index`, which must be in a durable checkpoint.
     pub fn compact(&mut self, index: LogIndex, outputs: &mut Vec<Output>) {
         self.raft.mut_store().compact(index);
@@ -434,6 +475,7 @@ impl Consensus {
 
     fn tick(&mut self) {
         self.raft.tick();
+        self.leader_silence = self.leader_silence.saturating_add(1);
         self.remind();
         if let Some(ticks) = &mut self.stand_in {
             *ticks = ticks.saturating_sub(1);
@@ -474,6 +516,14 @@ impl Consensus {
         );
         if answers && message.term == self.raft.raft.term && now >= self.deaf_until {
             self.heard.insert(NodeId(message.from), now);
+            self.witnesses.heard(NodeId(message.from));
+        }
+        let leads = matches!(
+            message.get_msg_type(),
+            MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot
+        );
+        if leads && message.term >= self.raft.raft.term {
+            self.leader_silence = 0;
         }
         if message.get_msg_type() == MessageType::MsgSnapshot
             && message.term >= self.raft.raft.term
@@ -535,7 +585,7 @@ impl Consensus {
             }
             number = unsent.number;
             let Some(unsent) = self.unsent.pop_front() else { break };
-            send(unsent.messages, outputs);
+            self.send(unsent.messages, outputs);
         }
         if number > 0 {
             self.raft.on_persist_ready(number);
@@ -549,6 +599,7 @@ impl Consensus {
 
     fn peer_lost(&mut self, peer: NodeId) {
         self.heard.remove(&peer);
+        self.witnesses.lost(peer);
         if self.role.leads {
             self.raft.report_unreachable(peer.0);
             let catching_up = |p: &raft::Progress| p.state == raft::ProgressState::Snapshot;
@@ -562,9 +613,9 @@ impl Consensus {
             // One after the other, so that the survivors do not split their votes. The first waits
             // a tick too, until the others have noticed as well: who still hears the leader refuses.
             let me = self.config.id;
-            let before = |id: &&NodeId| **id < me && **id != peer;
-            let rank = self.membership.voters.iter().filter(before).count();
-            self.stand_in = Some(1 + 3 * rank);
+            let before = |id: &NodeId| *id < me && *id != peer;
+            let rank = self.membership.data_voters().filter(before).count();
+            self.stand_in = (!self.config.witness).then_some(1 + 3 * rank);
         }
     }
 
@@ -576,7 +627,8 @@ impl Consensus {
                 break;
             }
             let mut ready = self.raft.ready();
-            send(ready.take_messages(), outputs);
+            let messages = ready.take_messages();
+            self.send(messages, outputs);
             let mut batch = Batch { number: ready.number(), ..Batch::default() };
             let snapshot = ready.snapshot().clone();
             if !snapshot.is_empty() {
@@ -613,7 +665,7 @@ impl Consensus {
                 outputs.push(Output::Persist(batch));
                 self.unsent.push_back(Unsent { number, needs_disk: true, messages });
             } else if self.unsent.is_empty() {
-                send(messages, outputs);
+                self.send(messages, outputs);
                 self.raft.on_persist_ready(number);
             } else {
                 self.unsent.push_back(Unsent { number, needs_disk: false, messages });
@@ -623,6 +675,19 @@ impl Consensus {
             } else if !entries.is_empty() {
                 let committed = self.take_committed(entries);
                 outputs.push(Output::Commit(committed));
+            }
+        }
+        self.release_to_witnesses(outputs);
+    }
+
+    fn send(&mut self, messages: Vec<Message>, outputs: &mut Vec<Output>) {
+        for message in messages {
+            if message.get_msg_type() == MessageType::MsgAppend
+                && self.membership.is_witness(NodeId(message.to))
+            {
+                self.witnesses.keep(self.last_step, message);
+            } else {
+                send(&message, outputs);
             }
         }
     }
@@ -659,20 +724,30 @@ impl Consensus {
         self.draw_election_timeout();
         let raft = &self.raft.raft;
         let leads = raft.state == StateRole::Leader;
+        // Who may not stand for election hears Raft say nothing of a leader that is silent.
+        let silent = !leads && self.leader_silence > 2 * self.config.election_ticks;
         let role = Role {
             term: Term(raft.term),
-            leader: (raft.leader_id != 0).then_some(NodeId(raft.leader_id)),
+            leader: (raft.leader_id != 0 && !silent).then_some(NodeId(raft.leader_id)),
             leads,
             serves: leads && raft.apply_to_current_term(),
         };
         if role == self.role {
             return;
         }
+        if self.handing_to.is_some() && !(leads && raft.lead_transferee.is_some()) {
+            self.handing_to = None;
+            if self.role.leads && !leads {
+                // Goes forward soon, also if the other one dies now.
+                self.stand_in = Some(self.config.election_ticks / 2);
+            }
+        }
         if role.leader.is_some() {
             self.stand_in = None;
         }
-        if role.term != self.role.term {
+        if role.term != self.role.term || role.leads != self.role.leads {
             self.heard.clear();
+            self.witnesses.begin_term(self.last_step);
         }
         self.role = role;
         outputs.push(Output::Role(role));
@@ -691,7 +766,10 @@ impl Consensus {
             z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
             let ticks = self.config.election_ticks as u64;
-            self.election_timeout = (ticks + (z ^ (z >> 31)) % ticks) as usize;
+            self.election_timeout = match self.config.witness {
+                true => usize::MAX - 1,
+                false => (ticks + (z ^ (z >> 31)) % ticks) as usize,
+            };
         }
         if raft.randomized_election_timeout() != self.election_timeout {
             raft.set_randomized_election_timeout(self.election_timeout);
@@ -705,11 +783,9 @@ impl Consensus {
     }
 }
 
-fn send(messages: Vec<Message>, outputs: &mut Vec<Output>) {
-    for message in messages {
-        if let Some(bytes) = encode_message(&message) {
-            outputs.push(Output::Send(NodeId(message.to), bytes));
-        }
+fn send(message: &Message, outputs: &mut Vec<Output>) {
+    if let Some(bytes) = encode_message(message) {
+        outputs.push(Output::Send(NodeId(message.to), bytes));
     }
 }
 

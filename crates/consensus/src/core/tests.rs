@@ -36,6 +36,7 @@ struct Cluster {
 
 const DIR: &str = "/state/log";
 const TICK: Duration = Duration::from_millis(50);
+const WITNESS: NodeId = NodeId(9);
 
 fn member(id: u64) -> Member {
     Member {
@@ -43,11 +44,20 @@ fn member(id: u64) -> Member {
         name: format!("n{id}"),
         group: "here".into(),
         peer_address: format!("127.0.0.1:{id}"),
+        // By convention of these tests.
+        witness: id == WITNESS.0,
     }
 }
 
 fn config(id: u64) -> Config {
-    Config { id: NodeId(id), election_ticks: 16, heartbeat_ticks: 2, tick: TICK, seed: id }
+    Config {
+        id: NodeId(id),
+        election_ticks: 16,
+        heartbeat_ticks: 2,
+        tick: TICK,
+        seed: id,
+        witness: id == WITNESS.0,
+    }
 }
 
 fn start(id: u64, memory: MemoryDisk, point: AppliedPoint, found: bool) -> Node {
@@ -79,6 +89,31 @@ fn empty_point() -> AppliedPoint {
 }
 
 impl Cluster {
+    /// A founder, a second data node, and a witness.
+    fn with_witness() -> Cluster {
+        let mut cluster = Cluster::of(2);
+        cluster.join(WITNESS.0);
+        cluster.change(NodeId(1), Change::Promote(WITNESS));
+        cluster.ticks(10);
+        assert_eq!(cluster.nodes[&NodeId(1)].consensus.membership().voters.len(), 3);
+        cluster
+    }
+
+    /// A new node, as a learner.
+    fn join(&mut self, id: u64) {
+        self.nodes.insert(NodeId(id), start(id, MemoryDisk::new(), empty_point(), false));
+        self.change(NodeId(1), Change::AddLearner(member(id)));
+        self.ticks(10);
+    }
+
+    fn hand_over(&mut self, from: u64, to: u64) -> Result<(), NotLeader> {
+        let mut outputs = Vec::new();
+        let consensus = &mut self.nodes.get_mut(&NodeId(from)).unwrap().consensus;
+        consensus.hand_over(NodeId(to), &mut outputs)?;
+        self.perform(NodeId(from), outputs);
+        Ok(())
+    }
+
     /// A founder, and nodes that it takes in.
     fn of(size: u64) -> Cluster {
         let mut cluster = Cluster::default();
@@ -92,9 +127,7 @@ impl Cluster {
         cluster.ticks(40);
         assert_eq!(cluster.primary(), Some(NodeId(1)));
         for id in 2..=size {
-            cluster.nodes.insert(NodeId(id), start(id, MemoryDisk::new(), empty_point(), false));
-            cluster.change(NodeId(1), Change::AddLearner(member(id)));
-            cluster.ticks(10);
+            cluster.join(id);
             cluster.change(NodeId(1), Change::Promote(NodeId(id)));
             cluster.ticks(10);
         }
@@ -502,4 +535,156 @@ fn elections_are_repeatable() {
         (cluster.primary(), cluster.nodes[&NodeId(2)].consensus.role())
     };
     assert_eq!(run(), run());
+}
+
+#[test]
+fn leadership_is_handed_over_in_no_time_and_nothing_is_lost() {
+    let mut cluster = Cluster::of(3);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.hand_over(1, 3).unwrap();
+    cluster.ticks(1);
+    assert_eq!(cluster.primary(), Some(NodeId(3)));
+    cluster.propose(NodeId(3), b"two").unwrap();
+    cluster.ticks(3);
+    for id in 1..=3 {
+        assert_eq!(cluster.data(id), [b"one", b"two"]);
+    }
+}
+
+#[test]
+fn row_22_a_hand_over_to_a_node_that_does_not_answer_is_given_up() {
+    let mut cluster = Cluster::of(3);
+    cluster.cut.extend([(NodeId(1), NodeId(3)), (NodeId(3), NodeId(1))]);
+    cluster.hand_over(1, 3).unwrap();
+    assert!(cluster.nodes[&NodeId(1)].consensus.is_handing_over());
+    assert!(cluster.propose(NodeId(1), b"held").is_err());
+    cluster.ticks(17);
+    assert!(!cluster.nodes[&NodeId(1)].consensus.is_handing_over());
+    cluster.propose(NodeId(1), b"one").unwrap();
+    assert_eq!(cluster.data(2), [b"one"]);
+}
+
+#[test]
+fn row_22_a_hand_over_goes_forward_when_the_other_dies_in_its_election() {
+    let mut cluster = Cluster::of(3);
+    // The others hear it stand, and it does not hear their answers.
+    cluster.cut.extend([(NodeId(1), NodeId(3)), (NodeId(2), NodeId(3))]);
+    let mut outputs = Vec::new();
+    let consensus = &mut cluster.nodes.get_mut(&NodeId(3)).unwrap().consensus;
+    consensus.raft.raft.become_follower(consensus.role.term.0, 1);
+    let mut message = Message::default();
+    message.set_msg_type(MessageType::MsgTimeoutNow);
+    (message.from, message.to, message.term) = (1, 3, consensus.role.term.0);
+    cluster
+        .nodes
+        .get_mut(&NodeId(1))
+        .unwrap()
+        .consensus
+        .hand_over(NodeId(3), &mut outputs)
+        .unwrap();
+    cluster.event(NodeId(3), Event::Received(PeerMessage(message)));
+    cluster.kill(NodeId(3));
+    assert_eq!(cluster.primary(), None);
+    cluster.ticks(12);
+    assert_eq!(cluster.primary(), Some(NodeId(1)));
+}
+
+#[test]
+fn learners_and_witnesses_are_handed_nothing() {
+    let mut cluster = Cluster::with_witness();
+    cluster.join(3);
+    assert_eq!(cluster.hand_over(1, 3), Err(NotLeader));
+    assert_eq!(cluster.hand_over(1, WITNESS.0), Err(NotLeader));
+    assert_eq!(cluster.hand_over(1, 1), Err(NotLeader));
+    assert_eq!(cluster.hand_over(2, 1), Err(NotLeader));
+}
+
+#[test]
+fn two_data_nodes_and_a_witness_survive_any_single_failure() {
+    for lost in [NodeId(1), NodeId(2), WITNESS] {
+        let mut cluster = Cluster::with_witness();
+        cluster.propose(NodeId(1), b"one").unwrap();
+        cluster.kill(lost);
+        cluster.ticks(40);
+        let primary = cluster.primary().unwrap();
+        assert_ne!(primary, WITNESS);
+        cluster.propose(primary, b"two").unwrap();
+        cluster.ticks(12);
+        for id in [1, 2].map(NodeId).into_iter().filter(|id| *id != lost) {
+            assert_eq!(cluster.data(id.0), [b"one", b"two"], "without {lost}");
+        }
+    }
+}
+
+#[test]
+fn a_witness_never_leads_and_holds_no_data() {
+    let mut cluster = Cluster::with_witness();
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.ticks(3);
+    assert_eq!(cluster.data(WITNESS.0), [] as [&[u8]; 0]);
+    cluster.kill(NodeId(1));
+    cluster.kill(NodeId(2));
+    cluster.ticks(400);
+    assert_eq!(cluster.primary(), None);
+    assert_eq!(cluster.nodes[&WITNESS].consensus.role().leader, None);
+}
+
+#[test]
+fn what_only_the_primary_has_is_kept_from_the_witness_while_the_other_node_is_there() {
+    let mut cluster = Cluster::with_witness();
+    cluster.stalled.insert(NodeId(2));
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.ticks(4);
+    assert!(cluster.data(1).is_empty(), "a majority is the other data node's, not the witness's");
+    // The primary dies: the other one may lead, for the witness knows of nothing that it lacks.
+    cluster.stalled.clear();
+    cluster.batches.clear();
+    let second = cluster.nodes.remove(&NodeId(2)).unwrap();
+    cluster.restart(NodeId(2), second);
+    cluster.kill(NodeId(1));
+    cluster.ticks(40);
+    assert_eq!(cluster.primary(), Some(NodeId(2)));
+}
+
+#[test]
+fn a_node_whose_disk_stalls_holds_nothing_up_for_long() {
+    let mut cluster = Cluster::with_witness();
+    cluster.stalled.insert(NodeId(2));
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.ticks(12);
+    assert_eq!(cluster.data(1), [b"one"], "the witness makes up the majority");
+    cluster.propose(NodeId(1), b"two").unwrap();
+    cluster.ticks(1);
+    assert_eq!(cluster.data(1), [b"one", b"two"], "at once, as long as the node is slow");
+    cluster.stalled.clear();
+    cluster.disk_answers(NodeId(2));
+    cluster.ticks(6);
+    assert_eq!(cluster.data(2), [b"one", b"two"]);
+}
+
+#[test]
+fn a_learner_that_is_cut_off_knows_of_no_leader_any_more() {
+    let mut cluster = Cluster::of(3);
+    cluster.join(4);
+    cluster.ticks(3);
+    assert_eq!(cluster.nodes[&NodeId(4)].consensus.role().leader, Some(NodeId(1)));
+    cluster.isolate(NodeId(4));
+    cluster.ticks(40);
+    assert_eq!(cluster.nodes[&NodeId(4)].consensus.role().leader, None);
+    cluster.cut.clear();
+    cluster.ticks(3);
+    assert_eq!(cluster.nodes[&NodeId(4)].consensus.role().leader, Some(NodeId(1)));
+}
+
+#[test]
+fn a_voter_is_made_a_learner() {
+    let mut cluster = Cluster::of(3);
+    cluster.change(NodeId(1), Change::Demote(NodeId(3)));
+    cluster.ticks(10);
+    let membership = cluster.nodes[&NodeId(1)].consensus.membership().clone();
+    assert_eq!(membership.voters, BTreeSet::from([NodeId(1), NodeId(2)]));
+    assert_eq!(membership.learners, BTreeSet::from([NodeId(3)]));
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.ticks(3);
+    assert_eq!(cluster.data(3), [b"one"]);
 }

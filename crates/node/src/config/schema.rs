@@ -8,6 +8,10 @@ use std::time::Duration;
 
 use standby_zeo::Retention;
 
+mod standby;
+
+pub use standby::{MemberLine, Profile, Standby};
+
 use super::zconfig::{ConfigError, Section, parse};
 use crate::tls::SslSection;
 
@@ -71,10 +75,10 @@ impl Address {
 }
 
 /// `<zeo>`
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct ZeoSection {
-    /// Where read-write clients connect.
-    pub address: ZeoAddress,
+    /// Where read-write clients connect; `None` on a witness.
+    pub address: Option<ZeoAddress>,
     /// TLS for clients.
     pub ssl: Option<SslSection>,
     /// No client may write.
@@ -129,66 +133,6 @@ pub struct LogFile {
     pub path: String,
 }
 
-/// `member NAME HOST:PORT GROUP`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MemberLine {
-    /// The node.
-    pub name: String,
-    /// Its peer address.
-    pub address: Address,
-    /// Its group.
-    pub group: String,
-}
-
-/// How patient the nodes are with each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Profile {
-    /// Within one place: a dead primary is replaced in about a second.
-    Lan,
-    /// Between places: five times as patient.
-    Wan,
-}
-
-impl Profile {
-    /// The length of a tick; a heartbeat is two, an election 16 to 32.
-    pub fn tick(self) -> Duration {
-        Duration::from_millis(match self {
-            Profile::Lan => 50,
-            Profile::Wan => 250,
-        })
-    }
-}
-
-/// `<standby>`
-#[derive(Debug, Clone)]
-pub struct Standby {
-    /// The cluster's name.
-    pub cluster: String,
-    /// This node's name.
-    pub node: String,
-    /// The group it belongs to.
-    pub group: String,
-    /// Log, checkpoints, index, identity.
-    pub state_dir: PathBuf,
-    /// Where read-only clients connect.
-    pub read_only_address: Option<Address>,
-    /// Where the other nodes connect.
-    pub peer_address: Address,
-    /// Where administrators connect.
-    pub admin_address: Address,
-    /// The first members; the first of them founds the cluster.
-    pub members: Vec<MemberLine>,
-    /// TLS between nodes.
-    pub peer_ssl: Option<SslSection>,
-    /// What the nodes prove to each other that they know; empty between loopback addresses.
-    pub secret: Vec<u8>,
-    /// How patient they are.
-    pub profile: Profile,
-    /// Bytes of the log that are kept for nodes that are behind; beyond it they catch up from the
-    /// data file.
-    pub log_tail: u64,
-}
-
 /// A whole configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -224,13 +168,21 @@ impl Config {
         let allowed = ["zeo", "filestorage", "blobstorage", "eventlog", "standby", "runner"];
         let mut top_reader = checker.reader(&top, &[])?;
         top_reader.sections(&allowed)?;
-        let zeo = match top.sections.iter().find(|s| s.kind == "zeo") {
-            Some(section) => checker.zeo(section)?,
+        let find = |kind: &str| top.sections.iter().find(|s| s.kind == kind);
+        let standby = find("standby").map(|s| checker.standby(s)).transpose()?;
+        let witness = standby.as_ref().is_some_and(|s| s.witness);
+        let zeo = match find("zeo") {
+            Some(section) if witness => return Err(checker.error(section.line, WITNESS_SERVES)),
+            Some(section) => Some(checker.zeo(section)?),
+            None if witness => None,
             None => return Err(checker.error(1, "there is no <zeo> section with an address")),
         };
         let mut storages: Vec<StorageSection> = Vec::new();
         let storage_kinds = ["filestorage", "blobstorage"];
         for section in top.sections.iter().filter(|s| storage_kinds.contains(&s.kind.as_str())) {
+            if witness {
+                return Err(checker.error(section.line, WITNESS_SERVES));
+            }
             let storage = match section.kind.as_str() {
                 "blobstorage" => checker.blob_storage(section)?,
                 _ => checker.storage(section)?,
@@ -241,12 +193,11 @@ impl Config {
             }
             storages.push(storage);
         }
-        if storages.is_empty() {
+        if storages.is_empty() && !witness {
             return Err(checker.error(1, "there is no <filestorage> section"));
         }
-        let find = |kind: &str| top.sections.iter().find(|s| s.kind == kind);
         let eventlog = find("eventlog").map(|s| checker.eventlog(s)).transpose()?;
-        let standby = find("standby").map(|s| checker.standby(s)).transpose()?;
+        let zeo = zeo.unwrap_or_default();
         Ok(Config { file: file.into(), zeo, storages, eventlog, standby, notes: checker.notes })
     }
 
@@ -258,6 +209,9 @@ impl Config {
         }
     }
 }
+
+const WITNESS_SERVES: &str =
+    "a witness holds no data and serves no clients: <zeo> and storages do not belong in its file";
 
 struct Checker {
     file: String,
@@ -440,7 +394,7 @@ impl Checker {
         let timeout = reader.get("transaction-timeout", number)?.filter(|n| *n > 0.0);
         let ssl = section.sections.first().map(|inner| self.ssl(inner)).transpose()?;
         let zeo = ZeoSection {
-            address: reader.required("address", address)?,
+            address: Some(reader.required("address", address)?),
             ssl,
             read_only: reader.boolean("read-only", false)?,
             transaction_timeout: timeout.map(Duration::from_secs_f64),
@@ -555,103 +509,6 @@ impl Checker {
         }
         Ok(EventLog { level, files })
     }
-
-    fn standby(&mut self, section: &Section) -> Result<Standby, ConfigError> {
-        let mut reader = self.reader(
-            section,
-            &[
-                "cluster",
-                "node",
-                "group",
-                "state-dir",
-                "read-only-address",
-                "peer-address",
-                "admin-address",
-                "member",
-                "secret-file",
-                "profile",
-                "log-tail",
-            ],
-        )?;
-        reader.sections(&["peer-ssl"])?;
-        let peer_ssl = section.sections.first().map(|inner| self.ssl(inner)).transpose()?;
-        let member = |text: &str| {
-            let words: Vec<&str> = text.split_whitespace().collect();
-            match words[..] {
-                [name, address, group] => Ok(MemberLine {
-                    name: word(name)?,
-                    address: Address::parse(address)?,
-                    group: word(group)?,
-                }),
-                _ => Err(format!("{text:?} is not of the form NAME HOST:PORT GROUP")),
-            }
-        };
-        let mut members: Vec<MemberLine> = Vec::new();
-        for (_, text, line) in section.keys.iter().filter(|(key, _, _)| key == "member") {
-            let line_read =
-                member(text).map_err(|m| reader.error(*line, format!("member: {m}")))?;
-            if members
-                .iter()
-                .any(|other| other.name == line_read.name || other.address == line_read.address)
-            {
-                return Err(reader.error(*line, "member: this name or address stands there twice"));
-            }
-            members.push(line_read);
-        }
-        let node = reader.required("node", word)?;
-        let group = reader.required("group", word)?;
-        let peer_address = reader.required("peer-address", Address::parse)?;
-        let mine = members.iter().find(|m| m.name == node);
-        let Some(mine) = mine else {
-            let message = format!(
-                "no \"member\" line names this node, {node}: member {node} {peer_address} {group}"
-            );
-            return Err(reader.error(section.line, message));
-        };
-        if mine.group != group {
-            let message =
-                format!("this node is of group {group}, but its member line says {}", mine.group);
-            return Err(reader.error(section.line, message));
-        }
-        let profile = |text: &str| match text {
-            "lan" => Ok(Profile::Lan),
-            "wan" => Ok(Profile::Wan),
-            _ => Err(format!("{text:?} is not a profile: lan, wan")),
-        };
-        let secret = |file: &str| {
-            let bytes =
-                std::fs::read(file).map_err(|error| format!("cannot read {file}: {error}"))?;
-            let secret = bytes.trim_ascii().to_vec();
-            if secret.len() < 16 {
-                return Err(format!("{file} holds fewer than 16 characters"));
-            }
-            Ok(secret)
-        };
-        let secret = reader.get("secret-file", secret)?;
-        let all_loopback =
-            members.iter().all(|m| m.address.is_loopback()) && peer_address.is_loopback();
-        if secret.is_none() && peer_ssl.is_none() && !all_loopback {
-            let message = "\"secret-file\" is needed, for the nodes are on several machines: the same file on each, \
-                           for example from: head -c 32 /dev/urandom | base64 > secret; or <peer-ssl>";
-            return Err(reader.error(section.line, message));
-        }
-        Ok(Standby {
-            cluster: reader.required("cluster", word)?,
-            state_dir: reader.required("state-dir", path)?,
-            read_only_address: reader.get("read-only-address", Address::parse)?,
-            admin_address: reader
-                .get("admin-address", Address::parse)?
-                .unwrap_or(Address { host: "127.0.0.1".into(), port: 8103 }),
-            secret: secret.unwrap_or_default(),
-            peer_ssl,
-            profile: reader.get("profile", profile)?.unwrap_or(Profile::Lan),
-            log_tail: reader.get("log-tail", byte_size)?.unwrap_or(256 << 20),
-            node,
-            group,
-            peer_address,
-            members,
-        })
-    }
 }
 
 #[cfg(test)]
@@ -675,7 +532,7 @@ mod tests {
         assert!(config.standby.is_none());
         assert_eq!(config.storages[0].name, "1");
         assert_eq!(config.state_dir(), Path::new("/srv/Data.fs.standby"));
-        assert_eq!(config.zeo.address.to_string(), "localhost:8100");
+        assert_eq!(config.zeo.address.unwrap().to_string(), "localhost:8100");
     }
 
     #[test]

@@ -239,16 +239,11 @@ impl Engine {
     }
 
     fn at_majority(&self, outgoing: &Outgoing) -> bool {
-        let membership = self.consensus.membership();
         outgoing.buffer.blobs().iter().all(|blob| {
             let BlobSource::Upload(upload) = blob.source else { return true };
-            let arrived = self.blobs.arrived.get(&upload.transfer);
-            let has = |id: &&NodeId| {
-                **id == self.shared.id || arrived.is_some_and(|nodes| nodes.contains(*id))
-            };
-            [&membership.voters, &membership.outgoing].into_iter().all(|voters| {
-                voters.is_empty() || voters.iter().filter(has).count() * 2 > voters.len()
-            })
+            let nowhere = BTreeSet::new();
+            let arrived = self.blobs.arrived.get(&upload.transfer).unwrap_or(&nowhere);
+            self.consensus.is_safe_on(arrived)
         })
     }
 }

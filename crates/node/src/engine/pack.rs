@@ -31,7 +31,7 @@ pub(super) struct PackRequest {
 impl Engine {
     pub(super) fn pack(&mut self, request: PackRequest) -> anyhow::Result<()> {
         let Some(shared) = self.shared.storages.get(&request.storage) else { return Ok(()) };
-        if !self.role.serves {
+        if !self.serves() {
             answer(&request, Err(ClientError::ReadOnly));
         } else if shared.packing.percent().is_some() {
             answer(&request, Err(ClientError::file_storage("Already packing")));

@@ -28,6 +28,7 @@ use tracing::info;
 
 use super::{PeerError, Purpose, connect, read_frame, write_frame};
 use crate::blobs::{BlobReader, BlobWriter, new_transfer};
+use crate::hex::{hex, unhex};
 use crate::node::Shared;
 use crate::stream::Stream;
 
@@ -48,7 +49,7 @@ pub struct Announcement {
 impl Announcement {
     /// An announcement of an upload.
     pub fn of(storage: &str, upload: Upload) -> Announcement {
-        let sha256 = upload.sha256.iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = hex(&upload.sha256);
         let transfer = upload.transfer.to_string();
         Announcement { storage: storage.into(), transfer, len: upload.len, sha256 }
     }
@@ -60,11 +61,7 @@ impl Announcement {
 
     /// The upload; `None` if this is none.
     pub fn upload(&self) -> Option<Upload> {
-        let mut sha256 = [0; 32];
-        let digits = (self.sha256.len() == 64).then_some(self.sha256.as_bytes())?;
-        for (byte, pair) in sha256.iter_mut().zip(digits.chunks(2)) {
-            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-        }
+        let sha256 = unhex(&self.sha256)?.try_into().ok()?;
         Some(Upload { transfer: Transfer::parse(&self.transfer)?, len: self.len, sha256 })
     }
 }

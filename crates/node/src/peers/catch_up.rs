@@ -43,6 +43,7 @@ use crate::applier::{CatchUpItem, Work};
 use crate::blobs::{BlobWriter, new_transfer};
 use crate::disk::OsDisk;
 use crate::engine::Internal;
+use crate::hex::hex;
 use crate::node::Shared;
 use crate::stream::Stream;
 
@@ -206,7 +207,7 @@ fn hash_of(path: &std::path::Path, mark: Mark) -> std::io::Result<String> {
         hash.update(&buffer[..n]);
         at += n as u64;
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&hash.finalize()))
 }
 
 async fn blocking<T: Send + 'static>(

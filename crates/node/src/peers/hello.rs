@@ -25,6 +25,7 @@ use standby_types::NodeId;
 use tokio::net::TcpStream;
 
 use super::{PeerError, read_frame, write_frame};
+use crate::hex::{hex, unhex};
 use crate::state::random_hex;
 use crate::stream::Stream;
 use crate::tls::Tls;
@@ -47,6 +48,8 @@ pub enum Purpose {
     Blob,
     /// A client that is passed on.
     Client,
+    /// What an administrator has asked another node for.
+    Ask,
     /// Only the hello is wanted.
     Probe,
 }
@@ -63,6 +66,10 @@ pub struct Introduction {
     pub secret: Vec<u8>,
     /// How connections between nodes are encrypted.
     pub tls: Option<Arc<Tls>>,
+    /// What proves that this node may join; empty if it needs no proof.
+    pub join_token: String,
+    /// Drawn by each process: tells two with the same identity apart.
+    pub run: String,
 }
 
 /// Who a peer says it is.
@@ -82,12 +89,22 @@ pub struct PeerInfo {
     pub group: String,
     /// Where it listens for peers.
     pub peer_address: String,
+    /// It is a witness.
+    #[serde(default)]
+    pub witness: bool,
+    /// Its process; empty from a node of an older version.
+    #[serde(default)]
+    pub run: String,
+    /// HMAC-SHA256(join token, "join" · nonce) in hexadecimal; empty without a token.
+    #[serde(default)]
+    invitation: String,
     nonce: String,
 }
 
 impl PeerInfo {
     fn of(me: &Introduction, purpose: Purpose) -> Result<PeerInfo, PeerError> {
         let member = &me.member;
+        let nonce = random_hex(32).map_err(|error| PeerError::Protocol(error.to_string()))?;
         Ok(PeerInfo {
             protocol: PROTOCOL,
             purpose,
@@ -97,8 +114,31 @@ impl PeerInfo {
             node: member.name.clone(),
             group: member.group.clone(),
             peer_address: member.peer_address.clone(),
-            nonce: random_hex(32).map_err(|error| PeerError::Protocol(error.to_string()))?,
+            witness: member.witness,
+            run: me.run.clone(),
+            invitation: match me.join_token.as_str() {
+                "" => String::new(),
+                token => hex(&invitation(token, &nonce).finalize().into_bytes()),
+            },
+            nonce,
         })
+    }
+
+    /// True if it has proved that it knows this token.
+    pub fn is_invited_by(&self, token: &str) -> bool {
+        let proof = invitation(token, &self.nonce);
+        unhex(&self.invitation).is_some_and(|shown| proof.verify_slice(&shown).is_ok())
+    }
+
+    /// It as a member.
+    pub fn member(&self) -> Member {
+        Member {
+            id: self.id(),
+            name: self.node.clone(),
+            group: self.group.clone(),
+            peer_address: self.peer_address.clone(),
+            witness: self.witness,
+        }
     }
 
     /// Its identity.
@@ -135,6 +175,10 @@ impl PeerInfo {
             None
         }
     }
+}
+
+fn invitation(token: &str, nonce: &str) -> Hmac<Sha256> {
+    proof(token.as_bytes(), "join", [nonce.as_bytes(), b""])
 }
 
 fn proof(secret: &[u8], side: &str, hellos: [&[u8]; 2]) -> Hmac<Sha256> {
@@ -212,20 +256,28 @@ async fn dial(
     Ok((stream, theirs))
 }
 
-/// Lets a node in, or refuses it.
-pub async fn receive(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo), PeerError> {
-    tokio::time::timeout(PATIENCE, accept(me, tcp))
+/// Lets a node in, or refuses it; `objection` may say why.
+pub async fn receive(
+    me: &Introduction,
+    tcp: TcpStream,
+    objection: impl Fn(&PeerInfo) -> Option<String>,
+) -> Result<(Stream, PeerInfo), PeerError> {
+    tokio::time::timeout(PATIENCE, accept(me, tcp, objection))
         .await
         .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
 }
 
-async fn accept(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo), PeerError> {
+async fn accept(
+    me: &Introduction,
+    tcp: TcpStream,
+    objection: impl Fn(&PeerInfo) -> Option<String>,
+) -> Result<(Stream, PeerInfo), PeerError> {
     tcp.set_nodelay(true)?;
     let mut stream = match &me.tls {
         None => Stream::Tcp(tcp),
         Some(tls) => tls.acceptor().accept(tcp).await.map(Stream::from_tls).map_err(no_tls)?,
     };
-    let info = greet(me, &mut stream).await?;
+    let info = greet(me, &mut stream, objection).await?;
     Ok((stream, info))
 }
 
@@ -236,7 +288,11 @@ fn no_tls(error: std::io::Error) -> PeerError {
     ))
 }
 
-async fn greet(me: &Introduction, stream: &mut Stream) -> Result<PeerInfo, PeerError> {
+async fn greet(
+    me: &Introduction,
+    stream: &mut Stream,
+    objection: impl Fn(&PeerInfo) -> Option<String>,
+) -> Result<PeerInfo, PeerError> {
     let (kind, their_hello) = read_frame(stream, MAX_HELLO).await?;
     let theirs = parse(kind, &their_hello)?;
     let mine = PeerInfo::of(me, theirs.purpose)?;
@@ -250,7 +306,7 @@ async fn greet(me: &Introduction, stream: &mut Stream) -> Result<PeerInfo, PeerE
         let reason = format!("nodes {} and {} have different secrets", mine.node, theirs.node);
         return Err(refuse(stream, &reason).await);
     }
-    if let Some(reason) = mine.mismatch(&theirs) {
+    if let Some(reason) = mine.mismatch(&theirs).or_else(|| objection(&theirs)) {
         return Err(refuse(stream, &reason).await);
     }
     write_frame(stream, b'o', b"").await?;

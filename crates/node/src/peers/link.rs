@@ -176,7 +176,8 @@ pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
 
 async fn accept(shared: Arc<Shared>, stream: TcpStream) {
     let from = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
-    let (mut stream, info) = match receive(&shared.introduction(), stream).await {
+    let objection = |info: &PeerInfo| objection(&shared, info);
+    let (mut stream, info) = match receive(&shared.introduction(), stream, objection).await {
         Ok(received) => received,
         Err(PeerError::Io(error)) => return debug!(from, %error, "a peer's handshake broke off"),
         Err(error) => return warn!(from, %error, "refused a connection to the peer address"),
@@ -196,8 +197,27 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream) {
                 warn!(from, %error, "cannot send a blob to a node");
             }
         }
+        Purpose::Ask => {
+            if let Err(error) = super::ask::serve(&shared, stream).await {
+                debug!(from, %error, "cannot answer a node");
+            }
+        }
         Purpose::CatchUp => catch_up::serve(shared, stream, &info.node).await,
         Purpose::Client => listener::passed_on(shared, stream).await,
+    }
+}
+
+/// Why a node that knows the secret is not let in.
+fn objection(shared: &Shared, info: &PeerInfo) -> Option<String> {
+    if shared.reports.is_taken(info.id(), &info.run) {
+        Some(format!(
+            "another process is node {} already, with the same identity: was its disk copied?",
+            info.node
+        ))
+    } else if shared.settings().removed.contains(&info.node) {
+        Some(format!("node {} was removed from the cluster", info.node))
+    } else {
+        None
     }
 }
 
@@ -220,6 +240,10 @@ async fn receive_all(
             }
             b's' => {
                 if let Ok(report) = serde_json::from_slice::<NodeReport>(&content) {
+                    if shared.settings().removed.contains(report.node()) {
+                        shared.reports.forget(from);
+                        return Err(PeerError::Protocol("the node was removed".into()));
+                    }
                     shared.reports.note(from, report);
                 }
             }
@@ -237,9 +261,8 @@ async fn receive_all(
                 let wrong = |_| PeerError::Protocol("a malformed name of an upload".into());
                 shared.tell(Event::Arrived(from, transfer.map_err(wrong)?)).await;
             }
-            other => {
-                return Err(PeerError::Protocol(format!("a frame of unknown kind {other}")));
-            }
+            // A newer version may say what this one does not know.
+            other => debug!(%from, kind = other, "a frame of unknown kind"),
         }
     }
 }

@@ -3,14 +3,16 @@
 //! Each node dials every other one and sends over the connection it dialled; what it receives comes
 //! over the connections that others dialled. Every connection begins with a handshake
 //! (`hello.rs`) that refuses strangers; then it serves one purpose (`Purpose`): a link for messages
-//! (`link.rs`), a catch-up (`catch_up.rs`), a blob (`blob.rs`), a client passed on from another node, or a question
-//! whether a cluster exists already.
+//! (`link.rs`), a catch-up (`catch_up.rs`), a blob (`blob.rs`), a client passed on from another node, what an administrator
+//! asks for (`ask.rs`), or a question whether a cluster exists already.
 
+mod ask;
 mod blob;
 mod catch_up;
 mod hello;
 mod link;
 
+pub use ask::ask;
 pub use blob::{Announcement, Wanted, obtain};
 pub use catch_up::fetch;
 pub use hello::{Introduction, PeerInfo, Purpose, connect, receive};

@@ -23,6 +23,7 @@ fn replica(disk: &MemoryDisk) -> Replica {
     let dir = BlobDir::open(Arc::new(disk.clone()), Path::new("/blobs")).unwrap();
     let blobs = BTreeMap::from([("1".into(), dir)]);
     let checkpoint = Checkpoint {
+        settings: Settings::default(),
         cluster_id: "c".into(),
         index: LogIndex(1),
         term: Term(1),
@@ -142,6 +143,7 @@ fn catch_up_and_log_may_overlap() {
         name: "n1".into(),
         group: "g".into(),
         peer_address: "h:1".into(),
+        witness: false,
     });
     replica.caught_up(&target).unwrap();
     assert!(apply(&mut replica, &closing(7, 3, 10, &[], records(&[(4, 1)]))).is_none());

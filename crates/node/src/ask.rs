@@ -1,0 +1,105 @@
+//! What administrators ask for. Any node takes it; the primary does it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use crate::engine::Event;
+use crate::node::{Shared, Standing};
+use crate::peers;
+
+/// A request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ask {
+    /// Another node becomes primary.
+    Switchover {
+        /// Which; `None` for the one that is best placed.
+        to: Option<String>,
+        /// Seconds for which transactions that have voted, and uploads, are waited for.
+        grace: f64,
+    },
+    /// A node may join.
+    NodeAdd {
+        /// Its name.
+        node: String,
+        /// Its group; that of the member whose place it takes, if it does.
+        group: Option<String>,
+        /// It votes, but holds no data.
+        witness: bool,
+        /// It takes the place of the member with its name.
+        replaces: bool,
+    },
+    /// A node is a member no more.
+    NodeRemove {
+        /// Its name.
+        node: String,
+        /// Also if that is dangerous.
+        force: bool,
+    },
+    /// The nodes of a group vote, or do not.
+    GroupSet {
+        /// Its name.
+        group: String,
+        /// They vote.
+        failover: bool,
+        /// Also if that is dangerous.
+        force: bool,
+    },
+    /// The primary and all voters are to be in this group.
+    GroupMove {
+        /// Its name.
+        to: String,
+    },
+    /// The cluster may use what newer versions can do.
+    FeatureLevel {
+        /// Up to this level; `None` for the highest that all nodes know.
+        level: Option<u32>,
+    },
+}
+
+/// What was done.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// In words.
+    pub text: String,
+    /// What a new node proves to know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+}
+
+/// What was done, or why not.
+pub type Answer = Result<Done, String>;
+
+/// Where an answer goes.
+pub type Asker = oneshot::Sender<Answer>;
+
+/// Longer than anything that is waited for.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Has the primary do what is asked for.
+pub async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {
+    let Standing { serves, other_primary, .. } = shared.standing.borrow().clone();
+    match other_primary {
+        _ if serves => here(shared, ask).await,
+        Some(address) => peers::ask(shared, &address, &ask).await.unwrap_or_else(|error| {
+            Err(format!("the primary, at peer address {address}, cannot be asked: {error}"))
+        }),
+        None => Err("there is no primary, and so nobody who could do that; standby status shows \
+                     which nodes are there"
+            .into()),
+    }
+}
+
+/// Does it here, if this node is primary.
+pub async fn here(shared: &Arc<Shared>, ask: Ask) -> Answer {
+    let (asker, answer) = oneshot::channel();
+    shared.tell(Event::Ask(ask, asker)).await;
+    match tokio::time::timeout(PATIENCE, answer).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) => Err("the primary has changed before it was done; see standby status".into()),
+        Err(_) => Err("it is not done yet; see standby status".into()),
+    }
+}

@@ -1,0 +1,231 @@
+//! `<standby>`
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::super::zconfig::{ConfigError, Section};
+use super::{Address, Checker, SectionReader, byte_size, path, word};
+use crate::tls::SslSection;
+
+/// `member NAME HOST:PORT GROUP [witness]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberLine {
+    /// The node.
+    pub name: String,
+    /// Its peer address.
+    pub address: Address,
+    /// Its group.
+    pub group: String,
+    /// It votes, but holds no data.
+    pub witness: bool,
+}
+
+/// How patient the nodes are with each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Within one place: a dead primary is replaced in about a second.
+    Lan,
+    /// Between places: five times as patient.
+    Wan,
+}
+
+impl Profile {
+    /// The length of a tick; a heartbeat is two, an election 16 to 32.
+    pub fn tick(self) -> Duration {
+        Duration::from_millis(match self {
+            Profile::Lan => 50,
+            Profile::Wan => 250,
+        })
+    }
+}
+
+/// `<standby>`
+#[derive(Debug, Clone)]
+pub struct Standby {
+    /// The cluster's name.
+    pub cluster: String,
+    /// This node's name.
+    pub node: String,
+    /// The group it belongs to.
+    pub group: String,
+    /// Log, checkpoints, index, identity.
+    pub state_dir: PathBuf,
+    /// Where read-only clients connect.
+    pub read_only_address: Option<Address>,
+    /// Where the other nodes connect.
+    pub peer_address: Address,
+    /// Where administrators connect.
+    pub admin_address: Address,
+    /// The first members; the first of them founds the cluster. Empty if the node joins one.
+    pub members: Vec<MemberLine>,
+    /// A member of the cluster that the node joins.
+    pub join: Option<Address>,
+    /// What proves that it may.
+    pub join_token: String,
+    /// It votes, but holds no data.
+    pub witness: bool,
+    /// How old a replica's data may be for its readers; `None` if that does not matter.
+    pub max_staleness: Option<Duration>,
+    /// TLS between nodes.
+    pub peer_ssl: Option<SslSection>,
+    /// What the nodes prove to each other that they know; empty between loopback addresses.
+    pub secret: Vec<u8>,
+    /// How patient they are.
+    pub profile: Profile,
+    /// Bytes of the log that are kept for nodes that are behind; beyond it they catch up from the
+    /// data file.
+    pub log_tail: u64,
+}
+
+/// The node's own line must say what the rest of its file says.
+fn check_members(
+    reader: &SectionReader,
+    members: &[MemberLine],
+    me: &MemberLine,
+) -> Result<(), ConfigError> {
+    let line = reader.section.line;
+    let witness = if me.witness { " witness" } else { "" };
+    let Some(mine) = members.iter().find(|m| m.name == me.name) else {
+        let message = format!(
+            "no \"member\" line names this node, {0}: member {0} {1} {2}{witness}",
+            me.name, me.address, me.group
+        );
+        return Err(reader.error(line, message));
+    };
+    if mine.group != me.group {
+        let message =
+            format!("this node is of group {}, but its member line says {}", me.group, mine.group);
+        return Err(reader.error(line, message));
+    }
+    if mine.witness != me.witness {
+        let message =
+            "\"witness on\" and the word \"witness\" in this node's member line belong together";
+        return Err(reader.error(line, message));
+    }
+    if members[0].witness {
+        let message = "the first member founds the cluster from its data: it cannot be a witness";
+        return Err(reader.error(line, message));
+    }
+    Ok(())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number = text.parse().ok().and_then(|n| Duration::try_from_secs_f64(n).ok());
+    number
+        .filter(|time| !time.is_zero())
+        .ok_or_else(|| format!("{text:?} is not a number of seconds"))
+}
+
+impl Checker {
+    pub(super) fn standby(&mut self, section: &Section) -> Result<Standby, ConfigError> {
+        let mut reader = self.reader(
+            section,
+            &[
+                "cluster",
+                "node",
+                "group",
+                "state-dir",
+                "read-only-address",
+                "peer-address",
+                "admin-address",
+                "member",
+                "secret-file",
+                "profile",
+                "log-tail",
+                "join",
+                "join-token",
+                "witness",
+                "max-staleness",
+            ],
+        )?;
+        reader.sections(&["peer-ssl"])?;
+        let peer_ssl = section.sections.first().map(|inner| self.ssl(inner)).transpose()?;
+        let member = |text: &str| {
+            let words: Vec<&str> = text.split_whitespace().collect();
+            match words[..] {
+                [name, address, group] | [name, address, group, "witness"] => Ok(MemberLine {
+                    name: word(name)?,
+                    address: Address::parse(address)?,
+                    group: word(group)?,
+                    witness: words.len() == 4,
+                }),
+                _ => Err(format!("{text:?} is not of the form NAME HOST:PORT GROUP [witness]")),
+            }
+        };
+        let mut members: Vec<MemberLine> = Vec::new();
+        for (_, text, line) in section.keys.iter().filter(|(key, _, _)| key == "member") {
+            let line_read =
+                member(text).map_err(|m| reader.error(*line, format!("member: {m}")))?;
+            if members
+                .iter()
+                .any(|other| other.name == line_read.name || other.address == line_read.address)
+            {
+                return Err(reader.error(*line, "member: this name or address stands there twice"));
+            }
+            members.push(line_read);
+        }
+        let node = reader.required("node", word)?;
+        let group = reader.required("group", word)?;
+        let peer_address = reader.required("peer-address", Address::parse)?;
+        let join = reader.get("join", Address::parse)?;
+        let join_token = reader.get("join-token", word)?;
+        let witness = reader.boolean("witness", false)?;
+        let me = MemberLine { name: node, address: peer_address, group, witness };
+        match (&join, members.is_empty()) {
+            (Some(_), false) => {
+                let message = "\"member\" lines found a cluster, \"join\" names a member of one that is there: \
+                               one of the two";
+                return Err(reader.error(section.line, message));
+            }
+            (Some(_), true) if join_token.is_none() => {
+                let message =
+                    "\"join\" needs a \"join-token\": standby node add NAME on a member prints it";
+                return Err(reader.error(section.line, message));
+            }
+            (Some(_), true) => {}
+            (None, _) => check_members(&reader, &members, &me)?,
+        }
+        let profile = |text: &str| match text {
+            "lan" => Ok(Profile::Lan),
+            "wan" => Ok(Profile::Wan),
+            _ => Err(format!("{text:?} is not a profile: lan, wan")),
+        };
+        let secret = |file: &str| {
+            let bytes =
+                std::fs::read(file).map_err(|error| format!("cannot read {file}: {error}"))?;
+            let secret = bytes.trim_ascii().to_vec();
+            if secret.len() < 16 {
+                return Err(format!("{file} holds fewer than 16 characters"));
+            }
+            Ok(secret)
+        };
+        let secret = reader.get("secret-file", secret)?;
+        let others = members.iter().map(|m| &m.address).chain(&join);
+        let all_loopback = others.chain([&me.address]).all(Address::is_loopback);
+        if secret.is_none() && peer_ssl.is_none() && !all_loopback {
+            let message = "\"secret-file\" is needed, for the nodes are on several machines: the same file on each, \
+                           for example from: head -c 32 /dev/urandom | base64 > secret; or <peer-ssl>";
+            return Err(reader.error(section.line, message));
+        }
+        Ok(Standby {
+            cluster: reader.required("cluster", word)?,
+            state_dir: reader.required("state-dir", path)?,
+            read_only_address: reader.get("read-only-address", Address::parse)?,
+            admin_address: reader
+                .get("admin-address", Address::parse)?
+                .unwrap_or(Address { host: "127.0.0.1".into(), port: 8103 }),
+            secret: secret.unwrap_or_default(),
+            peer_ssl,
+            profile: reader.get("profile", profile)?.unwrap_or(Profile::Lan),
+            log_tail: reader.get("log-tail", byte_size)?.unwrap_or(256 << 20),
+            max_staleness: reader.get("max-staleness", seconds)?,
+            node: me.name,
+            group: me.group,
+            peer_address: me.address,
+            members,
+            join,
+            join_token: join_token.unwrap_or_default(),
+            witness,
+        })
+    }
+}

@@ -1,0 +1,276 @@
+//! What administrators ask the primary for.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use standby_consensus::Member;
+use standby_types::NodeId;
+
+use super::Engine;
+use crate::ask::{Ask, Asker, Done};
+use crate::settings::{FEATURE_LEVEL, Invitation, Setting};
+use crate::state::random_hex;
+
+/// Time for a decision to come into force.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The level from which there are settings.
+const SETTINGS_LEVEL: u32 = 2;
+
+type Condition = Box<dyn Fn(&Engine) -> bool + Send>;
+
+/// An answer that waits until something holds.
+pub(super) struct Watch {
+    holds: Condition,
+    done: Done,
+    /// What it is that is waited for.
+    what: &'static str,
+    deadline: Duration,
+    asker: Asker,
+}
+
+impl Engine {
+    pub(super) fn ask(&mut self, ask: Ask, asker: Asker) -> anyhow::Result<()> {
+        if !self.serves() {
+            let _ = asker.send(Err("this node is not primary any more; ask again".into()));
+            return Ok(());
+        }
+        if let Ask::Switchover { to, grace } = &ask {
+            self.begin_switchover(to.as_deref(), *grace, asker);
+            return Ok(());
+        }
+        let (setting, mut done) = match self.decision(&ask) {
+            Ok(decision) => decision,
+            Err(reason) => {
+                let _ = asker.send(Err(reason));
+                return Ok(());
+            }
+        };
+        if let Setting::Invite { invitation, .. } = &setting {
+            done.token = Some(invitation.token.clone());
+        }
+        if !self.decide(&setting)? {
+            let _ = asker.send(Err("another change is under way; ask again".into()));
+            return Ok(());
+        }
+        let index = self.decided;
+        let (holds, what): (Condition, _) = match setting {
+            Setting::Remove { node } => (
+                Box::new(move |engine| engine.consensus.membership().named(&node).is_none()),
+                "the node is still a member",
+            ),
+            Setting::Failover { group, .. } => (
+                Box::new(move |engine| engine.applied >= index && engine.has_its_votes(&group)),
+                "the votes are not yet what they are to be: nodes are down, or catching up",
+            ),
+            _ => (
+                Box::new(move |engine| engine.applied >= index),
+                "the decision is not on a majority of the nodes yet",
+            ),
+        };
+        let deadline = self.shared.now() + PATIENCE;
+        self.watches.push(Watch { holds, done, what, deadline, asker });
+        Ok(())
+    }
+
+    /// Answers those for whom it has come true, or who have waited too long.
+    pub(super) fn tend_watches(&mut self) {
+        let now = self.shared.now();
+        for watch in std::mem::take(&mut self.watches) {
+            if (watch.holds)(self) {
+                let _ = watch.asker.send(Ok(watch.done));
+            } else if now > watch.deadline {
+                let _ = watch.asker.send(Err(format!(
+                    "{}; the cluster goes on trying, see standby status",
+                    watch.what
+                )));
+            } else {
+                self.watches.push(watch);
+            }
+        }
+    }
+
+    fn has_its_votes(&self, group: &str) -> bool {
+        let membership = self.consensus.membership();
+        let mut members = membership.members.values().filter(|m| m.group == group && !m.witness);
+        members.all(|m| membership.voters.contains(&m.id) == self.is_failover(group))
+            && membership.outgoing.is_empty()
+    }
+
+    fn decision(&self, ask: &Ask) -> Result<(Setting, Done), String> {
+        let level = self.settings.level();
+        if level < SETTINGS_LEVEL && !matches!(ask, Ask::FeatureLevel { .. }) {
+            return Err(format!(
+                "the cluster works at feature level {level}, which has no such thing; when all nodes run this \
+                 version: standby feature-level raise"
+            ));
+        }
+        let done = |text: String| Done { text, token: None };
+        match ask {
+            Ask::Switchover { .. } => Err("no decision".into()),
+            Ask::NodeAdd { node, group, witness, replaces } => {
+                self.invitation(node, group.as_deref(), *witness, *replaces)
+            }
+            Ask::NodeRemove { node, force } => {
+                let member = self.member(node)?;
+                if member.id == self.shared.id {
+                    return Err(format!(
+                        "{node} is primary: first make another node primary by standby switchover"
+                    ));
+                }
+                self.check_loss(&BTreeSet::from([member.id]), *force)?;
+                let text = format!(
+                    "{node} is no member of the cluster any more. Stop it; to let it in again, use \
+                     standby node add, and remove its state-dir first"
+                );
+                Ok((Setting::Remove { node: node.clone() }, done(text)))
+            }
+            Ask::GroupSet { group, failover: true, .. } => {
+                self.group(group)?;
+                let text = format!(
+                    "the nodes of group {group} vote: one of them can become primary by itself"
+                );
+                Ok((Setting::Failover { group: group.clone(), on: true }, done(text)))
+            }
+            Ask::GroupSet { group, failover: false, force } => {
+                let members = self.group(group)?;
+                if self.settings.moving_to.as_ref() == Some(group) {
+                    return Err(format!("the primary is being moved to group {group}"));
+                }
+                if *group == self.shared.member.group {
+                    return Err(format!(
+                        "the primary is in group {group}; to have the primary and the voters in another group: \
+                         standby group move --to GROUP"
+                    ));
+                }
+                let data = members.iter().filter(|m| !m.witness).map(|m| m.id).collect();
+                self.check_loss(&data, *force)?;
+                let text = format!(
+                    "the nodes of group {group} have no vote: none of them becomes primary by itself"
+                );
+                Ok((Setting::Failover { group: group.clone(), on: false }, done(text)))
+            }
+            Ask::GroupMove { to } => {
+                let members = self.group(to)?;
+                if !members.iter().any(|m| !m.witness && self.is_there(m.id)) {
+                    return Err(format!("no node of group {to} with data is there"));
+                }
+                let text = format!("the primary and all votes go to group {to}");
+                Ok((Setting::Move { to: to.clone() }, done(text)))
+            }
+            Ask::FeatureLevel { level: wanted } => {
+                let known = self.known_level();
+                let wanted = wanted.unwrap_or(known.0);
+                if wanted > known.0 {
+                    return Err(format!(
+                        "node {} knows feature level {} only: upgrade it first",
+                        known.1, known.0
+                    ));
+                }
+                if wanted < level {
+                    return Err(format!("the level is {level}, and does not go down"));
+                }
+                Ok((Setting::FeatureLevel(wanted), done(format!("the feature level is {wanted}"))))
+            }
+        }
+    }
+
+    /// The highest feature level that all members know, and a member that knows no higher one.
+    fn known_level(&self) -> (u32, String) {
+        let members = self.consensus.membership().members.values();
+        members
+            .map(|m| (self.shared.reports.feature_level(m.id), m.name.clone()))
+            .chain([(FEATURE_LEVEL, self.shared.member.name.clone())])
+            .min()
+            .unwrap_or_default()
+    }
+
+    pub(super) fn member(&self, name: &str) -> Result<&Member, String> {
+        let membership = self.consensus.membership();
+        membership.named(name).ok_or_else(|| {
+            let names: BTreeSet<_> = membership.members.values().map(|m| m.name.as_str()).collect();
+            let names = Vec::from_iter(names).join(", ");
+            format!("{name} is no node of this cluster; its nodes: {names}")
+        })
+    }
+
+    fn group(&self, name: &str) -> Result<Vec<&Member>, String> {
+        let members = &self.consensus.membership().members;
+        let found: Vec<_> = members.values().filter(|m| m.group == name).collect();
+        if found.is_empty() {
+            let groups: BTreeSet<_> = members.values().map(|m| m.group.as_str()).collect();
+            let groups: Vec<_> = groups.into_iter().collect();
+            return Err(format!(
+                "no node is of group {name}; the groups are {}",
+                groups.join(", ")
+            ));
+        }
+        Ok(found)
+    }
+
+    fn invitation(
+        &self,
+        node: &str,
+        group: Option<&str>,
+        witness: bool,
+        replaces: bool,
+    ) -> Result<(Setting, Done), String> {
+        let fine = |text: &str| {
+            !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c))
+        };
+        if !fine(node) || !group.is_none_or(fine) {
+            return Err("a name has letters, digits, - _ . only".into());
+        }
+        let (group, witness) = match (replaces, self.member(node)) {
+            (false, Ok(_)) => {
+                return Err(format!(
+                    "{node} is a member already; to let another machine take its place: standby node replace"
+                ));
+            }
+            (false, Err(_)) => {
+                let group = group.unwrap_or(&self.shared.member.group);
+                (group.to_owned(), witness)
+            }
+            (true, Ok(member)) if member.id == self.shared.id => {
+                return Err(format!(
+                    "{node} is primary: first make another node primary by standby switchover"
+                ));
+            }
+            (true, Ok(member)) => (group.unwrap_or(&member.group).to_owned(), member.witness),
+            (true, Err(reason)) => return Err(reason),
+        };
+        let token = random_hex(16).map_err(|error| error.to_string())?;
+        let text = format!("node {node} may join as a member of group {group}");
+        let invitation = Invitation { group, witness, token, replaces };
+        let setting = Setting::Invite { node: node.into(), invitation };
+        Ok((setting, Done { text, token: None }))
+    }
+
+    /// Why it is dangerous that these nodes lose their votes, if it is and nobody insists.
+    fn check_loss(&self, going: &BTreeSet<NodeId>, force: bool) -> Result<(), String> {
+        let membership = self.consensus.membership();
+        let before = membership.voters.len();
+        let staying: Vec<_> = membership.voters.difference(going).copied().collect();
+        if force || staying.len() == before {
+            return Ok(());
+        }
+        let there = staying.iter().filter(|id| self.is_there(**id)).count();
+        let majority = staying.len() / 2 + 1;
+        let survivable = |voters: usize| voters.saturating_sub(1) / 2;
+        let risk = if there < majority {
+            format!(
+                "{} voters would be left, of which only {there} are up: writes would stop at once",
+                staying.len()
+            )
+        } else if survivable(staying.len()) < survivable(before) {
+            format!(
+                "{} voters would be left, which survive {} failure(s) instead of {}",
+                staying.len(),
+                survivable(staying.len()),
+                survivable(before)
+            )
+        } else {
+            return Ok(());
+        };
+        Err(format!("{risk}. If that is what you want: --force"))
+    }
+}

@@ -1,0 +1,178 @@
+//! Who belongs to the cluster and who votes: the primary sees to it that it becomes what the settings say.
+//!
+//! Each step is a change of its own, made when nothing else is under way, so that a new primary
+//! goes on where the last one stopped: first removals, then newcomers, as learners; those of the fail-over
+//! groups get a vote when they have caught up; when they have it, voters of other groups lose theirs. A witness
+//! votes wherever it is.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use standby_consensus::{Change, Command, Member};
+use standby_types::NodeId;
+use tracing::{info, warn};
+
+use super::{Engine, NEARLY};
+use crate::peers::PeerInfo;
+use crate::settings::Setting;
+
+/// Grace of a switchover that moves the primary to another group.
+const MOVE_GRACE: Duration = Duration::from_secs(5);
+/// Time between two attempts at it.
+const MOVE_PAUSE: Duration = Duration::from_secs(3);
+
+impl Engine {
+    pub(super) fn tend_membership(&mut self) -> anyhow::Result<()> {
+        if !self.serves() || self.shared.config.standby.is_none() {
+            return Ok(());
+        }
+        if self.settings.failover.is_empty() && self.settings.level() > 1 {
+            // The level was just raised: what was so by itself is said now.
+            let group = self.shared.member.group.clone();
+            self.decide(&Setting::Failover { group, on: true })?;
+            return Ok(());
+        }
+        let mut changes = self.removals();
+        if changes.is_empty() {
+            changes = self.newcomer();
+        }
+        if changes.is_empty() {
+            changes = self.promotions();
+        }
+        if changes.is_empty() {
+            changes = self.demotions();
+        }
+        if changes.is_empty() {
+            return self.tend_move();
+        }
+        let mut outputs = Vec::new();
+        // Refused while another change is under way; then it is tried again.
+        let _ = self.consensus.change_membership(&changes, &mut outputs);
+        self.perform(outputs)
+    }
+
+    /// Proposes a decision; one at a time.
+    pub(super) fn decide(&mut self, setting: &Setting) -> anyhow::Result<bool> {
+        if self.applied < self.decided {
+            return Ok(false);
+        }
+        match self.propose(Command::Setting(setting.encode()), None)? {
+            Some(index) => self.decided = index,
+            None => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// True if the nodes of a group are to vote.
+    pub(super) fn is_failover(&self, group: &str) -> bool {
+        if self.settings.failover.is_empty() {
+            // Before there were settings, it was the group of the first member.
+            let founder = self.shared.config.standby.as_ref().and_then(|s| s.members.first());
+            return founder.is_some_and(|founder| founder.group == group);
+        }
+        self.settings.failover.contains(group)
+    }
+
+    fn is_to_vote(&self, member: &Member) -> bool {
+        member.witness || self.is_failover(&member.group)
+    }
+
+    fn removals(&self) -> Vec<Change> {
+        let members = self.consensus.membership().members.values();
+        let gone = |member: &&Member| {
+            member.id != self.shared.id && self.settings.removed.contains(&member.name)
+        };
+        members.filter(gone).map(|member| Change::Remove(member.id)).collect()
+    }
+
+    /// A node that is there and may join.
+    fn newcomer(&self) -> Vec<Change> {
+        let membership = self.consensus.membership();
+        for (id, info) in &self.present {
+            if membership.contains(*id) {
+                continue;
+            }
+            let Some(may_replace) = self.admits(info) else { continue };
+            let mut changes = Vec::new();
+            if let Some(former) = membership.named(&info.node) {
+                if former.id == self.shared.id
+                    || self.present.contains_key(&former.id) && !may_replace
+                {
+                    warn!(node = info.node, "two nodes have this name; the second is not let in");
+                    continue;
+                }
+                info!(node = info.node, "the node begins anew, without its former state");
+                changes.push(Change::Remove(former.id));
+            }
+            changes.push(Change::AddLearner(info.member()));
+            return changes;
+        }
+        Vec::new()
+    }
+
+    /// Whether a node may join, and if so, also in the place of a member that is there.
+    fn admits(&self, info: &PeerInfo) -> Option<bool> {
+        if let Some(invitation) = self.settings.invitations.get(&info.node)
+            && invitation.group == info.group
+            && invitation.witness == info.witness
+            && info.is_invited_by(&invitation.token)
+        {
+            return Some(invitation.replaces);
+        }
+        let members = &self.shared.config.standby.as_ref()?.members;
+        let listed = members.iter().any(|line| {
+            (&line.name, &line.group, line.witness) == (&info.node, &info.group, info.witness)
+        });
+        (listed && !self.settings.removed.contains(&info.node)).then_some(false)
+    }
+
+    fn promotions(&self) -> Vec<Change> {
+        let membership = self.consensus.membership();
+        let learners = membership.learners.iter().filter_map(|id| membership.members.get(id));
+        let mut ready = learners.filter(|m| self.is_to_vote(m) && self.is_level(m.id));
+        ready.next().map(|member| Change::Promote(member.id)).into_iter().collect()
+    }
+
+    pub(super) fn is_level(&self, id: NodeId) -> bool {
+        let last = self.consensus.last_index().0;
+        let level = |p: standby_consensus::Progress| {
+            p.active && !p.catching_up && p.matched.0 + NEARLY >= last
+        };
+        id == self.shared.id || self.consensus.progress(id).is_some_and(level)
+    }
+
+    fn demotions(&self) -> Vec<Change> {
+        let membership = self.consensus.membership();
+        let (stay, go): (BTreeSet<_>, BTreeSet<_>) = (membership.voters.iter().copied())
+            .partition(|id| membership.members.get(id).is_none_or(|m| self.is_to_vote(m)));
+        let level = stay.iter().filter(|id| self.is_level(**id)).count();
+        // The primary does not take its own vote away, nor leave too few.
+        if !stay.contains(&self.shared.id) || level * 2 <= stay.len() {
+            return Vec::new();
+        }
+        go.into_iter().map(Change::Demote).collect()
+    }
+
+    /// The primary goes to the group that it is to be in.
+    fn tend_move(&mut self) -> anyhow::Result<()> {
+        let Some(to) = self.settings.moving_to.clone() else { return Ok(()) };
+        if self.shared.member.group == to {
+            self.decide(&Setting::Moved { to })?;
+            return Ok(());
+        }
+        let now = self.shared.now();
+        let rests = self.switchover_failed_at.is_some_and(|at| now < at + MOVE_PAUSE);
+        let membership = self.consensus.membership();
+        let mut group = membership.members.values().filter(|m| m.group == to && !m.witness);
+        // Those that are there are waited for: one voter alone would be no place to be.
+        let complete = group.all(|m| !self.is_there(m.id) || membership.voters.contains(&m.id));
+        if self.switchover.is_none()
+            && !rests
+            && complete
+            && let Some(target) = self.best_voter(|group| group == to)
+        {
+            self.switch_to(target, MOVE_GRACE, None);
+        }
+        Ok(())
+    }
+}

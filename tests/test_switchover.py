@@ -1,0 +1,273 @@
+"""Planned changes of the primary, with stock clients."""
+
+import signal
+import threading
+import time
+
+import pytest
+import transaction
+from persistent.mapping import PersistentMapping
+from ZEO.Exceptions import ClientDisconnected
+from ZODB.blob import Blob
+from ZODB.utils import z64
+
+import cluster as harness
+from test_cluster import Writer, check_histories
+from zeo_client import Client, open_storage
+
+
+def count_disconnections(storage):
+    """How often a storage has lost its server, from now on."""
+    lost = []
+    original = storage.notify_disconnected
+    storage.notify_disconnected = lambda *args: (lost.append(time.monotonic()), original(*args))
+    return lost
+
+
+class Voted:
+    """A transaction of a storage's own that has voted and not finished."""
+
+    def __init__(self, addresses):
+        self.storage = open_storage(addresses, wait_timeout=5)
+        self.oid = self.storage.new_oid()
+        self.txn = transaction.TransactionManager().begin()
+        self.storage.tpc_begin(self.txn)
+        self.storage.store(self.oid, z64, b"\x80\x02cpersistent\nPersistent\nq\x01.N.", "", self.txn)
+        self.storage.tpc_vote(self.txn)
+
+    def finish(self):
+        return self.storage.tpc_finish(self.txn)
+
+
+def asked(node, *words):
+    """Runs an administrator's command beside the test; join() gives what it prints."""
+    printed = []
+    thread = threading.Thread(target=lambda: printed.append(node.ask(*words)), daemon=True)
+    thread.start()
+
+    def join():
+        thread.join(60)
+        assert printed, "the command has failed or does not end"
+        return printed[0]
+
+    return join
+
+
+def test_switchovers_under_load(nodes, encoding):
+    cluster = nodes.cluster(zeo=encoding).start()
+    writers = [Writer(cluster.addresses, "w%d" % n) for n in range(3)]
+    for _ in range(12):
+        for writer in writers:
+            writer.wait_for_more()
+        before = cluster.primary()
+        # Any node takes the command.
+        cluster.nodes[0].ask("switchover")
+        assert cluster.primary().name != before.name
+    acknowledged = [note for writer in writers for note in writer.finish()]
+    check_histories(cluster, acknowledged)
+
+
+def test_no_reply_is_lost(nodes):
+    """A client is told of every commit of its own: it loses its connection before or after tpc_finish,
+    never in it."""
+    cluster = nodes.cluster().start()
+    storage = open_storage(cluster.addresses)
+    oid = storage.new_oid()
+    serial, done, stop = z64, [], threading.Event()
+    switching = threading.Thread(
+        target=lambda: [cluster.nodes[0].ask("switchover") or time.sleep(0.1) for _ in range(15)],
+        daemon=True,
+    )
+    switching.start()
+    while switching.is_alive() or len(done) < 100:
+        txn = transaction.TransactionManager().begin()
+        data = b"\x80\x02cpersistent\nPersistent\nq\x01.K\x01."
+        try:
+            storage.tpc_begin(txn)
+            storage.store(oid, serial, data, "", txn)
+            storage.tpc_vote(txn)
+        except ClientDisconnected:
+            storage.tpc_abort(txn)
+            continue
+        serial = storage.tpc_finish(txn)
+        done.append(serial)
+    switching.join()
+    assert done == sorted(set(done))
+    storage.close()
+
+
+def test_the_chosen_node_becomes_primary_and_mistakes_are_explained(nodes):
+    cluster = nodes.cluster().start()
+    n1 = cluster.named("n1")
+    assert "n3 is primary" in n1.ask("switchover", "--to", "n3")
+    assert cluster.primary().name == "n3"
+    assert "n3 is primary already" in n1.ask("switchover", "--to", "n3", fails=True)
+    wrong = n1.ask("switchover", "--to", "n9", fails=True)
+    assert "n9 is no node of this cluster; its nodes: n1, n2, n3" in wrong
+    cluster.named("n2").kill()
+    harness.wait_for(
+        "n2 to be down", lambda: {n["node"]: n["state"] for n in n1.status()["nodes"]}["n2"] == "down"
+    )
+    assert "n2 is down" in n1.ask("switchover", "--to", "n2", fails=True)
+    n1.kill()
+    n3 = cluster.named("n3")
+    harness.wait_for("n3 to step down", lambda: n3.status()["primary"] is None)
+    assert "there is no primary" in n3.ask("switchover", fails=True)
+
+
+def test_row_22_a_switchover_to_a_frozen_node_goes_back(nodes):
+    cluster = nodes.cluster().start()
+    primary = cluster.primary()
+    target = next(node for node in cluster.nodes if node is not primary)
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(number=0))
+    target.signal(signal.SIGSTOP)
+    started = time.monotonic()
+    try:
+        answer = primary.ask("switchover", "--to", target.name, fails=True)
+        assert time.monotonic() - started < 2.5
+        assert "the switchover to %s was given up" % target.name in answer
+        client.commit(lambda root: root.update(number=1))
+        assert cluster.primary() is primary
+    finally:
+        target.signal(signal.SIGCONT)
+    cluster.wait_healthy()
+    assert cluster.primary() is primary, "a late node does not take what was taken back"
+
+
+def test_row_22_a_target_that_dies_in_the_hand_over(nodes):
+    """Whatever the moment is, there is one primary within seconds and nothing is lost."""
+    cluster = nodes.cluster().start()
+    writer = Writer(cluster.addresses, "w")
+    for delay in (0, 0.002, 0.004, 0.006, 0.01):
+        writer.wait_for_more()
+        primary = cluster.primary()
+        target = next(node for node in cluster.nodes if node is not primary)
+        command = [harness.STANDBY, "switchover", "--to", target.name]
+        process = harness.subprocess.Popen(
+            command + ["--at", "127.0.0.1:%s" % primary.admin_port],
+            stdout=harness.subprocess.DEVNULL,
+            stderr=harness.subprocess.DEVNULL,
+        )
+        time.sleep(delay)
+        target.kill()
+        killed = time.monotonic()
+        writer.wait_for_more(1)
+        assert time.monotonic() - killed < 5
+        process.wait(30)
+        target.start()
+        cluster.wait_healthy()
+    check_histories(cluster, writer.finish())
+
+
+def test_row_23_a_transaction_that_has_voted_finishes(nodes):
+    cluster = nodes.cluster().start()
+    client = Client(cluster.addresses)
+    voted = Voted(cluster.addresses)
+    switchover = asked(cluster.primary(), "switchover", "--grace", "20")
+    # Commits of others are held meanwhile, not refused.
+    held = []
+    committing = threading.Thread(
+        target=lambda: held.append(client.commit(lambda root: root.update(number=1))), daemon=True
+    )
+    time.sleep(0.3)
+    committing.start()
+    time.sleep(0.7)
+    assert not held
+    tid = voted.finish()
+    assert "is primary" in switchover()
+    committing.join(20)
+    assert held, "the commit that was held goes on with the new primary"
+    other = open_storage(cluster.addresses)
+    assert other.load(voted.oid)[1] == tid
+    other.close()
+
+
+def test_row_23_a_transaction_that_hangs_is_aborted_after_the_grace(nodes):
+    cluster = nodes.cluster().start()
+    before = cluster.primary()
+    voted = Voted(cluster.addresses)
+    started = time.monotonic()
+    assert "is primary" in before.ask("switchover", "--grace", "1")
+    assert 1 <= time.monotonic() - started < 4
+    with pytest.raises(ClientDisconnected):
+        voted.finish()
+    assert cluster.primary() is not before
+
+
+def test_row_23_an_upload_is_waited_for(nodes, tmp_path):
+    cluster = nodes.cluster(blobs=True).start()
+    client = Client(cluster.addresses, blob_dir=str(tmp_path / "cache"))
+
+    def store(root):
+        root["blob"] = Blob()
+        with root["blob"].open("w") as file:
+            for _ in range(200):
+                file.write(b"x" * (1 << 20))
+
+    failures = []
+    committing = threading.Thread(
+        target=lambda: failures.append(client.commit(store)[1]), daemon=True
+    )
+    committing.start()
+    harness.wait_for("an upload", lambda: b"".join(staged(cluster)), poll=0.001)
+    assert "is primary" in cluster.nodes[0].ask("switchover", "--grace", "30")
+    committing.join(60)
+    assert failures == [0], "the upload was cut off"
+
+
+def staged(cluster):
+    """What is in the directories of uploads."""
+    import glob
+    import os
+
+    for node in cluster.nodes:
+        for path in glob.glob(os.path.join(node.blob_dir, "tmp", "*")):
+            yield os.path.basename(path).encode()
+
+
+def test_readers_keep_their_sessions_through_every_change_of_role(nodes):
+    """Promotion and demotion of their own node, a switchover elsewhere, and the primary's death."""
+    cluster = nodes.cluster().start()
+    n1, n2, n3 = cluster.nodes
+    n1.ask("switchover", "--to", "n1", fails=cluster.primary() is n1)
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(number=0))
+    reader = Client([n2.read_only_address], read_only=True)
+    lost = count_disconnections(reader.db.storage)
+
+    def check(number):
+        client.commit(lambda root: root.update(number=number))
+        # It began with server_sync: what was acknowledged before is seen.
+        reader.connection.sync()
+        assert reader.root["number"] == number
+
+    check(1)
+    n1.ask("switchover", "--to", "n2")
+    check(2)
+    n1.ask("switchover", "--to", "n3")
+    check(3)
+    n1.ask("switchover", "--to", "n1")
+    check(4)
+    n1.kill()
+    check(5)
+    assert not lost
+    reader.close()
+
+
+def test_server_sync_on_a_replica_sees_all_that_is_acknowledged(nodes, encoding):
+    """Read index: also on a replica that is paused now and then, a transaction begins with what
+    another client has been told is committed."""
+    cluster = nodes.cluster(zeo=encoding).start()
+    replica = next(node for node in cluster.nodes if node is not cluster.primary())
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(object=PersistentMapping(number=0)))
+    reader = Client([replica.read_only_address], read_only=True)
+    for number in range(1, 300):
+        client.commit(lambda root: root["object"].update(number=number))
+        if number % 50 == 0:
+            replica.signal(signal.SIGSTOP)
+            threading.Timer(0.2, replica.signal, [signal.SIGCONT]).start()
+        reader.connection.sync()
+        assert reader.root["object"]["number"] == number
+    reader.close()
