@@ -7,7 +7,7 @@ The suites are those of the installed packages; nothing of them is copied. Where
 they get this program instead. PATTERNs choose tests by a part of their names. Tests that cannot apply
 are listed in `exceptions.txt` with the reason. `--server runzeo` runs the same tests against the
 Python server: so the runner proves itself. `--nodes 3` starts a cluster of three nodes in place of each
-server; clients get the addresses of all of them.
+server; clients get the addresses of all of them. `--switch SECONDS` makes another node primary that often.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import urllib.request
@@ -109,12 +110,17 @@ class StandbyServer:
 PORTS = {}
 # The addresses of all nodes, by that of the first.
 CLUSTERS = {}
+# When a primary was replaced.
+SWITCHED = []
 
 
 class StandbyCluster:
     """Three nodes in place of a server. The first has its files and its address."""
 
+    switching = None
+
     def __init__(self, config, path, keep, address):
+        self.stopping = threading.Event()
         data = re.search(r"<filestorage[^>]*>.*?^\s*path\s+(\S+)", config, re.M | re.S)
         self.data = os.path.abspath(data.group(1))
         # Ports of peers, administrators, and clients.
@@ -154,12 +160,30 @@ class StandbyCluster:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.whole():
+                if OPTIONS.switch:
+                    self.switching = threading.Thread(target=self.switch, daemon=True)
+                    self.switching.start()
                 return
             time.sleep(0.02)
         self.stop()
         raise RuntimeError("the nodes do not come together")
 
+    def switch(self):
+        while not self.stopping.wait(OPTIONS.switch):
+            request = urllib.request.Request(
+                "http://127.0.0.1:%d/ask" % self.admin[0],
+                b'{"switchover": {"to": null, "grace": 5}}',
+                {"Content-Type": "application/json"},
+            )
+            # Refused when the test itself has just stopped a node.
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(request, timeout=30).close()
+                SWITCHED.append(time.monotonic())
+
     def stop(self, stop_timeout=30):
+        self.stopping.set()
+        if self.switching:
+            self.switching.join(stop_timeout)
         CLUSTERS.pop(self.addresses[0], None)
         for node in self.nodes:
             if node.process:
@@ -287,10 +311,11 @@ def read_exceptions():
             line = line.split("#")[0].strip()
             if line:
                 pattern, reason = line.split(None, 1)
-                if pattern.startswith("cluster:"):
-                    if OPTIONS.nodes == 1:
+                only, _, rest = pattern.rpartition(":")
+                if only:
+                    if not {"cluster": OPTIONS.nodes == 3, "switch": OPTIONS.switch}[only]:
                         continue
-                    pattern = pattern[len("cluster:") :]
+                    pattern = rest
                 found.append((re.compile(pattern), reason))
     return found
 
@@ -402,6 +427,8 @@ def main():
     for test, _ in failed:
         print("failed   %s" % name_of(test))
     skips = len(skipped) + len(result.skipped)
+    if OPTIONS.switch:
+        print("\n%d switchovers" % len(SWITCHED), end="")
     print("\n%d passed, %d failed, %d skipped" % (result.passed, len(failed), skips))
     return 1 if failed else 0
 
@@ -424,8 +451,13 @@ if __name__ == "__main__":
     parser.add_argument("--server", choices=["standby", "runzeo"], default="standby")
     parser.add_argument("--msgpack", action="store_true", help="servers announce msgpack")
     parser.add_argument("--nodes", type=int, choices=[1, 3], default=1, help="of each server")
+    parser.add_argument(
+        "--switch", type=float, metavar="SECONDS", help="between two switchovers; for --nodes 3"
+    )
     parser.add_argument("--list", action="store_true", help="only list the tests")
     parser.add_argument("-v", "--verbose", action="store_true", help="also what passed or is skipped")
     OPTIONS = parser.parse_args()
+    if OPTIONS.switch and OPTIONS.nodes != 3:
+        parser.error("--switch needs --nodes 3")
     without_override()
     sys.exit(main())

@@ -179,11 +179,13 @@ impl Applier {
                     self.register(&storage, session, &id)
                 }
                 Ok(Work::Answer { session, id }) => {
-                    session.outbox.push(session.encoding().reply(&id, Value::None));
+                    session.answer(session.encoding().reply(&id, Value::None));
                 }
                 Ok(Work::SendWritersAway) => {
-                    let count = self.shared.sessions.send_writers_away();
-                    info!(count, "clients that may write are sent to the new primary");
+                    let unfinished = self.shared.sessions.send_writers_away();
+                    if unfinished > 0 {
+                        info!(unfinished, "transactions that have not voted are aborted");
+                    }
                 }
                 Ok(Work::Invalidations { storage, session, id, since }) => {
                     self.invalidations(&storage, &session, &id, since);
@@ -382,6 +384,7 @@ impl Applier {
             let info = encoding.notify("info", vec![self.shared.short_info(&applied.storage)]);
             let reply = encoding.reply(&id, applied.tid.to_bytes().into());
             session.outbox.push_transaction(applied.tid, [info, reply]);
+            session.answered();
         }
     }
 
@@ -393,6 +396,7 @@ impl Applier {
         let _ = session.mailbox.send(Mail::Registered(true));
         self.shared.sessions.register(storage, session.clone());
         session.outbox.push_transaction(tid, [reply]);
+        session.answered();
     }
 
     fn invalidations(&self, storage: &str, session: &SessionHandle, id: &Value, since: Tid) {
@@ -406,7 +410,7 @@ impl Applier {
             }
             None => encoding.reply(id, Value::None),
         };
-        session.outbox.push(reply);
+        session.answer(reply);
     }
 
     fn catch_up(

@@ -29,8 +29,10 @@ const BLOB_CHUNK: usize = 59_000;
 const BLOB_QUEUE: usize = 2 << 20;
 /// Why an upload cannot begin.
 const NO_BLOBS: &str = "the client stores a blob, but the storage has no blob-dir";
-/// How long a client that must leave may take to read what is queued for it.
+/// How long a client whose session has ended may take to read what is queued for it.
 const LEAVING: Duration = Duration::from_secs(2);
+/// How long a client that is to leave must have said nothing.
+const QUIET: Duration = Duration::from_millis(2);
 /// How long a client may take to agree on TLS.
 const TLS_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -115,7 +117,7 @@ async fn talk(
     }
     shared.tell(Event::Client(Request::Closed { session: handle.id, storage })).await;
     handle.outbox.finish();
-    if handle.leaving.load(Ordering::Acquire) {
+    if !handle.is_reader() {
         let _ = tokio::time::timeout(LEAVING, sending).await;
         handle.cut("it does not take what was queued for it");
     } else {
@@ -183,17 +185,25 @@ impl Connection {
                     Ok(0) | Err(_) => return None,
                     Ok(_) => {}
                 },
+                () = tokio::time::sleep(QUIET), if self.may_leave() => return None,
             }
         }
+    }
+
+    /// True if the session is to end and nothing of it is under way. The client must be quiet too: of
+    /// a connection that closes it only notices what is in flight.
+    fn may_leave(&self) -> bool {
+        self.handle.leaving.load(Ordering::Acquire)
+            && self.handle.unanswered.load(Ordering::Acquire) == 0
+            && !self.session.in_transaction()
     }
 
     /// False if the session is to end.
     async fn mail(&mut self, mail: Mail) -> bool {
         match mail {
-            Mail::Leave => {
-                info!(client = %self.handle.peer, "another node becomes primary: the client goes there");
-                return false;
-            }
+            // See `may_leave`.
+            Mail::Leave => {}
+            Mail::LeaveNow => return false,
             Mail::Registered(accepted) => {
                 self.session.registered(accepted);
                 if accepted {
@@ -400,6 +410,9 @@ impl Connection {
                 Request::Abort { session: session.id, storage }
             }
         };
+        if request.awaits_answer() {
+            self.handle.unanswered.fetch_add(1, Ordering::AcqRel);
+        }
         self.shared.tell(Event::Client(request)).await;
         None
     }
@@ -429,11 +442,12 @@ impl Connection {
 
     /// Sends a blob beside whatever else the client asks for.
     async fn send_blob(&self, id: Value, oid: Oid, serial: Tid) {
+        self.handle.unanswered.fetch_add(1, Ordering::AcqRel);
         let handle = self.handle.clone();
         let Some(blobs) = self.storage().and_then(|storage| storage.blobs.as_ref()) else {
             let text = Value::str("Blobs are not supported");
             let error = ClientError::Other("builtins.TypeError", vec![text]);
-            return handle.outbox.push(handle.encoding().error(&id, &error));
+            return handle.answer(handle.encoding().error(&id, &error));
         };
         let opened = BlobReader::open(blobs, None, Some((oid, serial))).await;
         let blob = [Value::from(oid.to_bytes()), Value::from(serial.to_bytes())];
@@ -448,7 +462,7 @@ impl Connection {
                 } else {
                     ClientError::storage(format!("cannot read {path}: {error}"))
                 };
-                return handle.outbox.push(handle.encoding().error(&id, &error));
+                return handle.answer(handle.encoding().error(&id, &error));
             }
         };
         tokio::spawn(async move {
@@ -474,7 +488,7 @@ impl Connection {
                 }
             }
             handle.outbox.push(encoding.notify("receiveBlobStop", blob.to_vec()));
-            handle.outbox.push(encoding.reply(&id, Value::None));
+            handle.answer(encoding.reply(&id, Value::None));
         });
     }
 

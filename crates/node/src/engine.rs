@@ -144,12 +144,17 @@ pub enum Request {
 type Asker = (Arc<SessionHandle>, Value);
 
 impl Request {
-    /// Whose vote it is.
-    fn session(&self) -> Option<SessionId> {
-        match self {
-            Request::Vote { session, .. } => Some(session.id),
-            _ => None,
-        }
+    /// True if it is counted as unanswered until the engine or the applier answers it. A vote is not:
+    /// its transaction is open as long.
+    pub fn awaits_answer(&self) -> bool {
+        matches!(
+            self,
+            Request::Register { .. }
+                | Request::Invalidations { .. }
+                | Request::Sync { .. }
+                | Request::NewOids { .. }
+                | Request::Finish { .. }
+        )
     }
 }
 
@@ -202,8 +207,6 @@ pub struct Engine {
     watches: Vec<Watch>,
     switchover: Option<Switchover>,
     switchover_failed_at: Option<Duration>,
-    /// Votes that wait for the end of a switchover.
-    held: Vec<Request>,
     /// A primary has been heard of since the start, or enough time has passed to give up on one:
     /// what this node has is as good as can be had.
     oriented: bool,
@@ -260,7 +263,6 @@ impl Engine {
             watches: Vec::new(),
             switchover: None,
             switchover_failed_at: None,
-            held: Vec::new(),
             oriented: false,
             catch_up: None,
             present: BTreeMap::new(),
@@ -359,11 +361,7 @@ impl Engine {
                 self.shared.reports.lost(peer);
                 self.step(Happened::PeerLost(peer))?;
             }
-            Event::Client(request) => {
-                if let Some(request) = self.hold(request) {
-                    self.request(request)?;
-                }
-            }
+            Event::Client(request) => self.request(request)?,
             Event::Ask(ask, asker) => self.ask(ask, asker)?,
             Event::Stop => return Ok(false),
         }
@@ -396,6 +394,10 @@ impl Engine {
             }
         }
         self.give_up_on_primary();
+        if self.lets_clients_go() {
+            // Those too that have come since.
+            self.shared.sessions.let_writers_leave();
+        }
         self.switchover_lost();
         self.tend_watches();
         self.packs_that_waited()?;
@@ -608,12 +610,10 @@ impl Engine {
                 self.pack(PackRequest { session, storage, id, time, wait })?;
             }
             Request::Abort { session, storage } => {
-                self.held.retain(|held| held.session() != Some(session));
                 self.unlocked(&storage, |t| t.abort(now, session));
             }
             Request::Closed { session, storage } => {
                 self.shared.sessions.remove(session);
-                self.held.retain(|held| held.session() != Some(session));
                 if let Some(storage) = storage {
                     self.unlocked(&storage, |t| t.abort(now, session));
                 }
@@ -643,7 +643,7 @@ impl Engine {
     ) -> anyhow::Result<()> {
         if !self.storages.contains_key(&storage) {
             let _ = session.mailbox.send(Mail::Registered(false));
-            session.outbox.push(session.encoding().error(&id, &unknown_storage(&storage)));
+            session.answer(session.encoding().error(&id, &unknown_storage(&storage)));
             return Ok(());
         }
         if !read_only && !self.serves() {
@@ -709,7 +709,7 @@ impl Engine {
         if committing.transactions.finish(session.id).is_err() {
             let text = Value::str("finished called wo lock");
             let error = ClientError::Other("builtins.AssertionError", vec![text]);
-            session.outbox.push(session.encoding().error(&id, &error));
+            session.answer(session.encoding().error(&id, &error));
             return;
         }
         self.outgoing.push_back(Outgoing {
@@ -778,7 +778,7 @@ impl Engine {
         let Some(tid) = outgoing.buffer.meta.tid.filter(|tid| *tid <= last) else { return false };
         let session = &outgoing.session;
         let error = session.encoding().error(&outgoing.id, &does_not_follow(tid, last));
-        session.outbox.push(error);
+        session.answer(error);
         let (now, id) = (self.shared.now(), session.id);
         self.unlocked(&outgoing.storage, |t| t.applied(now, id));
         true
@@ -847,7 +847,7 @@ impl Engine {
             oids.committed(committed, used);
             while let Some(((session, id), granted)) = oids.grant() {
                 let list = granted.iter().map(|oid| oid.to_bytes().into()).collect();
-                session.outbox.push(session.encoding().reply(&id, Value::List(list)));
+                session.answer(session.encoding().reply(&id, Value::List(list)));
             }
             if let Some(ceiling) = oids.proposal() {
                 let command = Command::OidCeiling { storage: name.clone(), ceiling };
@@ -873,7 +873,7 @@ impl Engine {
         let members = &self.consensus.membership().members;
         let address = leader.and_then(|id| members.get(&id)).map(|m| m.peer_address.clone());
         let standing = Standing {
-            serves: self.serves(),
+            serves: self.serves() && !self.lets_clients_go(),
             other_primary: address,
             ready: self.catch_up.is_none()
                 && !members.is_empty()

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use bytes::Bytes;
 use standby_zeo::{Encoding, SessionId, VoteOutcome};
 use tokio::sync::mpsc;
 
@@ -17,8 +18,10 @@ pub enum Mail {
     Registered(bool),
     /// What became of a vote; the session answers.
     Voted(VoteOutcome),
-    /// The session is to end when what is queued has been sent.
+    /// The session is to end when its transaction has, and its calls are answered.
     Leave,
+    /// The session is to end as soon as what is queued has been sent.
+    LeaveNow,
 }
 
 /// A session's handle for others.
@@ -38,8 +41,12 @@ pub struct SessionHandle {
     pub settled: AtomicBool,
     /// Its transaction has uploads.
     pub uploads: AtomicBool,
-    /// It ends as soon as what is queued has been sent.
+    /// Calls that the engine or the applier is to answer.
+    pub unanswered: AtomicUsize,
+    /// It ends when nothing of it is under way.
     pub leaving: AtomicBool,
+    /// It ends as soon as what is queued has been sent.
+    pub departing: AtomicBool,
     /// Its socket once more, to cut it off from any thread.
     socket: Option<OwnedFd>,
 }
@@ -61,8 +68,25 @@ impl SessionHandle {
             read_write: AtomicBool::new(false),
             settled: AtomicBool::new(false),
             uploads: AtomicBool::new(false),
+            unanswered: AtomicUsize::new(0),
             leaving: AtomicBool::new(false),
+            departing: AtomicBool::new(false),
             socket,
+        }
+    }
+
+    /// Queues the answer to a call that was counted as unanswered.
+    pub fn answer(&self, frame: Bytes) {
+        self.outbox.push(frame);
+        self.answered();
+    }
+
+    /// A call that was counted as unanswered is answered.
+    pub fn answered(&self) {
+        self.unanswered.fetch_sub(1, Ordering::AcqRel);
+        if self.leaving.load(Ordering::Acquire) {
+            // Without its own task it is ending.
+            let _ = self.mailbox.send(Mail::Leave);
         }
     }
 
@@ -155,9 +179,19 @@ impl Sessions {
         lock(&self.all).values().any(|session| session.uploads.load(Ordering::Acquire))
     }
 
-    /// Cuts off all sessions that may write, but those that are leaving.
+    /// Cuts off all sessions that may write, but those that are departing.
     pub fn cut_writers(&self, reason: &str) -> usize {
-        self.cut(reason, |session| !session.is_reader() && !session.leaving.load(Ordering::Acquire))
+        self.cut(reason, |session| {
+            !session.is_reader() && !session.departing.load(Ordering::Acquire)
+        })
+    }
+
+    /// Ends all sessions that may write, each as soon as nothing of it is under way.
+    pub fn let_writers_leave(&self) {
+        for session in lock(&self.all).values().filter(|session| !session.is_reader()) {
+            session.leaving.store(true, Ordering::Release);
+            let _ = session.mailbox.send(Mail::Leave);
+        }
     }
 
     /// Ends all sessions that may write when what is queued for them has been sent; their number.
@@ -166,10 +200,14 @@ impl Sessions {
         let writers = all.values().filter(|session| !session.is_reader());
         writers
             .map(|session| {
-                session.leaving.store(true, Ordering::Release);
-                // Without its own task it is ending.
-                let _ = session.mailbox.send(Mail::Leave);
+                session.departing.store(true, Ordering::Release);
+                let _ = session.mailbox.send(Mail::LeaveNow);
             })
             .count()
+    }
+
+    /// True if there are sessions that may write.
+    pub fn any_writer(&self) -> bool {
+        lock(&self.all).values().any(|session| !session.is_reader())
     }
 }

@@ -292,6 +292,11 @@ impl Session {
         self.label.as_deref()
     }
 
+    /// True between `tpc_begin` and the call of `tpc_finish`, `tpc_abort`, or a vote that fails.
+    pub fn in_transaction(&self) -> bool {
+        self.transaction.is_some() || self.uploading
+    }
+
     /// True once `register` has succeeded, with write access.
     pub fn is_read_write(&self) -> bool {
         matches!(self.state, State::Registered { read_only: false })

@@ -205,11 +205,6 @@ impl Transactions {
         self.transactions.iter().filter(|(_, t)| late(t)).map(|(session, _)| *session).collect()
     }
 
-    /// True if the session is between vote and the end.
-    pub fn contains(&self, session: SessionId) -> bool {
-        self.transactions.contains_key(&session)
-    }
-
     /// Sessions that have voted and not finished.
     pub fn undecided(&self) -> Vec<SessionId> {
         let undecided = |t: &Transaction| t.phase != Phase::Finishing;

@@ -1,13 +1,19 @@
 //! A planned change of the primary.
 //!
 //! ```text
-//!             target level, no uploads        nothing under way        target leads
-//!  Levelling ───────────────────▶ Draining ───────────────▶ Handing ──────────────▶ done
-//!  commits go on                  new votes are held        writers are sent away
-//!      │ grace over, not level        │ 1 s without progress    │ given up by Raft
-//!      ▼                              ▼                         ▼
-//!    failed                     failed: held votes go on   failed: this node serves again
+//!             target level, no uploads          nothing under way        target leads
+//!  Levelling ───────────────────▶ Draining ─────────────────▶ Handing ─────────────▶ done
+//!  commits go on                  clients leave, each         none is left
+//!      │                          after its transaction       │
+//!      │ grace over, not level        │ 1 s without progress  │ given up by Raft
+//!      ▼                              ▼                       ▼
+//!    failed                    failed: this node serves them again
 //! ```
+//!
+//! A ZEO client waits for a server when it has no connection, and notices that only if a call is under way. So
+//! clients are sent away between two transactions, and those that come are held: nobody sees an error.
+//! A transaction that has begun but not voted is waited for a moment, one that has voted as long
+//! as the grace says.
 //!
 //! From `Handing` on this node gives no answer as primary: the other one may be elected before this one
 //! hears of it, without waiting for a lease to end.
@@ -17,12 +23,14 @@ use std::time::Duration;
 use standby_types::NodeId;
 use tracing::{info, warn};
 
-use super::{Engine, NEARLY, Request};
+use super::{Engine, NEARLY};
 use crate::applier::Work;
 use crate::ask::{Answer, Asker, Done};
 
 /// Time for the last commits to reach the other node.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(1);
+/// Time for transactions that have begun to vote.
+const BEGUN_PATIENCE: Duration = Duration::from_millis(300);
 /// Time for the new primary to appear.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest grace.
@@ -43,7 +51,7 @@ pub(super) struct Switchover {
     phase: Phase,
     /// When the phase began.
     since: Duration,
-    /// When commits were first held.
+    /// When clients were first held.
     held_since: Duration,
     /// Since when no transaction is under way.
     idle_since: Option<Duration>,
@@ -136,8 +144,8 @@ impl Engine {
         self.role.serves && !handing
     }
 
-    /// True if votes that begin now must wait.
-    pub(super) fn holds_votes(&self) -> bool {
+    /// True if clients that may write are to leave, and those that come are held.
+    pub(super) fn lets_clients_go(&self) -> bool {
         self.switchover.as_ref().is_some_and(|s| s.phase != Phase::Levelling)
     }
 
@@ -163,6 +171,8 @@ impl Engine {
                 let uploads = self.shared.sessions.any_upload();
                 if level && (!uploads || waited >= grace) {
                     self.enter(Phase::Draining);
+                    self.publish_standing();
+                    self.shared.sessions.let_writers_leave();
                     return self.tend_switchover();
                 } else if waited >= grace.max(COMMIT_PATIENCE) {
                     let reason = format!("it is {behind} log entries behind");
@@ -171,11 +181,12 @@ impl Engine {
             }
             Phase::Draining => {
                 let idle = self.storages.values().all(|s| s.transactions.is_empty());
-                if idle && self.outgoing.is_empty() && self.pending.is_empty() && behind == 0 {
+                let alone = waited >= BEGUN_PATIENCE || !self.shared.sessions.any_writer();
+                let level = self.outgoing.is_empty() && self.pending.is_empty() && behind == 0;
+                if idle && alone && level {
                     self.enter(Phase::Handing);
-                    self.publish_standing();
                     self.publish_lease();
-                    // Not before the applier has sent the last replies.
+                    // After the applier has queued the last replies.
                     self.shared.apply(Work::SendWritersAway);
                     let mut outputs = Vec::new();
                     if self.consensus.hand_over(target, &mut outputs).is_err() {
@@ -243,9 +254,6 @@ impl Engine {
         }
         self.publish_standing();
         self.publish_lease();
-        for request in std::mem::take(&mut self.held) {
-            self.request(request)?;
-        }
         Ok(())
     }
 
@@ -254,14 +262,13 @@ impl Engine {
         if self.switchover.is_none() || self.role.leads {
             return;
         }
-        self.held.clear();
         let Some(leader) = self.role.leader else { return };
         let Some(switchover) = self.switchover.take() else { return };
         let pause = self.shared.now().saturating_sub(switchover.held_since).as_millis();
         let name = self.name_of(leader).unwrap_or_default();
         let answer: Answer = if leader == switchover.target {
             info!(to = name, held_ms = pause, "the switchover is done");
-            let text = format!("{name} is primary, {pause} ms after commits were held");
+            let text = format!("{name} is primary, {pause} ms after clients were held");
             Ok(Done { text, token: None })
         } else {
             warn!(wanted = switchover.name, primary = name, "the switchover ended elsewhere");
@@ -285,16 +292,5 @@ impl Engine {
                 switchover.name
             )));
         }
-    }
-
-    /// Holds a vote if it must wait; gives it back otherwise.
-    pub(super) fn hold(&mut self, request: Request) -> Option<Request> {
-        let Request::Vote { session, storage, .. } = &request else { return Some(request) };
-        let known = self.storages.get(storage).is_some_and(|s| s.transactions.contains(session.id));
-        if known || !self.holds_votes() {
-            return Some(request);
-        }
-        self.held.push(request);
-        None
     }
 }
