@@ -112,6 +112,8 @@ PORTS = {}
 CLUSTERS = {}
 # When a primary was replaced.
 SWITCHED = []
+# Tests that lost a connection by that and were run again.
+AGAIN = []
 
 
 class StandbyCluster:
@@ -372,6 +374,16 @@ def collect():
     return chosen, skipped
 
 
+def disconnected(result, test):
+    """True, and forgotten, if a test ended in a lost connection: ZODB's users try again."""
+    for found in (result.errors, result.failures):
+        if found and found[-1][0] is test and "ClientDisconnected" in found[-1][1].splitlines()[-1]:
+            found.pop()
+            AGAIN.append(name_of(test))
+            return True
+    return False
+
+
 def run(chosen):
     result = Result()
     groups = {}
@@ -382,9 +394,12 @@ def run(chosen):
             layer.setUp()
         for test in tests:
             here = os.getcwd()
-            test(result)
-            # A test that fails early stays where it was.
-            os.chdir(here)
+            for attempts_left in reversed(range(5)):
+                test(result)
+                # A test that fails early stays where it was.
+                os.chdir(here)
+                if not OPTIONS.switch or not attempts_left or not disconnected(result, test):
+                    break
         if layer is not None and hasattr(layer, "tearDown"):
             layer.tearDown()
     return result
@@ -428,7 +443,7 @@ def main():
         print("failed   %s" % name_of(test))
     skips = len(skipped) + len(result.skipped)
     if OPTIONS.switch:
-        print("\n%d switchovers" % len(SWITCHED), end="")
+        print("\n%d switchovers, %d tests run again" % (len(SWITCHED), len(AGAIN)), end="")
     print("\n%d passed, %d failed, %d skipped" % (result.passed, len(failed), skips))
     return 1 if failed else 0
 
