@@ -16,6 +16,7 @@ import importlib
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import socket
@@ -171,7 +172,8 @@ class StandbyCluster:
         raise RuntimeError("the nodes do not come together")
 
     def switch(self):
-        while not self.stopping.wait(OPTIONS.switch):
+        # Not at the same point of a test that is run again.
+        while not self.stopping.wait(OPTIONS.switch * random.uniform(0.2, 1.8)):
             request = urllib.request.Request(
                 "http://127.0.0.1:%d/ask" % self.admin[0],
                 b'{"switchover": {"to": null, "grace": 5}}',
