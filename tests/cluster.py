@@ -117,15 +117,19 @@ class Node(Process):
         blobs=False,
         group="here",
         witness=False,
+        host="127.0.0.1",
+        within=(),
     ):
+        """`within` is a command that stands before the node's own, as `ip netns exec`."""
         super().__init__(directory)
+        self.host, self.within = host, list(within)
         self.name = name
         self.group = group
         self.witness = witness
         ports = ports or free_ports(4)
         self.port, self.read_only_port, self.peer_port, self.admin_port = ports
-        self.address = ("127.0.0.1", self.port)
-        self.read_only_address = ("127.0.0.1", self.read_only_port)
+        self.address = (host, self.port)
+        self.read_only_address = (host, self.read_only_port)
         self.data_file = data_file or os.path.join(self.directory, "Data.fs")
         self.state_dir = os.path.join(self.directory, "state")
         self.config_path = os.path.join(self.directory, "zeo.conf")
@@ -140,37 +144,39 @@ class Node(Process):
                 config.write(standby)
                 return
             config.write(
-                "<zeo>\n  address 127.0.0.1:%s\n%s\n</zeo>\n"
+                "<zeo>\n  address %s:%s\n%s\n</zeo>\n"
                 "<filestorage>\n  path %s\n%s</filestorage>\n%s"
-                % (self.port, self.zeo, self.data_file, blobs, standby)
+                % (self.host, self.port, self.zeo, self.data_file, blobs, standby)
             )
 
     def join(self, cluster, lines, options=""):
         """Writes the configuration of a member; `lines` say how it finds the others."""
         self.configure(
-            "<standby>\n  cluster %s\n  node %s\n  group %s\n  state-dir %s\n  peer-address 127.0.0.1:%s\n"
-            "  admin-address 127.0.0.1:%s\n%s%s%s</standby>\n"
+            "<standby>\n  cluster %s\n  node %s\n  group %s\n  state-dir %s\n  peer-address %s:%s\n"
+            "  admin-address %s:%s\n%s%s%s</standby>\n"
             % (
                 cluster,
                 self.name,
                 self.group,
                 self.state_dir,
+                self.host,
                 self.peer_port,
+                self.host,
                 self.admin_port,
                 lines,
                 options,
                 "  witness on\n"
                 if self.witness
-                else "  read-only-address 127.0.0.1:%s\n" % self.read_only_port,
+                else "  read-only-address %s:%s\n" % self.read_only_address,
             )
         )
 
     def command(self):
-        return [STANDBY, "serve", "-C", self.config_path]
+        return self.within + [STANDBY, "serve", "-C", self.config_path]
 
     def ask(self, *words, fails=False, timeout=60):
         """Runs an administrator's command; returns what it prints."""
-        command = [STANDBY, *words, "--at", "127.0.0.1:%s" % self.admin_port]
+        command = [STANDBY, *words, "--at", "%s:%s" % (self.host, self.admin_port)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         assert (done.returncode != 0) == fails, (words, done.stdout, done.stderr)
         return done.stdout + done.stderr
@@ -178,7 +184,7 @@ class Node(Process):
     def status(self):
         """The cluster as this node sees it, or None."""
         try:
-            url = "http://127.0.0.1:%s/status" % self.admin_port
+            url = "http://%s:%s/status" % (self.host, self.admin_port)
             with urllib.request.urlopen(url, timeout=2) as answer:
                 return json.load(answer)
         except OSError:
@@ -197,8 +203,9 @@ class Cluster:
     group "witness" makes a witness."""
 
     def __init__(
-        self, directory, count=3, zeo="", options="", blobs=False, groups=None
+        self, directory, count=3, zeo="", options="", blobs=False, groups=None, places=None
     ):
+        """With `places`, each group is a place, and its nodes are there."""
         self.directory = str(directory)
         self.options = options
         groups = groups or ["here"] * count
@@ -211,16 +218,29 @@ class Cluster:
                 blobs=blobs,
                 group=group,
                 witness=group == "witness",
+                **self.place(places, group, number),
             )
             for number, group in enumerate(groups, 1)
         ]
+        if places:
+            secret = os.path.join(self.directory, "secret")
+            with open(secret, "w") as file:
+                file.write("as good as any secret of 32 bytes")
+            options += "  secret-file %s\n" % secret
         members = "".join(
-            "  member %s 127.0.0.1:%s %s%s\n"
-            % (node.name, node.peer_port, node.group, " witness" if node.witness else "")
+            "  member %s %s:%s %s%s\n"
+            % (node.name, node.host, node.peer_port, node.group, " witness" if node.witness else "")
             for node in self.nodes
         )
         for node in self.nodes:
             node.join("test", members, options)
+
+    @staticmethod
+    def place(places, group, number):
+        if places is None:
+            return {}
+        ports = [base + number for base in (8100, 8200, 8300, 8400)]
+        return dict(host=places.hosts[group], within=places.command(group), ports=ports)
 
     @property
     def addresses(self):

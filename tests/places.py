@@ -1,0 +1,118 @@
+"""Places with machines in them: network namespaces that hang on one switch, some by a long cable.
+
+Needs root. Everything is removed by close().
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+WIRE = [sys.executable, os.path.join(HERE, "wire.py")]
+CLONE_NEWNET = 0x40000000
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, stdin=subprocess.DEVNULL)
+
+
+class Places:
+    """`names` are places; `delays` says how many milliseconds away some are, each way."""
+
+    def __init__(self, names, delays=None):
+        self.prefix = "sb%d" % os.getpid()
+        self.spaces, self.wires, self.hosts = [], [], {}
+        try:
+            self.switch = self.space("switch")
+            ip("-n", self.switch, "link", "add", "switch", "type", "bridge")
+            ip("-n", self.switch, "link", "set", "switch", "up")
+            for number, name in enumerate(names, 1):
+                self.add(number, name, (delays or {}).get(name, 0))
+        except BaseException:
+            self.close()
+            raise
+
+    def space(self, name):
+        space = "%s-%s" % (self.prefix, name)
+        ip("netns", "add", space)
+        self.spaces.append(space)
+        ip("-n", space, "link", "set", "lo", "up")
+        return space
+
+    def add(self, number, name, delay):
+        space, port = self.space(name), "port%d" % number
+        self.hosts[name] = host = "10.77.0.%d" % number
+        if not delay:
+            self.cable(space, "eth0", self.switch, port)
+        else:
+            between = self.space("wire%d" % number)
+            self.cable(space, "eth0", between, "near")
+            self.cable(between, "far", self.switch, port)
+            for where, interface in ((space, "eth0"), (self.switch, port)):
+                subprocess.run(self.within(where) + WIRE + ["--whole", interface], check=True)
+            self.wires.append(
+                subprocess.Popen(
+                    self.within(between) + WIRE + ["near", "far", str(delay)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+            )
+            assert self.wires[-1].stdout.readline() == b"ready\n"
+        ip("-n", self.switch, "link", "set", port, "master", "switch")
+        ip("-n", space, "addr", "add", host + "/24", "dev", "eth0")
+
+    def cable(self, space, name, other, other_name):
+        ip("-n", space, "link", "add", name, "type", "veth", "peer", "name", other_name, "netns", other)
+        ip("-n", space, "link", "set", name, "up")
+        ip("-n", other, "link", "set", other_name, "up")
+
+    def within(self, space):
+        return ["ip", "netns", "exec", space]
+
+    def command(self, name):
+        """What stands before a command that is to run in a place."""
+        return self.within("%s-%s" % (self.prefix, name))
+
+    def cut(self, name):
+        """Nothing comes or goes; no connection is closed."""
+        self.set_port(name, "down")
+
+    def heal(self, name):
+        self.set_port(name, "up")
+
+    def set_port(self, name, state):
+        port = "port%s" % self.hosts[name].rsplit(".", 1)[1]
+        ip("-n", self.switch, "link", "set", port, state)
+
+    def run(self, name, test):
+        """Runs test() in a place: its sockets, and those of threads that it starts, are there."""
+        ended = []
+
+        def enter():
+            with open("/run/netns/%s-%s" % (self.prefix, name)) as space:
+                libc = ctypes.CDLL(None, use_errno=True)
+                if libc.setns(space.fileno(), CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "setns")
+            test()
+
+        def body():
+            try:
+                enter()
+                ended.append(None)
+            except BaseException as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+        if ended[0] is not None:
+            raise ended[0]
+
+    def close(self):
+        for wire in self.wires:
+            wire.stdin.close()
+            wire.wait()
+        for space in self.spaces:
+            subprocess.run(["ip", "netns", "del", space], check=False)
