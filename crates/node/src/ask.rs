@@ -85,7 +85,10 @@ pub async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {
     match other_primary {
         _ if serves => here(shared, ask).await,
         Some(address) => peers::ask(shared, &address, &ask).await.unwrap_or_else(|error| {
-            Err(format!("the primary, at peer address {address}, cannot be asked: {error}"))
+            Err(format!(
+                "the primary, at peer address {address}, cannot be asked: {error}. If it runs an older \
+                 version, stop it: another node takes over"
+            ))
         }),
         None => Err("there is no primary, and so nobody who could do that; standby status shows \
                      which nodes are there"

@@ -34,9 +34,18 @@ impl Engine {
             let _ = asker.send(Err("this node is not primary any more; ask again".into()));
             return Ok(());
         }
-        if let Ask::Switchover { to, grace } = &ask {
-            self.begin_switchover(to.as_deref(), *grace, asker);
-            return Ok(());
+        match &ask {
+            Ask::Switchover { to, grace } => {
+                self.begin_switchover(to.as_deref(), *grace, asker);
+                return Ok(());
+            }
+            // A node that does not know the level does not know the entry that says so either.
+            Ask::FeatureLevel { level } if !self.raises(*level) => {
+                let text = format!("the feature level is {} already", self.settings.level());
+                let _ = asker.send(Ok(Done { text, token: None }));
+                return Ok(());
+            }
+            _ => {}
         }
         let (setting, mut done) = match self.decision(&ask) {
             Ok(decision) => decision,
@@ -159,19 +168,20 @@ impl Engine {
             }
             Ask::FeatureLevel { level: wanted } => {
                 let known = self.known_level();
-                let wanted = wanted.unwrap_or(known.0);
+                let wanted = wanted.unwrap_or(FEATURE_LEVEL);
                 if wanted > known.0 {
                     return Err(format!(
                         "node {} knows feature level {} only: upgrade it first",
                         known.1, known.0
                     ));
                 }
-                if wanted < level {
-                    return Err(format!("the level is {level}, and does not go down"));
-                }
                 Ok((Setting::FeatureLevel(wanted), done(format!("the feature level is {wanted}"))))
             }
         }
+    }
+
+    fn raises(&self, wanted: Option<u32>) -> bool {
+        wanted.unwrap_or(FEATURE_LEVEL) > self.settings.level()
     }
 
     /// The highest feature level that all members know, and a member that knows no higher one.
