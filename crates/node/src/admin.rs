@@ -15,13 +15,16 @@ use tokio::net::{TcpListener, TcpStream};
 use tracing::error;
 
 use crate::ask::{Answer, Ask, route};
+use crate::metrics;
 use crate::node::Shared;
 use crate::status::Status;
 
 /// How long a node may take to do what it is asked for.
 const ASK_PATIENCE: Duration = Duration::from_secs(130);
 
-/// Serves `GET /status`, `GET /health`, and `POST /ask`: an [`Ask`] in JSON; the answer is a
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Serves `GET /status`, `GET /metrics`, `GET /health`, and `POST /ask`: an [`Ask`] in JSON; the answer is a
 /// [`crate::ask::Done`], or with status 409 the reason as text.
 pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     let app = Router::new()
@@ -36,6 +39,12 @@ pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
                     Ok(done) => Ok(Json(done)),
                     Err(reason) => Err((StatusCode::CONFLICT, reason)),
                 }
+            }),
+        )
+        .route(
+            "/metrics",
+            get(|State(shared): State<Arc<Shared>>| async move {
+                ([("content-type", OPEN_METRICS)], metrics::page(&shared))
             }),
         )
         .route("/health", get(|| async { "ok\n" }))

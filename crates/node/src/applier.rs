@@ -73,7 +73,7 @@ pub enum Work {
     /// Append what comes from a peer, until the state is `target`.
     CatchUp {
         /// What comes.
-        items: mpsc::Receiver<CatchUpItem>,
+        items: CatchUpItems,
         /// Where it leads.
         target: AppliedPoint,
     },
@@ -110,6 +110,29 @@ pub enum CatchUpItem {
     End,
     /// Everything has come.
     Done,
+}
+
+/// The pieces of a catch-up, one after the other. They come in batches.
+pub struct CatchUpItems {
+    batches: mpsc::Receiver<Vec<CatchUpItem>>,
+    batch: std::vec::IntoIter<CatchUpItem>,
+}
+
+impl CatchUpItems {
+    /// What will come.
+    pub fn new(batches: mpsc::Receiver<Vec<CatchUpItem>>) -> CatchUpItems {
+        CatchUpItems { batches, batch: Vec::new().into_iter() }
+    }
+
+    /// The next piece; `None` if there are no more.
+    fn next(&mut self) -> Option<CatchUpItem> {
+        loop {
+            match self.batch.next() {
+                Some(item) => return Some(item),
+                None => self.batch = self.batches.blocking_recv()?.into_iter(),
+            }
+        }
+    }
 }
 
 /// See the module.
@@ -413,16 +436,12 @@ impl Applier {
         session.answer(reply);
     }
 
-    fn catch_up(
-        &mut self,
-        mut items: mpsc::Receiver<CatchUpItem>,
-        target: &AppliedPoint,
-    ) -> anyhow::Result<()> {
+    fn catch_up(&mut self, mut items: CatchUpItems, target: &AppliedPoint) -> anyhow::Result<()> {
         self.shared.state.set_catching_up(&*self.disk, true)?;
         let mut since_sync = 0;
         loop {
             // The sender is gone if the connection broke: what has come so far stays.
-            match items.blocking_recv() {
+            match items.next() {
                 None => {
                     warn!(target = %target.index, "the catch-up was interrupted");
                     return Ok(());
@@ -468,13 +487,13 @@ impl Applier {
         &mut self,
         storage: &str,
         meta: &TransactionMeta,
-        items: &mut mpsc::Receiver<CatchUpItem>,
+        items: &mut CatchUpItems,
         bytes: &mut u64,
     ) -> Result<Option<Applied>, ApplyError> {
         let mut held = Vec::new();
         self.replica.copy(storage, meta, |blobs| {
             loop {
-                return match items.blocking_recv() {
+                return match items.next() {
                     Some(CatchUpItem::Blob(blob, staged)) => {
                         held.push(staged);
                         blobs.push(blob);

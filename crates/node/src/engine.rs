@@ -42,7 +42,7 @@ use self::blobs::Blobs;
 use self::pack::PackRequest;
 use self::readers::{Freshness, Reader};
 use self::switchover::Switchover;
-use crate::applier::{CatchUpItem, Origin, Work, unknown_storage};
+use crate::applier::{CatchUpItem, CatchUpItems, Origin, Work, unknown_storage};
 use crate::ask::{Ask, Asker as AnswerTo};
 use crate::log_thread::LogWork;
 use crate::look::record_data;
@@ -531,8 +531,9 @@ impl Engine {
         if self.shared.member.witness {
             // It has no data to fetch.
             let (items, receiver) = mpsc::channel(1);
-            let _ = items.try_send(CatchUpItem::Done);
-            return self.shared.apply(Work::CatchUp { items: receiver, target });
+            let _ = items.try_send(vec![CatchUpItem::Done]);
+            let items = CatchUpItems::new(receiver);
+            return self.shared.apply(Work::CatchUp { items, target });
         }
         let Some(address) = address else {
             return warn!(node = %from, "a catch-up is asked for, but its source has no address");

@@ -29,6 +29,7 @@ mod listener;
 mod log_thread;
 pub mod logging;
 mod look;
+mod metrics;
 mod node;
 mod oids;
 mod outbox;

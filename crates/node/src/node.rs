@@ -23,7 +23,7 @@ use crate::engine::{Engine, Event, Internal};
 use crate::listener;
 use crate::log_thread;
 use crate::packing::Progress;
-use crate::peers::{self, Introduction, Peers};
+use crate::peers::{self, CatchUp, Introduction, Peers};
 use crate::replica::Replica;
 use crate::sessions::Sessions;
 use crate::settings::Settings;
@@ -157,6 +157,7 @@ pub struct Shared {
     run: String,
     cluster_id: Mutex<String>,
     settings: Mutex<Arc<Settings>>,
+    catch_up: Mutex<Option<CatchUp>>,
     unconfirmed: AtomicBool,
     internal: mpsc::UnboundedSender<Internal>,
     events: mpsc::Sender<Event>,
@@ -220,6 +221,11 @@ impl Shared {
         *self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner) = id.to_owned();
     }
 
+    /// A catch-up is so far, or has ended.
+    pub fn show_catch_up(&self, progress: Option<CatchUp>) {
+        *self.catch_up.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    }
+
     /// What administrators have decided, as far as it is applied here.
     pub fn settings(&self) -> Arc<Settings> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -281,8 +287,10 @@ impl Shared {
         ];
         let tids = self.storages.iter().map(last_tids);
         let cluster = self.cluster_name();
-        NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster)
-            .packing(self.packing())
+        NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster).under_way(
+            self.packing(),
+            self.catch_up.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        )
     }
 
     fn packing(&self) -> BTreeMap<String, u32> {
@@ -384,6 +392,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         run: random_hex(8)?,
         cluster_id: Mutex::new(prepared.checkpoint.cluster_id.clone()),
         settings: Mutex::new(Arc::new(prepared.checkpoint.settings.clone())),
+        catch_up: Mutex::default(),
         unconfirmed: AtomicBool::new(prepared.unconfirmed),
         internal,
         events,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use standby_consensus::{Member, Role, Roster};
 use standby_types::{LogIndex, NodeId, Tid};
 
+use crate::peers::CatchUp;
 use crate::settings::{FEATURE_LEVEL, Settings};
 
 /// Silence after which a node counts as down.
@@ -56,6 +57,8 @@ pub struct NodeReport {
     version: String,
     #[serde(default)]
     packing: BTreeMap<String, u32>,
+    #[serde(default)]
+    catch_up: Option<CatchUp>,
     /// Name, group and vote of every member.
     members: Vec<(String, String, bool)>,
     #[serde(default)]
@@ -116,6 +119,7 @@ impl NodeReport {
             admin_address,
             version: env!("CARGO_PKG_VERSION").into(),
             packing: BTreeMap::new(),
+            catch_up: None,
             members,
             witness: member.witness,
             witnesses: witnesses.map(|m| m.name.clone()).collect(),
@@ -133,9 +137,14 @@ impl NodeReport {
         &self.node
     }
 
-    /// The same, with the packs that are under way: the storages, and how far each is, in percent.
-    pub fn packing(self, packing: BTreeMap<String, u32>) -> NodeReport {
-        NodeReport { packing, ..self }
+    /// The same, with the packs that are under way (the storages, and how far each is, in percent), and
+    /// the catch-up.
+    pub fn under_way(
+        self,
+        packing: BTreeMap<String, u32>,
+        catch_up: Option<CatchUp>,
+    ) -> NodeReport {
+        NodeReport { packing, catch_up, ..self }
     }
 }
 
@@ -309,6 +318,9 @@ pub struct NodeStatus {
     /// Packs that are under way: the storages, and how far each is, in percent.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub packing: BTreeMap<String, u32>,
+    /// How far it is, while it is brought up to date from a data file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub catch_up: Option<CatchUp>,
 }
 
 /// A node's report, its age, and for how long the primary has had more.
@@ -371,6 +383,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 admin_address: report.admin_address.clone(),
                 version: report.version.clone(),
                 packing: report.packing.clone(),
+                catch_up: report.catch_up.clone().filter(|_| state == "catching-up"),
             }
         })
         .collect();
@@ -396,6 +409,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 admin_address: String::new(),
                 version: String::new(),
                 packing: BTreeMap::new(),
+                catch_up: None,
             });
         }
     }

@@ -97,12 +97,18 @@ pub fn table(status: &Status) -> String {
             Some(seconds) => format!("{seconds:.1} s"),
             None => "?".into(),
         };
+        let catch_up = node.catch_up.as_ref().map_or_else(String::new, |catch_up| {
+            let percent = catch_up.bytes * 100 / catch_up.total_bytes.max(catch_up.bytes).max(1);
+            let rate = catch_up.bytes as f64 / catch_up.seconds.max(0.001) / 1e6;
+            let each = catch_up.transactions as f64 / catch_up.seconds.max(0.001);
+            format!("\n{percent} %, {rate:.1} MB/s\n{each:.0} transactions/s")
+        });
         let packing = node.packing.values().map(|percent| format!("\npacking {percent} %"));
         table.add_row([
             node.node.clone(),
             node.group.clone(),
             role,
-            node.state.clone() + &stale + &packing.collect::<String>(),
+            node.state.clone() + &stale + &catch_up + &packing.collect::<String>(),
             status.term.to_string(),
             tids.join("\n"),
             lag,

@@ -6,6 +6,7 @@
 //!       position, and for a data file of
 //!       unknown origin its SHA-256     ─────▶
 //!                                      ◀─────  'x' reason, or per storage:
+//!                                      ◀─────  'p' about how many bytes there are to come, 8
 //!                                      ◀─────  's' storage name
 //!                                      ◀─────  't' transaction's head
 //!                                      ◀─────  'b' the oid of the next record, if that has a blob
@@ -39,26 +40,46 @@ use tracing::{info, warn};
 
 use super::blob::obtain_old;
 use super::{PeerError, Purpose, connect, frame, read_frame, write_frame};
-use crate::applier::{CatchUpItem, Work};
+use crate::applier::{CatchUpItem, CatchUpItems, Work};
 use crate::blobs::{BlobWriter, new_transfer};
 use crate::disk::OsDisk;
 use crate::engine::Internal;
 use crate::hex::hex;
-use crate::node::Shared;
+use crate::node::{Shared, StorageShared};
 use crate::stream::Stream;
 
 /// Silence after which a catch-up is given up and begun again.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A record is as long as the longest object.
 const MAX_RECORD: usize = u32::MAX as usize;
-/// Records between socket and applier, and between data file and socket.
-const QUEUE: usize = 256;
+/// Batches between socket and applier, and between data file and socket.
+const QUEUE: usize = 16;
+/// Records in one batch.
+const BATCH: usize = 256;
+/// Bytes of frames that are sent together.
+const TOGETHER: usize = 64 << 10;
 /// Bytes of a blob in one frame.
 const BLOB_PIECE: usize = 64 << 10;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Request {
     storages: BTreeMap<String, Have>,
+    /// It understands 'p'.
+    #[serde(default)]
+    progress: bool,
+}
+
+/// How far a catch-up is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct CatchUp {
+    /// Bytes that have come.
+    pub bytes: u64,
+    /// Bytes that were to come when it began, about.
+    pub total_bytes: u64,
+    /// Transactions that have come.
+    pub transactions: u64,
+    /// Since its beginning.
+    pub seconds: f64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -106,20 +127,33 @@ async fn attempt(
     let json = serde_json::to_vec(&request).map_err(|e| PeerError::Protocol(e.to_string()))?;
     write_frame(&mut stream, b'q', &json).await?;
     let (items, receiver) = mpsc::channel(QUEUE);
-    shared.apply(Work::CatchUp { items: receiver, target: target.clone() });
+    shared.apply(Work::CatchUp { items: CatchUpItems::new(receiver), target: target.clone() });
+    let mut batch = Vec::with_capacity(BATCH);
     let mut stream = BufReader::with_capacity(1 << 20, stream);
     let mut storage = String::new();
     let mut blob: Option<(Oid, BlobWriter)> = None;
     let no_blob = || PeerError::Protocol("bytes of no blob".into());
-    let (mut bytes, mut told) = (0u64, std::time::Instant::now());
+    let begun = std::time::Instant::now();
+    let (mut told, mut progress) = (begun, CatchUp::default());
+    let _shown = Shown(shared);
+    let rate = shared.config.standby.as_ref().and_then(|standby| standby.catch_up_rate);
     loop {
         let next = tokio::time::timeout(PATIENCE, read_frame(&mut stream, MAX_RECORD)).await;
         let (kind, content) =
             next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
-        bytes += content.len() as u64;
+        progress.bytes += content.len() as u64;
         if told.elapsed() > Duration::from_secs(5) {
             told = std::time::Instant::now();
-            info!(peer = peer.node, megabytes = bytes >> 20, "catching up");
+            let CatchUp { bytes, total_bytes, transactions, .. } = progress;
+            let (megabytes, of) = (bytes >> 20, total_bytes >> 20);
+            info!(peer = peer.node, megabytes, of, transactions, "catching up");
+        }
+        if let Some(rate) = rate {
+            // Where the sender is to be waits until it has to: its socket is full.
+            let due = Duration::from_secs_f64(progress.bytes as f64 / rate as f64);
+            if due > begun.elapsed() + Duration::from_millis(10) {
+                tokio::time::sleep(due - begun.elapsed()).await;
+            }
         }
         let malformed = |_| PeerError::Protocol("a malformed transaction".into());
         let item = match kind {
@@ -127,7 +161,16 @@ async fn attempt(
                 storage = String::from_utf8_lossy(&content).into_owned();
                 continue;
             }
+            b'p' => {
+                let total = content[..].try_into().map(u64::from_be_bytes);
+                progress.total_bytes =
+                    total.map_err(|_| PeerError::Protocol("a malformed number".into()))?;
+                continue;
+            }
             b't' => {
+                progress.transactions += 1;
+                progress.seconds = begun.elapsed().as_secs_f64();
+                shared.show_catch_up(Some(progress.clone()));
                 let meta = take_meta(&mut content.clone()).map_err(malformed)?;
                 CatchUpItem::Begin(storage.clone(), meta)
             }
@@ -160,12 +203,38 @@ async fn attempt(
         if done {
             shared.confirm();
         }
-        if items.send(item).await.is_err() {
+        batch.push(item);
+        if !done && batch.len() < BATCH && !stream.buffer().is_empty() {
+            continue;
+        }
+        let full = std::mem::replace(&mut batch, Vec::with_capacity(BATCH));
+        if items.send(full).await.is_err() {
             return Err(PeerError::Protocol("a newer catch-up has replaced this one".into()));
         }
         if done {
+            let CatchUp { bytes, transactions, .. } = progress;
+            let seconds = begun.elapsed().as_secs_f64();
+            let per_second = |n: u64| (n as f64 / seconds.max(1e-6)) as u64;
+            info!(
+                peer = peer.node,
+                transactions,
+                bytes,
+                seconds,
+                transactions_per_s = per_second(transactions),
+                bytes_per_s = per_second(bytes),
+                "everything has come"
+            );
             return Ok(());
         }
+    }
+}
+
+/// A catch-up is shown until it ends, however it does.
+struct Shown<'a>(&'a Shared);
+
+impl Drop for Shown<'_> {
+    fn drop(&mut self) {
+        self.0.show_catch_up(None);
     }
 }
 
@@ -188,7 +257,7 @@ fn request(shared: &Shared, unconfirmed: bool) -> Result<Request, PeerError> {
         let have = Have { tid: mark.tid.0, position: mark.position.0, sha256 };
         storages.insert(name.clone(), have);
     }
-    Ok(Request { storages })
+    Ok(Request { storages, progress: true })
 }
 
 /// The hash of a data file up to a mark.
@@ -229,7 +298,11 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
             _ => return Err(PeerError::Protocol("no request for a catch-up".into())),
         };
         let (frames, mut queue) = mpsc::channel(QUEUE);
-        let reading = tokio::task::spawn_blocking(move || send_all(&shared, &request, &frames));
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut frames = Frames { together: BytesMut::new(), queue: frames };
+            send_all(&shared, &request, &mut frames)?;
+            frames.flush()
+        });
         while let Some(frame) = queue.recv().await {
             stream.write_all(&frame).await?;
         }
@@ -264,36 +337,59 @@ impl From<StorageError> for SendError {
     }
 }
 
-type Frames = mpsc::Sender<bytes::Bytes>;
+/// Frames on their way to the socket, some together.
+struct Frames {
+    together: BytesMut,
+    queue: mpsc::Sender<bytes::Bytes>,
+}
 
-fn send_all(shared: &Shared, request: &Request, frames: &Frames) -> Result<(), SendError> {
-    let send = |frame| frames.blocking_send(frame).map_err(|_| SendError::Gone);
+impl Frames {
+    fn send(&mut self, kind: u8, content: &[u8]) -> Result<(), SendError> {
+        self.together.extend_from_slice(&frame(kind, content));
+        if self.together.len() >= TOGETHER { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Result<(), SendError> {
+        let frames = self.together.split().freeze();
+        self.queue.blocking_send(frames).map_err(|_| SendError::Gone)
+    }
+}
+
+fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(), SendError> {
+    if request.progress {
+        let missing = |(name, storage): (&String, &StorageShared)| {
+            let from = request.storages.get(name).map_or(0, |have| have.position);
+            storage.reader().size().saturating_sub(from)
+        };
+        let total: u64 = shared.storages.iter().map(missing).sum();
+        frames.send(b'p', &total.to_be_bytes())?;
+    }
     for (name, storage) in &shared.storages {
         let Some(have) = request.storages.get(name) else {
             let reason = format!("its configuration lacks the storage {name:?}");
             return Err(SendError::Refused(reason));
         };
         check_beginning(&storage.path, &storage.reader(), name, have)?;
-        send(frame(b's', name.as_bytes()))?;
+        frames.send(b's', name.as_bytes())?;
         let mut transactions = storage.reader().transactions(Tid(have.tid).next(), Tid::MAX)?;
         while let Some(stored) = transactions.advance()? {
             let mut out = BytesMut::new();
             put_meta(&stored.meta, &mut out);
-            send(frame(b't', &out))?;
+            frames.send(b't', &out)?;
             transactions.records(&stored, |record: Record| {
                 if let Some(blobs) = &storage.blobs
                     && may_have_blob(&record)
                 {
-                    send_blob(blobs, record.oid, stored.meta.tid, &send)?;
+                    send_blob(blobs, record.oid, stored.meta.tid, frames)?;
                 }
                 out.clear();
                 put_record(&record, &mut out);
-                send(frame(b'd', &out))
+                frames.send(b'd', &out)
             })?;
-            send(frame(b'e', b""))?;
+            frames.send(b'e', b"")?;
         }
     }
-    send(frame(b'z', b""))
+    frames.send(b'z', b"")
 }
 
 fn may_have_blob(record: &Record) -> bool {
@@ -304,12 +400,7 @@ fn may_have_blob(record: &Record) -> bool {
 }
 
 /// Sends the blob of a revision, if it has one.
-fn send_blob(
-    blobs: &BlobDir,
-    oid: Oid,
-    tid: Tid,
-    send: &impl Fn(bytes::Bytes) -> Result<(), SendError>,
-) -> Result<(), SendError> {
+fn send_blob(blobs: &BlobDir, oid: Oid, tid: Tid, frames: &mut Frames) -> Result<(), SendError> {
     let path = blobs.path(oid, tid);
     let failed = |source| {
         SendError::Storage(StorageError::Io { path: path.clone(), action: "read", source })
@@ -318,15 +409,15 @@ fn send_blob(
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(failed)?,
     };
-    send(frame(b'b', &oid.to_bytes()))?;
+    frames.send(b'b', &oid.to_bytes())?;
     let (mut hash, mut buffer, mut at) = (Sha256::new(), vec![0; BLOB_PIECE], 0);
     loop {
         let n = read_full(&*file, &mut buffer, at).map_err(failed)?;
         if n == 0 {
-            return send(frame(b'h', &hash.finalize()));
+            return frames.send(b'h', &hash.finalize());
         }
         hash.update(&buffer[..n]);
-        send(frame(b'c', &buffer[..n]))?;
+        frames.send(b'c', &buffer[..n])?;
         at += n as u64;
     }
 }

@@ -14,7 +14,7 @@ mod link;
 
 pub use ask::ask;
 pub use blob::{Announcement, Wanted, obtain};
-pub use catch_up::fetch;
+pub use catch_up::{CatchUp, fetch};
 pub use hello::{Introduction, PeerInfo, Purpose, connect, receive};
 pub use link::{Peers, listen, probe};
 

@@ -64,6 +64,8 @@ pub struct Standby {
     pub join_token: String,
     /// It votes, but holds no data.
     pub witness: bool,
+    /// Bytes per second that a catch-up may take; `None` for as many as it can.
+    pub catch_up_rate: Option<u64>,
     /// How old a replica's data may be for its readers; `None` if that does not matter.
     pub max_staleness: Option<Duration>,
     /// TLS between nodes.
@@ -136,6 +138,7 @@ impl Checker {
                 "join-token",
                 "witness",
                 "max-staleness",
+                "catch-up-rate",
             ],
         )?;
         reader.sections(&["peer-ssl"])?;
@@ -218,6 +221,7 @@ impl Checker {
             peer_ssl,
             profile: reader.get("profile", profile)?.unwrap_or(Profile::Lan),
             log_tail: reader.get("log-tail", byte_size)?.unwrap_or(256 << 20),
+            catch_up_rate: reader.get("catch-up-rate", byte_size)?.filter(|rate| *rate > 0),
             max_staleness: reader.get("max-staleness", seconds)?,
             node: me.name,
             group: me.group,

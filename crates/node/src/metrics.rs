@@ -1,0 +1,126 @@
+//! `GET /metrics`: what a monitoring system asks every node for, in OpenMetrics' text form.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use crate::node::Shared;
+use crate::status::NodeStatus;
+
+type Labels = Vec<(&'static str, String)>;
+/// Name, help, and the value for a storage.
+type OfStorage<'a> = (&'a str, &'a str, &'a dyn Fn(&str) -> f64);
+
+/// The page.
+pub fn page(shared: &Shared) -> String {
+    let mut page = Page(Registry::with_prefix("standby"));
+    let status = shared.reports.status();
+    let own = status.nodes.iter().find(|node| node.node == shared.member.name);
+    if let Some(own) = own {
+        of_node(&mut page, own, status.term);
+    }
+    let states = ["up", "catching-up", "cut-off", "down"].map(|state| {
+        let count = status.nodes.iter().filter(|node| node.state == state).count();
+        (vec![("state", state.to_owned())], count as f64)
+    });
+    page.gauge("nodes", "Nodes of the cluster in each state, as this one sees them", states);
+    let primary = status.primary.is_some();
+    page.gauge("primary_known", "1 if a primary is known here", [(vec![], of(primary))]);
+    let voters: Vec<_> = status.nodes.iter().filter(|node| node.voter).collect();
+    let up = voters.iter().filter(|node| node.state != "down").count();
+    let survivable = up as f64 - (voters.len() / 2 + 1) as f64;
+    page.gauge("voters", "Nodes that vote", [(vec![], voters.len() as f64)]);
+    let help = "Voters that may be lost before writes stop; below 0 they have stopped";
+    page.gauge("survivable_failures", help, [(vec![], survivable)]);
+    of_storages(&mut page, shared);
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    let _ = encode(&mut text, &page.0);
+    text
+}
+
+fn of_node(page: &mut Page, own: &NodeStatus, term: u64) {
+    let info = vec![
+        ("node", own.node.clone()),
+        ("group", own.group.clone()),
+        ("version", own.version.clone()),
+    ];
+    page.gauge("node", "This node", [(info, 1.0)]);
+    let roles = ["primary", "replica", "witness"];
+    let role = |role: &'static str| (vec![("role", role.to_owned())], of(own.role == role));
+    page.gauge("role", "1 for the role that this node has", roles.map(role));
+    page.gauge("voter", "1 if this node votes", [(vec![], of(own.voter))]);
+    page.gauge("term", "Term of consensus", [(vec![], term as f64)]);
+    let applied = [(vec![], own.applied_index as f64)];
+    page.gauge("applied_index", "Last log entry that is applied here", applied);
+    let lag = own.lag_seconds.map(|seconds| (vec![], seconds));
+    page.gauge("lag_seconds", "For how long the primary has had more than this node", lag);
+    let stale = own.stale_seconds.map(|seconds| (vec![], seconds));
+    page.gauge("stale_seconds", "How old what readers see here may be", stale);
+}
+
+fn of_storages(page: &mut Page, shared: &Shared) {
+    let storages: Vec<_> = shared.storages.iter().collect();
+    let each = |value: &dyn Fn(&str) -> f64| -> Vec<(Labels, f64)> {
+        storages
+            .iter()
+            .map(|(name, _)| (vec![("storage", name.to_string())], value(name)))
+            .collect()
+    };
+    let storage = |name: &str| &shared.storages[name];
+    let gauges: [OfStorage<'_>; 5] = [
+        ("objects", "Objects", &|name| storage(name).reader().len() as f64),
+        ("data_bytes", "Bytes of the data file", &|name| storage(name).reader().size() as f64),
+        ("sessions", "Clients", &|name| shared.sessions.count(name) as f64),
+        ("transactions_active", "Transactions between vote and the end", &|name| {
+            storage(name).stats.active.load(Ordering::Relaxed) as f64
+        }),
+        ("transactions_waiting", "Votes that wait for locks", &|name| {
+            storage(name).stats.waiting.load(Ordering::Relaxed) as f64
+        }),
+    ];
+    for (name, help, value) in gauges {
+        page.gauge(name, help, each(value));
+    }
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
+    let counters: [OfStorage<'_>; 5] = [
+        ("loads", "Reads of objects", &|name| count(&storage(name).stats.loads)),
+        ("stores", "Objects stored", &|name| count(&storage(name).stats.stores)),
+        ("commits", "Transactions applied", &|name| count(&storage(name).stats.commits)),
+        ("aborts", "Transactions aborted", &|name| count(&storage(name).stats.aborts)),
+        ("conflicts", "Votes that ended in a conflict", &|name| {
+            count(&storage(name).stats.conflicts)
+        }),
+    ];
+    for (name, help, value) in counters {
+        page.counter(name, help, each(value));
+    }
+}
+
+fn of(holds: bool) -> f64 {
+    f64::from(u8::from(holds))
+}
+
+struct Page(Registry);
+
+impl Page {
+    fn gauge(&mut self, name: &str, help: &str, values: impl IntoIterator<Item = (Labels, f64)>) {
+        let family = Family::<Labels, Gauge<f64, AtomicU64>>::default();
+        for (labels, value) in values {
+            family.get_or_create(&labels).set(value);
+        }
+        self.0.register(name, help, family);
+    }
+
+    fn counter(&mut self, name: &str, help: &str, values: impl IntoIterator<Item = (Labels, f64)>) {
+        let family = Family::<Labels, Counter<f64, AtomicU64>>::default();
+        for (labels, value) in values {
+            family.get_or_create(&labels).inc_by(value);
+        }
+        self.0.register(name, help, family);
+    }
+}
