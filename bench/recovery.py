@@ -2,9 +2,9 @@
 
     python bench/recovery.py [--seconds 10]
 
-needs the program (cargo build --release). A database of small transactions is written for so many
-seconds; then a second node joins, once with both on the disk, once with both in memory (/dev/shm). Beside it: how
-fast the same disk takes one long file that is synced at the end.
+needs the program (cargo build --release). Databases of transactions with one object each are written for so
+many seconds; then a second node joins, once with both on the disk, once with both in memory (/dev/shm). Beside
+it: how fast the same disk takes one long file that is synced at the end.
 """
 
 import argparse
@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import cluster as harness  # noqa: E402
 
+SIZES = (500, 10_000)
 CAUGHT_UP = re.compile(r"everything has come.*?transactions=(\d+) bytes=(\d+) seconds=([\d.e-]+)")
 
 
@@ -56,23 +57,28 @@ def main():
     options = parser.parse_args()
     directory = tempfile.mkdtemp(prefix="standby-bench-")
     memory = tempfile.mkdtemp(prefix="standby-bench-", dir="/dev/shm")
-    alone = harness.Node(os.path.join(directory, "alone"))
+    nodes = []
     try:
-        alone.start()
-        command = [harness.STANDBY, "bench", "--clients", "32", "--at", "127.0.0.1:%d" % alone.port]
-        command += ["--seconds", str(options.seconds)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        alone.stop()
-        print("%-22s %12s %8s %10s %14s" % ("", "transactions", "MB", "MB/s", "transactions/s"))
-        for name, where in (("normal, on disk", directory), ("normal, in memory", memory)):
-            found = recover(os.path.join(where, "cluster"), alone.data_file)
-            transactions, count, seconds = found
-            row = name, transactions, count / 1e6, count / 1e6 / seconds, transactions / seconds
-            print("%-22s %12d %8.1f %10.1f %14.0f" % row, flush=True)
-        for name, where in (("the disk, one file", directory), ("memory, one file", memory)):
-            print("%-22s %12s %8s %10.1f" % (name, "", "", sequential_write(where)))
+        print("%-32s %12s %8s %8s %14s" % ("", "transactions", "MB", "MB/s", "transactions/s"))
+        for size in SIZES:
+            node = harness.Node(os.path.join(directory, "alone%d" % size))
+            nodes.append(node.start())
+            command = [harness.STANDBY, "bench", "--clients", "32", "--size", str(size)]
+            command += ["--at", "127.0.0.1:%d" % node.port, "--seconds", str(options.seconds)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            node.stop()
+            for name, where in (("disk", directory), ("memory", memory)):
+                found = recover(os.path.join(where, "cluster"), node.data_file)
+                transactions, count, seconds = found
+                row = transactions, count / 1e6, count / 1e6 / seconds, transactions / seconds
+                title = "normal, %s, %d bytes each" % (name, size)
+                print("%-32s %12d %8.0f %8.0f %14.0f" % (title, *row), flush=True)
+        for name, where in (("disk", directory), ("memory", memory)):
+            title = "%s, one long file" % name
+            print("%-32s %12s %8s %8.0f" % (title, "", "", sequential_write(where)))
     finally:
-        alone.kill()
+        for node in nodes:
+            node.kill()
         shutil.rmtree(directory, ignore_errors=True)
         shutil.rmtree(memory, ignore_errors=True)
 

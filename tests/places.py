@@ -82,6 +82,19 @@ class Places:
     def heal(self, name):
         self.set_port(name, "up")
 
+    def deafen(self, name, *others):
+        """What `others` send to a place is lost; what it sends reaches them."""
+        for other in others:
+            self.route("add", other, name)
+
+    def undeafen(self, name, *others):
+        for other in others:
+            self.route("del", other, name)
+
+    def route(self, verb, place, target):
+        space = "%s-%s" % (self.prefix, place)
+        ip("-n", space, "route", verb, "blackhole", self.hosts[target])
+
     def set_port(self, name, state):
         port = "port%s" % self.hosts[name].rsplit(".", 1)[1]
         ip("-n", self.switch, "link", "set", port, state)

@@ -125,7 +125,7 @@ def test_undo_brings_a_blob_back_and_a_pack_removes_it(nodes, tmp_path):
     check_in_python(node, {"blob": b"third"})
 
 
-def test_nothing_is_left_of_broken_uploads(nodes, tmp_path):
+def test_row_33_nothing_is_left_of_broken_uploads(nodes, tmp_path):
     node = nodes.alone(blobs=True).start()
 
     def begin():
@@ -277,7 +277,7 @@ def voters(cluster):
     return picture and sum(1 for n in picture["nodes"] if n["voter"] and n["state"] == "up")
 
 
-def test_no_blob_is_lost_with_the_primary(nodes, tmp_path):
+def test_row_32_no_blob_is_lost_with_the_primary(nodes, tmp_path):
     cluster = nodes.cluster(blobs=True).start()
     acknowledged, stop, errors = {}, threading.Event(), []
     clients = {n: blob_client(cluster.addresses, tmp_path / ("cache%d" % n)) for n in (1, 2)}

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import transaction
 import ZODB.FileStorage
 import ZODB.POSException
 from persistent.mapping import PersistentMapping
@@ -314,7 +315,7 @@ def test_row_8_a_client_never_meets_an_older_state(nodes):
     writer.close()
 
 
-def test_a_node_that_was_down_and_a_new_one_get_everything(nodes):
+def test_row_30_a_node_that_was_down_and_a_new_one_get_everything(nodes):
     cluster = nodes.cluster(options="  log-tail 1KB\n").start()
     writer = Writer(cluster.addresses, "w")
     replicas = [node for node in cluster.nodes if node is not cluster.primary()]
@@ -428,3 +429,97 @@ def test_all_nodes_lose_power_at_once(nodes):
             node.start()
         cluster.wait_healthy()
     check_histories(cluster, writer.finish())
+
+
+def test_row_10_what_has_voted_only_vanishes_with_the_primary(nodes):
+    cluster = nodes.cluster().start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(object=PersistentMapping(number=0)))
+    storage = open_storage(cluster.addresses)
+    oid = client.root["object"]._p_oid
+    data, serial = storage.load(oid)
+    txn = transaction.TransactionManager().begin()
+    storage.tpc_begin(txn)
+    storage.store(oid, serial, data, "", txn)
+    storage.tpc_vote(txn)
+    cluster.primary().kill()
+    # Its locks are free on the new primary.
+    client.commit(lambda root: root["object"].update(number=1))
+    with pytest.raises(ZODB.POSException.StorageError):
+        storage.tpc_finish(txn)
+    client.sync()
+    assert client.root["object"]["number"] == 1
+
+
+def test_row_16_a_slow_follower_holds_nobody_up(nodes):
+    cluster = nodes.cluster().start()
+    writer = Writer(cluster.addresses, "w")
+    slow = next(node for node in cluster.nodes if node is not cluster.primary())
+    slow.signal(signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            time.sleep(1)
+            writer.wait_for_more(20)
+        states = {n["node"]: n["state"] for n in cluster.primary().status()["nodes"]}
+        assert states[slow.name] == "down"
+    finally:
+        slow.signal(signal.SIGCONT)
+    cluster.wait_healthy()
+    check_histories(cluster, writer.finish())
+
+
+def test_row_43_a_reader_sees_a_prefix_that_only_grows(nodes):
+    """Two clients each append to an object of their own; every state that a reader meets on any node
+    is one of the log's, and none comes after a later one."""
+    cluster = nodes.cluster().start()
+    writers = [Writer(cluster.addresses, "w%d" % n) for n in range(2)]
+    readers = [
+        Client([node.read_only_address], read_only=True, server_sync=False)
+        for node in cluster.nodes
+    ]
+    seen = [[] for _ in readers]
+    stopping = threading.Event()
+
+    def read(reader, states):
+        while not stopping.is_set():
+            try:
+                reader.connection.sync()
+                numbers = reader.root["writers"]
+                states.append(
+                    tuple(numbers[w.name]["number"] if w.name in numbers else -1 for w in writers)
+                )
+            except ZODB.POSException.StorageError:
+                time.sleep(0.02)
+
+    threads = [
+        threading.Thread(target=read, args=pair, daemon=True) for pair in zip(readers, seen)
+    ]
+    for thread in threads:
+        thread.start()
+    for round in range(4):
+        for writer in writers:
+            writer.wait_for_more(10)
+        if round % 2:
+            cluster.nodes[0].ask("switchover")
+        else:
+            primary = cluster.primary()
+            primary.kill()
+            primary.start()
+            cluster.wait_healthy()
+    acknowledged = [note for writer in writers for note in writer.finish()]
+    stopping.set()
+    for thread in threads:
+        thread.join(30)
+    history = check_histories(cluster, acknowledged)
+    # Every state that the log has passed through, in its order.
+    states, now = [(-1, -1)], [-1, -1]
+    for note in (txn[3].decode() for txn in history):
+        if note.startswith("w"):
+            name, number = note.split()
+            now[int(name[1:])] = int(number)
+            states.append(tuple(now))
+    position = {state: nth for nth, state in enumerate(states)}
+    for met in seen:
+        assert len(met) > 10
+        positions = [position[state] for state in met]
+        assert positions == sorted(positions)

@@ -343,7 +343,7 @@ fn a_false_alarm_is_refused() {
 }
 
 #[test]
-fn a_cut_off_primary_steps_down_and_its_entries_go() {
+fn row_12_a_cut_off_primary_steps_down_and_its_entries_go() {
     let mut cluster = Cluster::of(3);
     cluster.propose(NodeId(1), b"one").unwrap();
     cluster.isolate(NodeId(1));

@@ -163,7 +163,12 @@ impl Engine {
                 if !members.iter().any(|m| !m.witness && self.is_there(m.id)) {
                     return Err(format!("no node of group {to} with data is there"));
                 }
-                let text = format!("the primary and all votes go to group {to}");
+                let witnesses = self.consensus.membership().members.values().filter(|m| m.witness);
+                let voters = members.iter().filter(|m| !m.witness).count() + witnesses.count();
+                let text = format!(
+                    "the primary and all votes go to group {to}; with {voters} voter(s) it will survive {} failure(s)",
+                    survivable(voters)
+                );
                 Ok((Setting::Move { to: to.clone() }, done(text)))
             }
             Ask::FeatureLevel { level: wanted } => {
@@ -265,7 +270,6 @@ impl Engine {
         }
         let there = staying.iter().filter(|id| self.is_there(**id)).count();
         let majority = staying.len() / 2 + 1;
-        let survivable = |voters: usize| voters.saturating_sub(1) / 2;
         let risk = if there < majority {
             format!(
                 "{} voters would be left, of which only {there} are up: writes would stop at once",
@@ -283,4 +287,9 @@ impl Engine {
         };
         Err(format!("{risk}. If that is what you want: --force"))
     }
+}
+
+/// How many of so many voters may be lost before writes stop.
+fn survivable(voters: usize) -> usize {
+    voters.saturating_sub(1) / 2
 }

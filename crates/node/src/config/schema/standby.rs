@@ -233,3 +233,63 @@ impl Checker {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::config::Config;
+
+    fn read(text: &str) -> Result<Config, String> {
+        Config::parse(Path::new("zeo.conf"), text).map_err(|error| error.to_string())
+    }
+
+    const DATA: &str =
+        "<zeo>\naddress localhost:8100\n</zeo>\n<filestorage>\npath /d\n</filestorage>\n";
+    const NODE: &str = "cluster c\nnode n2\ngroup g\nstate-dir /s\npeer-address 127.0.0.1:2\n";
+    const MEMBERS: &str = "member n1 127.0.0.1:1 g\nmember n2 127.0.0.1:2 g";
+
+    fn standby(lines: &str) -> String {
+        format!("<standby>\n{NODE}{lines}\n</standby>\n")
+    }
+
+    #[test]
+    fn a_node_joins_by_an_address_and_a_token() {
+        let config = read(&format!("{DATA}{}", standby("join 127.0.0.1:1\njoin-token abc")));
+        let standby = config.unwrap().standby.unwrap();
+        assert!(standby.members.is_empty());
+        assert_eq!(standby.join.unwrap().to_string(), "127.0.0.1:1");
+        assert_eq!(standby.join_token, "abc");
+    }
+
+    #[test]
+    fn a_witness_has_no_storage() {
+        let witness =
+            standby("witness on\nmember n1 127.0.0.1:1 g\nmember n2 127.0.0.1:2 g witness");
+        let config = read(&witness).unwrap();
+        assert!(config.storages.is_empty() && config.zeo.address.is_none());
+        assert!(config.standby.unwrap().witness);
+        let error = read(&format!("{DATA}{witness}")).unwrap_err();
+        assert!(error.contains("a witness holds no data"), "{error}");
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_explained() {
+        let cases = [
+            ("join 127.0.0.1:1", "standby node add NAME"),
+            ("join 127.0.0.1:1\njoin-token t\nmember n1 127.0.0.1:1 g", "one of the two"),
+            ("witness on\nmember n1 127.0.0.1:1 g\nmember n2 127.0.0.1:2 g", "belong together"),
+            ("member n1 127.0.0.1:1 g witness\nmember n2 127.0.0.1:2 g", "cannot be a witness"),
+            ("member n1 127.0.0.1:1 g winess", "NAME HOST:PORT GROUP [witness]"),
+        ];
+        for (lines, expected) in cases {
+            let error = read(&standby(lines)).unwrap_err();
+            assert!(error.contains(expected), "{lines}: {error}");
+        }
+        for wrong in ["soon", "0", "-1", "inf"] {
+            let lines = format!("{MEMBERS}\nmax-staleness {wrong}");
+            let error = read(&format!("{DATA}{}", standby(&lines))).unwrap_err();
+            assert!(error.contains("is not a number of seconds"), "{error}");
+        }
+    }
+}

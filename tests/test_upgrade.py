@@ -1,0 +1,64 @@
+"""A cluster of an older version: what a node of this one does in it, and after the level is raised."""
+
+import json
+
+import cluster as harness
+from zeo_client import Client
+
+
+def crc32c(data):
+    """Castagnoli's checksum, as the checkpoint file has it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def as_before_there_were_settings(node):
+    """Leaves the node's checkpoint as the version before wrote it."""
+    path = node.state_dir + "/checkpoint"
+    with open(path, "rb") as file:
+        content, checksum = file.read().rsplit(b"\n", 2)[:2]
+    assert int(checksum, 16) == crc32c(content)
+    checkpoint = json.loads(content)
+    del checkpoint["settings"]
+    for member in checkpoint["members"]:
+        del member["witness"]
+    content = json.dumps(checkpoint).encode()
+    with open(path, "wb") as file:
+        file.write(content + b"\n%08x\n" % crc32c(content))
+
+
+def test_rows_36_and_37_an_upgraded_node_follows_and_leads_at_the_old_level(nodes):
+    cluster = nodes.cluster().start()
+    cluster.stop()
+    for node in cluster.nodes:
+        as_before_there_were_settings(node)
+    cluster.start()
+    n1 = cluster.nodes[0]
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(number=1))
+    assert n1.ask("feature-level", "show").strip() == "1"
+    refused = n1.ask("node", "add", "n4", fails=True)
+    assert "works at feature level 1" in refused and "feature-level raise" in refused
+    # What changes nothing in the log works: followers are upgraded first, the primary last.
+    before = cluster.primary()
+    n1.ask("switchover")
+    assert cluster.primary() is not before
+    before.stop()
+    client.commit(lambda root: root.update(number=2))
+    before.start()
+    cluster.wait_healthy()
+    # All of them know more: it may be used.
+    assert "the feature level is 2" in n1.ask("feature-level", "raise")
+    assert "already" in n1.ask("feature-level", "raise")
+    n1.ask("node", "add", "n4")
+    # What was so by itself is said now.
+    harness.wait_for("the group", lambda: cluster.status()["failover_groups"] == ["here"])
+    # It is so after a restart of all.
+    cluster.stop()
+    cluster.start()
+    assert n1.ask("feature-level", "show").strip() == "2"
+    client.commit(lambda root: root.update(number=3))
