@@ -14,6 +14,7 @@ import transaction
 import ZODB
 import ZODB.FileStorage
 import ZODB.POSException
+from BTrees.Length import Length
 from ZODB.blob import Blob
 from ZODB.utils import p64
 
@@ -97,6 +98,54 @@ def test_blobs_of_all_sizes(nodes, tmp_path, encoding):
     node.stop()
     nothing_staged([node])
     check_in_python(node, expected)
+
+
+def test_conflicts_beside_blobs_go_to_the_client(nodes, tmp_path):
+    """Under <blobstorage> too, where the Python server raises them itself."""
+    node = nodes.alone(blobs=True)
+    with open(node.config_path, "w") as config:
+        config.write(
+            "<zeo>\n  address 127.0.0.1:%s\n</zeo>\n<blobstorage>\n  blob-dir %s\n"
+            "  <filestorage>\n    path %s\n  </filestorage>\n</blobstorage>\n"
+            % (node.port, node.blob_dir, node.data_file)
+        )
+    node.start()
+    one, two = (blob_client(node.address, tmp_path / name) for name in ("one", "two"))
+    one.commit(lambda root: (put(root, "blob", b"first"), root.update(count=Length())))
+    two.sync()
+    # A counter that resolves its conflicts: the transaction goes on, with its blob.
+    for client, name in ((one, "by one"), (two, "by two")):
+        client.root["count"].change(1)
+        put(client.root, name, name.encode())
+    one.manager.commit()
+    with pytest.raises(ZODB.POSException.ConflictError):
+        # The root itself does not resolve its conflicts.
+        two.manager.commit()
+    two.manager.abort()
+    two.sync()
+    one.root["count"].change(1)
+    two.root["count"].change(1)
+    with two.root["blob"].open("w") as file:
+        file.write(b"second")
+    one.manager.commit()
+    two.manager.commit()
+    one.sync()
+    assert one.root["count"]() == 3
+    assert read(one.root, "blob") == b"second"
+    # A blob resolves none: who comes second is told, and tries again.
+    for client in (one, two):
+        client.sync()
+        with client.root["blob"].open("w") as file:
+            file.write(b"third")
+    one.manager.commit()
+    with pytest.raises(ZODB.POSException.ConflictError) as raised:
+        two.manager.commit()
+    assert raised.value.oid == two.root["blob"]._p_oid
+    two.manager.abort()
+    two.close()
+    one.close()
+    node.stop()
+    nothing_staged([node])
 
 
 def test_undo_brings_a_blob_back_and_a_pack_removes_it(nodes, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import ssl
 import subprocess
+import time
 
 import pytest
 from ZEO.Exceptions import ClientDisconnected
@@ -167,6 +168,35 @@ def test_log_files_are_opened_again(nodes, tmp_path):
     harness.wait_for("a new log", said)
     assert node.stop() == 0
     assert "stopped" in log.read_text()
+
+
+def test_log_files_look_as_the_configuration_says(nodes, tmp_path):
+    node = nodes.alone()
+    with open(node.config_path, "a") as config:
+        config.write(
+            "<eventlog>\n  level debug\n"
+            "  <logfile>\n    path %(d)s/all.log\n    dateformat %%d.%%m.%%Y\n"
+            "    format ------\\n%%(asctime)s|%%(levelname)-8s|%%(name)s|%%(process)d|%%(message)s\n  </logfile>\n"
+            "  <logfile>\n    path %(d)s/errors.log\n    level error\n    delay true\n  </logfile>\n"
+            "  <logfile>\n    path %(d)s/small.log\n    max-size 1KB\n    old-files 2\n  </logfile>\n"
+            "  <syslog>\n    facility local3\n  </syslog>\n"
+            "</eventlog>\n" % {"d": tmp_path}
+        )
+    node.start()
+    harness.wait_for("the node", node.listens)
+    pid = node.process.pid
+    for _ in range(10):
+        Client(node.address).close()
+    assert node.stop() == 0
+    text = (tmp_path / "all.log").read_text()
+    today = time.strftime("%d.%m.%Y")
+    assert "------\n%s|INFO    |standby|%d|listening node=" % (today, pid) in text
+    assert "|DEBUG   |" in text
+    assert "<syslog> is ignored" in text
+    assert not (tmp_path / "errors.log").exists()
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("small.log*")}
+    assert set(sizes) == {"small.log", "small.log.1", "small.log.2"}
+    assert max(sizes.values()) <= 1024
 
 
 def peer_section(who, trusted):

@@ -4,7 +4,7 @@ mod schema;
 mod zconfig;
 
 pub use schema::{
-    Address, Config, EventLog, LogFile, MemberLine, Profile, Standby, StorageSection, ZeoAddress,
-    ZeoSection,
+    Address, Config, EventLog, LogFileSection, MemberLine, Profile, Standby, StorageSection,
+    ZeoAddress, ZeoSection,
 };
 pub use zconfig::ConfigError;

@@ -13,6 +13,7 @@ mod standby;
 pub use standby::{MemberLine, Profile, Standby};
 
 use super::zconfig::{ConfigError, Section, parse};
+use crate::logging::{Format, Rotation};
 use crate::tls::SslSection;
 
 /// A host and a port.
@@ -123,14 +124,30 @@ pub struct EventLog {
     /// The least level that is logged.
     pub level: tracing::Level,
     /// Where to.
-    pub files: Vec<LogFile>,
+    pub files: Vec<LogFileSection>,
 }
 
 /// `<logfile>`
 #[derive(Debug, Clone)]
-pub struct LogFile {
+pub struct LogFileSection {
     /// A path, `STDOUT` or `STDERR`.
     pub path: String,
+    /// The least level that is written there; `None` for that of the `<eventlog>`.
+    pub level: Option<tracing::Level>,
+    /// How lines look; `None` for Standby's own way.
+    pub format: Option<Format>,
+    /// When the file is moved away, and how many old ones are kept.
+    pub rotation: Option<(Rotation, usize)>,
+    /// The file is made by its first line.
+    pub delay: bool,
+}
+
+impl LogFileSection {
+    /// Where lines go without an `<eventlog>`.
+    pub fn stderr() -> LogFileSection {
+        let (level, format, rotation) = (None, None, None);
+        LogFileSection { path: "STDERR".into(), level, format, rotation, delay: false }
+    }
 }
 
 /// A whole configuration.
@@ -315,6 +332,17 @@ fn word(text: &str) -> Result<String, String> {
     }
 }
 
+fn level(text: &str) -> Result<tracing::Level, String> {
+    match text.to_lowercase().as_str() {
+        "critical" | "fatal" | "error" | "50" | "40" => Ok(tracing::Level::ERROR),
+        "warn" | "warning" | "30" => Ok(tracing::Level::WARN),
+        "info" | "blather" | "20" | "15" => Ok(tracing::Level::INFO),
+        "debug" | "10" => Ok(tracing::Level::DEBUG),
+        "trace" | "all" | "notset" | "5" | "1" | "0" => Ok(tracing::Level::TRACE),
+        _ => Err(format!("{text:?} is not a level: critical, error, warn, info, debug, trace")),
+    }
+}
+
 impl Checker {
     fn error(&self, line: usize, message: impl Into<String>) -> ConfigError {
         ConfigError { file: self.file.clone(), line, message: message.into() }
@@ -477,37 +505,79 @@ impl Checker {
 
     fn eventlog(&mut self, section: &Section) -> Result<EventLog, ConfigError> {
         let mut reader = self.reader(section, &["level"])?;
-        reader.sections(&["logfile"])?;
-        let level = |text: &str| match text.to_lowercase().as_str() {
-            "critical" | "fatal" | "error" | "50" | "40" => Ok(tracing::Level::ERROR),
-            "warn" | "warning" | "30" => Ok(tracing::Level::WARN),
-            "info" | "blather" | "20" | "15" => Ok(tracing::Level::INFO),
-            "debug" | "10" => Ok(tracing::Level::DEBUG),
-            "trace" | "all" | "notset" | "5" | "1" | "0" => Ok(tracing::Level::TRACE),
-            _ => Err(format!("{text:?} is not a level: critical, error, warn, info, debug, trace")),
-        };
+        let others = ["syslog", "win32-eventlog", "http-logger", "email-notifier"];
+        reader.sections(&["logfile", others[0], others[1], others[2], others[3]])?;
         let level = reader.get("level", level)?.unwrap_or(tracing::Level::INFO);
         let mut files = Vec::new();
         for inner in &section.sections {
-            let keys = [
-                "path",
-                "level",
-                "format",
-                "dateformat",
-                "max-size",
-                "old-files",
-                "when",
-                "interval",
-                "delay",
-                "encoding",
-                "formatter",
-            ];
-            let reader = self.reader(inner, &keys)?;
-            let path = reader.required("path", |text| Ok(text.to_owned()))?;
-            files.push(LogFile { path });
-            self.note(inner, &keys[1..]);
+            if inner.kind == "logfile" {
+                files.push(self.logfile(inner)?);
+            } else {
+                self.notes.push(format!(
+                    "{}:{}: <{}> is ignored: Standby logs to files, and to its standard output and error",
+                    self.file, inner.line, inner.kind
+                ));
+            }
         }
         Ok(EventLog { level, files })
+    }
+
+    fn logfile(&mut self, section: &Section) -> Result<LogFileSection, ConfigError> {
+        let keys = [
+            "path",
+            "level",
+            "format",
+            "dateformat",
+            "style",
+            "max-size",
+            "old-files",
+            "when",
+            "interval",
+            "delay",
+            "encoding",
+            "formatter",
+            "arbitrary-fields",
+        ];
+        let reader = self.reader(section, &keys)?;
+        let path = reader.required("path", |text| Ok(text.to_owned()))?;
+        let wrong = |message: &str| Err(reader.error(section.line, format!("{path}: {message}")));
+        let count = |text: &str| text.parse().map_err(|_| format!("{text:?} is not a number"));
+        let size = reader.get("max-size", byte_size)?.filter(|size| *size > 0);
+        let old_files = reader.get("old-files", count)?.unwrap_or(0);
+        let interval = reader.get("interval", count)?.unwrap_or(0);
+        let when = |text: &str| match text {
+            "" => Ok(None),
+            text => Rotation::at(text, interval).map(Some),
+        };
+        let when = reader.get("when", when)?.flatten();
+        let rotation = match (size, when) {
+            (Some(_), Some(_)) => return wrong("\"max-size\" and \"when\" exclude each other"),
+            (None, None) if old_files > 0 || interval > 0 => {
+                return wrong("\"max-size\" or \"when\" must say when a new file begins");
+            }
+            (None, None) => None,
+            (Some(_), None) | (None, Some(_)) if old_files == 0 => {
+                return wrong("\"old-files\" must say how many old files are kept");
+            }
+            (Some(size), None) => Some((Rotation::Size(size), old_files as usize)),
+            (None, Some(when)) => Some((when, old_files as usize)),
+        };
+        let delay = reader.boolean("delay", false)?;
+        if matches!(path.as_str(), "STDOUT" | "STDERR") && (rotation.is_some() || delay) {
+            return wrong("only files can be moved away, or be made later");
+        }
+        let date = reader.text("dateformat").map(|(text, _)| text);
+        let read = |text: &str| Format::parse(text, date);
+        let least = reader.get("level", level)?;
+        let classic = reader.text("style").is_none_or(|(style, _)| style == "classic");
+        let format = if classic { reader.get("format", read)? } else { None };
+        self.note(section, &["formatter", "arbitrary-fields", "encoding"]);
+        if !classic {
+            self.note(section, &["style", "format"]);
+        }
+        // Python's NOTSET lets everything through that the <eventlog> does.
+        let level = least.filter(|level| *level != tracing::Level::TRACE);
+        Ok(LogFileSection { path, level, format, rotation, delay })
     }
 }
 

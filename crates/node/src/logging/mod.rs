@@ -1,0 +1,131 @@
+//! Where log lines go: the `<eventlog>` section, or standard error.
+
+mod file;
+mod format;
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::Context;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry};
+
+pub use self::file::{LogFile, Rotation};
+pub use self::format::Format;
+use crate::config::{Config, LogFileSection};
+
+/// The log files, to open them anew after somebody has moved them away.
+pub struct LogFiles(Vec<Target>);
+
+impl LogFiles {
+    /// Opens all files again; one that cannot be opened is written to as before.
+    pub fn reopen(&self) {
+        for target in &self.0 {
+            if let Output::File(file) = &mut *target.lock()
+                && let Err(error) = file.reopen()
+            {
+                eprintln!("standby: cannot open {} again: {error}", file.path().display());
+            }
+        }
+    }
+}
+
+/// Sends log lines where the configuration says. The environment variable `STANDBY_LOG` (for
+/// example `debug`) overrides the levels.
+pub fn start(config: &Config) -> anyhow::Result<LogFiles> {
+    let level = config.eventlog.as_ref().map_or(tracing::Level::INFO, |log| log.level);
+    let from_environment = EnvFilter::try_from_env("STANDBY_LOG");
+    let overridden = from_environment.is_ok();
+    let filter = from_environment.unwrap_or_else(|_| EnvFilter::new(level.to_string()));
+    let stderr = [LogFileSection::stderr()];
+    let sections = match &config.eventlog {
+        Some(log) if !log.files.is_empty() => &log.files[..],
+        _ => &stderr,
+    };
+    let color = sections.len() == 1 && sections[0].path == "STDERR" && io::stderr().is_terminal();
+    let mut targets = Vec::new();
+    let mut layers = Vec::new();
+    for section in sections {
+        let target = Target::open(section)?;
+        let most = section.level.filter(|_| !overridden);
+        layers.push(layer(section, target.clone(), color, most));
+        targets.push(target);
+    }
+    Registry::default()
+        .with(layers)
+        .with(filter)
+        .try_init()
+        .map_err(|error| anyhow::anyhow!("{error}"))?;
+    Ok(LogFiles(targets))
+}
+
+type BoxedLayer = Box<dyn Layer<Registry> + Send + Sync>;
+
+fn layer(
+    section: &LogFileSection,
+    target: Target,
+    color: bool,
+    most: Option<tracing::Level>,
+) -> BoxedLayer {
+    let layer = tracing_subscriber::fmt::layer().with_ansi(color).with_writer(target);
+    let most = most.map_or(LevelFilter::TRACE, LevelFilter::from_level);
+    match &section.format {
+        None => layer.with_target(false).with_filter(most).boxed(),
+        Some(format) => layer.event_format(format.clone()).with_filter(most).boxed(),
+    }
+}
+
+enum Output {
+    Stdout,
+    Stderr,
+    File(LogFile),
+}
+
+/// A place for log lines.
+#[derive(Clone)]
+struct Target(Arc<Mutex<Output>>);
+
+impl Target {
+    fn open(section: &LogFileSection) -> anyhow::Result<Target> {
+        let output = match section.path.as_str() {
+            "STDOUT" => Output::Stdout,
+            "STDERR" => Output::Stderr,
+            path => {
+                let opened = LogFile::open(path.as_ref(), section.rotation, section.delay);
+                Output::File(opened.with_context(|| format!("cannot open the log file {path}"))?)
+            }
+        };
+        Ok(Target(Arc::new(Mutex::new(output))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Output> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Write for Target {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // A log that cannot be written must not stop the server.
+        let _ = match &mut *self.lock() {
+            Output::Stdout => io::stdout().write_all(bytes),
+            Output::Stderr => io::stderr().write_all(bytes),
+            Output::File(file) => file.write(bytes),
+        };
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Target {
+    type Writer = Target;
+
+    fn make_writer(&'a self) -> Target {
+        self.clone()
+    }
+}
