@@ -191,7 +191,7 @@ def test_nodes_are_added_replaced_and_removed_while_clients_commit(stopping, tmp
     # Not without a token.
     stranger = new_node(cluster, tmp_path, "n4", "join  127.0.0.1:%s join-token wrong" % n1.peer_port)
     stranger.start()
-    time.sleep(2)
+    harness.wait_for("a warning", lambda: "is not invited" in cluster.primary().log())
     assert len(cluster.status()["nodes"]) <= 4 and not shown(n1).get("n4", {}).get("voter")
     stranger.kill()
     cluster.nodes.remove(stranger)

@@ -15,7 +15,7 @@ mod pack;
 mod readers;
 mod switchover;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
@@ -203,6 +203,8 @@ pub struct Engine {
     settings: Arc<Settings>,
     /// The last decision that this node has proposed.
     decided: LogIndex,
+    /// Nodes that were not let in, and of which the log has told.
+    refused: BTreeSet<NodeId>,
     /// Answers to administrators that wait for something.
     watches: Vec<Watch>,
     switchover: Option<Switchover>,
@@ -260,6 +262,7 @@ impl Engine {
             role: Role::default(),
             settings,
             decided: LogIndex(0),
+            refused: BTreeSet::new(),
             watches: Vec::new(),
             switchover: None,
             switchover_failed_at: None,
@@ -358,6 +361,7 @@ impl Engine {
             }
             Event::PeerLost(peer) => {
                 self.present.remove(&peer);
+                self.refused.remove(&peer);
                 self.shared.reports.lost(peer);
                 self.step(Happened::PeerLost(peer))?;
             }

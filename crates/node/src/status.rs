@@ -218,6 +218,11 @@ impl Reports {
         known && report.run != run && at.elapsed() < IDENTITY_SILENCE
     }
 
+    /// True if a node with this name was a member when this node last reported.
+    pub fn is_member(&self, name: &str) -> bool {
+        lock(&self.own).members.iter().any(|(member, _, _)| member == name)
+    }
+
     /// The highest feature level that a node is known to know.
     pub fn feature_level(&self, id: NodeId) -> u32 {
         let known = lock(&self.others).get(&id).map(|(report, _)| report.knows_level);

@@ -16,6 +16,8 @@ use super::{Engine, NEARLY};
 use crate::peers::PeerInfo;
 use crate::settings::Setting;
 
+const NOT_INVITED: &str = "it is not invited (standby node add), or its join-token, group or witness line is \
+                           another than the invitation's";
 /// Grace of a switchover that moves the primary to another group.
 const MOVE_GRACE: Duration = Duration::from_secs(5);
 /// Time between two attempts at it.
@@ -86,19 +88,23 @@ impl Engine {
     }
 
     /// A node that is there and may join.
-    fn newcomer(&self) -> Vec<Change> {
+    fn newcomer(&mut self) -> Vec<Change> {
         let membership = self.consensus.membership();
+        let mut refused = Vec::new();
         for (id, info) in &self.present {
             if membership.contains(*id) {
                 continue;
             }
-            let Some(may_replace) = self.admits(info) else { continue };
+            let Some(may_replace) = self.admits(info) else {
+                refused.push((*id, info.node.clone(), NOT_INVITED));
+                continue;
+            };
             let mut changes = Vec::new();
             if let Some(former) = membership.named(&info.node) {
                 if former.id == self.shared.id
                     || self.present.contains_key(&former.id) && !may_replace
                 {
-                    warn!(node = info.node, "two nodes have this name; the second is not let in");
+                    refused.push((*id, info.node.clone(), "a member with its name is there"));
                     continue;
                 }
                 info!(node = info.node, "the node begins anew, without its former state");
@@ -106,6 +112,11 @@ impl Engine {
             }
             changes.push(Change::AddLearner(info.member()));
             return changes;
+        }
+        for (id, node, reason) in refused {
+            if self.refused.insert(id) {
+                warn!(node, reason, "a node that wants to join is not let in");
+            }
         }
         Vec::new()
     }

@@ -46,13 +46,16 @@ pub(super) struct Freshness {
 impl Engine {
     /// Does `work` when this node has applied all that is acknowledged by now.
     pub(super) fn when_level(&mut self, work: Work) -> anyhow::Result<()> {
-        let sure = self.serves() && self.shared.lease.holds(self.shared.now());
-        if sure || self.role.leader.is_none() {
+        if self.is_surely_primary() || self.role.leader.is_none() {
             // All that is known to be committed is in the applier's queue already.
             self.shared.apply(work);
             return Ok(());
         }
         self.ask_read_index(Some(work))
+    }
+
+    fn is_surely_primary(&self) -> bool {
+        self.serves() && self.shared.lease.holds(self.shared.now())
     }
 
     fn ask_read_index(&mut self, work: Option<Work>) -> anyhow::Result<()> {
@@ -98,7 +101,7 @@ impl Engine {
 
     /// How old this node's data may be; `None` if it has never been level with a primary.
     pub(super) fn staleness(&self) -> Option<Duration> {
-        if self.role.serves && self.shared.lease.holds(self.shared.now()) {
+        if self.is_surely_primary() {
             return Some(Duration::ZERO);
         }
         self.freshness.as_of.map(|at| at.elapsed())
@@ -106,7 +109,7 @@ impl Engine {
 
     /// Asks how fresh the data are, and says when they are old.
     pub(super) fn tend_freshness(&mut self) -> anyhow::Result<()> {
-        if self.role.serves {
+        if self.is_surely_primary() {
             self.freshness.as_of = Some(Instant::now());
         } else if self.role.leader.is_some() {
             self.ask_read_index(None)?;

@@ -214,11 +214,16 @@ fn objection(shared: &Shared, info: &PeerInfo) -> Option<String> {
             "another process is node {} already, with the same identity: was its disk copied?",
             info.node
         ))
-    } else if shared.settings().removed.contains(&info.node) {
+    } else if is_gone(shared, &info.node) {
         Some(format!("node {} was removed from the cluster", info.node))
     } else {
         None
     }
+}
+
+/// True if a node was removed. Until that is done its voice still counts.
+fn is_gone(shared: &Shared, name: &str) -> bool {
+    shared.settings().removed.contains(name) && !shared.reports.is_member(name)
 }
 
 async fn receive_all(
@@ -240,7 +245,7 @@ async fn receive_all(
             }
             b's' => {
                 if let Ok(report) = serde_json::from_slice::<NodeReport>(&content) {
-                    if shared.settings().removed.contains(report.node()) {
+                    if is_gone(shared, report.node()) {
                         shared.reports.forget(from);
                         return Err(PeerError::Protocol("the node was removed".into()));
                     }
