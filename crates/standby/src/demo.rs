@@ -11,7 +11,8 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 use clap::Args;
 use serde_json::json;
-use standby_node::admin::fetch_status;
+use standby_node::admin::{ask, fetch_status};
+use standby_node::ask::Ask;
 use standby_node::client::Client;
 use standby_node::status::Status;
 use standby_types::{Oid, Tid};
@@ -133,6 +134,8 @@ async fn show(options: &Options, dir: &Path) -> anyhow::Result<()> {
         watch(&nodes, &shared, &mut screen, Duration::from_secs(2)).await;
     }
 
+    let switched = switch_over(&nodes, &shared, &mut screen).await?;
+
     shared.stop.store(true, Ordering::Relaxed);
     for writer in writers {
         writer.await??;
@@ -145,10 +148,12 @@ async fn show(options: &Options, dir: &Path) -> anyhow::Result<()> {
         let report = json!({
             "nodes": nodes.len(), "kills": options.kills, "acknowledged": found.acknowledged,
             "lost": found.lost, "duplicated": found.duplicated, "write_pause_ms": milliseconds,
+            "switchover_pause_ms": switched.as_millis(),
         });
         println!("{report}");
     } else {
         summary(&found, &milliseconds, options.kills);
+        println!("Write pause in the switchover: {} ms.", switched.as_millis());
     }
     if found.lost + found.duplicated > 0 {
         bail!("{} commits lost, {} duplicated: please report this", found.lost, found.duplicated);
@@ -161,6 +166,23 @@ async fn show(options: &Options, dir: &Path) -> anyhow::Result<()> {
     }
     leave_up(&nodes);
     std::future::pending().await
+}
+
+/// Makes another node primary, as before maintenance; returns how long writes paused.
+async fn switch_over(
+    nodes: &[NodeProcess],
+    shared: &Shared,
+    screen: &mut Screen,
+) -> anyhow::Result<Duration> {
+    let name = any_status(nodes).await.and_then(|status| status.primary).unwrap_or_default();
+    screen.say(&format!("A planned change: standby switchover, away from {name}"));
+    let asked = Instant::now();
+    let switchover = Ask::Switchover { to: None, grace: 5.0 };
+    let done = ask(&nodes[0].admin_address, &switchover).await?;
+    let done = done.map_err(anyhow::Error::msg).context("the switchover")?;
+    let pause = pause_after(shared, asked).await?;
+    screen.say(&format!("{}; writes paused for {} ms", done.text, pause.as_millis()));
+    Ok(pause)
 }
 
 fn summary(found: &Found, pauses: &[u128], kills: usize) {
