@@ -171,6 +171,10 @@ impl Connection {
                         return reason;
                     }
                 }
+                if !self.session.in_transaction() {
+                    // However it ended.
+                    self.handle.uploads.store(false, Ordering::Release);
+                }
                 self.handle.outbox.room().await;
             }
             tokio::select! {
@@ -360,7 +364,6 @@ impl Connection {
                 Request::Vote { session, storage, request }
             }
             Effect::Finish { id, transaction } => {
-                session.uploads.store(false, Ordering::Release);
                 if let Some(storage) = self.storage() {
                     let count = transaction.writes().len() as u64;
                     storage.stats.stores.fetch_add(count, Ordering::Relaxed);
@@ -403,7 +406,6 @@ impl Connection {
             }
             Effect::Pack { id, time, wait } => Request::Pack { session, storage, id, time, wait },
             Effect::Abort => {
-                session.uploads.store(false, Ordering::Release);
                 if let Some(storage) = self.storage() {
                     storage.stats.aborts.fetch_add(1, Ordering::Relaxed);
                 }
