@@ -238,8 +238,13 @@ def test_nodes_are_added_replaced_and_removed_while_clients_commit(stopping, tmp
     assert "no member" in primary.ask("node", "remove", gone.name)
     wait_for_voters(cluster, *(node.name for node in left))
     harness.wait_for("its log to say so", lambda: "was removed from the cluster" in gone.log())
-    assert gone.name not in shown(primary), "it does not come back by itself"
+    harness.wait_for("it to be gone", lambda: gone.name not in shown(primary))
+    # It does not come back by itself.
+    time.sleep(1)
+    assert gone.name not in shown(primary)
     gone.kill()
+    time.sleep(1)
+    assert gone.name not in shown(primary)
     cluster.nodes = left
     refused = primary.ask("node", "remove", left[0].name, fails=True) if primary is not left[0] else (
         primary.ask("node", "remove", left[1].name, fails=True)

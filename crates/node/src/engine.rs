@@ -916,6 +916,7 @@ impl Engine {
             staleness: self.staleness(),
             settings: &self.settings,
         }));
+        self.shared.reports.forget_removed(&self.settings.removed);
         self.shared.peers.broadcast(&self.shared.reports.own());
     }
 }

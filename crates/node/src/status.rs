@@ -1,6 +1,6 @@
 //! What the nodes say of themselves, and what is shown to people.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -201,6 +201,14 @@ impl Reports {
     /// A peer does not belong to the cluster any more.
     pub fn forget(&self, peer: NodeId) {
         lock(&self.others).remove(&peer);
+    }
+
+    /// Nodes that were removed and are no members any more are not shown.
+    pub fn forget_removed(&self, removed: &BTreeSet<String>) {
+        let own = self.own();
+        let is_member = |node: &str| own.members.iter().any(|(member, _, _)| member == node);
+        lock(&self.others)
+            .retain(|_, (report, _)| !removed.contains(&report.node) || is_member(&report.node));
     }
 
     /// A peer's connection has closed.
@@ -516,6 +524,25 @@ mod tests {
         assert_eq!(reports.status().nodes[1].state, "up");
         reports.lost(NodeId(2));
         assert_eq!(reports.status().nodes[1].state, "down");
+    }
+
+    #[test]
+    fn a_removed_node_is_shown_until_it_is_no_member() {
+        let reports = Reports::default();
+        reports.note_own(report("n1", true, 0));
+        reports.note(NodeId(2), report("n2", false, 0));
+        reports.note(NodeId(4), report("n4", false, 0));
+        let removed = ["n2", "n4"].map(String::from).into();
+        let shown = |reports: &Reports| -> Vec<String> {
+            reports.status().nodes.into_iter().map(|node| node.node).collect()
+        };
+        reports.forget_removed(&removed);
+        assert_eq!(shown(&reports), ["n1", "n2", "n3"]);
+        let mut own = report("n1", true, 0);
+        own.members.retain(|(name, _, _)| name != "n2");
+        reports.note_own(own);
+        reports.forget_removed(&removed);
+        assert_eq!(shown(&reports), ["n1", "n3"]);
     }
 
     #[test]
