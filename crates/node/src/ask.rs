@@ -76,11 +76,17 @@ pub type Answer = Result<Done, String>;
 /// Where an answer goes.
 pub type Asker = oneshot::Sender<Answer>;
 
+/// How long a primary is waited for.
+const NO_PRIMARY: Duration = Duration::from_secs(3);
 /// Longer than anything that is waited for.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Has the primary do what is asked for.
 pub async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {
+    // A node that has just started has not heard of the primary yet; during a fail-over nobody has.
+    let mut standing = shared.standing.subscribe();
+    let known = |standing: &Standing| standing.serves || standing.other_primary.is_some();
+    let _ = tokio::time::timeout(NO_PRIMARY, standing.wait_for(known)).await;
     let Standing { serves, other_primary, .. } = shared.standing.borrow().clone();
     match other_primary {
         _ if serves => here(shared, ask).await,

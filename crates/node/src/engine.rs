@@ -443,6 +443,7 @@ impl Engine {
 
     fn committed(&mut self, entries: Vec<Committed>) {
         let mut work = Vec::with_capacity(entries.len());
+        let changes = entries.iter().any(|entry| matches!(entry, Committed::Membership(..)));
         for entry in entries {
             let (index, term) = entry.point();
             self.blobs.committed(&entry);
@@ -468,6 +469,10 @@ impl Engine {
             work.push((entry, origin));
         }
         self.shared.apply(Work::Entries(work));
+        if changes {
+            // It may tell where the primary is.
+            self.publish_standing();
+        }
     }
 
     fn role_changed(&mut self, role: Role) -> anyhow::Result<()> {
