@@ -25,7 +25,6 @@ use crate::node::Shared;
 use crate::packing::{Packs, pack_path};
 use crate::replica::{Applied, ApplyError, Done, Replica};
 use crate::sessions::{Mail, SessionHandle};
-use crate::settings::Settings;
 use crate::state::Checkpoint;
 
 /// Bytes appended after which a checkpoint is made.
@@ -124,6 +123,12 @@ impl CatchUpItems {
         CatchUpItems { batches, batch: Vec::new().into_iter() }
     }
 
+    /// A catch-up that brings nothing.
+    pub fn nothing() -> CatchUpItems {
+        let (_, batches) = mpsc::channel(1);
+        CatchUpItems { batches, batch: vec![CatchUpItem::Done].into_iter() }
+    }
+
     /// The next piece; `None` if there are no more.
     fn next(&mut self) -> Option<CatchUpItem> {
         loop {
@@ -139,8 +144,6 @@ impl CatchUpItems {
 pub struct Applier {
     shared: Arc<Shared>,
     replica: Replica,
-    /// Those of the replica, to be shown.
-    settings: Arc<Settings>,
     disk: Arc<dyn Disk>,
     histories: BTreeMap<String, History>,
     /// The thread that makes a checkpoint; only one writes the file at a time.
@@ -176,17 +179,7 @@ impl Applier {
         }
         let checkpointed = (replica.index(), Instant::now(), 0);
         let (checkpoint_thread, packs) = (None, Packs::default());
-        let settings = Arc::new(replica.settings().clone());
-        Ok(Applier {
-            shared,
-            replica,
-            settings,
-            disk,
-            histories,
-            checkpoint_thread,
-            checkpointed,
-            packs,
-        })
+        Ok(Applier { shared, replica, disk, histories, checkpoint_thread, checkpointed, packs })
     }
 
     /// Works until it is told to stop. An error means that the process must stop.
@@ -360,14 +353,11 @@ impl Applier {
         Ok(())
     }
 
-    fn report(&mut self, finished: Vec<SessionId>) {
-        if *self.settings != *self.replica.settings() {
-            self.settings = Arc::new(self.replica.settings().clone());
-        }
+    fn report(&self, finished: Vec<SessionId>) {
         self.shared.report(Internal::Applied {
             point: self.replica.point(),
             ceilings: self.replica.ceilings(),
-            settings: self.settings.clone(),
+            settings: self.replica.settings().clone(),
             finished,
         });
     }

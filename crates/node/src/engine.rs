@@ -42,7 +42,7 @@ use self::blobs::Blobs;
 use self::pack::PackRequest;
 use self::readers::{Freshness, Reader};
 use self::switchover::Switchover;
-use crate::applier::{CatchUpItem, CatchUpItems, Origin, Work, unknown_storage};
+use crate::applier::{CatchUpItems, Origin, Work, unknown_storage};
 use crate::ask::{Ask, Asker as AnswerTo};
 use crate::log_thread::LogWork;
 use crate::look::record_data;
@@ -391,10 +391,7 @@ impl Engine {
                     "CRITICAL ZEO.StorageServer Transaction timeout after {} seconds",
                     timeout.as_secs()
                 );
-                if let Some(session) = self.shared.sessions.get(session) {
-                    session.cut("its transaction took too long");
-                }
-                self.unlocked(name, |t| t.abort(now, session));
+                self.end_transaction(name, session, "its transaction took too long");
             }
         }
         self.give_up_on_primary();
@@ -414,6 +411,15 @@ impl Engine {
             self.report_status();
         }
         Ok(())
+    }
+
+    /// Takes the locks from a transaction that holds them for too long, and closes its session.
+    fn end_transaction(&mut self, storage: &str, session: SessionId, reason: &str) {
+        let now = self.shared.now();
+        if let Some(session) = self.shared.sessions.get(session) {
+            session.cut(reason);
+        }
+        self.unlocked(storage, |t| t.abort(now, session));
     }
 
     fn step(&mut self, event: Happened) -> anyhow::Result<()> {
@@ -443,7 +449,7 @@ impl Engine {
 
     fn committed(&mut self, entries: Vec<Committed>) {
         let mut work = Vec::with_capacity(entries.len());
-        let changes = entries.iter().any(|entry| matches!(entry, Committed::Membership(..)));
+        let mut changes = false;
         for entry in entries {
             let (index, term) = entry.point();
             self.blobs.committed(&entry);
@@ -457,6 +463,7 @@ impl Engine {
                 pending.origin.filter(|_| pending.term == term)
             });
             if let Committed::Membership(_, _, membership) = &entry {
+                changes = true;
                 for member in membership.members.values() {
                     Peers::dial(&self.shared, &member.peer_address);
                 }
@@ -535,15 +542,12 @@ impl Engine {
     }
 
     fn begin_catch_up(&mut self, from: NodeId, target: AppliedPoint) {
-        let address = target.membership.members.get(&from).map(|m| m.peer_address.clone());
-        let address = address.or_else(|| self.present.get(&from).map(|p| p.peer_address.clone()));
         if self.shared.member.witness {
             // It has no data to fetch.
-            let (items, receiver) = mpsc::channel(1);
-            let _ = items.try_send(vec![CatchUpItem::Done]);
-            let items = CatchUpItems::new(receiver);
-            return self.shared.apply(Work::CatchUp { items, target });
+            return self.shared.apply(Work::CatchUp { items: CatchUpItems::nothing(), target });
         }
+        let address = target.membership.members.get(&from).map(|m| m.peer_address.clone());
+        let address = address.or_else(|| self.present.get(&from).map(|p| p.peer_address.clone()));
         let Some(address) = address else {
             return warn!(node = %from, "a catch-up is asked for, but its source has no address");
         };
@@ -910,11 +914,10 @@ impl Engine {
     }
 
     fn report_status(&self) {
-        let roster = self.consensus.roster();
         let role = Role { serves: self.serves(), ..self.role };
         self.shared.reports.note_own(self.shared.own_report(Moment {
             role: &role,
-            roster: &roster,
+            membership: self.consensus.membership(),
             applied: self.applied,
             catching_up: self.catch_up.is_some(),
             primary: self.name_of(self.role.leader.unwrap_or_default()),

@@ -42,6 +42,7 @@ mod startup;
 mod state;
 pub mod status;
 mod stream;
+mod sync;
 mod tls;
 
 pub use node::{Running, start};

@@ -30,10 +30,9 @@ pub fn page(shared: &Shared) -> String {
     page.gauge("nodes", "Nodes of the cluster in each state, as this one sees them", states);
     let primary = status.primary.is_some();
     page.gauge("primary_known", "1 if a primary is known here", [(vec![], of(primary))]);
-    let voters: Vec<_> = status.nodes.iter().filter(|node| node.voter).collect();
-    let up = voters.iter().filter(|node| node.state != "down").count();
-    let survivable = up as f64 - (voters.len() / 2 + 1) as f64;
-    page.gauge("voters", "Nodes that vote", [(vec![], voters.len() as f64)]);
+    let (voters, up, majority) = status.voters();
+    let survivable = up as f64 - majority as f64;
+    page.gauge("voters", "Nodes that vote", [(vec![], voters as f64)]);
     let help = "Voters that may be lost before writes stop; below 0 they have stopped";
     page.gauge("survivable_failures", help, [(vec![], survivable)]);
     of_storages(&mut page, shared);

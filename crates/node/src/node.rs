@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
+use std::sync::{Arc, Mutex, mpsc as std_mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -31,6 +31,7 @@ use crate::startup::{self, Beginning};
 use crate::state::{StateDir, random_hex};
 use crate::status::{Moment, NodeReport, Reports};
 use crate::stream::Listener;
+use crate::sync::lock;
 use crate::tls::Tls;
 
 /// Ticks until an election, at least.
@@ -196,17 +197,14 @@ impl Shared {
 
     /// What this node says of itself to others.
     pub fn introduction(&self) -> Introduction {
+        let standby = self.config.standby.as_ref();
         Introduction {
             member: self.member.clone(),
             cluster: self.cluster_name().into(),
-            cluster_id: self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-            secret: self.config.standby.as_ref().map_or_else(Vec::new, |s| s.secret.clone()),
+            cluster_id: lock(&self.cluster_id).clone(),
+            secret: standby.map_or_else(Vec::new, |s| s.secret.clone()),
             tls: self.peer_tls.clone(),
-            join_token: self
-                .config
-                .standby
-                .as_ref()
-                .map_or_else(String::new, |s| s.join_token.clone()),
+            join_token: standby.map_or_else(String::new, |s| s.join_token.clone()),
             run: self.run.clone(),
         }
     }
@@ -218,22 +216,22 @@ impl Shared {
 
     /// This node belongs to that cluster from now on.
     pub fn set_cluster_id(&self, id: &str) {
-        *self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner) = id.to_owned();
+        *lock(&self.cluster_id) = id.to_owned();
     }
 
     /// A catch-up is so far, or has ended.
     pub fn show_catch_up(&self, progress: Option<CatchUp>) {
-        *self.catch_up.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+        *lock(&self.catch_up) = progress;
     }
 
     /// What administrators have decided, as far as it is applied here.
     pub fn settings(&self) -> Arc<Settings> {
-        self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.settings).clone()
     }
 
     /// It is another now.
     pub fn set_settings(&self, settings: Arc<Settings>) {
-        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
+        *lock(&self.settings) = settings;
     }
 
     /// True if a peer must still confirm that the data files belong to the cluster's history.
@@ -273,24 +271,22 @@ impl Shared {
 
     /// What this node says of itself.
     pub fn own_report(&self, moment: Moment<'_>) -> NodeReport {
-        let text =
-            |address: Option<&dyn ToString>| address.map_or_else(String::new, |a| a.to_string());
+        fn text(address: Option<&impl ToString>) -> String {
+            address.map_or_else(String::new, ToString::to_string)
+        }
         let standby = self.config.standby.as_ref();
-        let read_only = standby.and_then(|s| s.read_only_address.as_ref());
         let last_tids =
             |(name, s): (&String, &StorageShared)| (name.clone(), s.reader().last_tid());
         let addresses = [
-            text(self.config.zeo.address.as_ref().map(|a| a as _)),
-            text(read_only.map(|a| a as _)),
+            text(self.config.zeo.address.as_ref()),
+            text(standby.and_then(|s| s.read_only_address.as_ref())),
             self.member.peer_address.clone(),
-            text(standby.map(|s| &s.admin_address as _)),
+            text(standby.map(|s| &s.admin_address)),
         ];
         let tids = self.storages.iter().map(last_tids);
         let cluster = self.cluster_name();
-        NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster).under_way(
-            self.packing(),
-            self.catch_up.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-        )
+        NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster)
+            .under_way(self.packing(), lock(&self.catch_up).clone())
     }
 
     fn packing(&self) -> BTreeMap<String, u32> {

@@ -63,7 +63,7 @@ pub struct Replica {
     index: LogIndex,
     term: Term,
     membership: Membership,
-    settings: Settings,
+    settings: Arc<Settings>,
     storages: BTreeMap<String, Stored>,
     parts: Parts,
 }
@@ -106,7 +106,7 @@ impl Replica {
             index: checkpoint.index,
             term: checkpoint.term,
             membership: checkpoint.membership.clone(),
-            settings: checkpoint.settings.clone(),
+            settings: Arc::new(checkpoint.settings.clone()),
             storages: storages
                 .into_iter()
                 .map(|(name, storage)| {
@@ -129,7 +129,7 @@ impl Replica {
     }
 
     /// What administrators have decided.
-    pub fn settings(&self) -> &Settings {
+    pub fn settings(&self) -> &Arc<Settings> {
         &self.settings
     }
 
@@ -173,7 +173,7 @@ impl Replica {
             term: self.term,
             log_begins_here: false,
             membership: self.membership.clone(),
-            settings: self.settings.clone(),
+            settings: (*self.settings).clone(),
             storages: self
                 .storages
                 .iter()
@@ -233,7 +233,7 @@ impl Replica {
             }
             Command::Setting(bytes) => {
                 let setting = Setting::decode(&bytes).ok_or(ApplyError::Malformed(index))?;
-                self.settings.apply(setting);
+                Arc::make_mut(&mut self.settings).apply(setting);
                 Ok(Done::Nothing)
             }
             Command::Transaction(ending) => {
@@ -329,7 +329,7 @@ impl Replica {
             }
         }
         if target.index > self.index {
-            self.settings = settings;
+            self.settings = Arc::new(settings);
             self.index = target.index;
             self.term = target.term;
             self.membership = target.membership.clone();

@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
 use standby_zeo::{Encoding, SessionId, VoteOutcome};
 use tokio::sync::mpsc;
 
 use crate::outbox::Outbox;
+use crate::sync::lock;
 
 /// Something that the session's own task must know.
 #[derive(Debug)]
@@ -123,10 +124,6 @@ pub struct Sessions {
     registered: Mutex<HashMap<String, HashMap<SessionId, Arc<SessionHandle>>>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Sessions {
     /// A fresh name.
     pub fn next_id(&self) -> SessionId {
@@ -186,9 +183,14 @@ impl Sessions {
         })
     }
 
+    /// The sessions that may write.
+    fn writers(&self) -> Vec<Arc<SessionHandle>> {
+        lock(&self.all).values().filter(|session| !session.is_reader()).cloned().collect()
+    }
+
     /// Ends all sessions that may write, each as soon as nothing of it is under way.
     pub fn let_writers_leave(&self) {
-        for session in lock(&self.all).values().filter(|session| !session.is_reader()) {
+        for session in self.writers() {
             session.leaving.store(true, Ordering::Release);
             let _ = session.mailbox.send(Mail::Leave);
         }
@@ -196,14 +198,12 @@ impl Sessions {
 
     /// Ends all sessions that may write when what is queued for them has been sent; their number.
     pub fn send_writers_away(&self) -> usize {
-        let all = lock(&self.all);
-        let writers = all.values().filter(|session| !session.is_reader());
-        writers
-            .map(|session| {
-                session.departing.store(true, Ordering::Release);
-                let _ = session.mailbox.send(Mail::LeaveNow);
-            })
-            .count()
+        let writers = self.writers();
+        for session in &writers {
+            session.departing.store(true, Ordering::Release);
+            let _ = session.mailbox.send(Mail::LeaveNow);
+        }
+        writers.len()
     }
 
     /// True if there are sessions that may write.

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 ///
 /// 1: transactions, packs, blobs. 2: settings, and with them groups, witnesses, invitations.
 pub const FEATURE_LEVEL: u32 = 2;
+/// The level from which there are settings.
+pub const SETTINGS_LEVEL: u32 = 2;
 
 /// The decisions that are in force.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

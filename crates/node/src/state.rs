@@ -8,6 +8,7 @@
 //! STATE-DIR/catching-up   exists while transactions come from a peer instead of the log
 //! ```
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
@@ -317,11 +318,11 @@ fn decode(bytes: &[u8]) -> anyhow::Result<Checkpoint> {
 }
 
 #[derive(Serialize, Deserialize)]
-struct SharedState {
-    cluster_id: String,
+struct SharedState<'a> {
+    cluster_id: Cow<'a, str>,
     ceilings: BTreeMap<String, String>,
     #[serde(default)]
-    settings: Settings,
+    settings: Cow<'a, Settings>,
 }
 
 /// What a node that begins with a catch-up must know beside the transactions and the members.
@@ -331,8 +332,8 @@ pub fn encode_shared(
     settings: &Settings,
 ) -> Vec<u8> {
     let ceilings = ceilings.iter().map(|(name, oid)| (name.clone(), oid.to_string())).collect();
-    let state = SharedState { cluster_id: cluster_id.into(), ceilings, settings: settings.clone() };
-    serde_json::to_vec(&state).unwrap_or_default()
+    let (cluster_id, settings) = (cluster_id.into(), Cow::Borrowed(settings));
+    serde_json::to_vec(&SharedState { cluster_id, ceilings, settings }).unwrap_or_default()
 }
 
 /// Reads what [`encode_shared`] wrote.
@@ -343,7 +344,7 @@ pub fn decode_shared(bytes: &[u8]) -> anyhow::Result<(String, BTreeMap<String, O
         .into_iter()
         .map(|(name, oid)| Ok((name, Oid(parse_hex(&oid)?))))
         .collect::<anyhow::Result<_>>()?;
-    Ok((state.cluster_id, ceilings, state.settings))
+    Ok((state.cluster_id.into_owned(), ceilings, state.settings.into_owned()))
 }
 
 /// A random hexadecimal string of `bytes` bytes; never all zeros.

@@ -1,15 +1,16 @@
 //! What the nodes say of themselves, and what is shown to people.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use standby_consensus::{Member, Role, Roster};
+use standby_consensus::{Member, Membership, Role};
 use standby_types::{LogIndex, NodeId, Tid};
 
 use crate::peers::CatchUp;
 use crate::settings::{FEATURE_LEVEL, Settings};
+use crate::sync::lock;
 
 /// Silence after which a node counts as down.
 const SILENCE: Duration = Duration::from_millis(2500);
@@ -24,7 +25,7 @@ pub struct Moment<'a> {
     /// Its role.
     pub role: &'a Role,
     /// The members.
-    pub roster: &'a Roster,
+    pub membership: &'a Membership,
     /// The last entry applied.
     pub applied: LogIndex,
     /// It is being brought up to date from a data file.
@@ -94,8 +95,7 @@ impl NodeReport {
         cluster: &str,
     ) -> NodeReport {
         let [address, read_only_address, peer_address, admin_address] = addresses;
-        let Moment { role, settings, .. } = moment;
-        let membership = &moment.roster.membership;
+        let Moment { role, membership, settings, .. } = moment;
         let witnesses = membership.members.values().filter(|m| m.witness);
         let members = membership
             .members
@@ -180,10 +180,6 @@ impl Progress {
         let missing = self.0.partition_point(|(_, applied)| *applied <= index);
         self.0.get(missing).map_or(Duration::ZERO, |(at, _)| now.saturating_duration_since(*at))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Reports {
@@ -294,6 +290,15 @@ pub struct Status {
     pub moving_to: Option<String>,
     /// All nodes.
     pub nodes: Vec<NodeStatus>,
+}
+
+impl Status {
+    /// How many voters there are, how many of them are up, and how many a majority is.
+    pub fn voters(&self) -> (usize, usize, usize) {
+        let voters = self.nodes.iter().filter(|node| node.voter).count();
+        let up = self.nodes.iter().filter(|node| node.voter && node.state != "down").count();
+        (voters, up, voters / 2 + 1)
+    }
 }
 
 /// A node at a moment.

@@ -117,9 +117,7 @@ pub fn table(status: &Status) -> String {
             node.peer_address.clone(),
         ]);
     }
-    let voters = status.nodes.iter().filter(|node| node.voter).count();
-    let alive = status.nodes.iter().filter(|node| node.voter && node.state != "down").count();
-    let majority = voters / 2 + 1;
+    let (voters, alive, majority) = status.voters();
     let advice = if status.primary.is_none() {
         "no primary: writes wait until a majority of the voters is there".to_owned()
     } else if voters < 3 {

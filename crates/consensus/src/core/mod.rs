@@ -172,15 +172,6 @@ pub struct Progress {
     pub catching_up: bool,
 }
 
-/// The membership and, on the leader, how far everybody is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Roster {
-    /// The members.
-    pub membership: Membership,
-    /// The followers' progress; empty unless this node leads.
-    pub progress: BTreeMap<NodeId, Progress>,
-}
-
 /// A proposal was not taken: this node does not lead, or too much is without a majority already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("this node is not the leader, or cannot take more entries now")]
@@ -211,8 +202,8 @@ pub struct Consensus {
     /// Ticks until this node stands for election because the primary's process died, or because it
     /// handed the leadership to one that did not take it.
     stand_in: Option<usize>,
-    /// To whom the leadership is being handed.
-    handing_to: Option<NodeId>,
+    /// The leadership is being handed over, or was when this node last led.
+    handing_over: bool,
     /// Ticks since the leader was heard.
     leader_silence: usize,
     witnesses: Witnesses,
@@ -281,7 +272,7 @@ impl Consensus {
             last_step: Duration::ZERO,
             deaf_until: Duration::ZERO,
             stand_in: None,
-            handing_to: None,
+            handing_over: false,
             leader_silence: 0,
             witnesses: Witnesses::default(),
         };
@@ -316,16 +307,6 @@ impl Consensus {
     /// The data of an entry that is still in the log.
     pub fn entry_data(&self, index: LogIndex) -> Result<Option<Bytes>, LogError> {
         Ok(self.raft.store().entry(index)?.map(|entry| entry.data))
-    }
-
-    /// Who is where.
-    pub fn roster(&self) -> Roster {
-        let mut roster = Roster { membership: self.membership.clone(), progress: BTreeMap::new() };
-        if self.role.leads {
-            let members = roster.membership.members.keys();
-            roster.progress = members.filter_map(|id| Some((*id, self.progress(*id)?))).collect();
-        }
-        roster
     }
 
     /// How far a node is; `None` unless this one leads.
@@ -408,7 +389,7 @@ impl Consensus {
             return Err(NotLeader);
         }
         self.raft.transfer_leader(to.0);
-        self.handing_to = self.raft.raft.lead_transferee.map(NodeId);
+        self.handing_over = self.is_handing_over();
         self.flush(outputs);
         Ok(())
     }
@@ -735,8 +716,8 @@ impl Consensus {
         if role == self.role {
             return;
         }
-        if self.handing_to.is_some() && !(leads && raft.lead_transferee.is_some()) {
-            self.handing_to = None;
+        if self.handing_over && !(leads && raft.lead_transferee.is_some()) {
+            self.handing_over = false;
             if self.role.leads && !leads {
                 // Goes forward soon, also if the other one dies now.
                 self.stand_in = Some(self.config.election_ticks / 2);

@@ -5,6 +5,6 @@ mod zconfig;
 
 pub use schema::{
     Address, Config, EventLog, LogFileSection, MemberLine, Profile, Standby, StorageSection,
-    ZeoAddress, ZeoSection,
+    ZeoAddress, ZeoSection, word,
 };
 pub use zconfig::ConfigError;

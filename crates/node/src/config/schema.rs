@@ -323,7 +323,8 @@ fn byte_size(text: &str) -> Result<u64, String> {
     size.ok_or_else(|| format!("{text:?} is not a size, such as 256MB"))
 }
 
-fn word(text: &str) -> Result<String, String> {
+/// A name: of a node, a group, a cluster.
+pub fn word(text: &str) -> Result<String, String> {
     let fine = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
     if fine {
         Ok(text.into())

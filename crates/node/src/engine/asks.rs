@@ -8,13 +8,12 @@ use standby_types::NodeId;
 
 use super::Engine;
 use crate::ask::{Ask, Asker, Done};
-use crate::settings::{FEATURE_LEVEL, Invitation, Setting};
+use crate::config::word;
+use crate::settings::{FEATURE_LEVEL, Invitation, SETTINGS_LEVEL, Setting};
 use crate::state::random_hex;
 
 /// Time for a decision to come into force.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// The level from which there are settings.
-const SETTINGS_LEVEL: u32 = 2;
 
 type Condition = Box<dyn Fn(&Engine) -> bool + Send>;
 
@@ -47,16 +46,13 @@ impl Engine {
             }
             _ => {}
         }
-        let (setting, mut done) = match self.decision(&ask) {
+        let (setting, done) = match self.decision(&ask) {
             Ok(decision) => decision,
             Err(reason) => {
                 let _ = asker.send(Err(reason));
                 return Ok(());
             }
         };
-        if let Setting::Invite { invitation, .. } = &setting {
-            done.token = Some(invitation.token.clone());
-        }
         if !self.decide(&setting)? {
             let _ = asker.send(Err("another change is under way; ask again".into()));
             return Ok(());
@@ -100,8 +96,8 @@ impl Engine {
 
     fn has_its_votes(&self, group: &str) -> bool {
         let membership = self.consensus.membership();
-        let mut members = membership.members.values().filter(|m| m.group == group && !m.witness);
-        members.all(|m| membership.voters.contains(&m.id) == self.is_failover(group))
+        let votes = self.is_failover(group);
+        self.data_nodes(group).all(|m| membership.voters.contains(&m.id) == votes)
             && membership.outgoing.is_empty()
     }
 
@@ -120,12 +116,7 @@ impl Engine {
                 self.invitation(node, group.as_deref(), *witness, *replaces)
             }
             Ask::NodeRemove { node, force } => {
-                let member = self.member(node)?;
-                if member.id == self.shared.id {
-                    return Err(format!(
-                        "{node} is primary: first make another node primary by standby switchover"
-                    ));
-                }
+                let member = self.replica(node)?;
                 self.check_loss(&BTreeSet::from([member.id]), *force)?;
                 let text = format!(
                     "{node} is no member of the cluster any more. Stop it; to let it in again, use \
@@ -134,14 +125,14 @@ impl Engine {
                 Ok((Setting::Remove { node: node.clone() }, done(text)))
             }
             Ask::GroupSet { group, failover: true, .. } => {
-                self.group(group)?;
+                self.check_group(group)?;
                 let text = format!(
                     "the nodes of group {group} vote: one of them can become primary by itself"
                 );
                 Ok((Setting::Failover { group: group.clone(), on: true }, done(text)))
             }
             Ask::GroupSet { group, failover: false, force } => {
-                let members = self.group(group)?;
+                self.check_group(group)?;
                 if self.settings.moving_to.as_ref() == Some(group) {
                     return Err(format!("the primary is being moved to group {group}"));
                 }
@@ -151,7 +142,7 @@ impl Engine {
                          standby group move --to GROUP"
                     ));
                 }
-                let data = members.iter().filter(|m| !m.witness).map(|m| m.id).collect();
+                let data = self.data_nodes(group).map(|m| m.id).collect();
                 self.check_loss(&data, *force)?;
                 let text = format!(
                     "the nodes of group {group} have no vote: none of them becomes primary by itself"
@@ -159,12 +150,12 @@ impl Engine {
                 Ok((Setting::Failover { group: group.clone(), on: false }, done(text)))
             }
             Ask::GroupMove { to } => {
-                let members = self.group(to)?;
-                if !members.iter().any(|m| !m.witness && self.is_there(m.id)) {
+                self.check_group(to)?;
+                if !self.data_nodes(to).any(|m| self.is_there(m.id)) {
                     return Err(format!("no node of group {to} with data is there"));
                 }
                 let witnesses = self.consensus.membership().members.values().filter(|m| m.witness);
-                let voters = members.iter().filter(|m| !m.witness).count() + witnesses.count();
+                let voters = self.data_nodes(to).count() + witnesses.count();
                 let text = format!(
                     "the primary and all votes go to group {to}; with {voters} voter(s) it will survive {} failure(s)",
                     survivable(voters)
@@ -208,18 +199,24 @@ impl Engine {
         })
     }
 
-    fn group(&self, name: &str) -> Result<Vec<&Member>, String> {
-        let members = &self.consensus.membership().members;
-        let found: Vec<_> = members.values().filter(|m| m.group == name).collect();
-        if found.is_empty() {
-            let groups: BTreeSet<_> = members.values().map(|m| m.group.as_str()).collect();
-            let groups: Vec<_> = groups.into_iter().collect();
-            return Err(format!(
-                "no node is of group {name}; the groups are {}",
-                groups.join(", ")
-            ));
+    /// A member that is not primary.
+    fn replica(&self, name: &str) -> Result<&Member, String> {
+        match self.member(name)? {
+            member if member.id == self.shared.id => Err(format!(
+                "{name} is primary: first make another node primary by standby switchover"
+            )),
+            member => Ok(member),
         }
-        Ok(found)
+    }
+
+    fn check_group(&self, name: &str) -> Result<(), String> {
+        let members = self.consensus.membership().members.values();
+        let groups: BTreeSet<_> = members.map(|m| m.group.as_str()).collect();
+        if groups.contains(name) {
+            return Ok(());
+        }
+        let groups = Vec::from_iter(groups).join(", ");
+        Err(format!("no node is of group {name}; the groups are {groups}"))
     }
 
     fn invitation(
@@ -229,35 +226,25 @@ impl Engine {
         witness: bool,
         replaces: bool,
     ) -> Result<(Setting, Done), String> {
-        let fine = |text: &str| {
-            !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c))
+        word(node)?;
+        let (like, witness) = if replaces {
+            let former = self.replica(node)?;
+            (former, former.witness)
+        } else if self.member(node).is_ok() {
+            return Err(format!(
+                "{node} is a member already; to let another machine take its place: standby node replace"
+            ));
+        } else {
+            (&self.shared.member, witness)
         };
-        if !fine(node) || !group.is_none_or(fine) {
-            return Err("a name has letters, digits, - _ . only".into());
-        }
-        let (group, witness) = match (replaces, self.member(node)) {
-            (false, Ok(_)) => {
-                return Err(format!(
-                    "{node} is a member already; to let another machine take its place: standby node replace"
-                ));
-            }
-            (false, Err(_)) => {
-                let group = group.unwrap_or(&self.shared.member.group);
-                (group.to_owned(), witness)
-            }
-            (true, Ok(member)) if member.id == self.shared.id => {
-                return Err(format!(
-                    "{node} is primary: first make another node primary by standby switchover"
-                ));
-            }
-            (true, Ok(member)) => (group.unwrap_or(&member.group).to_owned(), member.witness),
-            (true, Err(reason)) => return Err(reason),
-        };
+        let group = group.map_or_else(|| Ok(like.group.clone()), word)?;
         let token = random_hex(16).map_err(|error| error.to_string())?;
-        let text = format!("node {node} may join as a member of group {group}");
+        let done = Done {
+            text: format!("node {node} may join as a member of group {group}"),
+            token: Some(token.clone()),
+        };
         let invitation = Invitation { group, witness, token, replaces };
-        let setting = Setting::Invite { node: node.into(), invitation };
-        Ok((setting, Done { text, token: None }))
+        Ok((Setting::Invite { node: node.into(), invitation }, done))
     }
 
     /// Why it is dangerous that these nodes lose their votes, if it is and nobody insists.

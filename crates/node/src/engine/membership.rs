@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use super::{Engine, NEARLY};
 use crate::peers::PeerInfo;
-use crate::settings::Setting;
+use crate::settings::{SETTINGS_LEVEL, Setting};
 
 const NOT_INVITED: &str = "it is not invited (standby node add), or its join-token, group or witness line is \
                            another than the invitation's";
@@ -28,7 +28,7 @@ impl Engine {
         if !self.serves() || self.shared.config.standby.is_none() {
             return Ok(());
         }
-        if self.settings.failover.is_empty() && self.settings.level() > 1 {
+        if self.settings.failover.is_empty() && self.settings.level() >= SETTINGS_LEVEL {
             // The level was just raised: what was so by itself is said now.
             let group = self.shared.member.group.clone();
             self.decide(&Setting::Failover { group, on: true })?;
@@ -58,11 +58,9 @@ impl Engine {
         if self.applied < self.decided {
             return Ok(false);
         }
-        match self.propose(Command::Setting(setting.encode()), None)? {
-            Some(index) => self.decided = index,
-            None => return Ok(false),
-        }
-        Ok(true)
+        let proposed = self.propose(Command::Setting(setting.encode()), None)?;
+        self.decided = proposed.unwrap_or(self.decided);
+        Ok(proposed.is_some())
     }
 
     /// True if the nodes of a group are to vote.
@@ -73,6 +71,12 @@ impl Engine {
             return founder.is_some_and(|founder| founder.group == group);
         }
         self.settings.failover.contains(group)
+    }
+
+    /// The nodes of a group that hold data.
+    pub(super) fn data_nodes(&self, group: &str) -> impl Iterator<Item = &Member> {
+        let members = self.consensus.membership().members.values();
+        members.filter(move |member| member.group == group && !member.witness)
     }
 
     fn is_to_vote(&self, member: &Member) -> bool {
@@ -174,9 +178,9 @@ impl Engine {
         let now = self.shared.now();
         let rests = self.switchover_failed_at.is_some_and(|at| now < at + MOVE_PAUSE);
         let membership = self.consensus.membership();
-        let mut group = membership.members.values().filter(|m| m.group == to && !m.witness);
         // Those that are there are waited for: one voter alone would be no place to be.
-        let complete = group.all(|m| !self.is_there(m.id) || membership.voters.contains(&m.id));
+        let complete = (self.data_nodes(&to))
+            .all(|m| !self.is_there(m.id) || membership.voters.contains(&m.id));
         if self.switchover.is_none()
             && !rests
             && complete

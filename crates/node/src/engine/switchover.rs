@@ -23,7 +23,7 @@ use std::time::Duration;
 use standby_types::NodeId;
 use tracing::{info, warn};
 
-use super::{Engine, NEARLY};
+use super::Engine;
 use crate::applier::Work;
 use crate::ask::{Answer, Asker, Done};
 
@@ -120,15 +120,14 @@ impl Engine {
 
     /// The voter with data, of the groups that are `wanted`, that is nearest to this one.
     pub(super) fn best_voter(&self, wanted: impl Fn(&str) -> bool) -> Option<NodeId> {
-        let roster = self.consensus.roster();
-        let membership = &roster.membership;
+        let membership = self.consensus.membership();
         let fits = |id: &NodeId| {
             let member = membership.members.get(id);
             *id != self.shared.id
                 && member.is_some_and(|m| !m.witness && wanted(&m.group))
                 && self.is_there(*id)
         };
-        let matched = |id: &NodeId| roster.progress.get(id).map(|progress| progress.matched);
+        let matched = |id: &NodeId| self.consensus.progress(*id).map(|progress| progress.matched);
         membership.voters.iter().copied().filter(fits).max_by_key(matched)
     }
 
@@ -161,13 +160,12 @@ impl Engine {
         if phase != Phase::Handing && !self.is_there(target) {
             return self.switchover_failed("it cannot be reached any more");
         }
-        let progress = self.consensus.progress(target);
-        let behind = progress.map_or(u64::MAX, |progress| {
-            self.consensus.last_index().0.saturating_sub(progress.matched.0)
-        });
+        let last = self.consensus.last_index().0;
+        let behind =
+            self.consensus.progress(target).map_or(last, |p| last.saturating_sub(p.matched.0));
         match phase {
             Phase::Levelling => {
-                let level = behind <= NEARLY && progress.is_some_and(|p| !p.catching_up);
+                let level = self.is_level(target);
                 let uploads = self.shared.sessions.any_upload();
                 if level && (!uploads || waited >= grace) {
                     self.enter(Phase::Draining);
@@ -195,13 +193,12 @@ impl Engine {
                     return self.perform(outputs);
                 }
                 let now = self.shared.now();
+                let idle_since = idle.then(|| switchover.idle_since.unwrap_or(now));
+                if idle_since.is_some_and(|since| now >= since + COMMIT_PATIENCE) {
+                    return self.switchover_failed("the last commits do not reach it");
+                }
                 if let Some(switchover) = &mut self.switchover {
-                    let idle_since = *switchover.idle_since.get_or_insert(now);
-                    if !idle {
-                        switchover.idle_since = None;
-                    } else if now.saturating_sub(idle_since) >= COMMIT_PATIENCE {
-                        return self.switchover_failed("the last commits do not reach it");
-                    }
+                    switchover.idle_since = idle_since;
                 }
                 if waited >= grace {
                     self.end_transactions();
@@ -228,15 +225,12 @@ impl Engine {
 
     /// The grace is over: whoever has voted and does not finish loses its place.
     fn end_transactions(&mut self) {
-        let now = self.shared.now();
         for name in self.shared.clone().storages.keys() {
             let undecided =
                 self.storages.get(name).map_or_else(Vec::new, |s| s.transactions.undecided());
             for session in undecided {
-                if let Some(session) = self.shared.sessions.get(session) {
-                    session.cut("another node becomes primary, and its transaction took too long");
-                }
-                self.unlocked(name, |t| t.abort(now, session));
+                let reason = "another node becomes primary, and its transaction took too long";
+                self.end_transaction(name, session, reason);
             }
         }
     }

@@ -50,6 +50,9 @@ const NAMES: [&str; 17] = [
     "message",
 ];
 
+/// Those that are no whole numbers.
+const FRACTIONS: [&str; 3] = ["created", "msecs", "relativeCreated"];
+
 impl Format {
     /// Reads a format string and a date format (of `strftime`).
     pub fn parse(text: &str, date: Option<&str>) -> Result<Format, String> {
@@ -90,9 +93,7 @@ impl Format {
                 Piece::Field { name, left, zero, width, precision } => {
                     let mut value = line.value(name, &self.date);
                     match precision {
-                        Some(digits)
-                            if matches!(name.as_str(), "created" | "msecs" | "relativeCreated") =>
-                        {
+                        Some(digits) if FRACTIONS.contains(&name.as_str()) => {
                             let number: f64 = value.parse().unwrap_or_default();
                             value = format!("{number:.digits$}");
                         }
@@ -132,24 +133,20 @@ fn field(text: &str) -> Result<(Piece, &str), String> {
         "" => Ok(0),
         text => text.parse::<u8>().map(usize::from).map_err(|_| wrong()),
     };
-    let whole = matches!(kind, "d" | "i" | "u");
-    let float = number && !whole;
-    let precision = precision.map(size).transpose()?;
+    let given = precision.map(size).transpose()?;
+    let precision = match kind {
+        // A whole number has no digits to cut.
+        "d" | "i" | "u" if !FRACTIONS.contains(&name) => None,
+        "d" | "i" | "u" => given.or(Some(0)),
+        _ if number => given.or(Some(6)),
+        _ => given,
+    };
     let piece = Piece::Field {
         name: name.into(),
         left: flags.contains('-'),
         zero: flags.contains('0') && number,
         width: size(width)?,
-        precision: precision.or(whole.then_some(0)).or(float.then_some(6)),
-    };
-    // A whole number has no digits to cut.
-    let piece = match piece {
-        Piece::Field { name, left, zero, width, .. }
-            if whole && !matches!(name.as_str(), "created" | "msecs" | "relativeCreated") =>
-        {
-            Piece::Field { name, left, zero, width, precision: None }
-        }
-        other => other,
+        precision,
     };
     Ok((piece, &after[end + 1..]))
 }

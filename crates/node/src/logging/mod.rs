@@ -4,7 +4,7 @@ mod file;
 mod format;
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 use tracing_subscriber::filter::LevelFilter;
@@ -16,6 +16,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry};
 pub use self::file::{LogFile, Rotation};
 pub use self::format::Format;
 use crate::config::{Config, LogFileSection};
+use crate::sync::lock;
 
 /// The log files, to open them anew after somebody has moved them away.
 pub struct LogFiles(Vec<Target>);
@@ -24,7 +25,7 @@ impl LogFiles {
     /// Opens all files again; one that cannot be opened is written to as before.
     pub fn reopen(&self) {
         for target in &self.0 {
-            if let Output::File(file) = &mut *target.lock()
+            if let Output::File(file) = &mut *lock(&target.0)
                 && let Err(error) = file.reopen()
             {
                 eprintln!("standby: cannot open {} again: {error}", file.path().display());
@@ -100,16 +101,12 @@ impl Target {
         };
         Ok(Target(Arc::new(Mutex::new(output))))
     }
-
-    fn lock(&self) -> MutexGuard<'_, Output> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Write for Target {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         // A log that cannot be written must not stop the server.
-        let _ = match &mut *self.lock() {
+        let _ = match &mut *lock(&self.0) {
             Output::Stdout => io::stdout().write_all(bytes),
             Output::Stderr => io::stderr().write_all(bytes),
             Output::File(file) => file.write(bytes),

@@ -16,21 +16,19 @@ use crate::stream::Stream;
 /// Asks the node at `address`.
 pub async fn ask(shared: &Shared, address: &str, ask: &Ask) -> Result<Answer, PeerError> {
     let (mut stream, _) = connect(&shared.introduction(), address, Purpose::Ask).await?;
-    let malformed = |error: serde_json::Error| PeerError::Protocol(error.to_string());
-    write_frame(&mut stream, b'q', &serde_json::to_vec(ask).map_err(malformed)?).await?;
+    write_frame(&mut stream, b'q', &serde_json::to_vec(ask)?).await?;
     match read_frame(&mut stream, MAX_FRAME).await? {
-        (b'a', json) => serde_json::from_slice(&json).map_err(malformed),
+        (b'a', json) => Ok(serde_json::from_slice(&json)?),
         (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
     }
 }
 
 /// Answers a node that asks.
 pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
-    let malformed = |error: serde_json::Error| PeerError::Protocol(error.to_string());
     let (_, json) = read_frame(&mut stream, 64 << 10).await?;
     let answer = match serde_json::from_slice(&json) {
         Ok(ask) => here(shared, ask).await,
         Err(error) => Err(format!("the primary does not know how to do that: {error}")),
     };
-    write_frame(&mut stream, b'a', &serde_json::to_vec(&answer).map_err(malformed)?).await
+    write_frame(&mut stream, b'a', &serde_json::to_vec(&answer)?).await
 }

@@ -162,7 +162,7 @@ impl Source {
     }
 
     async fn ask(&mut self, request: &Request) -> Result<(), PeerError> {
-        let json = serde_json::to_vec(request).map_err(|e| PeerError::Protocol(e.to_string()))?;
+        let json = serde_json::to_vec(request)?;
         write_frame(&mut self.0, b'q', &json).await
     }
 
@@ -228,9 +228,7 @@ fn blobs_of<'a>(shared: &'a Shared, storage: &str) -> Result<&'a BlobDir, PeerEr
 pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
     loop {
         let request = match read_frame(&mut stream, 4 << 10).await {
-            Ok((b'q', json)) => {
-                serde_json::from_slice(&json).map_err(|e| PeerError::Protocol(e.to_string()))?
-            }
+            Ok((b'q', json)) => serde_json::from_slice(&json)?,
             Ok(_) => return Err(PeerError::Protocol("no request for a blob".into())),
             Err(PeerError::Io(_)) => return Ok(()),
             Err(error) => return Err(error),

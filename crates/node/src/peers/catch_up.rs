@@ -5,8 +5,8 @@
 //!   'q' JSON: per storage the last tid, its
 //!       position, and for a data file of
 //!       unknown origin its SHA-256     ─────▶
-//!                                      ◀─────  'x' reason, or per storage:
 //!                                      ◀─────  'p' about how many bytes there are to come, 8
+//!                                      ◀─────  'x' reason, or per storage:
 //!                                      ◀─────  's' storage name
 //!                                      ◀─────  't' transaction's head
 //!                                      ◀─────  'b' the oid of the next record, if that has a blob
@@ -124,7 +124,7 @@ async fn attempt(
     })
     .await?;
     info!(peer = peer.node, target = %target.index, "catching up");
-    let json = serde_json::to_vec(&request).map_err(|e| PeerError::Protocol(e.to_string()))?;
+    let json = serde_json::to_vec(&request)?;
     write_frame(&mut stream, b'q', &json).await?;
     let (items, receiver) = mpsc::channel(QUEUE);
     shared.apply(Work::CatchUp { items: CatchUpItems::new(receiver), target: target.clone() });
@@ -149,7 +149,7 @@ async fn attempt(
             info!(peer = peer.node, megabytes, of, transactions, "catching up");
         }
         if let Some(rate) = rate {
-            // Where the sender is to be waits until it has to: its socket is full.
+            // The sender waits too, when its socket is full.
             let due = Duration::from_secs_f64(progress.bytes as f64 / rate as f64);
             if due > begun.elapsed() + Duration::from_millis(10) {
                 tokio::time::sleep(due - begun.elapsed()).await;
@@ -169,8 +169,6 @@ async fn attempt(
             }
             b't' => {
                 progress.transactions += 1;
-                progress.seconds = begun.elapsed().as_secs_f64();
-                shared.show_catch_up(Some(progress.clone()));
                 let meta = take_meta(&mut content.clone()).map_err(malformed)?;
                 CatchUpItem::Begin(storage.clone(), meta)
             }
@@ -207,13 +205,14 @@ async fn attempt(
         if !done && batch.len() < BATCH && !stream.buffer().is_empty() {
             continue;
         }
+        progress.seconds = begun.elapsed().as_secs_f64();
+        shared.show_catch_up(Some(progress.clone()));
         let full = std::mem::replace(&mut batch, Vec::with_capacity(BATCH));
         if items.send(full).await.is_err() {
             return Err(PeerError::Protocol("a newer catch-up has replaced this one".into()));
         }
         if done {
-            let CatchUp { bytes, transactions, .. } = progress;
-            let seconds = begun.elapsed().as_secs_f64();
+            let CatchUp { bytes, transactions, seconds, .. } = progress;
             let per_second = |n: u64| (n as f64 / seconds.max(1e-6)) as u64;
             info!(
                 peer = peer.node,
@@ -292,9 +291,7 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
     let served = async {
         let (kind, content) = read_frame(&mut stream, 1 << 20).await?;
         let request: Request = match kind {
-            b'q' => {
-                serde_json::from_slice(&content).map_err(|e| PeerError::Protocol(e.to_string()))?
-            }
+            b'q' => serde_json::from_slice(&content)?,
             _ => return Err(PeerError::Protocol("no request for a catch-up".into())),
         };
         let (frames, mut queue) = mpsc::channel(QUEUE);

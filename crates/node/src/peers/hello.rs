@@ -237,7 +237,7 @@ async fn dial(
         Some(tls) => tls.connect(tcp).await.map(Stream::from_tls).map_err(no_tls)?,
     };
     let mine = PeerInfo::of(me, purpose)?;
-    let my_hello = to_json(&mine)?;
+    let my_hello = serde_json::to_vec(&mine)?;
     write_frame(&mut stream, b'h', &my_hello).await?;
     let (kind, their_hello) = read_frame(&mut stream, MAX_HELLO).await?;
     let theirs = parse(kind, &their_hello)?;
@@ -296,7 +296,7 @@ async fn greet(
     let (kind, their_hello) = read_frame(stream, MAX_HELLO).await?;
     let theirs = parse(kind, &their_hello)?;
     let mine = PeerInfo::of(me, theirs.purpose)?;
-    let my_hello = to_json(&mine)?;
+    let my_hello = serde_json::to_vec(&mine)?;
     let hellos = [&their_hello[..], &my_hello[..]];
     write_frame(stream, b'h', &my_hello).await?;
     let tag = proof(&me.secret, "accepting", hellos).finalize().into_bytes();
@@ -311,8 +311,4 @@ async fn greet(
     }
     write_frame(stream, b'o', b"").await?;
     Ok(theirs)
-}
-
-fn to_json(info: &PeerInfo) -> Result<Vec<u8>, PeerError> {
-    serde_json::to_vec(info).map_err(|error| PeerError::Protocol(error.to_string()))
 }

@@ -1,7 +1,7 @@
 //! Links: the connections over which consensus talks.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use crate::listener;
 use crate::node::Shared;
 use crate::status::NodeReport;
 use crate::stream::Stream;
+use crate::sync::lock;
 
 /// Frames that wait for a slow peer; more are dropped, and Raft sends again.
 const QUEUE: usize = 4096;
@@ -35,10 +36,6 @@ const QUIET: Duration = Duration::from_secs(60);
 pub struct Peers {
     links: Mutex<BTreeMap<NodeId, mpsc::Sender<Bytes>>>,
     dialled: Mutex<BTreeSet<String>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Peers {
@@ -253,8 +250,7 @@ async fn receive_all(
                 }
             }
             b'a' | b'd' => {
-                let announcement = serde_json::from_slice(&content)
-                    .map_err(|error| PeerError::Protocol(error.to_string()))?;
+                let announcement = serde_json::from_slice(&content)?;
                 let event = match kind {
                     b'a' => Event::Announced(from, announcement),
                     _ => Event::Forgotten(announcement),

@@ -36,6 +36,9 @@ pub enum PeerError {
     /// A blob cannot be kept.
     #[error("{0}")]
     Storage(#[from] standby_filestorage::StorageError),
+    /// What should be JSON is none.
+    #[error("{0}")]
+    Json(#[from] serde_json::Error),
     /// The other side refuses us, and says why.
     #[error("refused: {0}")]
     Refused(String),
