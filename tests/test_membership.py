@@ -8,7 +8,7 @@ import pytest
 
 import cluster as harness
 from test_cluster import Writer, check_histories
-from zeo_client import Client, transactions
+from zeo_client import Client
 
 
 def shown(node):
@@ -23,12 +23,6 @@ def wait_for_voters(cluster, *names):
         return picture and {n["node"] for n in picture["nodes"] if n["voter"]} == set(names)
 
     harness.wait_for("voters %s" % (names,), voters)
-
-
-def same_histories(nodes):
-    histories = [transactions(node.data_file) for node in nodes]
-    assert all(history == histories[0] for history in histories)
-    return histories[0]
 
 
 def token_of(printed):
@@ -75,12 +69,7 @@ def test_row_19_two_data_nodes_and_a_witness_survive_any_single_failure(stopping
         assert "the next failure stops writes" in status
         node.start()
         cluster.wait_healthy()
-    acknowledged = writer.finish()
-    cluster.wait_level()
-    cluster.stop()
-    history = same_histories(cluster.nodes[:2])
-    notes = [txn[3] for txn in history]
-    assert all(notes.count(note) == 1 for note in acknowledged)
+    check_histories(cluster, writer.finish())
     assert not os.path.exists(cluster.named("n3").data_file)
     logs = [os.path.join(d, f) for d, _, fs in os.walk(cluster.named("n3").state_dir) for f in fs]
     for path in logs:
@@ -131,10 +120,8 @@ def test_remote_groups_never_take_over_and_follow(stopping):
     for node in cluster.nodes[:3]:
         node.start()
     client.commit(lambda root: root.update(number=4))
-    cluster.wait_level()
     client.close()
-    cluster.stop()
-    same_histories(cluster.nodes)
+    check_histories(cluster, [])
 
 
 def test_a_group_is_moved_to_and_back(stopping):
@@ -159,11 +146,7 @@ def test_a_group_is_moved_to_and_back(stopping):
     cluster.failover = "here"
     cluster.wait_healthy()
     assert cluster.primary().group == "here"
-    acknowledged = writer.finish()
-    cluster.wait_level()
-    cluster.stop()
-    notes = [txn[3] for txn in same_histories(cluster.nodes)]
-    assert all(notes.count(note) == 1 for note in acknowledged)
+    check_histories(cluster, writer.finish())
 
 
 def test_votes_are_given_and_taken(stopping):
@@ -250,11 +233,7 @@ def test_nodes_are_added_replaced_and_removed_while_clients_commit(stopping, tmp
         primary.ask("node", "remove", left[1].name, fails=True)
     )
     assert "2 voters would be left, which survive 0 failure(s) instead of 1" in refused
-    acknowledged = writer.finish()
-    cluster.wait_level()
-    cluster.stop()
-    notes = [txn[3] for txn in same_histories(cluster.nodes)]
-    assert all(notes.count(note) == 1 for note in acknowledged)
+    check_histories(cluster, writer.finish())
 
 
 def test_a_removal_that_stops_writes_is_refused(stopping):

@@ -7,8 +7,8 @@ import time
 import pytest
 
 import cluster as harness
-from test_cluster import Writer
-from test_membership import same_histories, shown
+from test_cluster import Writer, check_files
+from test_membership import shown
 from test_scenario import places  # noqa: F401  (a fixture)
 from zeo_client import Client
 
@@ -31,8 +31,7 @@ def one_each(places, nodes, test):
             n1.ask("group", "set", group, "--failover", "on")
         test(world, cluster)
         harness.wait_for("all to be level", lambda: level(cluster), timeout=60)
-        cluster.stop()
-        same_histories(cluster.nodes)
+        check_files(cluster, [])
 
     world.run("office", run)
 

@@ -12,8 +12,9 @@ from ZODB.blob import Blob
 from ZODB.utils import z64
 
 import cluster as harness
+from test_blobs import staged
 from test_cluster import Writer, check_histories
-from zeo_client import Client, open_storage
+from zeo_client import Client, Voted, open_storage
 
 
 def count_disconnections(storage):
@@ -22,21 +23,6 @@ def count_disconnections(storage):
     original = storage.notify_disconnected
     storage.notify_disconnected = lambda *args: (lost.append(time.monotonic()), original(*args))
     return lost
-
-
-class Voted:
-    """A transaction of a storage's own that has voted and not finished."""
-
-    def __init__(self, addresses):
-        self.storage = open_storage(addresses, wait_timeout=5)
-        self.oid = self.storage.new_oid()
-        self.txn = transaction.TransactionManager().begin()
-        self.storage.tpc_begin(self.txn)
-        self.storage.store(self.oid, z64, b"\x80\x02cpersistent\nPersistent\nq\x01.N.", "", self.txn)
-        self.storage.tpc_vote(self.txn)
-
-    def finish(self):
-        return self.storage.tpc_finish(self.txn)
 
 
 def asked(node, *words):
@@ -210,20 +196,12 @@ def test_row_23_an_upload_is_waited_for(nodes, tmp_path):
         target=lambda: failures.append(client.commit(store)[1]), daemon=True
     )
     committing.start()
-    harness.wait_for("an upload", lambda: b"".join(staged(cluster)), poll=0.001)
+    harness.wait_for(
+        "an upload", lambda: any(staged(node.blob_dir) for node in cluster.nodes), poll=0.001
+    )
     assert "is primary" in cluster.nodes[0].ask("switchover", "--grace", "30")
     committing.join(60)
     assert failures == [0], "the upload was cut off"
-
-
-def staged(cluster):
-    """What is in the directories of uploads."""
-    import glob
-    import os
-
-    for node in cluster.nodes:
-        for path in glob.glob(os.path.join(node.blob_dir, "tmp", "*")):
-            yield os.path.basename(path).encode()
 
 
 def test_readers_keep_their_sessions_through_every_change_of_role(nodes):

@@ -1,8 +1,10 @@
 """A cable with a delay: passes Ethernet frames on between two interfaces of a network namespace.
 
     python tests/wire.py INTERFACE INTERFACE MILLISECONDS
+    python tests/wire.py --whole INTERFACE
 
-each way takes so long. Ends with its standard input.
+each way takes so long. Ends with its standard input. The second form makes the machine at an end send whole
+frames.
 """
 
 import collections
@@ -37,7 +39,6 @@ def open_interface(interface):
 
 
 def main():
-    """Offloads are turned off at the far ends too: see places.py."""
     if sys.argv[1] == "--whole":
         return without_offloads(sys.argv[2])
     first, second = sys.argv[1:3]

@@ -9,6 +9,7 @@ import ZODB.FileStorage
 import ZODB.POSException
 from BTrees.OOBTree import OOBTree
 from persistent.mapping import PersistentMapping
+from ZODB.utils import z64
 
 RETRY = (ZODB.POSException.ConflictError, ZODB.POSException.StorageError)
 
@@ -72,6 +73,25 @@ class Client:
                 if failed >= attempts:
                     raise
                 time.sleep(0.02)
+
+
+class Voted:
+    """A transaction of a storage's own that has voted and not finished: of a new object, or of one that
+    is there."""
+
+    def __init__(self, addresses, oid=None):
+        self.storage = open_storage(addresses, wait_timeout=5)
+        data, serial = b"\x80\x02cpersistent\nPersistent\nq\x01.N.", z64
+        if oid is not None:
+            data, serial = self.storage.load(oid)
+        self.oid = oid or self.storage.new_oid()
+        self.txn = transaction.TransactionManager().begin()
+        self.storage.tpc_begin(self.txn)
+        self.storage.store(self.oid, serial, data, "", self.txn)
+        self.storage.tpc_vote(self.txn)
+
+    def finish(self):
+        return self.storage.tpc_finish(self.txn)
 
 
 def transactions(path):
