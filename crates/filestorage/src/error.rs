@@ -1,7 +1,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use standby_types::time::utc;
 use standby_types::{Oid, Position, Tid};
+
+use crate::holes::Hole;
 
 /// Why the storage could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +54,12 @@ pub enum StorageError {
         /// The refused one.
         tid: Tid,
     },
+    /// The answer lies in a part of the history that this file does not have.
+    #[error(
+        "the history from {} to {} is not on this node: a fast recovery left it out. standby node \
+         backfill fills it in", utc(.0.after), utc(.0.through)
+    )]
+    Hole(Hole),
     /// User, description or extension of more than 65 535 bytes.
     #[error("the {0} of a transaction may have at most 65535 bytes")]
     MetaTooLong(&'static str),

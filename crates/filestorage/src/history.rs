@@ -29,7 +29,8 @@ pub struct Backwards {
 }
 
 impl Reader {
-    /// The newest `size` revisions of `oid`, newest first; [`StorageError::NoKey`] if it never was.
+    /// The newest `size` revisions of `oid`, newest first; [`StorageError::NoKey`] if it never was,
+    /// [`StorageError::Hole`] if some of them may be missing.
     pub fn history(&self, oid: Oid, size: usize) -> Result<Vec<PastRevision>, StorageError> {
         let mut window = Window::new(&self.shared.path, self.shared.file.clone());
         let mut position = self.find(oid)?;
@@ -38,6 +39,11 @@ impl Reader {
             let (header, _) = self.record(oid, position, Access::Blocking)?;
             let transaction = self.stored_at(&mut window, header.transaction.0)?;
             found.push(PastRevision { meta: transaction.meta, size: header.data_len });
+            if found.len() < size
+                && let Some(hole) = self.hole_of(header.serial)
+            {
+                return Err(StorageError::Hole(hole));
+            }
             match header.previous {
                 Position(0) => break,
                 previous if previous >= position => {

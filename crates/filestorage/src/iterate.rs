@@ -18,6 +18,7 @@ pub struct Transactions {
     reader: Reader,
     position: u64,
     end: u64,
+    last: Tid,
     stop: Tid,
 }
 
@@ -50,7 +51,8 @@ impl Reader {
         let mark = self.mark();
         let path = self.shared.path.clone();
         let position = self.first_from(start, mark)?;
-        Ok(Transactions { path, reader: self.clone(), position, end: mark.position.0, stop })
+        let (end, last) = (mark.position.0, mark.tid);
+        Ok(Transactions { path, reader: self.clone(), position, end, last, stop })
     }
 
     /// Where the first transaction at or above `tid` begins. Walks from the end: what is asked
@@ -100,6 +102,11 @@ impl Reader {
 }
 
 impl Transactions {
+    /// The last transaction of the file when the iteration began.
+    pub fn last_tid(&self) -> Tid {
+        self.last
+    }
+
     /// Bytes of the file that are not iterated over yet.
     pub fn bytes_left(&self) -> u64 {
         self.end - self.position
@@ -138,6 +145,30 @@ impl Transactions {
             each(record)?;
         }
         Ok(())
+    }
+
+    /// The records of a transaction that no other one, up to [`Transactions::last_tid`], replaces.
+    pub fn newest_of(
+        &self,
+        transaction: &StoredTransaction,
+    ) -> Result<Vec<Position>, StorageError> {
+        let mut newest = Vec::new();
+        for (oid, position) in self.reader.records_of(transaction)? {
+            if self.reader.is_newest(oid, position, Position(self.end))? {
+                newest.push(position);
+            }
+        }
+        Ok(newest)
+    }
+
+    /// The record at `position`, one of the transaction's.
+    pub fn record_at(
+        &self,
+        transaction: &StoredTransaction,
+        position: Position,
+    ) -> Result<Record, StorageError> {
+        let mut window = Window::new(&self.path, self.reader.shared.file.clone());
+        Ok(next_record(&mut window, position.0, transaction.end - 8)?.0)
     }
 }
 

@@ -6,7 +6,7 @@
 //!
 //! Reading order: `format.rs` (the bytes), `scan.rs` (walking over a file, telling a torn tail
 //! from damage), `index/` (oid → newest position), `storage.rs` (opening), `read.rs`,
-//! `append.rs`, `iterate.rs`, `history.rs`, `undo.rs`, `pack.rs`, `blobs.rs`, `transaction.rs` (a transaction as it travels
+//! `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`, `undo.rs`, `pack.rs`, `blobs.rs`, `transaction.rs` (a transaction as it travels
 //! between nodes).
 //!
 //! What this crate does not do: it decides nothing about commits. Whoever appends has made sure
@@ -17,6 +17,7 @@ mod blobs;
 mod error;
 mod format;
 mod history;
+mod holes;
 mod index;
 mod iterate;
 mod pack;
@@ -31,6 +32,7 @@ pub use blobs::{BlobDir, Staged, Staging, may_be_blob};
 pub use error::StorageError;
 pub use format::{Magic, REFERENCE_LIMIT};
 pub use history::{Backwards, PastRevision};
+pub use holes::{Hole, Holes};
 pub use iterate::{Records, StoredTransaction, Transactions};
 pub use pack::{Job, Outcome, copy_rest, pack};
 pub use read::{Access, Reader, Revision};

@@ -9,6 +9,7 @@ use standby_types::{Oid, Position, Tid};
 
 use crate::StorageError;
 use crate::format::{DATA_HEADER, DataHeader, REFERENCE_LIMIT, number};
+use crate::holes::{Hole, Holes};
 use crate::index::Sorted;
 use crate::storage::{Mark, Shared};
 
@@ -53,6 +54,22 @@ impl Reader {
         self.shared.read().mark
     }
 
+    /// What the file lacks.
+    pub fn holes(&self) -> Holes {
+        self.shared.read().holes.clone()
+    }
+
+    /// The hole that the transaction is in.
+    pub fn hole_of(&self, tid: Tid) -> Option<Hole> {
+        self.shared.read().holes.of(tid)
+    }
+
+    /// True if the file shows a moment that was: its last transaction is not within a hole.
+    pub fn is_whole(&self) -> bool {
+        let state = self.shared.read();
+        state.holes.are_filled_up_to(state.mark.tid)
+    }
+
     /// Number of objects; deleted ones count until a pack.
     pub fn len(&self) -> u64 {
         self.shared.read().index.len()
@@ -70,7 +87,8 @@ impl Reader {
 
     /// The newest revision of `oid` that is older than `tid`; `Ok(None)` if the object exists,
     /// but all its revisions are as new or newer; [`StorageError::NoKey`] if there is no such
-    /// object, or it was gone at that time.
+    /// object, or it was gone at that time; [`StorageError::Hole`] if the file lacks the time before
+    /// `tid`. Of a revision that was replaced in a hole, `end` is the beginning of the hole.
     pub fn load_before(
         &self,
         oid: Oid,
@@ -86,6 +104,12 @@ impl Reader {
                 return Ok(Some(Revision { data, serial: header.serial, end }));
             }
             end = Some(header.serial);
+            if let Some(hole) = self.hole_of(header.serial) {
+                if tid > hole.after.next() {
+                    return Err(StorageError::Hole(hole));
+                }
+                end = Some(hole.after.next());
+            }
             match header.previous {
                 Position(0) => return Ok(None),
                 previous if previous >= position => {
@@ -124,6 +148,25 @@ impl Reader {
             return Err(StorageError::NoKey(oid));
         }
         Ok(header.serial)
+    }
+
+    /// True if the record of `oid` at `position` is the newest one of all that begin before `end`.
+    pub(crate) fn is_newest(
+        &self,
+        oid: Oid,
+        position: Position,
+        end: Position,
+    ) -> Result<bool, StorageError> {
+        let mut at = self.find(oid)?;
+        while at >= end {
+            match self.record(oid, at, Access::Blocking)?.0.previous {
+                previous if previous >= at => {
+                    return self.damaged(at, "a record's predecessor comes after it");
+                }
+                previous => at = previous,
+            }
+        }
+        Ok(at == position)
     }
 
     /// The highest oid in the file.

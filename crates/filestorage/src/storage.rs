@@ -9,6 +9,7 @@ use standby_types::{Disk, File, Position, Tid};
 
 use crate::StorageError;
 use crate::format::{DataHeader, Magic, TXN_HEADER};
+use crate::holes::Holes;
 use crate::index::{Index, Sorted};
 use crate::read::Reader;
 use crate::scan::{Found, Scanner, Window};
@@ -84,6 +85,7 @@ pub(crate) struct Shared {
 pub(crate) struct State {
     pub index: Index,
     pub mark: Mark,
+    pub holes: Holes,
 }
 
 impl Shared {
@@ -179,7 +181,7 @@ impl FileStorage {
             disk,
             index_path: index_path.to_owned(),
             magic,
-            state: RwLock::new(State { index, mark }),
+            state: RwLock::new(State { index, mark, holes: Holes::default() }),
         };
         Ok((FileStorage::of(shared, again.into()), opened))
     }
@@ -190,9 +192,9 @@ impl FileStorage {
         FileStorage { shared, source, again }
     }
 
-    /// Begins an empty file at `path` that will take the place of this one.
-    pub(crate) fn successor(reader: &Reader, path: &Path) -> Result<FileStorage, StorageError> {
-        let old = &reader.shared;
+    /// Begins an empty file at `path` that will take the place of this one; it has the same holes.
+    pub fn successor(reader: &Reader, path: &Path) -> Result<FileStorage, StorageError> {
+        let (old, holes) = (&reader.shared, reader.holes());
         let file = old.disk.open(path, Open::Create).map_err(StorageError::io(path, "create"))?;
         file.set_len(0).map_err(StorageError::io(path, "cut"))?;
         file.write_at(old.magic.bytes(), 0).map_err(StorageError::io(path, "write"))?;
@@ -202,7 +204,7 @@ impl FileStorage {
             disk: old.disk.clone(),
             index_path: old.index_path.clone(),
             magic: old.magic,
-            state: RwLock::new(State { index: Index::default(), mark: Mark::START }),
+            state: RwLock::new(State { index: Index::default(), mark: Mark::START, holes }),
         };
         Ok(FileStorage::of(shared, VecDeque::new()))
     }
@@ -259,6 +261,11 @@ impl FileStorage {
     /// The file's first four bytes.
     pub fn magic(&self) -> Magic {
         self.shared.magic
+    }
+
+    /// Says what the file lacks. It is the caller's business to remember that.
+    pub fn set_holes(&mut self, holes: Holes) {
+        self.shared.write().holes = holes;
     }
 
     /// Makes all that was appended durable; returns how far that reaches.

@@ -82,6 +82,9 @@ impl Reader {
     }
 
     fn undoable(&self, tid: Tid) -> Result<Vec<(Oid, Position)>, UndoError> {
+        if let Some(hole) = self.hole_of(tid) {
+            return Err(StorageError::Hole(hole).into());
+        }
         let transaction = self.transactions(tid, tid)?.advance()?;
         let transaction = transaction.ok_or(UndoError::Unknown(tid))?;
         if transaction.meta.status != b' ' {

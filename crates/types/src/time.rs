@@ -71,6 +71,18 @@ fn days_from_civil(year: i64, month: u64, day: u64) -> i64 {
     era * 146_097 + day_of_era - 719_468
 }
 
+/// The time of a tid, for people.
+pub fn utc(tid: Tid) -> String {
+    if tid == Tid::NONE {
+        return "the beginning".into();
+    }
+    let time = time_of(tid);
+    let (year, month, day) = date_of(time);
+    let seconds = time.as_secs();
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
