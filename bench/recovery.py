@@ -3,8 +3,10 @@
     python bench/recovery.py [--seconds 10]
 
 needs the program (cargo build --release). Databases of transactions with one object each are written for so
-many seconds; then a second node joins, once with both on the disk, once with both in memory (/dev/shm). Beside
-it: how fast the same disk takes one long file that is synced at the end.
+many seconds, object after object again and again; then a second node joins by normal and by fast recovery, once
+with both on the disk, once with both in memory (/dev/shm). A fast recovery gets the last revision of each object only:
+its rates are those of the history that it covers, in the time that it takes. Beside it: how fast the same disk takes
+one long file that is synced at the end.
 """
 
 import argparse
@@ -37,8 +39,10 @@ def sequential_write(directory, size=512 << 20):
     return size / seconds / 1e6
 
 
-def recover(directory, database):
-    cluster = harness.Cluster(directory, count=2)
+def recover(directory, database, recovery):
+    """Transactions, bytes and seconds of a catch-up."""
+    options = "  recovery %s\n" % recovery
+    cluster = harness.Cluster(directory, count=2, options=options)
     try:
         shutil.copy(database, cluster.nodes[0].data_file)
         cluster.start()
@@ -64,15 +68,19 @@ def main():
             node = harness.Node(os.path.join(directory, "alone%d" % size))
             nodes.append(node.start())
             command = [harness.STANDBY, "bench", "--clients", "32", "--size", str(size)]
+            command += ["--population", "50"]
             command += ["--at", "127.0.0.1:%d" % node.port, "--seconds", str(options.seconds)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             node.stop()
             for name, where in (("disk", directory), ("memory", memory)):
-                found = recover(os.path.join(where, "cluster"), node.data_file)
-                transactions, count, seconds = found
-                row = transactions, count / 1e6, count / 1e6 / seconds, transactions / seconds
-                title = "normal, %s, %d bytes each" % (name, size)
-                print("%-32s %12d %8.0f %8.0f %14.0f" % (title, *row), flush=True)
+                for recovery in ("normal", "fast"):
+                    place = os.path.join(where, "cluster")
+                    sent, sent_bytes, seconds = recover(place, node.data_file, recovery)
+                    if recovery == "normal":
+                        covered, covered_bytes = sent, sent_bytes
+                    row = sent, sent_bytes / 1e6, covered_bytes / 1e6 / seconds, covered / seconds
+                    title = "%s, %s, %d bytes each" % (recovery, name, size)
+                    print("%-32s %12d %8.0f %8.0f %14.0f" % (title, *row), flush=True)
         for name, where in (("disk", directory), ("memory", memory)):
             title = "%s, one long file" % name
             print("%-32s %12s %8s %8.0f" % (title, "", "", sequential_write(where)))

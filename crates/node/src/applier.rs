@@ -4,7 +4,7 @@
 //! `register` is answered when all that was committed before it is visible, and each session hears of
 //! every transaction after the one that `register` named, once, in order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, atomic::Ordering};
 use std::thread::JoinHandle;
@@ -13,16 +13,17 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Committed};
-use standby_filestorage::{Outcome, Record, Staged, TransactionMeta};
-use standby_types::time::tid_at;
+use standby_filestorage::{Hole, Outcome, Record, Staged, TransactionMeta};
+use standby_types::time::{tid_at, utc};
 use standby_types::{Blob, Disk, LogIndex, Oid, Tid};
 use standby_zeo::{ClientError, Encoding, History, SessionId, Value};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
+use crate::backfill;
 use crate::engine::Internal;
 use crate::node::Shared;
-use crate::packing::{Packs, pack_path};
+use crate::packing::{Cause, Packs, pack_path};
 use crate::replica::{Applied, ApplyError, Done, Replica};
 use crate::sessions::{Mail, SessionHandle};
 use crate::state::Checkpoint;
@@ -76,11 +77,15 @@ pub enum Work {
         /// Where it leads.
         target: AppliedPoint,
     },
-    /// A pack's thread has ended.
+    /// Fill the holes of a storage.
+    Backfill(String),
+    /// A new data file has been made, or not.
     Packed {
         /// The storage.
         storage: String,
-        /// What it has made.
+        /// Why it was made.
+        cause: Cause,
+        /// The file.
         packed: anyhow::Result<Outcome>,
     },
     /// The blobs that a pack has made needless are gone.
@@ -99,6 +104,8 @@ pub struct Origin {
 
 /// A piece of a catch-up.
 pub enum CatchUpItem {
+    /// These transactions of a storage come only as far as they are current at the hole's end.
+    Hole(String, Hole),
     /// A transaction begins.
     Begin(String, TransactionMeta),
     /// The blob of the next record.
@@ -130,7 +137,7 @@ impl CatchUpItems {
     }
 
     /// The next piece; `None` if there are no more.
-    fn next(&mut self) -> Option<CatchUpItem> {
+    pub fn next(&mut self) -> Option<CatchUpItem> {
         loop {
             match self.batch.next() {
                 Some(item) => return Some(item),
@@ -151,10 +158,13 @@ pub struct Applier {
     /// The last checkpoint's entry and moment, and the bytes applied since.
     checkpointed: (LogIndex, Instant, u64),
     packs: Packs,
+    /// Objects that have changed while a data file is within a hole, and of which nobody was told.
+    hidden: BTreeMap<String, BTreeSet<Oid>>,
+    runtime: tokio::runtime::Handle,
 }
 
 impl Applier {
-    /// An applier for a replica that was just opened.
+    /// An applier for a replica that was just opened. To be called within the runtime.
     pub fn new(
         shared: Arc<Shared>,
         replica: Replica,
@@ -178,14 +188,23 @@ impl Applier {
             histories.insert(name.clone(), history);
         }
         let checkpointed = (replica.index(), Instant::now(), 0);
-        let (checkpoint_thread, packs) = (None, Packs::default());
-        Ok(Applier { shared, replica, disk, histories, checkpoint_thread, checkpointed, packs })
+        Ok(Applier {
+            shared,
+            replica,
+            disk,
+            histories,
+            checkpoint_thread: None,
+            checkpointed,
+            packs: Packs::default(),
+            hidden: BTreeMap::new(),
+            runtime: tokio::runtime::Handle::current(),
+        })
     }
 
     /// Works until it is told to stop. An error means that the process must stop.
     pub fn run(mut self, work: Receiver<Work>) -> anyhow::Result<()> {
         for name in self.shared.clone().storages.keys() {
-            self.start_pack(name);
+            self.start_next(name);
         }
         loop {
             // A packed file waits for the end of a checkpoint.
@@ -207,19 +226,30 @@ impl Applier {
                     self.invalidations(&storage, &session, &id, since);
                 }
                 Ok(Work::CatchUp { items, target }) => self.catch_up(items, &target)?,
-                Ok(Work::Packed { storage, packed }) => match packed {
-                    Ok(Outcome::Packed { target, last }) => {
-                        self.packs.ready(&storage, target, last);
+                Ok(Work::Backfill(storage)) => self.backfill(&storage)?,
+                Ok(Work::Packed { storage, cause, packed }) => match (packed, cause) {
+                    (Ok(Outcome::Packed { target, last }), cause) => {
+                        self.packs.ready(&storage, target, last, cause);
                     }
-                    Ok(Outcome::Nothing) => {
+                    (Ok(Outcome::Nothing), Cause::Pack(job)) => {
                         info!(storage, "packed: there was nothing to remove");
+                        let mut holes = self.replica.holes(&storage);
+                        holes.packed(job.time);
+                        self.replica.set_holes(&storage, holes)?;
                         self.replica.pack_ended(&storage);
                         self.remove_packed_blobs(&storage, false);
                     }
-                    Err(error) => {
+                    (Err(error), Cause::Pack(_)) => {
                         error!(storage, "the pack failed: {error:#}");
                         self.replica.pack_ended(&storage);
                         self.pack_answered(&storage, Some(format!("{error:#}")));
+                    }
+                    (Ok(Outcome::Nothing), Cause::Backfill { .. }) => {
+                        self.backfill_ended(&storage);
+                    }
+                    (Err(error), Cause::Backfill { .. }) => {
+                        error!(storage, "the hole in the history cannot be filled: {error:#}");
+                        self.backfill_ended(&storage);
                     }
                 },
                 Ok(Work::BlobsRemoved(storage)) => self.pack_answered(&storage, None),
@@ -236,13 +266,30 @@ impl Applier {
         }
     }
 
-    fn start_pack(&mut self, storage: &str) {
-        let (Some(job), Some(stored)) =
-            (self.replica.next_pack(storage), self.replica.storage(storage))
-        else {
-            return;
-        };
-        self.packs.start(&self.shared, storage, stored.reader(), job);
+    /// Starts the next pack of a storage or, if there is none, fills its holes if that is wanted.
+    fn start_next(&mut self, storage: &str) {
+        let Some(stored) = self.replica.storage(storage) else { return };
+        if let Some(job) = self.replica.next_pack(storage) {
+            self.packs.start(&self.shared, storage, stored.reader(), job);
+        } else if self.replica.wants_backfill(storage) && self.packs.claim(storage) {
+            let (shared, storage) = (self.shared.clone(), storage.to_owned());
+            self.runtime.spawn(async move {
+                let filled = backfill::run(&shared, &storage).await;
+                let through = filled.as_ref().map_or(Tid::NONE, |(_, through)| *through);
+                let (cause, packed) = (Cause::Backfill { through }, filled.map(|(file, _)| file));
+                shared.apply(Work::Packed { storage, cause, packed });
+            });
+        }
+    }
+
+    fn backfill(&mut self, storage: &str) -> anyhow::Result<()> {
+        self.replica.set_backfill(storage, true);
+        // A restart goes on with it.
+        if let Some(checkpoint) = self.replica.checkpoint() {
+            self.write_checkpoint(&checkpoint)?;
+        }
+        self.start_next(storage);
+        Ok(())
     }
 
     /// The last step of a pack, the only one for which commits wait.
@@ -257,12 +304,19 @@ impl Applier {
         if self.replica.checkpoint().is_none() {
             return Ok(());
         }
-        let Some((name, mut packed, last)) = self.packs.take_ready() else { return Ok(()) };
+        let Some((name, mut packed, last, cause)) = self.packs.take_ready() else {
+            return Ok(());
+        };
         let started = Instant::now();
         let shared = self.shared.clone();
         let Some(storage) = shared.storages.get(&name) else { return Ok(()) };
         let before = storage.reader().size();
         self.replica.copy_rest(&name, &mut packed, last)?;
+        if let Cause::Backfill { through } = cause {
+            let mut holes = self.replica.holes(&name);
+            holes.filled(through);
+            packed.set_holes(holes);
+        }
         packed.sync()?;
         let mut checkpoint = self.replica.checkpoint().context("no checkpoint for a pack")?;
         if let Some(point) = checkpoint.storages.get_mut(&name) {
@@ -272,17 +326,30 @@ impl Applier {
         self.write_checkpoint(&checkpoint)?;
         let section = shared.config.storages.iter().find(|section| section.name == name);
         let keep_old = section.is_some_and(|section| section.pack_keep_old);
+        let keep_old = keep_old && matches!(cause, Cause::Pack(_));
         self.replica.replace(&name, packed, &pack_path(&storage.path), keep_old)?;
-        self.replica.pack_ended(&name);
+        if let Cause::Pack(_) = cause {
+            self.replica.pack_ended(&name);
+        }
         let checkpoint = self.replica.checkpoint().context("no checkpoint after a pack")?;
         self.write_checkpoint(&checkpoint)?;
         let after = storage.reader().size();
         let commits_waited_ms = started.elapsed().as_millis();
-        info!(storage = name, before, after, commits_waited_ms, "packed");
+        let done = match cause {
+            Cause::Pack(_) => "packed",
+            Cause::Backfill { .. } => "the hole in the history is filled",
+        };
+        info!(storage = name, before, after, commits_waited_ms, "{done}");
         for session in shared.sessions.of(&name) {
             session.outbox.push(session.encoding().notify("info", vec![shared.short_info(&name)]));
         }
-        self.remove_packed_blobs(&name, section.is_some_and(|section| section.blob_keep_old));
+        match cause {
+            Cause::Pack(_) => {
+                let keep_old = section.is_some_and(|section| section.blob_keep_old);
+                self.remove_packed_blobs(&name, keep_old);
+            }
+            Cause::Backfill { .. } => self.backfill_ended(&name),
+        }
         // The packed file has no index file yet; commits do not wait for it.
         let reader = storage.reader();
         self.checkpoint_thread = Some(std::thread::spawn(move || {
@@ -315,7 +382,16 @@ impl Applier {
                 Some(reason) => encoding.error(&id, &ClientError::file_storage(reason.clone())),
             });
         }
-        self.start_pack(storage);
+        self.start_next(storage);
+    }
+
+    fn backfill_ended(&mut self, storage: &str) {
+        self.replica.set_backfill(storage, false);
+        if let Some(shared) = self.shared.storages.get(storage) {
+            shared.backfilling.set(None);
+        }
+        self.packs.release(storage);
+        self.start_next(storage);
     }
 
     fn entries(&mut self, entries: Vec<(Committed, Option<Origin>)>) -> anyhow::Result<()> {
@@ -331,14 +407,16 @@ impl Applier {
             }
             match done {
                 Done::Applied(applied) => {
-                    self.remember(&applied);
-                    visible.push((applied, origin));
+                    if let Some(applied) = self.reveal(applied) {
+                        self.remember(&applied);
+                        visible.push((applied, origin));
+                    }
                 }
                 Done::Pack(storage) => {
                     if let Some(origin) = origin {
                         self.packs.wait(&storage, origin);
                     }
-                    self.start_pack(&storage);
+                    self.start_next(&storage);
                 }
                 Done::Nothing => {
                     debug_assert!(origin.is_none(), "an entry of ours was there before");
@@ -360,6 +438,22 @@ impl Applier {
             settings: self.replica.settings().clone(),
             finished,
         });
+    }
+
+    /// A transaction can be shown, unless the data file is within a hole: the moment that it shows
+    /// never was. What comes then is shown together, as the transaction at the hole's end.
+    fn reveal(&mut self, applied: Applied) -> Option<Applied> {
+        let Applied { storage, tid, oids } = applied;
+        let stored = self.replica.storage(&storage)?;
+        if !stored.reader().is_whole() {
+            self.hidden.entry(storage).or_default().extend(oids.iter());
+            return None;
+        }
+        let Some(mut hidden) = self.hidden.remove(&storage) else {
+            return Some(Applied { storage, tid, oids });
+        };
+        hidden.extend(oids.iter());
+        Some(Applied { storage, tid, oids: hidden.into_iter().collect() })
     }
 
     fn remember(&mut self, applied: &Applied) {
@@ -403,6 +497,9 @@ impl Applier {
 
     fn register(&self, storage: &str, session: Arc<SessionHandle>, id: &Value) {
         let Some(stored) = self.replica.storage(storage) else { return };
+        if !stored.reader().is_whole() {
+            return session.cut("this node is being brought up to date");
+        }
         let tid = stored.mark().tid;
         let reply = session.encoding().reply(id, tid.to_bytes().into());
         // Its own task first, so that it knows before the client can say anything more.
@@ -427,7 +524,7 @@ impl Applier {
     }
 
     fn catch_up(&mut self, mut items: CatchUpItems, target: &AppliedPoint) -> anyhow::Result<()> {
-        self.shared.state.set_catching_up(&*self.disk, true)?;
+        self.shared.state.set_catching_up(&*self.disk, &self.replica.all_holes())?;
         let mut since_sync = 0;
         loop {
             // The sender is gone if the connection broke: what has come so far stays.
@@ -439,8 +536,10 @@ impl Applier {
                 Some(CatchUpItem::Begin(storage, meta)) => {
                     match self.copy(&storage, &meta, &mut items, &mut since_sync) {
                         Ok(Some(applied)) => {
-                            self.remember(&applied);
-                            self.publish(&applied, None);
+                            if let Some(applied) = self.reveal(applied) {
+                                self.remember(&applied);
+                                self.publish(&applied, None);
+                            }
                         }
                         Ok(None) => {}
                         Err(ApplyError::Part(_)) => {
@@ -456,6 +555,7 @@ impl Applier {
                         }
                     }
                 }
+                Some(CatchUpItem::Hole(storage, hole)) => self.dig(&storage, hole)?,
                 Some(CatchUpItem::Done) => break,
                 Some(CatchUpItem::Blob(..) | CatchUpItem::Record(_) | CatchUpItem::End) => {}
             }
@@ -465,11 +565,29 @@ impl Applier {
         self.shared.set_cluster_id(self.replica.cluster_id());
         let checkpoint = self.replica.checkpoint().context("parts are open after a catch-up")?;
         self.write_checkpoint(&Checkpoint { log_begins_here: jumps, ..checkpoint })?;
-        self.shared.state.set_catching_up(&*self.disk, false)?;
+        self.shared.state.end_catching_up(&*self.disk)?;
         self.merge_indexes();
         info!(applied = %self.replica.index(), "caught up");
         self.report(Vec::new());
         self.shared.report(Internal::CaughtUp(target.index));
+        Ok(())
+    }
+
+    /// What comes next leaves this out. That is durable before anything of it is written.
+    fn dig(&mut self, storage: &str, hole: Hole) -> anyhow::Result<()> {
+        let mut all = self.replica.all_holes();
+        let holes = all.entry(storage.to_owned()).or_default();
+        holes.add(hole);
+        let holes = holes.clone();
+        self.shared.state.set_catching_up(&*self.disk, &all)?;
+        self.replica.set_holes(storage, holes)?;
+        let (after, through) = (utc(hole.after), utc(hole.through));
+        info!(
+            storage,
+            after,
+            through,
+            "fast recovery: only what is current comes; standby node backfill gets the rest later"
+        );
         Ok(())
     }
 

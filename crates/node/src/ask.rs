@@ -1,4 +1,4 @@
-//! What administrators ask for. Any node takes it; the primary does it.
+//! What administrators ask for. Any node takes it; the primary does it, or the node that it is about.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,6 +53,11 @@ pub enum Ask {
         /// Its name.
         to: String,
     },
+    /// A node fills the holes that fast recoveries left in its history.
+    Backfill {
+        /// Its name.
+        node: String,
+    },
     /// The cluster may use what newer versions can do.
     FeatureLevel {
         /// Up to this level; `None` for the highest that all nodes know.
@@ -81,8 +86,11 @@ const NO_PRIMARY: Duration = Duration::from_secs(3);
 /// Longer than anything that is waited for.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Has the primary do what is asked for.
+/// Has the primary do what is asked for, or the node that it is about.
 pub async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {
+    if let Ask::Backfill { node } = &ask {
+        return by(shared, node, &ask).await;
+    }
     // A node that has just started has not heard of the primary yet; during a fail-over nobody has.
     let mut standing = shared.standing.subscribe();
     let known = |standing: &Standing| standing.serves || standing.other_primary.is_some();
@@ -102,7 +110,27 @@ pub async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {
     }
 }
 
-/// Does it here, if this node is primary.
+/// Has a node do it.
+async fn by(shared: &Arc<Shared>, node: &str, ask: &Ask) -> Answer {
+    if node == shared.member.name {
+        return here(shared, ask.clone()).await;
+    }
+    let nodes = shared.reports.status().nodes;
+    let Some(found) = nodes.iter().find(|other| other.node == node) else {
+        let names: Vec<_> = nodes.iter().map(|other| other.node.as_str()).collect();
+        let names = names.join(", ");
+        return Err(format!("{node} is no node of this cluster; its nodes: {names}"));
+    };
+    if found.state == "down" {
+        return Err(format!("{node} is down"));
+    }
+    let address = &found.peer_address;
+    peers::ask(shared, address, ask).await.unwrap_or_else(|error| {
+        Err(format!("{node}, at peer address {address}, cannot be asked: {error}"))
+    })
+}
+
+/// Does it here, if this node is the one to do it.
 pub async fn here(shared: &Arc<Shared>, ask: Ask) -> Answer {
     let (asker, answer) = oneshot::channel();
     shared.tell(Event::Ask(ask, asker)).await;

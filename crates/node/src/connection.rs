@@ -589,6 +589,13 @@ impl Connection {
                 let error = ClientError::PosKey(oid.to_bytes().into());
                 Ok(self.session.answer(id, Err(error)))
             }
+            // As below a pack: ZODB makes of it an error after which the application tries again.
+            Err(StorageError::Hole(_)) if matches!(read, Read::LoadBefore(..)) => {
+                Ok(self.session.loaded(id, None))
+            }
+            Err(error @ StorageError::Hole(_)) => {
+                Ok(self.session.answer(id, Err(look::not_here(&error))))
+            }
             Err(error) => Ok(self.session.answer(id, Err(read_failed(&error)))),
         }
     }

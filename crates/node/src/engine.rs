@@ -408,6 +408,7 @@ impl Engine {
         if self.ticks.is_multiple_of(10) {
             self.tend_blobs()?;
             self.tend_freshness()?;
+            self.publish_standing();
             self.report_status();
         }
         Ok(())
@@ -892,6 +893,7 @@ impl Engine {
             ready: self.catch_up.is_none()
                 && !members.is_empty()
                 && self.oriented
+                && self.shared.is_whole()
                 && !self.freshness.refuses,
         };
         self.shared.standing.send_if_modified(|old| {

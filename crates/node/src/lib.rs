@@ -18,6 +18,7 @@
 pub mod admin;
 mod applier;
 pub mod ask;
+mod backfill;
 mod blobs;
 pub mod client;
 pub mod config;

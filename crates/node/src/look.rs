@@ -90,6 +90,9 @@ pub fn look(reader: &Reader, iterators: &mut Iterators, look: Look) -> Result<Va
         Look::UndoLog(range, specification) => undo_log(reader, range, &specification),
         Look::IteratorStart(start, stop) => {
             let (start, stop) = (start.unwrap_or(Tid::NONE), stop.unwrap_or(Tid::MAX));
+            if let Some(hole) = reader.holes().between(start, stop) {
+                return Err(ClientError::storage(StorageError::Hole(hole).to_string()));
+            }
             let transactions = reader.transactions(start, stop).map_err(failed)?;
             iterators.add(Iterator::Transactions(Box::new(transactions), None))
         }
@@ -156,7 +159,8 @@ pub fn look(reader: &Reader, iterators: &mut Iterators, look: Look) -> Result<Va
     }
 }
 
-/// The transactions with these indexes, newest first. Those that are packed end the log.
+/// The transactions with these indexes, newest first. Those that are packed end the log, and so does a
+/// hole in the history.
 fn undo_log(
     reader: &Reader,
     range: Range<usize>,
@@ -168,6 +172,9 @@ fn undo_log(
     while index < range.end {
         let Some(transaction) = backwards.step().map_err(failed)? else { break };
         let meta = &transaction.meta;
+        if reader.hole_of(meta.tid).is_some() {
+            break;
+        }
         match meta.status {
             b' ' => {}
             b'p' => break,
@@ -243,8 +250,14 @@ fn seconds(tid: Tid) -> Value {
 fn failed(error: StorageError) -> ClientError {
     match error {
         StorageError::NoKey(oid) => ClientError::PosKey(oid.to_bytes().into()),
+        error @ StorageError::Hole(_) => not_here(&error),
         error => read_failed(&error),
     }
+}
+
+/// A revision that may have been, but is not on this node.
+pub fn not_here(error: &StorageError) -> ClientError {
+    ClientError::Other("ZODB.POSException.POSKeyError", vec![Value::Str(error.to_string())])
 }
 
 /// The objects that undoing these transactions changes: their locks are needed.
@@ -320,6 +333,7 @@ fn undo_failed(error: UndoError) -> ClientError {
         UndoError::Unknown(_) => ClientError::Undo("Invalid transaction id".into()),
         UndoError::Packed(_) => ClientError::Undo("non-undoable transaction".into()),
         UndoError::Changed(objects) => ClientError::UndoConflicts(objects),
+        UndoError::Storage(error @ StorageError::Hole(_)) => ClientError::Undo(error.to_string()),
         UndoError::Storage(error) => failed(error),
     }
 }

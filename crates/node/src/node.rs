@@ -29,7 +29,7 @@ use crate::sessions::Sessions;
 use crate::settings::Settings;
 use crate::startup::{self, Beginning};
 use crate::state::{StateDir, random_hex};
-use crate::status::{Moment, NodeReport, Reports};
+use crate::status::{MissingHistory, Moment, NodeReport, Reports};
 use crate::stream::Listener;
 use crate::sync::lock;
 use crate::tls::Tls;
@@ -111,6 +111,8 @@ pub struct StorageShared {
     pub blobs: Option<BlobDir>,
     /// How far a pack is.
     pub packing: Progress,
+    /// How far the filling of its holes is.
+    pub backfilling: Progress,
     /// Counters.
     pub stats: Stats,
 }
@@ -286,14 +288,28 @@ impl Shared {
         let tids = self.storages.iter().map(last_tids);
         let cluster = self.cluster_name();
         NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster)
-            .under_way(self.packing(), lock(&self.catch_up).clone())
+            .under_way(self.percents(|storage| &storage.packing), lock(&self.catch_up).clone())
+            .history(self.holes(), self.percents(|storage| &storage.backfilling))
     }
 
-    fn packing(&self) -> BTreeMap<String, u32> {
+    fn percents(&self, of: impl Fn(&StorageShared) -> &Progress) -> BTreeMap<String, u32> {
         let percent = |(name, storage): (&String, &StorageShared)| {
-            storage.packing.percent().map(|percent| (name.clone(), percent))
+            of(storage).percent().map(|percent| (name.clone(), percent))
         };
         self.storages.iter().filter_map(percent).collect()
+    }
+
+    fn holes(&self) -> BTreeMap<String, Vec<MissingHistory>> {
+        let missing = |(name, storage): (&String, &StorageShared)| {
+            let holes: Vec<_> = storage.reader().holes().iter().map(MissingHistory::of).collect();
+            (!holes.is_empty()).then(|| (name.clone(), holes))
+        };
+        self.storages.iter().filter_map(missing).collect()
+    }
+
+    /// True if what the data files show is a moment that was.
+    pub fn is_whole(&self) -> bool {
+        self.storages.values().all(|storage| storage.reader().is_whole())
     }
 }
 
@@ -361,9 +377,11 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let make_spill: MakeSpill = Arc::new(move || temporary_file(&spill_dir));
     let storages = config.storages.iter().filter_map(|section| {
         let source = prepared.storages.get(&section.name)?.source();
-        let (path, packing) = (section.path.clone(), Progress::default());
+        let path = section.path.clone();
+        let (packing, backfilling) = (Progress::default(), Progress::default());
         let blobs = prepared.blobs.get(&section.name).cloned();
-        let shared = StorageShared { source, path, blobs, packing, stats: Stats::default() };
+        let stats = Stats::default();
+        let shared = StorageShared { source, path, blobs, packing, backfilling, stats };
         Some((section.name.clone(), shared))
     });
     let member = startup::self_as_member(&config, prepared.id);

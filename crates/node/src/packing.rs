@@ -46,9 +46,21 @@ pub struct Packs {
     waiting: BTreeMap<String, Vec<Origin>>,
 }
 
+/// Why a new data file is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// To remove what is not needed.
+    Pack(Job),
+    /// To fill the holes in the history.
+    Backfill {
+        /// Up to here, what was missing is in the new file.
+        through: Tid,
+    },
+}
+
 enum Stage {
     Working,
-    Ready(Box<FileStorage>, Tid),
+    Ready(Box<FileStorage>, Tid, Cause),
     /// The packed file is in place; the blobs that it does not need are being removed.
     Blobs,
 }
@@ -59,12 +71,20 @@ impl Packs {
         self.waiting.entry(storage.into()).or_default().push(origin);
     }
 
-    /// Starts a pack, unless one of this storage is running.
-    pub fn start(&mut self, shared: &Arc<Shared>, storage: &str, reader: Reader, job: Job) {
+    /// True if nothing else was being done to the storage; from now on something is.
+    pub fn claim(&mut self, storage: &str) -> bool {
         if self.running.contains_key(storage) {
-            return;
+            return false;
         }
         self.running.insert(storage.into(), Stage::Working);
+        true
+    }
+
+    /// Starts a pack, unless one of this storage is running.
+    pub fn start(&mut self, shared: &Arc<Shared>, storage: &str, reader: Reader, job: Job) {
+        if !self.claim(storage) {
+            return;
+        }
         if let Some(storage) = shared.storages.get(storage) {
             // Before anything else is applied: from now on nothing may be undone.
             storage.packing.set(Some(0));
@@ -72,7 +92,7 @@ impl Packs {
         let (shared, name) = (shared.clone(), storage.to_owned());
         let started = std::thread::Builder::new().name("pack".into()).spawn(move || {
             let packed = run(&shared, &name, &reader, job);
-            shared.apply(Work::Packed { storage: name, packed });
+            shared.apply(Work::Packed { storage: name, cause: Cause::Pack(job), packed });
         });
         if let Err(error) = started {
             // The job stays in the checkpoint: the next start of this node tries again.
@@ -82,8 +102,8 @@ impl Packs {
     }
 
     /// The thread has ended.
-    pub fn ready(&mut self, storage: &str, packed: FileStorage, last: Tid) {
-        self.running.insert(storage.into(), Stage::Ready(Box::new(packed), last));
+    pub fn ready(&mut self, storage: &str, packed: FileStorage, last: Tid, cause: Cause) {
+        self.running.insert(storage.into(), Stage::Ready(Box::new(packed), last, cause));
     }
 
     /// True if a packed file is to be put in place.
@@ -91,12 +111,12 @@ impl Packs {
         self.running.values().any(|stage| matches!(stage, Stage::Ready(..)))
     }
 
-    /// A packed file that is to be put in place, and the last transaction that it has seen.
-    pub fn take_ready(&mut self) -> Option<(String, FileStorage, Tid)> {
+    /// A new file that is to be put in place, the last transaction that it has seen, and its cause.
+    pub fn take_ready(&mut self) -> Option<(String, FileStorage, Tid, Cause)> {
         let ready = |stage: &Stage| matches!(stage, Stage::Ready(..));
         let name = self.running.iter().find(|(_, stage)| ready(stage))?.0.clone();
         match self.running.remove(&name)? {
-            Stage::Ready(packed, last) => Some((name, *packed, last)),
+            Stage::Ready(packed, last, cause) => Some((name, *packed, last, cause)),
             Stage::Working | Stage::Blobs => None,
         }
     }
@@ -133,9 +153,14 @@ impl Packs {
         }
     }
 
+    /// What was done to the storage is done.
+    pub fn release(&mut self, storage: &str) {
+        self.running.remove(storage);
+    }
+
     /// A pack is over; returns who waited for it.
     pub fn ended(&mut self, storage: &str) -> Vec<Origin> {
-        self.running.remove(storage);
+        self.release(storage);
         self.waiting.remove(storage).unwrap_or_default()
     }
 }

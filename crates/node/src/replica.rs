@@ -12,7 +12,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{AppliedPoint, Command, Committed, Ending, Membership};
 use standby_filestorage::{
-    BlobDir, FileStorage, Job, Record, StorageError, TransactionMeta, copy_rest, record_len,
+    BlobDir, FileStorage, Holes, Job, Record, StorageError, TransactionMeta, copy_rest, record_len,
     take_meta, take_record,
 };
 use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
@@ -74,6 +74,8 @@ struct Stored {
     ceiling: Oid,
     /// Packs to do, in order; the first may be under way.
     packs: VecDeque<Job>,
+    /// The holes of the data file are to be filled.
+    backfill: bool,
 }
 
 /// What an entry did.
@@ -99,7 +101,8 @@ impl Replica {
             let point = checkpoint.storages.get(name);
             let ceiling = point.map_or(Oid(0), |point| point.ceiling);
             let packs = point.map_or_else(VecDeque::new, |point| point.packs.clone().into());
-            Stored { storage, blobs: blobs.get(name).cloned(), ceiling, packs }
+            let backfill = point.is_some_and(|point| point.backfill);
+            Stored { storage, blobs: blobs.get(name).cloned(), ceiling, packs, backfill }
         };
         Replica {
             cluster_id: checkpoint.cluster_id.clone(),
@@ -183,6 +186,8 @@ impl Replica {
                         ceiling: stored.ceiling,
                         packed: None,
                         packs: stored.packs.iter().copied().collect(),
+                        holes: stored.storage.reader().holes(),
+                        backfill: stored.backfill,
                     };
                     (name.clone(), point)
                 })
@@ -305,7 +310,12 @@ impl Replica {
             return Ok(None);
         }
         let dir = stored.blobs.clone();
-        let mut appender = stored.storage.begin(meta)?;
+        let mut meta = meta.clone();
+        if stored.storage.reader().hole_of(meta.tid).is_some() {
+            // What is left of it cannot be undone: every program that reads the file must see that.
+            meta.status = b'p';
+        }
+        let mut appender = stored.storage.begin(&meta)?;
         let mut oids = Vec::new();
         while let Some(record) = next(&mut blobs)? {
             place(dir.as_ref(), storage, &std::mem::take(&mut blobs), meta.tid)?;
@@ -341,6 +351,36 @@ impl Replica {
     /// The next pack of a storage.
     pub fn next_pack(&self, name: &str) -> Option<Job> {
         self.storages.get(name)?.packs.front().copied()
+    }
+
+    /// What the data file of a storage lacks.
+    pub fn holes(&self, name: &str) -> Holes {
+        self.storage(name).map(|storage| storage.reader().holes()).unwrap_or_default()
+    }
+
+    /// What the data files lack.
+    pub fn all_holes(&self) -> BTreeMap<String, Holes> {
+        self.storages.keys().map(|name| (name.clone(), self.holes(name))).collect()
+    }
+
+    /// Says what the data file of a storage lacks.
+    pub fn set_holes(&mut self, name: &str, holes: Holes) -> Result<(), ApplyError> {
+        self.stored(name)?.storage.set_holes(holes);
+        Ok(())
+    }
+
+    /// The holes of a storage are to be filled, or not.
+    pub fn set_backfill(&mut self, name: &str, wanted: bool) {
+        if let Some(stored) = self.storages.get_mut(name) {
+            stored.backfill = wanted;
+        }
+    }
+
+    /// True if the holes of a storage are to be filled, and there are any.
+    pub fn wants_backfill(&self, name: &str) -> bool {
+        self.storages
+            .get(name)
+            .is_some_and(|stored| stored.backfill && !stored.storage.reader().holes().is_empty())
     }
 
     /// That pack is done, or given up.

@@ -140,8 +140,7 @@ fn begin(
         let (storage, ceiling) = open_whole(disk, state, section)?;
         unconfirmed |= storage.mark() != Mark::START;
         let mark = storage.mark();
-        let point = StoragePoint { mark, ceiling, packed: None, packs: Vec::new() };
-        points.insert(section.name.clone(), point);
+        points.insert(section.name.clone(), StoragePoint::of(mark, ceiling));
         storages.insert(section.name.clone(), storage);
     }
     let found = beginning == Beginning::Found;
@@ -178,7 +177,7 @@ fn resume(
 ) -> anyhow::Result<Prepared> {
     check_identity(config, state, identity)?;
     let mut recovered = recover(disk, &state.log())?;
-    let catching_up = disk.exists(&state.catching_up())?;
+    let interrupted = state.interrupted_catch_up(&**disk)?;
     if recovered.last_index() < checkpoint.index && !checkpoint.log_begins_here {
         bail!(
             "{}: the log ends at entry {}, but entry {} was durable: the disk has lost data. \
@@ -212,7 +211,7 @@ fn resume(
         expected.retain(|tid| *tid > point.mark.tid);
         let tail = match found {
             Tail::Different(reason) => Err(reason),
-            Tail::Follows(_) if catching_up => Ok(Vec::new()),
+            Tail::Follows(_) if interrupted.is_some() => Ok(Vec::new()),
             Tail::Follows(found) => {
                 let strange = |(nth, mark): &(usize, &Mark)| expected.get(*nth) != Some(&mark.tid);
                 match found.iter().enumerate().find(strange) {
@@ -230,18 +229,24 @@ fn resume(
     }
     let mut storages = BTreeMap::new();
     for (section, extent) in config.storages.iter().zip(extents) {
-        storages.insert(section.name.clone(), open_storage(disk, state, section, extent)?.0);
+        let mut storage = open_storage(disk, state, section, extent)?.0;
+        if let Some(point) = checkpoint.storages.get_mut(&section.name) {
+            let dug = interrupted.as_ref().and_then(|holes| holes.get(&section.name));
+            dug.iter().flat_map(|holes| holes.iter()).for_each(|hole| point.holes.add(*hole));
+            storage.set_holes(point.holes.clone());
+        }
+        storages.insert(section.name.clone(), storage);
     }
     // After a catch-up the log is to begin anew; perhaps it was interrupted before it did.
     let begun = recovered.holds(checkpoint.index, checkpoint.term);
     let begins =
         (checkpoint.log_begins_here && !begun).then_some((checkpoint.index, checkpoint.term));
     let writer = LogWriter::open(disk.clone(), &state.log(), &mut recovered, begins)?;
-    if checkpoint.log_begins_here {
+    if checkpoint.log_begins_here || interrupted.is_some() {
         checkpoint.log_begins_here = false;
         state.set_checkpoint(&**disk, &checkpoint)?;
     }
-    state.set_catching_up(&**disk, false)?;
+    state.end_catching_up(&**disk)?;
     let id = identity.node_id()?;
     info!(node = %id, applied = %checkpoint.index, log_end = %recovered.last_index(), "resuming");
     let unconfirmed = false;

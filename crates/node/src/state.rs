@@ -5,7 +5,8 @@
 //! STATE-DIR/checkpoint    JSON, a line feed, its CRC-32C in hexadecimal; replaced atomically
 //! STATE-DIR/log/          the replicated log
 //! STATE-DIR/NAME.index    the index of storage NAME
-//! STATE-DIR/catching-up   exists while transactions come from a peer instead of the log
+//! STATE-DIR/catching-up   JSON: the holes of each storage; exists while transactions come from a peer
+//!                         instead of the log
 //! ```
 
 use std::borrow::Cow;
@@ -16,7 +17,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use standby_consensus::{AppliedPoint, Member, Membership};
-use standby_filestorage::{Job, Mark};
+use standby_filestorage::{Hole, Holes, Job, Mark};
 use standby_types::disk::{read_all, replace};
 use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
 
@@ -71,6 +72,18 @@ pub struct StoragePoint {
     pub packed: Option<Mark>,
     /// Packs to do, in order.
     pub packs: Vec<Job>,
+    /// What the data file lacks.
+    pub holes: Holes,
+    /// The holes are to be filled.
+    pub backfill: bool,
+}
+
+impl StoragePoint {
+    /// A data file that is as it was found.
+    pub fn of(mark: Mark, ceiling: Oid) -> StoragePoint {
+        let (packs, holes) = (Vec::new(), Holes::default());
+        StoragePoint { mark, ceiling, packed: None, packs, holes, backfill: false }
+    }
 }
 
 impl Checkpoint {
@@ -145,17 +158,44 @@ impl StateDir {
         replace(disk, &self.0.join("checkpoint"), &encode(checkpoint)?)
     }
 
-    /// Says durably that transactions come from a peer now, or do not any more.
-    pub fn set_catching_up(&self, disk: &dyn Disk, catching_up: bool) -> io::Result<()> {
+    /// Says durably that transactions come from a peer now, and what they leave out.
+    pub fn set_catching_up(
+        &self,
+        disk: &dyn Disk,
+        holes: &BTreeMap<String, Holes>,
+    ) -> io::Result<()> {
+        let files: BTreeMap<_, _> = holes.iter().map(|(name, h)| (name, hole_files(h))).collect();
+        replace(disk, &self.catching_up(), &serde_json::to_vec(&files)?)
+    }
+
+    /// The holes that a catch-up may have made that did not end; `None` if there was none.
+    pub fn interrupted_catch_up(
+        &self,
+        disk: &dyn Disk,
+    ) -> anyhow::Result<Option<BTreeMap<String, Holes>>> {
         let path = self.catching_up();
-        if catching_up {
-            replace(disk, &path, b"")
-        } else if disk.exists(&path)? {
-            disk.remove(&path)?;
-            disk.sync_dir(&self.0)
-        } else {
-            Ok(())
+        if !disk.exists(&path)? {
+            return Ok(None);
         }
+        let bytes = read_all(disk, &path)?;
+        if bytes.is_empty() {
+            // It comes from a version without holes.
+            return Ok(Some(BTreeMap::new()));
+        }
+        let files: BTreeMap<String, Vec<HoleFile>> = serde_json::from_slice(&bytes)
+            .with_context(|| format!("{} is damaged", path.display()))?;
+        let read = |(name, files): (String, Vec<HoleFile>)| Ok((name, holes_of(&files)?));
+        files.into_iter().map(read).collect::<anyhow::Result<_>>().map(Some)
+    }
+
+    /// The catch-up is complete, and the checkpoint says what it has left out.
+    pub fn end_catching_up(&self, disk: &dyn Disk) -> io::Result<()> {
+        let path = self.catching_up();
+        if disk.exists(&path)? {
+            disk.remove(&path)?;
+            disk.sync_dir(&self.0)?;
+        }
+        Ok(())
     }
 }
 
@@ -194,6 +234,31 @@ struct StorageFile {
     oid_ceiling: String,
     packed: Option<MarkFile>,
     packs: Vec<PackFile>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    holes: Vec<HoleFile>,
+    #[serde(default)]
+    backfill: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+struct HoleFile {
+    after: String,
+    through: String,
+}
+
+fn hole_files(holes: &Holes) -> Vec<HoleFile> {
+    let file =
+        |hole: &Hole| HoleFile { after: hole.after.to_string(), through: hole.through.to_string() };
+    holes.iter().map(file).collect()
+}
+
+fn holes_of(files: &[HoleFile]) -> anyhow::Result<Holes> {
+    let mut holes = Holes::default();
+    for file in files {
+        let (after, through) = (Tid(parse_hex(&file.after)?), Tid(parse_hex(&file.through)?));
+        holes.add(Hole { after, through });
+    }
+    Ok(holes)
 }
 
 #[derive(Serialize, Deserialize)]
@@ -242,6 +307,8 @@ fn encode(checkpoint: &Checkpoint) -> io::Result<Vec<u8>> {
                 .iter()
                 .map(|job| PackFile { time: job.time.to_string(), gc: job.gc })
                 .collect(),
+            holes: hole_files(&storage.holes),
+            backfill: storage.backfill,
         };
         (name.clone(), file)
     });
@@ -303,6 +370,8 @@ fn decode(bytes: &[u8]) -> anyhow::Result<Checkpoint> {
             ceiling: Oid(parse_hex(&storage.oid_ceiling)?),
             packed: storage.packed.map(|mark| mark.mark()).transpose()?,
             packs: storage.packs.iter().map(job).collect::<anyhow::Result<_>>()?,
+            holes: holes_of(&storage.holes)?,
+            backfill: storage.backfill,
         };
         storages.insert(name, point);
     }
@@ -372,6 +441,8 @@ mod tests {
             witness: true,
         };
         let mark = Mark { position: Position(100), tid: Tid(0x0102) };
+        let mut holes = Holes::default();
+        holes.add(Hole { after: Tid(1), through: Tid(2) });
         Checkpoint {
             cluster_id: "abc".into(),
             index: LogIndex(5),
@@ -386,6 +457,8 @@ mod tests {
                     ceiling: Oid(9),
                     packed: Some(Mark { position: Position(50), ..mark }),
                     packs: vec![Job { time: Tid(3), gc: true }],
+                    holes,
+                    backfill: true,
                 },
             )]),
         }
@@ -407,6 +480,22 @@ mod tests {
             assert!(decode(&damaged).is_err() || decode(&damaged).unwrap() == checkpoint());
             assert!(decode(&bytes[..at]).is_err());
         }
+    }
+
+    #[test]
+    fn a_catch_up_leaves_its_holes_behind() {
+        let disk = MemoryDisk::new();
+        let dir = StateDir("/state".into());
+        assert_eq!(dir.interrupted_catch_up(&disk).unwrap(), None);
+        let holes = checkpoint().storages["1"].holes.clone();
+        let holes = BTreeMap::from([("1".to_owned(), holes)]);
+        dir.set_catching_up(&disk, &holes).unwrap();
+        disk.crash();
+        assert_eq!(dir.interrupted_catch_up(&disk).unwrap(), Some(holes));
+        replace(&disk, &dir.catching_up(), b"").unwrap();
+        assert_eq!(dir.interrupted_catch_up(&disk).unwrap(), Some(BTreeMap::new()));
+        dir.end_catching_up(&disk).unwrap();
+        assert_eq!(dir.interrupted_catch_up(&disk).unwrap(), None);
     }
 
     #[test]

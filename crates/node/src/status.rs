@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use standby_consensus::{Member, Membership, Role};
+use standby_filestorage::Hole;
+use standby_types::time::utc;
 use standby_types::{LogIndex, NodeId, Tid};
 
 use crate::peers::CatchUp;
@@ -78,9 +80,38 @@ pub struct NodeReport {
     failover: Vec<String>,
     #[serde(default)]
     moving_to: Option<String>,
+    #[serde(default)]
+    holes: BTreeMap<String, Vec<MissingHistory>>,
+    #[serde(default)]
+    backfilling: BTreeMap<String, u32>,
     /// Its process.
     #[serde(default)]
     run: String,
+}
+
+/// A part of the history that a node does not have: see [`standby_filestorage::Hole`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MissingHistory {
+    /// The last transaction before it.
+    pub after: String,
+    /// Its last transaction.
+    pub through: String,
+    /// The same as times for people.
+    pub from: String,
+    /// See `from`.
+    pub to: String,
+}
+
+impl MissingHistory {
+    /// A hole as it is shown.
+    pub fn of(hole: &Hole) -> MissingHistory {
+        MissingHistory {
+            after: hole.after.to_string(),
+            through: hole.through.to_string(),
+            from: utc(hole.after),
+            to: utc(hole.through),
+        }
+    }
 }
 
 impl NodeReport {
@@ -128,6 +159,8 @@ impl NodeReport {
             feature_level: settings.level(),
             failover: settings.failover.iter().cloned().collect(),
             moving_to: settings.moving_to.clone(),
+            holes: BTreeMap::new(),
+            backfilling: BTreeMap::new(),
             run: run.into(),
         }
     }
@@ -145,6 +178,15 @@ impl NodeReport {
         catch_up: Option<CatchUp>,
     ) -> NodeReport {
         NodeReport { packing, catch_up, ..self }
+    }
+
+    /// The same, with what the storages lack, and how far the filling of it is, in percent.
+    pub fn history(
+        self,
+        holes: BTreeMap<String, Vec<MissingHistory>>,
+        backfilling: BTreeMap<String, u32>,
+    ) -> NodeReport {
+        NodeReport { holes, backfilling, ..self }
     }
 }
 
@@ -339,6 +381,12 @@ pub struct NodeStatus {
     /// How far it is, while it is brought up to date from a data file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub catch_up: Option<CatchUp>,
+    /// What its storages lack of the history.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub holes: BTreeMap<String, Vec<MissingHistory>>,
+    /// How far the filling of them is, in percent.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub backfilling: BTreeMap<String, u32>,
 }
 
 /// A node's report, its age, and for how long the primary has had more.
@@ -402,6 +450,8 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 version: report.version.clone(),
                 packing: report.packing.clone(),
                 catch_up: report.catch_up.clone().filter(|_| state == "catching-up"),
+                holes: report.holes.clone(),
+                backfilling: report.backfilling.clone(),
             }
         })
         .collect();
@@ -428,6 +478,8 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 version: String::new(),
                 packing: BTreeMap::new(),
                 catch_up: None,
+                holes: BTreeMap::new(),
+                backfilling: BTreeMap::new(),
             });
         }
     }

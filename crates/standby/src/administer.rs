@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use standby_node::admin::{ask, fetch_status};
 use standby_node::ask::{Ask, Done};
-use standby_node::status::Status;
+use standby_node::status::{NodeStatus, Status};
 
 use crate::status::At;
 
@@ -55,6 +55,17 @@ pub enum Node {
         /// The group of the new machine; without it, that of the member.
         #[arg(long, value_name = "GROUP")]
         group: Option<String>,
+    },
+    /// Fills the holes that fast recoveries ("recovery fast") left in a node's history.
+    ///
+    /// Without them, nothing can be undone there, and the past cannot be looked at. Readers and commits go on
+    /// meanwhile. If this command is interrupted, the node goes on with it.
+    #[command(verbatim_doc_comment)]
+    Backfill {
+        #[command(flatten)]
+        at: At,
+        /// The node.
+        node: String,
     },
     /// Ends a node's membership. Refused if too few voters would be left.
     Remove {
@@ -151,6 +162,16 @@ pub async fn node(command: Node) -> anyhow::Result<()> {
             let ask = Ask::NodeAdd { node: node.clone(), group, witness: false, replaces: true };
             invite(&at, &node, ask).await
         }
+        Node::Backfill { at, node } => {
+            let before = fetch_status(&at.address()?).await?;
+            let whole = |n: &NodeStatus| n.node == node && n.holes.is_empty();
+            let done = done(&at, Ask::Backfill { node: node.clone() }).await?;
+            println!("{}", done.text);
+            match before.nodes.iter().any(whole) {
+                true => Ok(()),
+                false => follow_backfill(&at.address()?, &node).await,
+            }
+        }
         Node::Remove { at, node, force } => {
             let done = done(&at, Ask::NodeRemove { node, force }).await?;
             println!("{}", done.text);
@@ -187,6 +208,42 @@ pub async fn group(command: Group) -> anyhow::Result<()> {
             println!("{}", done.text);
             follow_move(&at.address()?, &to).await
         }
+    }
+}
+
+/// Shows how far the history of a node is, until it is whole.
+async fn follow_backfill(address: &str, node: &str) -> anyhow::Result<()> {
+    let mut shown = None;
+    let mut seen = Instant::now();
+    loop {
+        let status = fetch_status(address).await;
+        let found = status.map(|status| status.nodes.into_iter().find(|n| n.node == node));
+        match found {
+            Ok(Some(found)) if found.state != "down" => {
+                if found.holes.is_empty() {
+                    println!("done: {node} has the whole history");
+                    return Ok(());
+                }
+                // It waits for a pack; otherwise it is being done, or has failed.
+                if !found.backfilling.is_empty() || !found.packing.is_empty() {
+                    seen = Instant::now();
+                }
+                let percent = found.backfilling.values().min().copied();
+                if percent.is_some() && percent != shown {
+                    println!("{} %", percent.unwrap_or_default());
+                    shown = percent;
+                }
+                if seen.elapsed() > PATIENCE / 6 {
+                    bail!("the history could not be completed; the log of {node} says why");
+                }
+            }
+            other if seen.elapsed() > PATIENCE => {
+                other?;
+                bail!("{node} is down; when it is back, it goes on");
+            }
+            _ => {}
+        }
+        tokio::time::sleep(LOOK).await;
     }
 }
 

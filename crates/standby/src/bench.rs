@@ -23,6 +23,9 @@ pub struct Options {
     /// Objects in each transaction.
     #[arg(long, default_value_t = 1)]
     objects: usize,
+    /// Objects of each client, which its transactions change in turn; without it, as many as are in one.
+    #[arg(long)]
+    population: Option<usize>,
     /// Bytes of each object.
     #[arg(long, default_value_t = 500)]
     size: usize,
@@ -35,12 +38,16 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
     if options.clients == 0 || options.objects == 0 || options.objects > 100 {
         bail!("at least one client, and 1 to 100 objects");
     }
+    let population = options.population.unwrap_or(options.objects);
+    if !(options.objects..=10_000).contains(&population) {
+        bail!("--population {population}: from the objects of a transaction to 10000");
+    }
     let started = Instant::now();
     let end = started + Duration::from_secs_f64(options.seconds);
     let writers: Vec<_> = (0..options.clients)
         .map(|_| {
             let (at, objects, size) = (options.at.clone(), options.objects, options.size);
-            tokio::spawn(commit_until(at, objects, size, end))
+            tokio::spawn(commit_until(at, (objects, population), size, end))
         })
         .collect();
     let mut latencies: Vec<Duration> = Vec::new();
@@ -80,25 +87,30 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
 /// Commits new revisions of its own objects; returns how long each commit took.
 async fn commit_until(
     addresses: Vec<String>,
-    objects: usize,
+    (objects, population): (usize, usize),
     size: usize,
     end: Instant,
 ) -> anyhow::Result<Vec<Duration>> {
     let mut client = Client::connect(&addresses, Duration::from_secs(10)).await?;
-    let oids = client.new_oids(objects as i64).await?;
+    let oids = client.new_oids(population as i64).await?;
     // A record that Python can read: an instance of persistent.mapping, and its state as bytes.
     let mut record = b"\x80\x03cpersistent.mapping\nPersistentMapping\n.\x80\x03B".to_vec();
     record.extend_from_slice(&(size as u32).to_le_bytes());
     record.extend(vec![b'x'; size]);
     record.push(b'.');
     let data = Bytes::from(record);
-    let mut serial = Tid::NONE;
+    let mut serials = vec![Tid::NONE; population];
     let mut latencies = Vec::new();
+    let mut next = 0;
     while Instant::now() < end {
-        let records: Vec<_> = oids.iter().map(|oid| (*oid, serial, data.clone())).collect();
+        let turn: Vec<_> = (next..next + objects).map(|nth| nth % population).collect();
+        let record = |nth: &usize| (oids[*nth], serials[*nth], data.clone());
+        let records: Vec<_> = turn.iter().map(record).collect();
         let began = Instant::now();
-        serial = client.commit(&records).await?;
+        let serial = client.commit(&records).await?;
         latencies.push(began.elapsed());
+        turn.into_iter().for_each(|nth| serials[nth] = serial);
+        next = (next + objects) % population;
     }
     Ok(latencies)
 }

@@ -104,11 +104,15 @@ pub fn table(status: &Status) -> String {
             format!("\n{percent} %, {rate:.1} MB/s\n{each:.0} transactions/s")
         });
         let packing = node.packing.values().map(|percent| format!("\npacking {percent} %"));
+        let filling = node.backfilling.values().map(|percent| format!("\nbackfilling {percent} %"));
+        let holes = node.holes.values().flatten();
+        let holes = holes.map(|hole| format!("\nno history from\n{}\nto {}", hole.from, hole.to));
+        let under_way: String = packing.chain(filling).chain(holes).collect();
         table.add_row([
             node.node.clone(),
             node.group.clone(),
             role,
-            node.state.clone() + &stale + &catch_up + &packing.collect::<String>(),
+            node.state.clone() + &stale + &catch_up + &under_way,
             status.term.to_string(),
             tids.join("\n"),
             lag,
@@ -152,7 +156,8 @@ mod tests {
         let json = r#"{"cluster":"c","timeline":1,"term":4,"primary":"n1","nodes":[
             {"node":"n1","group":"g","role":"primary","voter":true,"state":"up","last_tid":{"1":"00"},
              "applied_index":5,"lag_seconds":0.0,"address":"h:1","read_only_address":"","peer_address":"h:2",
-             "admin_address":"","version":"0.1.0","packing":{"1":42}},
+             "admin_address":"","version":"0.1.0","packing":{"1":42},
+             "holes":{"1":[{"after":"00","through":"01","from":"yesterday","to":"today"}]}},
             {"node":"n2","group":"g","role":"replica","voter":true,"state":"down","last_tid":{},
              "applied_index":0,"lag_seconds":null,"address":"","read_only_address":"","peer_address":"",
              "admin_address":"","version":""}]}"#;
@@ -161,5 +166,6 @@ mod tests {
         assert!(text.contains("cluster c, primary n1, no fault tolerance"), "{text}");
         assert!(text.contains("n2") && text.contains("down"), "{text}");
         assert!(text.contains("packing 42 %"), "{text}");
+        assert!(text.contains("no history from") && text.contains("to today"), "{text}");
     }
 }

@@ -21,6 +21,11 @@ impl fmt::Debug for Transfer {
 }
 
 impl Transfer {
+    /// What the blob of a revision is called while it is on its way: its oid and its tid.
+    pub fn of_revision(oid: Oid, tid: Tid) -> Transfer {
+        Transfer((u128::from(oid.0) << 64 | u128::from(tid.0)).to_be_bytes())
+    }
+
     /// Reads what its `Display` writes.
     pub fn parse(text: &str) -> Option<Transfer> {
         let digits =

@@ -7,8 +7,10 @@ use standby_consensus::Member;
 use standby_types::NodeId;
 
 use super::Engine;
-use crate::ask::{Ask, Asker, Done};
+use crate::applier::Work;
+use crate::ask::{Answer, Ask, Asker, Done};
 use crate::config::word;
+use crate::node::StorageShared;
 use crate::settings::{FEATURE_LEVEL, Invitation, SETTINGS_LEVEL, Setting};
 use crate::state::random_hex;
 
@@ -29,6 +31,10 @@ pub(super) struct Watch {
 
 impl Engine {
     pub(super) fn ask(&mut self, ask: Ask, asker: Asker) -> anyhow::Result<()> {
+        if let Ask::Backfill { node } = &ask {
+            let _ = asker.send(self.backfill(node));
+            return Ok(());
+        }
         if !self.serves() {
             let _ = asker.send(Err("this node is not primary any more; ask again".into()));
             return Ok(());
@@ -77,6 +83,23 @@ impl Engine {
         Ok(())
     }
 
+    fn backfill(&self, node: &str) -> Answer {
+        if node != self.shared.member.name {
+            return Err(format!("this is {}, not {node}", self.shared.member.name));
+        }
+        let has_holes =
+            |(_, storage): &(&String, &StorageShared)| !storage.reader().holes().is_empty();
+        let storages: Vec<_> = self.shared.storages.iter().filter(has_holes).collect();
+        for (name, _) in &storages {
+            self.shared.apply(Work::Backfill((*name).clone()));
+        }
+        let text = match storages.is_empty() {
+            true => format!("{node} has the whole history"),
+            false => format!("{node} gets the history that it lacks from another node"),
+        };
+        Ok(Done { text, token: None })
+    }
+
     /// Answers those for whom it has come true, or who have waited too long.
     pub(super) fn tend_watches(&mut self) {
         let now = self.shared.now();
@@ -111,7 +134,7 @@ impl Engine {
         }
         let done = |text: String| Done { text, token: None };
         match ask {
-            Ask::Switchover { .. } => Err("no decision".into()),
+            Ask::Switchover { .. } | Ask::Backfill { .. } => Err("no decision".into()),
             Ask::NodeAdd { node, group, witness, replaces } => {
                 self.invitation(node, group.as_deref(), *witness, *replaces)
             }

@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use standby_consensus::{Committed, Event as Happened, PeerMessage, ending_with_blobs};
 use standby_filestorage::take_meta;
-use standby_types::{BlobSource, NodeId, Transfer, Upload};
+use standby_types::{BlobSource, NodeId, Tid, Transfer, Upload};
 use tracing::{debug, warn};
 
 use super::{Engine, Internal, Outgoing};
-use crate::peers::{Announcement, Wanted, obtain};
+use crate::node::StorageShared;
+use crate::peers::{Announcement, Wanted, WantedBlob, obtain};
 use crate::replica::ApplyError;
 
 /// Messages that are held back; more are dropped.
@@ -62,8 +63,18 @@ impl Blobs {
                 self.here.remove(&upload.transfer);
                 self.arrived.remove(&upload.transfer);
             }
+            if let Ok(meta) = take_meta(&mut ending.head.clone()) {
+                for blob in ending.blobs {
+                    self.here.remove(&Transfer::of_revision(blob.oid, meta.tid));
+                }
+            }
         }
     }
+}
+
+/// True if the file of a storage lacks the revision that has this tid.
+fn lies_in_hole(storage: Option<&StorageShared>, tid: Tid) -> bool {
+    storage.is_some_and(|storage| storage.reader().hole_of(tid).is_some())
 }
 
 impl Engine {
@@ -95,10 +106,16 @@ impl Engine {
             // What means nothing is refused when it is applied.
             let Ok(meta) = take_meta(&mut ending.head.clone()) else { continue };
             for blob in &ending.blobs {
-                let BlobSource::Upload(upload) = blob.source else { continue };
-                if !self.blobs.here.contains(&upload.transfer) {
-                    let (storage, revision) = (ending.storage.clone(), Some((blob.oid, meta.tid)));
-                    missing.push(Wanted { storage, upload, revision });
+                let (oid, by) = (blob.oid, meta.tid);
+                let blob = match blob.source {
+                    BlobSource::Upload(upload) => WantedBlob::Upload(upload, Some((oid, by))),
+                    BlobSource::Copy(of) if lies_in_hole(storage, of) => {
+                        WantedBlob::Copy { oid, of, by }
+                    }
+                    BlobSource::Copy(_) => continue,
+                };
+                if !self.blobs.here.contains(&blob.transfer()) {
+                    missing.push(Wanted { storage: ending.storage.clone(), blob });
                 }
             }
         }
@@ -110,7 +127,7 @@ impl Engine {
         let address = members.get(&from).map(|member| member.peer_address.clone());
         let address = address.or_else(|| self.present.get(&from).map(|p| p.peer_address.clone()));
         let Some(address) = address else { return };
-        let transfer = wanted.upload.transfer;
+        let transfer = wanted.blob.transfer();
         if !self.blobs.fetching.insert(transfer) {
             return;
         }
@@ -173,7 +190,8 @@ impl Engine {
         if self.blobs.here.contains(&upload.transfer) {
             self.shared.peers.arrived(from, upload.transfer);
         } else if has_dir {
-            self.obtain(from, Wanted { storage: storage.into(), upload, revision: None });
+            let blob = WantedBlob::Upload(upload, None);
+            self.obtain(from, Wanted { storage: storage.into(), blob });
         }
     }
 

@@ -71,10 +71,34 @@ impl Announcement {
 pub struct Wanted {
     /// The storage.
     pub storage: String,
-    /// The upload.
-    pub upload: Upload,
-    /// The revision that it belongs to, if its transaction is in the log.
-    pub revision: Option<(Oid, Tid)>,
+    /// The blob.
+    pub blob: WantedBlob,
+}
+
+/// See [`Wanted`].
+#[derive(Debug, Clone, Copy)]
+pub enum WantedBlob {
+    /// An upload, and the revision that it belongs to, if its transaction is in the log.
+    Upload(Upload, Option<(Oid, Tid)>),
+    /// That of a revision which this node does not have, for it lies in a hole: an undo brings it back.
+    Copy {
+        /// The object.
+        oid: Oid,
+        /// The revision in the hole.
+        of: Tid,
+        /// The undo.
+        by: Tid,
+    },
+}
+
+impl WantedBlob {
+    /// What it is called while it is on its way.
+    pub fn transfer(&self) -> Transfer {
+        match self {
+            WantedBlob::Upload(upload, _) => upload.transfer,
+            WantedBlob::Copy { oid, by, .. } => Transfer::of_revision(*oid, *by),
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -87,7 +111,24 @@ enum Request {
 /// Makes sure that the blob is durable here; fetches it from `address` if it is not.
 pub async fn obtain(shared: &Shared, wanted: &Wanted, address: &str) -> Result<(), PeerError> {
     let blobs = blobs_of(shared, &wanted.storage)?;
-    let Wanted { storage, upload, revision } = wanted;
+    let storage = &wanted.storage;
+    let (upload, revision) = match &wanted.blob {
+        WantedBlob::Upload(upload, revision) => (upload, revision),
+        WantedBlob::Copy { oid, of, by } => {
+            if is_here(blobs, None, Some((*oid, *of))).await? {
+                return Ok(());
+            }
+            let mut source = Source::connect(shared, address).await?;
+            for tid in [*of, *by] {
+                match source.place(blobs, storage, *oid, tid).await {
+                    // It may have been packed away since.
+                    Err(PeerError::Refused(_)) => {}
+                    placed => return placed,
+                }
+            }
+            return Ok(());
+        }
+    };
     if is_here(blobs, Some(upload.transfer), *revision).await? {
         return Ok(());
     }
@@ -125,14 +166,7 @@ pub async fn obtain_old(
             if is_here(blobs, None, Some((oid, tid))).await? {
                 continue;
             }
-            let transfer = new_transfer()?;
-            let revision = Some((oid, tid));
-            let (upload, _staged) = source.fetch(blobs, storage, None, transfer, revision).await?;
-            let blob = Blob { oid, source: BlobSource::Upload(upload) };
-            let blobs = blobs.clone();
-            tokio::task::spawn_blocking(move || blobs.place(&blob, tid))
-                .await
-                .map_err(std::io::Error::other)??;
+            source.place(blobs, storage, oid, tid).await?;
             fetched += 1;
         }
     }
@@ -174,6 +208,24 @@ impl Source {
             (b'x', why) => Err(PeerError::Refused(String::from_utf8_lossy(&why).into_owned())),
             (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
         }
+    }
+
+    /// Fetches the blob of a revision to where it belongs.
+    async fn place(
+        &mut self,
+        blobs: &BlobDir,
+        storage: &str,
+        oid: Oid,
+        tid: Tid,
+    ) -> Result<(), PeerError> {
+        let (transfer, revision) = (new_transfer()?, Some((oid, tid)));
+        let (upload, _staged) = self.fetch(blobs, storage, None, transfer, revision).await?;
+        let blob = Blob { oid, source: BlobSource::Upload(upload) };
+        let blobs = blobs.clone();
+        tokio::task::spawn_blocking(move || blobs.place(&blob, tid))
+            .await
+            .map_err(std::io::Error::other)??;
+        Ok(())
     }
 
     /// Fetches an upload, or what it has become, into the staging directory under the name `to`.

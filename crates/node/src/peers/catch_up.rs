@@ -1,13 +1,14 @@
 //! Catching up: a node that the log cannot serve any more gets the transactions themselves.
 //!
 //! ```text
-//! follower                                     primary
+//! follower                                     source
 //!   'q' JSON: per storage the last tid, its
 //!       position, and for a data file of
 //!       unknown origin its SHA-256     ─────▶
-//!                                      ◀─────  'p' about how many bytes there are to come, 8
+//!                                      ◀─────  'p' about how many bytes come in all, 8; again and again
 //!                                      ◀─────  'x' reason, or per storage:
 //!                                      ◀─────  's' storage name
+//!                                      ◀─────  'f' for each hole in what comes: after 8, through 8
 //!                                      ◀─────  't' transaction's head
 //!                                      ◀─────  'b' the oid of the next record, if that has a blob
 //!                                      ◀─────  'c' the blob's bytes …
@@ -19,6 +20,9 @@
 //!
 //! Everything sent is committed. It may go beyond the state that was asked for; what the log brings
 //! again later is recognised by its tid.
+//!
+//! A fast recovery makes a hole (see [`Hole`]): of the transactions between the follower's last one and
+//! the source's, only the records come that are current at the source's, which itself always comes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,8 +33,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use standby_consensus::AppliedPoint;
 use standby_filestorage::{
-    BlobDir, Mark, Reader, Record, RecordData, StorageError, may_be_blob, put_meta, put_record,
-    take_meta, take_record,
+    BlobDir, Hole, Mark, Reader, Record, RecordData, StorageError, StoredTransaction, Transactions,
+    may_be_blob, put_meta, put_record, take_meta, take_record,
 };
 use standby_types::disk::{Open, read_full};
 use standby_types::{Blob, BlobSource, Disk, NodeId, Oid, Tid};
@@ -42,6 +46,7 @@ use super::blob::obtain_old;
 use super::{PeerError, Purpose, connect, frame, read_frame, write_frame};
 use crate::applier::{CatchUpItem, CatchUpItems, Work};
 use crate::blobs::{BlobWriter, new_transfer};
+use crate::config::Recovery;
 use crate::disk::OsDisk;
 use crate::engine::Internal;
 use crate::hex::hex;
@@ -56,8 +61,14 @@ const MAX_RECORD: usize = u32::MAX as usize;
 const QUEUE: usize = 16;
 /// Records in one batch.
 const BATCH: usize = 256;
+/// Bytes from which a batch is not made longer.
+const BATCH_BYTES: u64 = 1 << 20;
 /// Bytes of frames that are sent together.
 const TOGETHER: usize = 64 << 10;
+/// Bytes that are missing from which [`Recovery::Auto`] is fast.
+const MUCH: u64 = 1 << 30;
+/// Bytes of the data file after which a fast recovery tells anew how much will come.
+const ESTIMATE_EVERY: u64 = 16 << 20;
 /// Bytes of a blob in one frame.
 const BLOB_PIECE: usize = 64 << 10;
 
@@ -67,6 +78,17 @@ struct Request {
     /// It understands 'p'.
     #[serde(default)]
     progress: bool,
+    /// It understands 'f'.
+    #[serde(default)]
+    holes: bool,
+    #[serde(default)]
+    recovery: Recovery,
+    /// Records come without their blobs.
+    #[serde(default)]
+    without_blobs: bool,
+    /// Of this storage only.
+    #[serde(default)]
+    only: Option<String>,
 }
 
 /// How far a catch-up is.
@@ -87,6 +109,9 @@ struct Have {
     tid: u64,
     position: u64,
     sha256: Option<String>,
+    /// A source that has not come so far is of no use: the follower is within a hole that ends there.
+    #[serde(default)]
+    least: u64,
 }
 
 /// Fetches from `from` what is missing, again and again until it is complete.
@@ -124,18 +149,54 @@ async fn attempt(
     })
     .await?;
     info!(peer = peer.node, target = %target.index, "catching up");
-    let json = serde_json::to_vec(&request)?;
-    write_frame(&mut stream, b'q', &json).await?;
+    write_frame(&mut stream, b'q', &serde_json::to_vec(&request)?).await?;
     let (items, receiver) = mpsc::channel(QUEUE);
     shared.apply(Work::CatchUp { items: CatchUpItems::new(receiver), target: target.clone() });
+    let _shown = Shown(shared);
+    receive(shared, stream, &peer.node, items, |progress| {
+        shared.show_catch_up(Some(progress.clone()));
+    })
+    .await
+}
+
+/// Gets the whole history of one storage from the transaction `after` on, for [`crate::backfill`].
+pub async fn fetch_history(
+    shared: &Shared,
+    storage: &str,
+    (after, least): (Tid, Tid),
+    address: &str,
+    items: mpsc::Sender<Vec<CatchUpItem>>,
+    show: impl FnMut(&CatchUp),
+) -> Result<(), PeerError> {
+    let (mut stream, peer) = connect(&shared.introduction(), address, Purpose::CatchUp).await?;
+    let have = Have { tid: after.0, position: 0, sha256: None, least: least.0 };
+    let request = Request {
+        storages: BTreeMap::from([(storage.to_owned(), have)]),
+        progress: true,
+        holes: false,
+        recovery: Recovery::Normal,
+        without_blobs: true,
+        only: Some(storage.to_owned()),
+    };
+    write_frame(&mut stream, b'q', &serde_json::to_vec(&request)?).await?;
+    receive(shared, stream, &peer.node, items, show).await
+}
+
+/// Passes on what a source sends, until it says that that is all.
+async fn receive(
+    shared: &Shared,
+    stream: Stream,
+    peer: &str,
+    items: mpsc::Sender<Vec<CatchUpItem>>,
+    mut show: impl FnMut(&CatchUp),
+) -> Result<(), PeerError> {
     let mut batch = Vec::with_capacity(BATCH);
     let mut stream = BufReader::with_capacity(1 << 20, stream);
     let mut storage = String::new();
     let mut blob: Option<(Oid, BlobWriter)> = None;
     let no_blob = || PeerError::Protocol("bytes of no blob".into());
     let begun = std::time::Instant::now();
-    let (mut told, mut progress) = (begun, CatchUp::default());
-    let _shown = Shown(shared);
+    let (mut told, mut progress, mut passed_on) = (begun, CatchUp::default(), 0);
     let rate = shared.config.standby.as_ref().and_then(|standby| standby.catch_up_rate);
     loop {
         let next = tokio::time::timeout(PATIENCE, read_frame(&mut stream, MAX_RECORD)).await;
@@ -146,7 +207,7 @@ async fn attempt(
             told = std::time::Instant::now();
             let CatchUp { bytes, total_bytes, transactions, .. } = progress;
             let (megabytes, of) = (bytes >> 20, total_bytes >> 20);
-            info!(peer = peer.node, megabytes, of, transactions, "catching up");
+            info!(peer, megabytes, of, transactions, "catching up");
         }
         if let Some(rate) = rate {
             // The sender waits too, when its socket is full.
@@ -162,10 +223,13 @@ async fn attempt(
                 continue;
             }
             b'p' => {
-                let total = content[..].try_into().map(u64::from_be_bytes);
-                progress.total_bytes =
-                    total.map_err(|_| PeerError::Protocol("a malformed number".into()))?;
+                progress.total_bytes = number(&content)?;
                 continue;
+            }
+            b'f' => {
+                let (after, through) = content.split_at(content.len() / 2);
+                let (after, through) = (Tid(number(after)?), Tid(number(through)?));
+                CatchUpItem::Hole(storage.clone(), Hole { after, through })
             }
             b't' => {
                 progress.transactions += 1;
@@ -202,11 +266,13 @@ async fn attempt(
             shared.confirm();
         }
         batch.push(item);
-        if !done && batch.len() < BATCH && !stream.buffer().is_empty() {
+        let small = batch.len() < BATCH && progress.bytes - passed_on < BATCH_BYTES;
+        if !done && small && !stream.buffer().is_empty() {
             continue;
         }
+        passed_on = progress.bytes;
         progress.seconds = begun.elapsed().as_secs_f64();
-        shared.show_catch_up(Some(progress.clone()));
+        show(&progress);
         let full = std::mem::replace(&mut batch, Vec::with_capacity(BATCH));
         if items.send(full).await.is_err() {
             return Err(PeerError::Protocol("a newer catch-up has replaced this one".into()));
@@ -215,7 +281,7 @@ async fn attempt(
             let CatchUp { bytes, transactions, seconds, .. } = progress;
             let per_second = |n: u64| (n as f64 / seconds.max(1e-6)) as u64;
             info!(
-                peer = peer.node,
+                peer,
                 transactions,
                 bytes,
                 seconds,
@@ -237,6 +303,11 @@ impl Drop for Shown<'_> {
     }
 }
 
+fn number(bytes: &[u8]) -> Result<u64, PeerError> {
+    let number = bytes.try_into().map(u64::from_be_bytes);
+    number.map_err(|_| PeerError::Protocol("a malformed number".into()))
+}
+
 fn begin_blob(shared: &Shared, storage: &str) -> Result<BlobWriter, PeerError> {
     let blobs = shared.storages.get(storage).and_then(|s| s.blobs.as_ref()).ok_or_else(|| {
         PeerError::Refused(format!(
@@ -249,14 +320,18 @@ fn begin_blob(shared: &Shared, storage: &str) -> Result<BlobWriter, PeerError> {
 fn request(shared: &Shared, unconfirmed: bool) -> Result<Request, PeerError> {
     let mut storages = BTreeMap::new();
     for (name, storage) in &shared.storages {
-        let mark = storage.reader().mark();
+        let reader = storage.reader();
+        let (mark, holes) = (reader.mark(), reader.holes());
         let sha256 = (unconfirmed && mark != Mark::START)
             .then(|| hash_of(&storage.path, mark))
             .transpose()?;
-        let have = Have { tid: mark.tid.0, position: mark.position.0, sha256 };
+        let least = holes.of(mark.tid).map_or(0, |hole| hole.through.0);
+        let have = Have { tid: mark.tid.0, position: mark.position.0, sha256, least };
         storages.insert(name.clone(), have);
     }
-    Ok(Request { storages, progress: true })
+    let recovery = shared.config.standby.as_ref().map(|s| s.recovery).unwrap_or_default();
+    let (progress, holes, without_blobs, only) = (true, true, false, None);
+    Ok(Request { storages, progress, holes, recovery, without_blobs, only })
 }
 
 /// The hash of a data file up to a mark.
@@ -296,7 +371,7 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
         };
         let (frames, mut queue) = mpsc::channel(QUEUE);
         let reading = tokio::task::spawn_blocking(move || {
-            let mut frames = Frames { together: BytesMut::new(), queue: frames };
+            let mut frames = Frames { together: BytesMut::new(), queue: frames, sent: 0 };
             send_all(&shared, &request, &mut frames)?;
             frames.flush()
         });
@@ -311,6 +386,7 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
                 write_frame(&mut stream, b'x', reason.as_bytes()).await?;
                 Err(PeerError::Protocol(reason))
             }
+            Ok(Err(SendError::NotNow(reason))) => Err(PeerError::Protocol(reason)),
             Ok(Err(SendError::Storage(error))) => Err(PeerError::Protocol(error.to_string())),
             Ok(Err(SendError::Gone)) => Ok(()),
             Err(error) => Err(PeerError::Protocol(error.to_string())),
@@ -324,6 +400,8 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
 
 enum SendError {
     Refused(String),
+    /// It may go later, or from another node.
+    NotNow(String),
     Storage(StorageError),
     Gone,
 }
@@ -338,10 +416,13 @@ impl From<StorageError> for SendError {
 struct Frames {
     together: BytesMut,
     queue: mpsc::Sender<bytes::Bytes>,
+    /// Bytes of content so far.
+    sent: u64,
 }
 
 impl Frames {
     fn send(&mut self, kind: u8, content: &[u8]) -> Result<(), SendError> {
+        self.sent += content.len() as u64;
         self.together.extend_from_slice(&frame(kind, content));
         if self.together.len() >= TOGETHER { self.flush() } else { Ok(()) }
     }
@@ -353,40 +434,138 @@ impl Frames {
 }
 
 fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(), SendError> {
+    let wanted = |name: &String| request.only.as_ref().is_none_or(|only| only == name);
     if request.progress {
         let missing = |(name, storage): (&String, &StorageShared)| {
             let from = request.storages.get(name).map_or(0, |have| have.position);
             storage.reader().size().saturating_sub(from)
         };
-        let total: u64 = shared.storages.iter().map(missing).sum();
+        let storages = shared.storages.iter().filter(|(name, _)| wanted(name));
+        let total: u64 = storages.map(missing).sum();
         frames.send(b'p', &total.to_be_bytes())?;
     }
-    for (name, storage) in &shared.storages {
+    for (name, storage) in shared.storages.iter().filter(|(name, _)| wanted(name)) {
         let Some(have) = request.storages.get(name) else {
             let reason = format!("its configuration lacks the storage {name:?}");
             return Err(SendError::Refused(reason));
         };
-        check_beginning(&storage.path, &storage.reader(), name, have)?;
-        frames.send(b's', name.as_bytes())?;
-        let mut transactions = storage.reader().transactions(Tid(have.tid).next(), Tid::MAX)?;
-        while let Some(stored) = transactions.advance()? {
-            let mut out = BytesMut::new();
-            put_meta(&stored.meta, &mut out);
-            frames.send(b't', &out)?;
-            transactions.records(&stored, |record: Record| {
-                if let Some(blobs) = &storage.blobs
-                    && may_have_blob(&record)
-                {
-                    send_blob(blobs, record.oid, stored.meta.tid, frames)?;
-                }
-                out.clear();
-                put_record(&record, &mut out);
-                frames.send(b'd', &out)
-            })?;
-            frames.send(b'e', b"")?;
+        let reader = storage.reader();
+        check_beginning(&storage.path, &reader, name, have)?;
+        if reader.last_tid() < Tid(have.least) || !reader.is_whole() {
+            let reason = "this node has not come far enough itself".to_owned();
+            return Err(SendError::NotNow(reason));
         }
+        frames.send(b's', name.as_bytes())?;
+        let transactions = reader.transactions(Tid(have.tid).next(), Tid::MAX)?;
+        let fast = match request.recovery {
+            Recovery::Normal => false,
+            Recovery::Fast => true,
+            Recovery::Auto => transactions.bytes_left() > MUCH,
+        } && request.holes;
+        send_holes(&reader, &transactions, (request, have), fast, frames)?;
+        let blobs = storage.blobs.as_ref().filter(|_| !request.without_blobs);
+        Sending { transactions, blobs, fast }.run(frames)?;
     }
     frames.send(b'z', b"")
+}
+
+/// Tells what is missing in what will come.
+fn send_holes(
+    reader: &Reader,
+    transactions: &Transactions,
+    (request, have): (&Request, &Have),
+    fast: bool,
+    frames: &mut Frames,
+) -> Result<(), SendError> {
+    let (first, last) = (Tid(have.tid), transactions.last_tid());
+    let mut holes = reader.holes();
+    holes.filled(first);
+    if fast {
+        holes.add(Hole { after: first, through: last });
+    }
+    if !holes.is_empty() && !request.holes {
+        let reason =
+            "there is a hole in the history of this node; the other node cannot do with that";
+        return Err(SendError::NotNow(reason.into()));
+    }
+    for hole in holes.iter() {
+        let bytes = [hole.after.to_bytes(), hole.through.to_bytes()].concat();
+        frames.send(b'f', &bytes)?;
+    }
+    Ok(())
+}
+
+/// The transactions of a storage on their way to a follower.
+struct Sending<'a> {
+    transactions: Transactions,
+    blobs: Option<&'a BlobDir>,
+    fast: bool,
+}
+
+impl Sending<'_> {
+    fn run(mut self, frames: &mut Frames) -> Result<(), SendError> {
+        let mut told = self.transactions.bytes_left();
+        let (total, before) = (told, frames.sent);
+        while let Some(stored) = self.transactions.advance()? {
+            if self.fast {
+                self.send_newest(&stored, frames)?;
+                let left = self.transactions.bytes_left();
+                if told - left > ESTIMATE_EVERY {
+                    told = left;
+                    let so_far = frames.sent - before;
+                    let all = so_far as f64 * (total as f64 / (total - left) as f64);
+                    frames.send(b'p', &(before + all as u64).to_be_bytes())?;
+                }
+                continue;
+            }
+            self.send_head(&stored, frames)?;
+            self.transactions
+                .records(&stored, |record| self.send_record(record, &stored, frames))?;
+            frames.send(b'e', b"")?;
+        }
+        Ok(())
+    }
+
+    /// Sends of a transaction what is current at the end of them all.
+    fn send_newest(
+        &self,
+        stored: &StoredTransaction,
+        frames: &mut Frames,
+    ) -> Result<(), SendError> {
+        let newest = self.transactions.newest_of(stored)?;
+        // The last transaction is where the follower's hole ends.
+        if newest.is_empty() && stored.meta.tid != self.transactions.last_tid() {
+            return Ok(());
+        }
+        self.send_head(stored, frames)?;
+        for position in newest {
+            let record = self.transactions.record_at(stored, position)?;
+            self.send_record(record, stored, frames)?;
+        }
+        frames.send(b'e', b"")
+    }
+
+    fn send_head(&self, stored: &StoredTransaction, frames: &mut Frames) -> Result<(), SendError> {
+        let mut out = BytesMut::new();
+        put_meta(&stored.meta, &mut out);
+        frames.send(b't', &out)
+    }
+
+    fn send_record(
+        &self,
+        record: Record,
+        stored: &StoredTransaction,
+        frames: &mut Frames,
+    ) -> Result<(), SendError> {
+        if let Some(blobs) = self.blobs
+            && may_have_blob(&record)
+        {
+            send_blob(blobs, record.oid, stored.meta.tid, frames)?;
+        }
+        let mut out = BytesMut::new();
+        put_record(&record, &mut out);
+        frames.send(b'd', &out)
+    }
 }
 
 fn may_have_blob(record: &Record) -> bool {

@@ -13,8 +13,8 @@ mod hello;
 mod link;
 
 pub use ask::ask;
-pub use blob::{Announcement, Wanted, obtain};
-pub use catch_up::{CatchUp, fetch};
+pub use blob::{Announcement, Wanted, WantedBlob, obtain, obtain_old};
+pub use catch_up::{CatchUp, fetch, fetch_history};
 pub use hello::{Introduction, PeerInfo, Purpose, connect, receive};
 pub use link::{Peers, listen, probe};
 

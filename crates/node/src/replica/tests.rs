@@ -29,10 +29,7 @@ fn replica(disk: &MemoryDisk) -> Replica {
         term: Term(1),
         log_begins_here: false,
         membership: Membership::default(),
-        storages: BTreeMap::from([(
-            "1".into(),
-            StoragePoint { mark: Mark::START, ceiling: Oid(0), packed: None, packs: Vec::new() },
-        )]),
+        storages: BTreeMap::from([("1".into(), StoragePoint::of(Mark::START, Oid(0)))]),
     };
     let spill = disk.clone();
     let make_spill: MakeSpill = Arc::new(move || spill.open(Path::new("/spill"), Open::Create));

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::super::zconfig::{ConfigError, Section};
 use super::{Address, Checker, SectionReader, byte_size, path, word};
 use crate::tls::SslSection;
@@ -66,6 +68,8 @@ pub struct Standby {
     pub witness: bool,
     /// Bytes per second that a catch-up may take; `None` for as many as it can.
     pub catch_up_rate: Option<u64>,
+    /// What a node that was away for long gets.
+    pub recovery: Recovery,
     /// How old a replica's data may be for its readers; `None` if that does not matter.
     pub max_staleness: Option<Duration>,
     /// TLS between nodes.
@@ -111,6 +115,28 @@ fn check_members(
     Ok(())
 }
 
+/// What a node gets that was away for so long that the log does not reach back.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recovery {
+    /// Every transaction.
+    #[default]
+    Normal,
+    /// What is current; the history between stays behind until it is filled in.
+    Fast,
+    /// `Fast` if there is much to get, `Normal` otherwise.
+    Auto,
+}
+
+fn recovery(text: &str) -> Result<Recovery, String> {
+    match text {
+        "normal" => Ok(Recovery::Normal),
+        "fast" => Ok(Recovery::Fast),
+        "auto" => Ok(Recovery::Auto),
+        _ => Err(format!("{text:?} is no way of recovery: normal, fast, auto")),
+    }
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let number = text.parse().ok().and_then(|n| Duration::try_from_secs_f64(n).ok());
     number
@@ -139,6 +165,7 @@ impl Checker {
                 "witness",
                 "max-staleness",
                 "catch-up-rate",
+                "recovery",
             ],
         )?;
         reader.sections(&["peer-ssl"])?;
@@ -222,6 +249,7 @@ impl Checker {
             profile: reader.get("profile", profile)?.unwrap_or(Profile::Lan),
             log_tail: reader.get("log-tail", byte_size)?.unwrap_or(256 << 20),
             catch_up_rate: reader.get("catch-up-rate", byte_size)?.filter(|rate| *rate > 0),
+            recovery: reader.get("recovery", recovery)?.unwrap_or_default(),
             max_staleness: reader.get("max-staleness", seconds)?,
             node: me.name,
             group: me.group,
@@ -238,6 +266,7 @@ impl Checker {
 mod tests {
     use std::path::Path;
 
+    use super::Recovery;
     use crate::config::Config;
 
     fn read(text: &str) -> Result<Config, String> {
@@ -271,6 +300,19 @@ mod tests {
         assert!(config.standby.unwrap().witness);
         let error = read(&format!("{DATA}{witness}")).unwrap_err();
         assert!(error.contains("a witness holds no data"), "{error}");
+    }
+
+    #[test]
+    fn recovery_is_normal_unless_asked_for() {
+        let of = |lines: &str| {
+            let config = read(&format!("{DATA}{}", standby(&format!("{MEMBERS}\n{lines}"))));
+            config.map(|config| config.standby.unwrap().recovery)
+        };
+        assert_eq!(of(""), Ok(Recovery::Normal));
+        assert_eq!(of("recovery fast"), Ok(Recovery::Fast));
+        assert_eq!(of("recovery auto"), Ok(Recovery::Auto));
+        let error = of("recovery quick").unwrap_err();
+        assert!(error.contains("normal, fast, auto"), "{error}");
     }
 
     #[test]

@@ -1,0 +1,210 @@
+//! Filling the holes that fast recoveries left in a storage's history ([`Hole`]).
+//!
+//! A new data file is made beside the old one, as by a pack: what is before the first hole is copied from
+//! the old file, the rest comes from a node that has it all, and what has been committed meanwhile
+//! comes from the old file again. Then the applier puts the new file in the old one's place.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use standby_filestorage::{FileStorage, Outcome, Reader, StorageError, copy_rest};
+use standby_types::Tid;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::applier::{CatchUpItem, CatchUpItems};
+use crate::node::{Shared, StorageShared};
+use crate::packing::pack_path;
+use crate::peers::{PeerError, fetch_history, obtain_old};
+
+/// Batches between the socket and the file.
+const QUEUE: usize = 16;
+/// Until a source is looked for again.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Bytes that are left to the moment when commits wait.
+const REST: u64 = 1 << 20;
+
+/// What has come of an attempt.
+enum Got {
+    /// Everything, up to the new file's last transaction.
+    All,
+    /// The connection broke; what has come is in the new file.
+    Part,
+    /// The source has packed what comes: it does not go with what was copied from the old file.
+    Packed,
+}
+
+/// Makes a data file that has the whole history up to a transaction, which is returned too; tries until
+/// there is a node to get it from.
+pub async fn run(shared: &Arc<Shared>, name: &str) -> anyhow::Result<(Outcome, Tid)> {
+    let storage = shared.storages.get(name).context("no such storage")?;
+    let filled = fill(shared, name, storage).await;
+    if filled.is_err() {
+        // The disk may be full: what has been written so far must not keep it so.
+        let _ = std::fs::remove_file(pack_path(&storage.path));
+    }
+    filled
+}
+
+async fn fill(
+    shared: &Arc<Shared>,
+    name: &str,
+    storage: &StorageShared,
+) -> anyhow::Result<(Outcome, Tid)> {
+    storage.backfilling.set(Some(0));
+    let Some(first) = storage.reader().holes().iter().next().copied() else {
+        return Ok((Outcome::Nothing, Tid::NONE));
+    };
+    let mut target = begin(storage, first.after).await?;
+    let mut told = false;
+    loop {
+        let Some((node, address)) = source(shared, name) else {
+            if !std::mem::replace(&mut told, true) {
+                warn!(storage = name, "no node is there that has the whole history; waiting");
+            }
+            tokio::time::sleep(AGAIN).await;
+            continue;
+        };
+        info!(storage = name, peer = node, "filling the hole in the history");
+        let (file, got) = attempt(shared, name, &address, target).await?;
+        target = match got {
+            Got::All => match obtain_old(shared, name, file.mark().tid, &address).await {
+                Ok(()) => return finish(storage, file).await,
+                Err(error) => {
+                    warn!(storage = name, address, %error, "not all blobs have come; trying again");
+                    file
+                }
+            },
+            Got::Packed => begin(storage, Tid::NONE).await?,
+            Got::Part => file,
+        };
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// A node that has the whole history; the primary if it can be.
+fn source(shared: &Shared, storage: &str) -> Option<(String, String)> {
+    let status = shared.reports.status();
+    let can = |node: &&crate::status::NodeStatus| {
+        node.node != shared.member.name
+            && matches!(node.state.as_str(), "up" | "cut-off")
+            && node.role != "witness"
+            && !node.holes.contains_key(storage)
+    };
+    let mut nodes: Vec<_> = status.nodes.iter().filter(can).collect();
+    nodes.sort_by_key(|node| node.role != "primary");
+    nodes.first().map(|node| (node.node.clone(), node.peer_address.clone()))
+}
+
+/// A new file with the transactions of the old one up to `last`.
+async fn begin(storage: &StorageShared, last: Tid) -> anyhow::Result<FileStorage> {
+    let (reader, path) = (storage.reader(), pack_path(&storage.path));
+    let made = tokio::task::spawn_blocking(move || -> Result<_, StorageError> {
+        let mut target = FileStorage::successor(&reader, &path)?;
+        target.set_holes(Default::default());
+        if last > Tid::NONE {
+            copy(&reader, &mut target, last)?;
+        }
+        Ok(target)
+    });
+    Ok(made.await??)
+}
+
+fn copy(reader: &Reader, target: &mut FileStorage, last: Tid) -> Result<(), StorageError> {
+    let mut transactions = reader.transactions(Tid::NONE, last)?;
+    while let Some(stored) = transactions.advance()? {
+        let mut appender = target.begin(&stored.meta)?;
+        transactions.records(&stored, |record| appender.record(&record))?;
+        appender.finish()?;
+    }
+    Ok(())
+}
+
+async fn attempt(
+    shared: &Arc<Shared>,
+    name: &str,
+    address: &str,
+    target: FileStorage,
+) -> anyhow::Result<(FileStorage, Got)> {
+    let (items, receiver) = mpsc::channel(QUEUE);
+    let after = target.mark().tid;
+    // Where the last hole ends, whatever happens meanwhile.
+    let reader = shared.storages.get(name).context("no such storage")?.reader();
+    let least = reader.holes().iter().last().map_or(Tid::NONE, |hole| hole.through);
+    let writing = tokio::task::spawn_blocking(move || {
+        let mut target = target;
+        let got = write(&mut target, CatchUpItems::new(receiver), after)?;
+        Ok::<_, StorageError>((target, got))
+    });
+    let percent = |got: u64, of: u64| (got * 100 / of.max(1)).min(99) as u32;
+    let show = |progress: &crate::peers::CatchUp| {
+        if let Some(storage) = shared.storages.get(name) {
+            storage.backfilling.set(Some(percent(progress.bytes, progress.total_bytes)));
+        }
+    };
+    let fetched = fetch_history(shared, name, (after, least), address, items, show).await;
+    let (target, got) = writing.await??;
+    match fetched {
+        // The writer has seen why.
+        Ok(()) => {}
+        Err(_) if matches!(got, Got::Packed) => {}
+        Err(PeerError::Refused(reason)) => anyhow::bail!("{address} refuses: {reason}"),
+        Err(error) => {
+            warn!(storage = name, address, %error, "the history did not come whole; trying again")
+        }
+    }
+    Ok((target, got))
+}
+
+fn write(
+    target: &mut FileStorage,
+    mut items: CatchUpItems,
+    after: Tid,
+) -> Result<Got, StorageError> {
+    while let Some(item) = items.next() {
+        let meta = match item {
+            CatchUpItem::Begin(_, meta) => meta,
+            CatchUpItem::Done => return Ok(Got::All),
+            _ => continue,
+        };
+        if meta.status == b'p' && after > Tid::NONE {
+            return Ok(Got::Packed);
+        }
+        // Dropped unless it is finished: it leaves nothing then.
+        let mut appender = target.begin(&meta)?;
+        loop {
+            match items.next() {
+                Some(CatchUpItem::Record(record)) => appender.record(&record)?,
+                Some(CatchUpItem::End) => break,
+                _ => return Ok(Got::Part),
+            }
+        }
+        appender.finish()?;
+    }
+    Ok(Got::Part)
+}
+
+/// Adds what has been committed meanwhile.
+async fn finish(
+    storage: &StorageShared,
+    mut target: FileStorage,
+) -> anyhow::Result<(Outcome, Tid)> {
+    let through = target.mark().tid;
+    // What the log brings later is told to clients when this node applies it, not before.
+    while storage.reader().last_tid() < through {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let reader = storage.reader();
+    let done = tokio::task::spawn_blocking(move || -> Result<_, StorageError> {
+        let mut last = through;
+        loop {
+            last = copy_rest(&reader, &mut target, last)?;
+            target.sync()?;
+            if reader.transactions(last.next(), Tid::MAX)?.bytes_left() < REST {
+                return Ok(Outcome::Packed { target, last });
+            }
+        }
+    });
+    Ok((done.await??, through))
+}
