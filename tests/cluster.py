@@ -119,10 +119,11 @@ class Node(Process):
         witness=False,
         host="127.0.0.1",
         within=(),
+        arguments=(),
     ):
         """`within` is a command that stands before the node's own, as `ip netns exec`."""
         super().__init__(directory)
-        self.host, self.within = host, list(within)
+        self.host, self.within, self.arguments = host, list(within), list(arguments)
         self.name = name
         self.group = group
         self.witness = witness
@@ -172,7 +173,7 @@ class Node(Process):
         )
 
     def command(self):
-        return self.within + [STANDBY, "serve", "-C", self.config_path]
+        return self.within + [STANDBY, "serve", "-C", self.config_path] + self.arguments
 
     def ask(self, *words, fails=False, timeout=60):
         """Runs an administrator's command; returns what it prints."""
@@ -203,9 +204,17 @@ class Cluster:
     group "witness" makes a witness."""
 
     def __init__(
-        self, directory, count=3, zeo="", options="", blobs=False, groups=None, places=None
+        self,
+        directory,
+        count=3,
+        zeo="",
+        options="",
+        blobs=False,
+        groups=None,
+        places=None,
+        arguments=(),
     ):
-        """With `places`, each group is a place, and its nodes are there."""
+        """With `places`, each group is a place, and its nodes are there; `arguments` are those of serve."""
         self.directory = str(directory)
         self.options = options
         groups = groups or ["here"] * count
@@ -218,6 +227,7 @@ class Cluster:
                 blobs=blobs,
                 group=group,
                 witness=group == "witness",
+                arguments=arguments,
                 **self.place(places, group, number),
             )
             for number, group in enumerate(groups, 1)

@@ -374,6 +374,7 @@ impl Engine {
 
     fn tick(&mut self) -> anyhow::Result<()> {
         self.ticks += 1;
+        self.shared.pulse.beat();
         self.step(Happened::Tick)?;
         if !self.oriented && self.ticks > ORIENTATION_TICKS {
             self.oriented = true;

@@ -45,5 +45,6 @@ pub mod status;
 mod stream;
 mod sync;
 mod tls;
+pub mod watchdog;
 
 pub use node::{Running, start};

@@ -33,6 +33,7 @@ use crate::status::{MissingHistory, Moment, NodeReport, Reports};
 use crate::stream::Listener;
 use crate::sync::lock;
 use crate::tls::Tls;
+use crate::watchdog::Pulse;
 
 /// Ticks until an election, at least.
 const ELECTION_TICKS: usize = 16;
@@ -154,6 +155,8 @@ pub struct Shared {
     pub peer_tls: Option<Arc<Tls>>,
     /// Makes temporary files.
     pub make_spill: MakeSpill,
+    /// Beats while the engine works.
+    pub pulse: Arc<Pulse>,
     /// When the process started.
     pub started: SystemTime,
     clock: Instant,
@@ -401,6 +404,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         tls,
         peer_tls,
         make_spill: make_spill.clone(),
+        pulse: Arc::default(),
         started: SystemTime::now(),
         clock: Instant::now(),
         run: random_hex(8)?,

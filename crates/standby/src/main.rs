@@ -6,6 +6,7 @@ mod demo;
 mod process;
 mod serve;
 mod status;
+mod supervise;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -61,6 +62,14 @@ enum Command {
         /// Only read the configuration, and say what is wrong with it.
         #[arg(long)]
         check: bool,
+        /// Runs the node as a child process; kills it when it is frozen, so that its clients go to another
+        /// node, and starts it again. A crash is handled alike; an error ends both. Under systemd, use
+        /// WatchdogSec instead.
+        #[arg(long, conflicts_with = "check")]
+        supervise: bool,
+        /// Seconds without a sign of life after which the node counts as frozen.
+        #[arg(long, value_name = "SECONDS", requires = "supervise", default_value_t = 2.0)]
+        frozen_after: f64,
     },
     /// Shows the nodes of a cluster: role, term, last transaction, lag, addresses.
     Status {
@@ -102,7 +111,10 @@ fn main() -> ExitCode {
     };
     let ended = runtime.block_on(async {
         match Arguments::parse().command {
-            Command::Serve { config, check } => serve::run(&config, check).await,
+            Command::Serve { config, supervise: true, frozen_after, .. } => {
+                supervise::run(&config, frozen_after).await
+            }
+            Command::Serve { config, check, .. } => serve::run(&config, check).await,
             Command::Status { at, json, watch } => status::run(&at, json, watch).await,
             Command::Switchover(options) => administer::switchover(options).await,
             Command::Node(command) => administer::node(command).await,

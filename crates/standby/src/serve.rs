@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
+use rustix::process::{Signal, set_parent_process_death_signal};
 use standby_node::config::Config;
+use standby_node::watchdog::{SUPERVISED, Watchdog};
 use standby_node::{logging, start};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -15,7 +17,12 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
         println!("{} is fine", file.display());
         return Ok(());
     }
+    if std::env::var_os(SUPERVISED).is_some() {
+        // Without its supervisor a node would go on unwatched, and be in its successor's way.
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+    }
     let log_files = logging::start(&config)?;
+    let watchdog = Watchdog::start()?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut reload = signal(SignalKind::hangup())?;
@@ -38,6 +45,7 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
         () = &mut stop => return Ok(()),
     };
     let shared = node.shared().clone();
+    watchdog.watch(shared.pulse.clone());
     tokio::spawn(async move {
         while reload.recv().await.is_some() {
             shared.reload_certificates();
