@@ -47,6 +47,11 @@ impl BlobWriter {
         BlobWriter { blobs: blobs.clone(), transfer, staging: None, pending: BytesMut::new() }
     }
 
+    /// The error for bytes that cannot be kept.
+    pub fn failed(&self, source: io::Error) -> StorageError {
+        StorageError::Io { path: self.blobs.dir().to_owned(), action: "keep a blob", source }
+    }
+
     /// Adds bytes.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), StorageError> {
         self.pending.extend_from_slice(bytes);

@@ -375,11 +375,15 @@ impl Connection {
                 return self.begin_upload().err().map(Some);
             }
             Effect::BlobChunk(bytes) => {
-                if let Some(Ok(upload)) = &mut self.upload
-                    && let Err(error) = upload.write(&bytes).await
-                {
-                    // The client sends the rest all the same, and hears of it when it votes.
-                    self.upload = Some(Err(error));
+                if let Some(Ok(upload)) = &mut self.upload {
+                    let written = match self.shared.room.check() {
+                        Ok(()) => upload.write(&bytes).await,
+                        Err(source) => Err(upload.failed(source)),
+                    };
+                    if let Err(error) = written {
+                        // The client sends the rest all the same, and hears of it when it votes.
+                        self.upload = Some(Err(error));
+                    }
                 }
                 return None;
             }
@@ -421,6 +425,11 @@ impl Connection {
 
     fn begin_upload(&mut self) -> Result<(), String> {
         let blobs = self.storage().and_then(|s| s.blobs.as_ref()).ok_or(NO_BLOBS)?;
+        if let Err(source) = self.shared.room.check() {
+            let (path, action) = (blobs.dir().to_owned(), "keep a blob");
+            self.upload = Some(Err(StorageError::Io { path, action, source }));
+            return Ok(());
+        }
         let transfer = blobs::new_transfer().map_err(|error| error.to_string())?;
         self.upload = Some(Ok(BlobWriter::new(blobs, transfer)));
         Ok(())

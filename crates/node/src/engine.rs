@@ -13,6 +13,7 @@ mod blobs;
 mod membership;
 mod pack;
 mod readers;
+mod room;
 mod switchover;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -209,6 +210,8 @@ pub struct Engine {
     watches: Vec<Watch>,
     switchover: Option<Switchover>,
     switchover_failed_at: Option<Duration>,
+    /// When a better place for the primary was last looked for.
+    moved_for_room: Option<Duration>,
     /// A primary has been heard of since the start, or enough time has passed to give up on one:
     /// what this node has is as good as can be had.
     oriented: bool,
@@ -266,6 +269,7 @@ impl Engine {
             watches: Vec::new(),
             switchover: None,
             switchover_failed_at: None,
+            moved_for_room: None,
             oriented: false,
             catch_up: None,
             present: BTreeMap::new(),
@@ -401,6 +405,7 @@ impl Engine {
             self.shared.sessions.let_writers_leave();
         }
         self.switchover_lost();
+        self.tend_room();
         self.tend_watches();
         self.packs_that_waited()?;
         if self.ticks.is_multiple_of(2) {
@@ -608,7 +613,8 @@ impl Engine {
                 let refused = match request.tid {
                     Some(tid) if tid <= last => Some(does_not_follow(tid, last)),
                     _ => self
-                        .refuse_undo(&storage, &request)
+                        .no_room()
+                        .or_else(|| self.refuse_undo(&storage, &request))
                         .or_else(|| self.over_quota(&storage, &request)),
                 };
                 if let Some(error) = refused {

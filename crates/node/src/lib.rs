@@ -37,6 +37,7 @@ mod outbox;
 mod packing;
 mod peers;
 mod replica;
+mod room;
 mod sessions;
 pub mod settings;
 mod startup;

@@ -58,6 +58,12 @@ fn of_node(page: &mut Page, own: &NodeStatus, term: u64) {
     page.gauge("applied_index", "Last log entry that is applied here", applied);
     let lag = own.lag_seconds.map(|seconds| (vec![], seconds));
     page.gauge("lag_seconds", "For how long the primary has had more than this node", lag);
+    let full = of(own.no_room.is_some());
+    page.gauge(
+        "disk_nearly_full",
+        "1 if this node does not write for want of room",
+        [(vec![], full)],
+    );
     let stale = own.stale_seconds.map(|seconds| (vec![], seconds));
     page.gauge("stale_seconds", "How old what readers see here may be", stale);
 }

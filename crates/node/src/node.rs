@@ -17,7 +17,7 @@ use tracing::{error, info, warn};
 
 use crate::admin;
 use crate::applier::{Applier, Work};
-use crate::config::{Address, Config, Profile, ZeoAddress};
+use crate::config::{Address, Config, DEFAULT_RESERVE, Profile, ZeoAddress};
 use crate::disk::{LockFile, OsDisk, temporary_file};
 use crate::engine::{Engine, Event, Internal};
 use crate::listener;
@@ -25,6 +25,7 @@ use crate::log_thread;
 use crate::packing::Progress;
 use crate::peers::{self, CatchUp, Introduction, Peers};
 use crate::replica::Replica;
+use crate::room::{self, Room};
 use crate::sessions::Sessions;
 use crate::settings::Settings;
 use crate::startup::{self, Beginning};
@@ -155,6 +156,8 @@ pub struct Shared {
     pub peer_tls: Option<Arc<Tls>>,
     /// Makes temporary files.
     pub make_spill: MakeSpill,
+    /// Room on the disks.
+    pub room: Room,
     /// Beats while the engine works.
     pub pulse: Arc<Pulse>,
     /// When the process started.
@@ -193,6 +196,11 @@ impl Shared {
             None => self.config.zeo.retention,
             Some(_) => Retention::default(),
         }
+    }
+
+    /// Bytes that are left free on the disks.
+    pub fn reserve(&self) -> u64 {
+        self.config.standby.as_ref().map_or(DEFAULT_RESERVE, |s| s.reserve)
     }
 
     /// Bytes of log that are kept for nodes that are behind.
@@ -292,6 +300,7 @@ impl Shared {
         let cluster = self.cluster_name();
         NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster)
             .under_way(self.percents(|storage| &storage.packing), lock(&self.catch_up).clone())
+            .room(self.room.reason())
             .history(self.holes(), self.percents(|storage| &storage.backfilling))
     }
 
@@ -404,6 +413,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         tls,
         peer_tls,
         make_spill: make_spill.clone(),
+        room: Room::default(),
         pulse: Arc::default(),
         started: SystemTime::now(),
         clock: Instant::now(),
@@ -538,6 +548,8 @@ fn start_threads(
             reports.report(Internal::Persisted(written))
         });
     })?;
+    let watched = shared.clone();
+    spawn("room", move || room::watch(&watched))?;
     let guarded = shared.clone();
     spawn("lease", move || guard_lease(&guarded))
 }

@@ -81,6 +81,8 @@ pub struct NodeReport {
     #[serde(default)]
     moving_to: Option<String>,
     #[serde(default)]
+    no_room: Option<String>,
+    #[serde(default)]
     holes: BTreeMap<String, Vec<MissingHistory>>,
     #[serde(default)]
     backfilling: BTreeMap<String, u32>,
@@ -159,6 +161,7 @@ impl NodeReport {
             feature_level: settings.level(),
             failover: settings.failover.iter().cloned().collect(),
             moving_to: settings.moving_to.clone(),
+            no_room: None,
             holes: BTreeMap::new(),
             backfilling: BTreeMap::new(),
             run: run.into(),
@@ -178,6 +181,11 @@ impl NodeReport {
         catch_up: Option<CatchUp>,
     ) -> NodeReport {
         NodeReport { packing, catch_up, ..self }
+    }
+
+    /// The same, with the disk that is full, if one is.
+    pub fn room(self, no_room: Option<String>) -> NodeReport {
+        NodeReport { no_room, ..self }
     }
 
     /// The same, with what the storages lack, and how far the filling of it is, in percent.
@@ -276,6 +284,11 @@ impl Reports {
             true => FEATURE_LEVEL,
             false => known.unwrap_or(0).max(1),
         }
+    }
+
+    /// True unless a node has said that a disk of it is full.
+    pub fn has_room(&self, id: NodeId) -> bool {
+        lock(&self.others).get(&id).is_none_or(|(report, _)| report.no_room.is_none())
     }
 
     /// This node has something new to report.
@@ -381,6 +394,9 @@ pub struct NodeStatus {
     /// How far it is, while it is brought up to date from a data file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub catch_up: Option<CatchUp>,
+    /// Which of its disks is full, if one is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_room: Option<String>,
     /// What its storages lack of the history.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub holes: BTreeMap<String, Vec<MissingHistory>>,
@@ -450,6 +466,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 version: report.version.clone(),
                 packing: report.packing.clone(),
                 catch_up: report.catch_up.clone().filter(|_| state == "catching-up"),
+                no_room: report.no_room.clone(),
                 holes: report.holes.clone(),
                 backfilling: report.backfilling.clone(),
             }
@@ -478,6 +495,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 version: String::new(),
                 packing: BTreeMap::new(),
                 catch_up: None,
+                no_room: None,
                 holes: BTreeMap::new(),
                 backfilling: BTreeMap::new(),
             });

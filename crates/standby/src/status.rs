@@ -107,7 +107,8 @@ pub fn table(status: &Status) -> String {
         let filling = node.backfilling.values().map(|percent| format!("\nbackfilling {percent} %"));
         let holes = node.holes.values().flatten();
         let holes = holes.map(|hole| format!("\nno history from\n{}\nto {}", hole.from, hole.to));
-        let under_way: String = packing.chain(filling).chain(holes).collect();
+        let full = node.no_room.iter().map(|_| "\ndisk nearly full".to_owned());
+        let under_way: String = full.chain(packing).chain(filling).chain(holes).collect();
         table.add_row([
             node.node.clone(),
             node.group.clone(),

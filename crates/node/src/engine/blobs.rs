@@ -83,6 +83,10 @@ impl Engine {
         if !message.is_append() {
             return self.step(Happened::Received(message));
         }
+        if self.shared.room.is_low() {
+            // Raft sends it again.
+            return Ok(());
+        }
         let missing = self.missing(&message)?;
         if missing.is_empty() && self.blobs.held.is_empty() {
             return self.step(Happened::Received(message));

@@ -89,9 +89,12 @@ impl Engine {
         }
     }
 
-    /// Readers that have waited for the primary in vain get what this node has.
+    /// Readers that have waited in vain get what this node has: the primary is silent, or this node has no
+    /// room for what is new.
     pub(super) fn give_up_on_primary(&mut self) {
-        let late = |reader: &Reader| reader.index.is_none() && reader.asked.elapsed() > PATIENCE;
+        let full = self.shared.room.is_low();
+        let late =
+            |reader: &Reader| (reader.index.is_none() || full) && reader.asked.elapsed() > PATIENCE;
         for (_, reader) in self.readers.extract_if(|_, reader| late(reader)) {
             if let Some(work) = reader.work {
                 self.shared.apply(work);

@@ -115,6 +115,9 @@ impl Engine {
         if !self.is_there(member.id) {
             return Err(format!("{name} is down"));
         }
+        if !self.has_room(member.id) {
+            return Err(format!("the disk of {name} is nearly full"));
+        }
         Ok(member.id)
     }
 
@@ -128,7 +131,8 @@ impl Engine {
                 && self.is_there(*id)
         };
         let matched = |id: &NodeId| self.consensus.progress(*id).map(|progress| progress.matched);
-        membership.voters.iter().copied().filter(fits).max_by_key(matched)
+        let voters = membership.voters.iter().copied().filter(fits);
+        voters.max_by_key(|id| (self.has_room(*id), matched(id)))
     }
 
     /// True if the node's connection is open and it has answered lately.

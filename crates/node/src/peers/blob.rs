@@ -110,6 +110,7 @@ enum Request {
 
 /// Makes sure that the blob is durable here; fetches it from `address` if it is not.
 pub async fn obtain(shared: &Shared, wanted: &Wanted, address: &str) -> Result<(), PeerError> {
+    shared.room.check()?;
     let blobs = blobs_of(shared, &wanted.storage)?;
     let storage = &wanted.storage;
     let (upload, revision) = match &wanted.blob {

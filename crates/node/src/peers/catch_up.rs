@@ -136,6 +136,7 @@ async fn attempt(
     address: &str,
     target: &AppliedPoint,
 ) -> Result<(), PeerError> {
+    shared.room.check()?;
     let (mut stream, peer) = connect(&shared.introduction(), address, Purpose::CatchUp).await?;
     let unconfirmed = shared.is_unconfirmed();
     if unconfirmed {
@@ -202,6 +203,7 @@ async fn receive(
         let next = tokio::time::timeout(PATIENCE, read_frame(&mut stream, MAX_RECORD)).await;
         let (kind, content) =
             next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+        shared.room.check()?;
         progress.bytes += content.len() as u64;
         if told.elapsed() > Duration::from_secs(5) {
             told = std::time::Instant::now();

@@ -68,6 +68,8 @@ pub struct Standby {
     pub witness: bool,
     /// Bytes per second that a catch-up may take; `None` for as many as it can.
     pub catch_up_rate: Option<u64>,
+    /// Bytes that are left free on the disks.
+    pub reserve: u64,
     /// What a node that was away for long gets.
     pub recovery: Recovery,
     /// How old a replica's data may be for its readers; `None` if that does not matter.
@@ -114,6 +116,9 @@ fn check_members(
     }
     Ok(())
 }
+
+/// Bytes that are left free on the disks, unless the configuration says otherwise.
+pub const DEFAULT_RESERVE: u64 = 64 << 20;
 
 /// What a node gets that was away for so long that the log does not reach back.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -166,6 +171,7 @@ impl Checker {
                 "max-staleness",
                 "catch-up-rate",
                 "recovery",
+                "reserve",
             ],
         )?;
         reader.sections(&["peer-ssl"])?;
@@ -249,6 +255,7 @@ impl Checker {
             profile: reader.get("profile", profile)?.unwrap_or(Profile::Lan),
             log_tail: reader.get("log-tail", byte_size)?.unwrap_or(256 << 20),
             catch_up_rate: reader.get("catch-up-rate", byte_size)?.filter(|rate| *rate > 0),
+            reserve: reader.get("reserve", byte_size)?.unwrap_or(DEFAULT_RESERVE),
             recovery: reader.get("recovery", recovery)?.unwrap_or_default(),
             max_staleness: reader.get("max-staleness", seconds)?,
             node: me.name,
