@@ -10,10 +10,10 @@
 
 mod asks;
 mod blobs;
+mod disks;
 mod membership;
 mod pack;
 mod readers;
-mod room;
 mod switchover;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -28,7 +28,7 @@ use standby_consensus::{
     PART_LEN, PeerMessage, Role, Written,
 };
 use standby_filestorage::{Access, Record, StorageError, TransactionMeta, put_meta, put_record};
-use standby_types::time::new_tid;
+use standby_types::time::{new_tid, time_of};
 use standby_types::{LogIndex, NodeId, Oid, Term, Tid, Transfer};
 use standby_zeo::{
     Buffer, ClientError, Expected, SessionId, Transactions, Value, VoteAnswer, VoteOutcome,
@@ -61,6 +61,8 @@ const WINDOW: usize = 16 << 20;
 const ORIENTATION_TICKS: u64 = 64;
 /// Entries by which a node may be behind when it is given a vote, or is to be primary.
 const NEARLY: u64 = 100;
+/// A clock that is so far behind the last transaction is spoken of.
+const BEHIND: Duration = Duration::from_secs(60);
 /// Bytes that an entry takes in the log beside its data, about.
 const ENTRY_OVERHEAD: u64 = 64;
 
@@ -211,7 +213,11 @@ pub struct Engine {
     switchover: Option<Switchover>,
     switchover_failed_at: Option<Duration>,
     /// When a better place for the primary was last looked for.
-    moved_for_room: Option<Duration>,
+    moved_for_disks: Option<Duration>,
+    /// When a write of the log last took too long.
+    slow_at: Option<Duration>,
+    /// When it was last said that the clock is behind.
+    told_of_clock: Option<Duration>,
     /// A primary has been heard of since the start, or enough time has passed to give up on one:
     /// what this node has is as good as can be had.
     oriented: bool,
@@ -269,7 +275,9 @@ impl Engine {
             watches: Vec::new(),
             switchover: None,
             switchover_failed_at: None,
-            moved_for_room: None,
+            moved_for_disks: None,
+            slow_at: None,
+            told_of_clock: None,
             oriented: false,
             catch_up: None,
             present: BTreeMap::new(),
@@ -405,7 +413,7 @@ impl Engine {
             self.shared.sessions.let_writers_leave();
         }
         self.switchover_lost();
-        self.tend_room();
+        self.tend_disks();
         self.tend_watches();
         self.packs_that_waited()?;
         if self.ticks.is_multiple_of(2) {
@@ -811,7 +819,9 @@ impl Engine {
         let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
         let meta = &outgoing.buffer.meta;
         let tid = meta.tid;
-        let tid = tid.unwrap_or_else(|| new_tid(self.shared.wall_clock(), committing.last_tid));
+        let wall_clock = self.shared.wall_clock();
+        let behind = time_of(committing.last_tid).saturating_sub(wall_clock);
+        let tid = tid.unwrap_or_else(|| new_tid(wall_clock, committing.last_tid));
         let meta = TransactionMeta {
             tid,
             status: meta.status,
@@ -833,11 +843,23 @@ impl Engine {
             self.outgoing.push_front(outgoing);
             return Ok(false);
         }
+        self.look_at_clock(behind);
         outgoing.buffer.keep_blobs();
         if let Some(committing) = self.storages.get_mut(&outgoing.storage) {
             committing.last_tid = tid;
         }
         Ok(true)
+    }
+
+    /// Tids count up whatever the clock does; but somebody should set it.
+    fn look_at_clock(&mut self, behind: Duration) {
+        let now = self.shared.now();
+        let told = self.told_of_clock.is_some_and(|at| now < at + BEHIND);
+        if behind > BEHIND && !told {
+            self.told_of_clock = Some(now);
+            let seconds = behind.as_secs();
+            warn!(seconds, "the clock of this machine is behind the last transaction by so much");
+        }
     }
 
     fn propose(
@@ -931,6 +953,7 @@ impl Engine {
             catching_up: self.catch_up.is_some(),
             primary: self.name_of(self.role.leader.unwrap_or_default()),
             staleness: self.staleness(),
+            slow_disk: self.is_slow(),
             settings: &self.settings,
         }));
         self.shared.reports.forget_removed(&self.settings.removed);

@@ -1,5 +1,6 @@
 //! The thread that makes the log durable.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
@@ -17,11 +18,32 @@ pub enum LogWork {
     Purge(LogIndex),
 }
 
+/// Since when the disk has been busy with one write of the log; a monotonic time in nanoseconds, 0 if it is not.
+#[derive(Default)]
+pub struct Busy(AtomicU64);
+
+impl Busy {
+    /// A write begins, or has ended.
+    pub fn set(&self, since: Option<Duration>) {
+        let nanos = since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(0).max(1));
+        self.0.store(nanos, Ordering::Relaxed);
+    }
+
+    /// How long the write takes already.
+    pub fn for_how_long(&self, now: Duration) -> Duration {
+        match self.0.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            since => now.saturating_sub(Duration::from_nanos(since)),
+        }
+    }
+}
+
 /// Works until the senders are gone. `report` gets what became durable; after an error the process
-/// must stop: what a failed sync leaves on disk is unknown.
+/// must stop: what a failed sync leaves on disk is unknown. `busy` hears of the beginning and the end of each write.
 pub fn run(
     mut writer: LogWriter,
     work: Receiver<LogWork>,
+    mut busy: impl FnMut(bool),
     mut prepare: impl FnMut(),
     mut report: impl FnMut(Result<Written, LogError>),
 ) {
@@ -62,7 +84,9 @@ pub fn run(
                         Err(_) => break,
                     }
                 }
+                busy(true);
                 let written = writer.write(batches);
+                busy(false);
                 let failed = written.is_err();
                 report(written);
                 if failed {

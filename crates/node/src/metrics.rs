@@ -64,6 +64,12 @@ fn of_node(page: &mut Page, own: &NodeStatus, term: u64) {
         "1 if this node does not write for want of room",
         [(vec![], full)],
     );
+    let slow = of(own.slow_disk);
+    page.gauge(
+        "disk_slow",
+        "1 if writes of the log take longer than a second here",
+        [(vec![], slow)],
+    );
     let stale = own.stale_seconds.map(|seconds| (vec![], seconds));
     page.gauge("stale_seconds", "How old what readers see here may be", stale);
 }

@@ -21,7 +21,7 @@ use crate::config::{Address, Config, DEFAULT_RESERVE, Profile, ZeoAddress};
 use crate::disk::{LockFile, OsDisk, temporary_file};
 use crate::engine::{Engine, Event, Internal};
 use crate::listener;
-use crate::log_thread;
+use crate::log_thread::{self, Busy};
 use crate::packing::Progress;
 use crate::peers::{self, CatchUp, Introduction, Peers};
 use crate::replica::Replica;
@@ -156,6 +156,8 @@ pub struct Shared {
     pub peer_tls: Option<Arc<Tls>>,
     /// Makes temporary files.
     pub make_spill: MakeSpill,
+    /// How long the log's disk takes.
+    pub log_busy: Busy,
     /// Room on the disks.
     pub room: Room,
     /// Beats while the engine works.
@@ -413,6 +415,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         tls,
         peer_tls,
         make_spill: make_spill.clone(),
+        log_busy: Busy::default(),
         room: Room::default(),
         pulse: Arc::default(),
         started: SystemTime::now(),
@@ -544,7 +547,8 @@ fn start_threads(
     let (disk, dir) = (disk.clone(), shared.state.log());
     let prepare = move || prepare_segment(&preparing, &disk, &dir);
     spawn("log", move || {
-        log_thread::run(writer, log, prepare, |written| {
+        let busy = |begins: bool| reports.log_busy.set(begins.then(|| reports.now()));
+        log_thread::run(writer, log, busy, prepare, |written| {
             reports.report(Internal::Persisted(written))
         });
     })?;

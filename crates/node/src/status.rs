@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use standby_consensus::{Member, Membership, Role};
 use standby_filestorage::Hole;
 use standby_types::time::utc;
 use standby_types::{LogIndex, NodeId, Tid};
+use tracing::warn;
 
 use crate::peers::CatchUp;
 use crate::settings::{FEATURE_LEVEL, Settings};
@@ -38,6 +39,8 @@ pub struct Moment<'a> {
     pub staleness: Option<Duration>,
     /// What administrators have decided.
     pub settings: &'a Settings,
+    /// Writes of the log take too long.
+    pub slow_disk: bool,
 }
 
 /// A node's report of itself.
@@ -82,6 +85,11 @@ pub struct NodeReport {
     moving_to: Option<String>,
     #[serde(default)]
     no_room: Option<String>,
+    #[serde(default)]
+    slow_disk: bool,
+    /// Its clock when it reported, in seconds since 1970; 0 if it did not say.
+    #[serde(default)]
+    clock: f64,
     #[serde(default)]
     holes: BTreeMap<String, Vec<MissingHistory>>,
     #[serde(default)]
@@ -162,6 +170,8 @@ impl NodeReport {
             failover: settings.failover.iter().cloned().collect(),
             moving_to: settings.moving_to.clone(),
             no_room: None,
+            slow_disk: moment.slow_disk,
+            clock: since_1970(),
             holes: BTreeMap::new(),
             backfilling: BTreeMap::new(),
             run: run.into(),
@@ -202,9 +212,53 @@ impl NodeReport {
 #[derive(Default)]
 pub struct Reports {
     own: Mutex<NodeReport>,
+    heard: Mutex<Heard>,
+}
+
+/// What others have said.
+#[derive(Default)]
+struct Heard {
     /// With the moment; `None` once the node's connection has closed.
-    others: Mutex<BTreeMap<NodeId, (NodeReport, Option<Instant>)>>,
-    progress: Mutex<Progress>,
+    others: BTreeMap<NodeId, (NodeReport, Option<Instant>)>,
+    progress: Progress,
+    /// By the nodes' identities.
+    skews: BTreeMap<String, Skew>,
+}
+
+/// By how much a node's clock differs from this one's, as far as reports tell that take some time to come.
+#[derive(Default)]
+struct Skew {
+    /// Of the last reports, the difference that is least.
+    last: VecDeque<f64>,
+    told: bool,
+}
+
+impl Skew {
+    /// Reports that must agree.
+    const AGREEING: usize = 4;
+    /// A difference in seconds that is too much.
+    const MUCH: f64 = 0.5;
+
+    fn note(&mut self, node: &str, ahead: f64) {
+        self.last.push_back(ahead);
+        if self.last.len() > Skew::AGREEING {
+            self.last.pop_front();
+        }
+        match self.ahead() {
+            Some(seconds) if !self.told => {
+                self.told = true;
+                warn!(node, seconds, "the clock of a node is ahead of this one's by so much");
+            }
+            None => self.told = false,
+            Some(_) => {}
+        }
+    }
+
+    fn ahead(&self) -> Option<f64> {
+        let least = self.last.iter().copied().min_by(|a, b| a.abs().total_cmp(&b.abs()))?;
+        let known = self.last.len() == Skew::AGREEING && least.abs() > Skew::MUCH;
+        known.then(|| tenths(least))
+    }
 }
 
 /// When the primary had applied what: what lag is measured by.
@@ -235,39 +289,44 @@ impl Progress {
 impl Reports {
     /// A peer has reported.
     pub fn note(&self, from: NodeId, report: NodeReport) {
-        let mut others = lock(&self.others);
+        let heard = &mut *lock(&self.heard);
         // A node that began anew has another identity; its former self is forgotten.
-        others.retain(|id, (known, _)| *id == from || known.node != report.node);
+        heard.others.retain(|id, (known, _)| *id == from || known.node != report.node);
         if report.serves {
-            lock(&self.progress).note(Instant::now(), report.applied_index);
+            heard.progress.note(Instant::now(), report.applied_index);
         }
-        others.insert(from, (report, Some(Instant::now())));
+        if report.clock > 0.0 {
+            let ahead = report.clock - since_1970();
+            heard.skews.entry(report.id.clone()).or_default().note(&report.node, ahead);
+        }
+        heard.others.insert(from, (report, Some(Instant::now())));
     }
 
     /// A peer does not belong to the cluster any more.
     pub fn forget(&self, peer: NodeId) {
-        lock(&self.others).remove(&peer);
+        lock(&self.heard).others.remove(&peer);
     }
 
     /// Nodes that were removed and are no members any more are not shown.
     pub fn forget_removed(&self, removed: &BTreeSet<String>) {
         let own = self.own();
         let is_member = |node: &str| own.members.iter().any(|(member, _, _)| member == node);
-        lock(&self.others)
+        lock(&self.heard)
+            .others
             .retain(|_, (report, _)| !removed.contains(&report.node) || is_member(&report.node));
     }
 
     /// A peer's connection has closed.
     pub fn lost(&self, peer: NodeId) {
-        if let Some((_, at)) = lock(&self.others).get_mut(&peer) {
+        if let Some((_, at)) = lock(&self.heard).others.get_mut(&peer) {
             *at = None;
         }
     }
 
     /// True if another process than `run` has been this node until a moment ago.
     pub fn is_taken(&self, id: NodeId, run: &str) -> bool {
-        let others = lock(&self.others);
-        let Some((report, Some(at))) = others.get(&id) else { return false };
+        let heard = lock(&self.heard);
+        let Some((report, Some(at))) = heard.others.get(&id) else { return false };
         let known = !run.is_empty() && !report.run.is_empty();
         known && report.run != run && at.elapsed() < IDENTITY_SILENCE
     }
@@ -279,22 +338,27 @@ impl Reports {
 
     /// The highest feature level that a node is known to know.
     pub fn feature_level(&self, id: NodeId) -> u32 {
-        let known = lock(&self.others).get(&id).map(|(report, _)| report.knows_level);
+        let known = lock(&self.heard).others.get(&id).map(|(report, _)| report.knows_level);
         match id.to_string() == lock(&self.own).id {
             true => FEATURE_LEVEL,
             false => known.unwrap_or(0).max(1),
         }
     }
 
+    /// True if a node has said that its log's disk is slow.
+    pub fn is_slow(&self, id: NodeId) -> bool {
+        lock(&self.heard).others.get(&id).is_some_and(|(report, _)| report.slow_disk)
+    }
+
     /// True unless a node has said that a disk of it is full.
     pub fn has_room(&self, id: NodeId) -> bool {
-        lock(&self.others).get(&id).is_none_or(|(report, _)| report.no_room.is_none())
+        lock(&self.heard).others.get(&id).is_none_or(|(report, _)| report.no_room.is_none())
     }
 
     /// This node has something new to report.
     pub fn note_own(&self, report: NodeReport) {
         if report.serves {
-            lock(&self.progress).note(Instant::now(), report.applied_index);
+            lock(&self.heard).progress.note(Instant::now(), report.applied_index);
         }
         *lock(&self.own) = report;
     }
@@ -308,16 +372,17 @@ impl Reports {
     pub fn status(&self) -> Status {
         let own = self.own();
         let now = Instant::now();
-        let progress = lock(&self.progress);
+        let heard = lock(&self.heard);
         let picture = |report: &NodeReport, age: Duration| Seen {
             report: report.clone(),
             age,
-            lag: progress.lag(now, report.applied_index),
+            lag: heard.progress.lag(now, report.applied_index),
+            clock_ahead: heard.skews.get(&report.id).and_then(Skew::ahead),
         };
         let age =
             |at: &Option<Instant>| at.map_or(Duration::MAX, |at| now.saturating_duration_since(at));
         let mut seen: Vec<Seen> =
-            lock(&self.others).values().map(|(report, at)| picture(report, age(at))).collect();
+            heard.others.values().map(|(report, at)| picture(report, age(at))).collect();
         seen.push(picture(&own, Duration::ZERO));
         compose(&own, &seen)
     }
@@ -394,6 +459,12 @@ pub struct NodeStatus {
     /// How far it is, while it is brought up to date from a data file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub catch_up: Option<CatchUp>,
+    /// Writes of its log take, or took a moment ago, longer than a second.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub slow_disk: bool,
+    /// By how many seconds its clock is ahead of this node's, if that is much.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_ahead_seconds: Option<f64>,
     /// Which of its disks is full, if one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_room: Option<String>,
@@ -405,11 +476,12 @@ pub struct NodeStatus {
     pub backfilling: BTreeMap<String, u32>,
 }
 
-/// A node's report, its age, and for how long the primary has had more.
+/// A node's report, its age, for how long the primary has had more, and by how many seconds its clock is ahead.
 struct Seen {
     report: NodeReport,
     age: Duration,
     lag: Duration,
+    clock_ahead: Option<f64>,
 }
 
 fn tenths(seconds: f64) -> f64 {
@@ -466,6 +538,8 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 version: report.version.clone(),
                 packing: report.packing.clone(),
                 catch_up: report.catch_up.clone().filter(|_| state == "catching-up"),
+                slow_disk: report.slow_disk,
+                clock_ahead_seconds: one.clock_ahead,
                 no_room: report.no_room.clone(),
                 holes: report.holes.clone(),
                 backfilling: report.backfilling.clone(),
@@ -495,6 +569,8 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 version: String::new(),
                 packing: BTreeMap::new(),
                 catch_up: None,
+                slow_disk: false,
+                clock_ahead_seconds: None,
                 no_room: None,
                 holes: BTreeMap::new(),
                 backfilling: BTreeMap::new(),
@@ -512,6 +588,11 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
         moving_to: primary.unwrap_or(own).moving_to.clone(),
         nodes,
     }
+}
+
+fn since_1970() -> f64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap_or_default().as_secs_f64()
 }
 
 /// A time as `time.ctime` of Python writes it, in UTC.
@@ -555,7 +636,8 @@ mod tests {
     }
 
     fn seen(report: &NodeReport, age: u64) -> Seen {
-        Seen { report: report.clone(), age: Duration::from_secs(age), lag: Duration::ZERO }
+        let (age, lag) = (Duration::from_secs(age), Duration::ZERO);
+        Seen { report: report.clone(), age, lag, clock_ahead: None }
     }
 
     #[test]
@@ -589,6 +671,32 @@ mod tests {
         assert_eq!(progress.lag(at(3602), 12), Duration::from_secs(1));
         assert_eq!(progress.lag(at(3602), 10), Duration::from_secs(2));
         assert_eq!(progress.lag(at(3602), 0), Duration::from_secs(3602));
+    }
+
+    #[test]
+    fn a_clock_is_wrong_if_all_reports_say_so() {
+        let mut skew = Skew::default();
+        for ahead in [86_400.0, 3.0, -0.1, 5.0] {
+            skew.note("n2", ahead);
+            assert_eq!(skew.ahead(), None);
+        }
+        for ahead in [-2.0, -2.1, -2.04, -3.0] {
+            skew.note("n2", ahead);
+        }
+        assert_eq!(skew.ahead(), Some(-2.0));
+    }
+
+    #[test]
+    fn reports_come_while_the_status_is_looked_at() {
+        let reports = Reports::default();
+        reports.note_own(report("n1", true, 0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..20_000).for_each(|_| drop(reports.status())));
+            for _ in 0..20_000 {
+                reports.note(NodeId(2), report("n2", true, 0));
+            }
+        });
+        assert_eq!(reports.status().nodes.len(), 3);
     }
 
     #[test]

@@ -108,6 +108,9 @@ pub fn table(status: &Status) -> String {
         let holes = node.holes.values().flatten();
         let holes = holes.map(|hole| format!("\nno history from\n{}\nto {}", hole.from, hole.to));
         let full = node.no_room.iter().map(|_| "\ndisk nearly full".to_owned());
+        let slow = node.slow_disk.then(|| "\ndisk slow".to_owned());
+        let clock = node.clock_ahead_seconds.map(|ahead| format!("\nclock off by {ahead} s"));
+        let full = full.chain(slow).chain(clock);
         let under_way: String = full.chain(packing).chain(filling).chain(holes).collect();
         table.add_row([
             node.node.clone(),

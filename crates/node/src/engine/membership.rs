@@ -186,7 +186,7 @@ impl Engine {
             && complete
             && let Some(target) = self.best_voter(|group| group == to)
         {
-            self.switch_to(target, MOVE_GRACE, None);
+            self.switch_to(target, MOVE_GRACE, false, None);
         }
         Ok(())
     }

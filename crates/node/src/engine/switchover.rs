@@ -10,6 +10,8 @@
 //!    failed                    failed: this node serves them again
 //! ```
 //!
+//! A primary whose disk does not answer does not wait in `Draining` for what that disk holds up.
+//!
 //! A ZEO client waits for a server when it has no connection, and notices that only if a call is under way. So
 //! clients are sent away between two transactions, and those that come are held: nobody sees an error.
 //! A transaction that has begun but not voted is waited for a moment, one that has voted as long
@@ -48,6 +50,8 @@ pub(super) struct Switchover {
     target: NodeId,
     name: String,
     grace: Duration,
+    /// This node may not be able to finish what is under way: it is not waited for long.
+    urgent: bool,
     phase: Phase,
     /// When the phase began.
     since: Duration,
@@ -64,11 +68,17 @@ impl Engine {
         let grace = Duration::try_from_secs_f64(grace).unwrap_or_default().min(MAX_GRACE);
         match self.choose(to) {
             Err(reason) => drop(asker.send(Err(reason))),
-            Ok(target) => self.switch_to(target, grace, Some(asker)),
+            Ok(target) => self.switch_to(target, grace, false, Some(asker)),
         }
     }
 
-    pub(super) fn switch_to(&mut self, target: NodeId, grace: Duration, asker: Option<Asker>) {
+    pub(super) fn switch_to(
+        &mut self,
+        target: NodeId,
+        grace: Duration,
+        urgent: bool,
+        asker: Option<Asker>,
+    ) {
         let name = self.name_of(target).unwrap_or_default();
         info!(to = name, "a switchover begins");
         let now = self.shared.now();
@@ -76,6 +86,7 @@ impl Engine {
             target,
             name,
             grace,
+            urgent,
             phase: Phase::Levelling,
             since: now,
             held_since: now,
@@ -132,7 +143,7 @@ impl Engine {
         };
         let matched = |id: &NodeId| self.consensus.progress(*id).map(|progress| progress.matched);
         let voters = membership.voters.iter().copied().filter(fits);
-        voters.max_by_key(|id| (self.has_room(*id), matched(id)))
+        voters.max_by_key(|id| (self.has_good_disks(*id), matched(id)))
     }
 
     /// True if the node's connection is open and it has answered lately.
@@ -160,7 +171,7 @@ impl Engine {
         }
         let (phase, target) = (switchover.phase, switchover.target);
         let waited = self.shared.now().saturating_sub(switchover.since);
-        let grace = switchover.grace;
+        let (grace, urgent) = (switchover.grace, switchover.urgent);
         if phase != Phase::Handing && !self.is_there(target) {
             return self.switchover_failed("it cannot be reached any more");
         }
@@ -171,7 +182,7 @@ impl Engine {
             Phase::Levelling => {
                 let level = self.is_level(target);
                 let uploads = self.shared.sessions.any_upload();
-                if level && (!uploads || waited >= grace) {
+                if level && (!uploads || waited >= grace || urgent) {
                     self.enter(Phase::Draining);
                     self.publish_standing();
                     self.shared.sessions.let_writers_leave();
@@ -185,7 +196,9 @@ impl Engine {
                 let idle = self.storages.values().all(|s| s.transactions.is_empty());
                 let alone = waited >= BEGUN_PATIENCE || !self.shared.sessions.any_writer();
                 let level = self.outgoing.is_empty() && self.pending.is_empty() && behind == 0;
-                if idle && alone && level {
+                // What is under way then ends as if this node had died: the target has it, or nobody.
+                let enough = urgent && waited >= COMMIT_PATIENCE && behind == 0;
+                if idle && alone && level || enough {
                     self.enter(Phase::Handing);
                     self.publish_lease();
                     // After the applier has queued the last replies.
