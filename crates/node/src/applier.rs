@@ -4,7 +4,7 @@
 //! `register` is answered when all that was committed before it is visible, and each session hears of
 //! every transaction after the one that `register` named, once, in order.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, atomic::Ordering};
 use std::thread::JoinHandle;
@@ -22,6 +22,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::backfill;
 use crate::engine::Internal;
+use crate::hidden::Hidden;
 use crate::node::Shared;
 use crate::packing::{Cause, Packs, pack_path};
 use crate::replica::{Applied, ApplyError, Done, Replica};
@@ -158,8 +159,8 @@ pub struct Applier {
     /// The last checkpoint's entry and moment, and the bytes applied since.
     checkpointed: (LogIndex, Instant, u64),
     packs: Packs,
-    /// Objects that have changed while a data file is within a hole, and of which nobody was told.
-    hidden: BTreeMap<String, BTreeSet<Oid>>,
+    /// Of each storage whose data file is within a hole.
+    hidden: BTreeMap<String, Hidden>,
     runtime: tokio::runtime::Handle,
 }
 
@@ -446,14 +447,25 @@ impl Applier {
         let Applied { storage, tid, oids } = applied;
         let stored = self.replica.storage(&storage)?;
         if !stored.reader().is_whole() {
-            self.hidden.entry(storage).or_default().extend(oids.iter());
+            self.hidden.entry(storage).or_default().add(&oids);
             return None;
         }
         let Some(mut hidden) = self.hidden.remove(&storage) else {
             return Some(Applied { storage, tid, oids });
         };
-        hidden.extend(oids.iter());
-        Some(Applied { storage, tid, oids: hidden.into_iter().collect() })
+        hidden.add(&oids);
+        match hidden.oids() {
+            Some(hidden) => Some(Applied { storage, tid, oids: hidden.into_iter().collect() }),
+            None => {
+                // Whoever comes again drops its cache.
+                let history = History::new(tid, self.shared.retention());
+                for session in self.shared.sessions.of(&storage) {
+                    session.cut("too much has changed while this node was away");
+                }
+                self.histories.insert(storage, history);
+                None
+            }
+        }
     }
 
     fn remember(&mut self, applied: &Applied) {

@@ -1,4 +1,5 @@
-//! Filling the holes that fast recoveries left in a storage's history ([`Hole`]).
+//! Filling the holes that fast recoveries left in a storage's history
+//! ([`standby_filestorage::Hole`]).
 //!
 //! A new data file is made beside the old one, as by a pack: what is before the first hole is copied from
 //! the old file, the rest comes from a node that has it all, and what has been committed meanwhile

@@ -26,6 +26,7 @@ mod connection;
 pub mod disk;
 mod engine;
 mod hex;
+mod hidden;
 mod listener;
 mod log_thread;
 pub mod logging;
