@@ -36,7 +36,7 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
 /// Objects in the index's memory above which it is written to its file.
 const INDEX_OVERLAY: usize = 200_000;
 /// During a catch-up, bytes after which the progress is made durable.
-const CATCH_UP_BYTES: u64 = 256 << 20;
+const CATCH_UP_BYTES: u64 = 64 << 20;
 
 /// What the thread is asked to do.
 pub enum Work {
@@ -562,9 +562,8 @@ impl Applier {
                     }
                     if since_sync > CATCH_UP_BYTES {
                         since_sync = 0;
-                        if let Some(checkpoint) = self.replica.checkpoint() {
-                            self.write_checkpoint(&checkpoint)?;
-                        }
+                        // The disk works while more comes.
+                        self.begin_checkpoint();
                     }
                 }
                 Some(CatchUpItem::Hole(storage, hole)) => self.dig(&storage, hole)?,
@@ -661,7 +660,14 @@ impl Applier {
         let (index, at, bytes) = self.checkpointed;
         let due = bytes > CHECKPOINT_BYTES
             || (self.replica.index() > index && at.elapsed() > CHECKPOINT_EVERY);
-        if !due || self.checkpoint_thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+        if due {
+            self.begin_checkpoint();
+        }
+    }
+
+    /// Makes a checkpoint of this moment beside what comes next, unless one is being made.
+    fn begin_checkpoint(&mut self) {
+        if self.checkpoint_thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return;
         }
         let Some(checkpoint) = self.replica.checkpoint() else { return };

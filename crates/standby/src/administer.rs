@@ -58,7 +58,7 @@ pub enum Node {
     },
     /// Fills the holes that fast recoveries ("recovery fast") left in a node's history.
     ///
-    /// Without them, nothing can be undone there, and the past cannot be looked at. Readers and commits go on
+    /// What lies in a hole can neither be undone nor looked at on that node. Readers and commits go on
     /// meanwhile. If this command is interrupted, the node goes on with it.
     #[command(verbatim_doc_comment)]
     Backfill {
