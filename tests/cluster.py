@@ -216,7 +216,6 @@ class Cluster:
     ):
         """With `places`, each group is a place, and its nodes are there; `arguments` are those of serve."""
         self.directory = str(directory)
-        self.options = options
         groups = groups or ["here"] * count
         self.failover = groups[0]
         self.nodes = [
@@ -237,13 +236,18 @@ class Cluster:
             with open(secret, "w") as file:
                 file.write("as good as any secret of 32 bytes")
             options += "  secret-file %s\n" % secret
+        self.options = options
+        self.configure()
+
+    def configure(self):
+        """Writes the configurations; again if a disk has been put over a directory."""
         members = "".join(
             "  member %s %s:%s %s%s\n"
             % (node.name, node.host, node.peer_port, node.group, " witness" if node.witness else "")
             for node in self.nodes
         )
         for node in self.nodes:
-            node.join("test", members, options)
+            node.join("test", members, self.options)
 
     @staticmethod
     def place(places, group, number):
@@ -295,6 +299,15 @@ class Cluster:
             return wait_for("a primary", find, timeout)
         except AssertionError:
             raise AssertionError(self.logs())
+
+    def make_primary(self, node):
+        if self.primary() is not node:
+            node.ask("switchover", "--to", node.name)
+
+    def seen(self, node, by=None):
+        """What is said of a node, by another one or by the one that knows most."""
+        picture = by.status() if by else self.status()
+        return next(n for n in picture["nodes"] if n["node"] == node.name)
 
     def wait_healthy(self, timeout=60):
         """Until all nodes are up and not behind, and those that are to vote do."""

@@ -52,8 +52,7 @@ def fill(directory, left=8 * MB):
 
 
 def no_room(cluster, node):
-    found = [n for n in cluster.status()["nodes"] if n["node"] == node.name]
-    return found[0].get("no_room")
+    return cluster.seen(node).get("no_room")
 
 
 def wait_for_room(cluster, node, room):
@@ -64,10 +63,9 @@ def test_row_24_a_primary_without_room_lets_another_one_be_it(disks, nodes_on_di
     cluster = nodes_on_disks.cluster(options=RESERVE)
     first = cluster.nodes[0]
     disks(first.directory)
-    cluster_options(cluster)
+    cluster.configure()
     cluster.start()
-    if cluster.primary() is not first:
-        first.ask("switchover", "--to", first.name)
+    cluster.make_primary(first)
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0), note="w 0")
     ballast = fill(first.directory)
@@ -100,23 +98,13 @@ def test_row_24_a_primary_without_room_lets_another_one_be_it(disks, nodes_on_di
     check_histories(cluster, acknowledged)
 
 
-def cluster_options(cluster):
-    """Writes the configurations again: a disk has been put over the directory of one."""
-    members = "".join(
-        "  member %s %s:%s %s\n" % (n.name, n.host, n.peer_port, n.group) for n in cluster.nodes
-    )
-    for node in cluster.nodes:
-        node.join("test", members, RESERVE)
-
-
 def test_row_25_a_replica_without_room_stops_taking_entries(disks, nodes_on_disks):
     cluster = nodes_on_disks.cluster(options=RESERVE)
     last = cluster.nodes[2]
     disks(last.directory)
-    cluster_options(cluster)
+    cluster.configure()
     cluster.start()
-    if cluster.primary() is last:
-        last.ask("switchover", "--to", "n1")
+    cluster.make_primary(cluster.nodes[0])
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0), note="w 0")
     cluster.wait_level()
@@ -144,10 +132,9 @@ def test_without_a_majority_with_room_commits_are_refused(disks, nodes_on_disks)
     full = cluster.nodes[1:]
     for node in full:
         disks(node.directory)
-    cluster_options(cluster)
+    cluster.configure()
     cluster.start()
-    if cluster.primary() is not cluster.nodes[0]:
-        cluster.nodes[0].ask("switchover", "--to", "n1")
+    cluster.make_primary(cluster.nodes[0])
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0))
     ballast = [fill(node.directory) for node in full]

@@ -18,13 +18,17 @@ def faults(tmp_path):
     return Faults(tmp_path)
 
 
-def test_row_05_clocks_that_jump(nodes, faults):
+def faulty_primary(nodes, faults):
+    """A cluster whose primary is on the machine with faults: both."""
     cluster = nodes.cluster()
-    faults.hold(cluster.nodes[0])
+    first = faults.hold(cluster.nodes[0])
     cluster.start()
-    first = cluster.nodes[0]
-    if cluster.primary() is not first:
-        first.ask("switchover", "--to", first.name)
+    cluster.make_primary(first)
+    return cluster, first
+
+
+def test_row_05_clocks_that_jump(nodes, faults):
+    cluster, first = faulty_primary(nodes, faults)
     term = cluster.status()["term"]
     client = Client(cluster.addresses)
     acknowledged = []
@@ -39,7 +43,8 @@ def test_row_05_clocks_that_jump(nodes, faults):
     for jump, ahead in ((DAY, DAY), (0, None), (-DAY, -DAY)):
         faults.set("clock %d" % jump)
         commit(20)
-        told = lambda: clock_ahead(cluster.nodes[1], first)  # noqa: E731
+        second = cluster.nodes[1]
+        told = lambda: cluster.seen(first, by=second).get("clock_ahead_seconds")  # noqa: E731
         if ahead:
             harness.wait_for("a wrong clock in the status", lambda: abs((told() or 0) - ahead) < 10)
         else:
@@ -58,19 +63,8 @@ def test_row_05_clocks_that_jump(nodes, faults):
     assert tids == sorted(set(tids))
 
 
-def clock_ahead(node, other):
-    """What a node says of the clock of another one."""
-    found = [n for n in node.status()["nodes"] if n["node"] == other.name]
-    return found[0].get("clock_ahead_seconds")
-
-
 def test_row_17_a_primary_with_a_slow_disk_lets_another_one_be_it(nodes, faults):
-    cluster = nodes.cluster()
-    faults.hold(cluster.nodes[0])
-    cluster.start()
-    first = cluster.nodes[0]
-    if cluster.primary() is not first:
-        first.ask("switchover", "--to", first.name)
+    cluster, first = faulty_primary(nodes, faults)
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0), note="w 0")
     faults.set("sync-delay 12 /log/")
@@ -97,8 +91,8 @@ def test_row_17_a_primary_with_a_slow_disk_lets_another_one_be_it(nodes, faults)
     faults.set()
     last = client.db.storage.lastTransaction()
     # Not what the others have heard of it: it says little meanwhile.
-    own = lambda: [n for n in first.status()["nodes"] if n["node"] == first.name][0]  # noqa: E731
-    harness.wait_for("a level node", lambda: own()["last_tid"].get("1") == last.hex())
+    own = lambda: cluster.seen(first, by=first)["last_tid"]  # noqa: E731
+    harness.wait_for("a level node", lambda: own().get("1") == last.hex())
     client.close()
     check_histories(cluster, [])
     assert set(acknowledged) <= {txn[3] for txn in transactions(first.data_file)}
@@ -106,12 +100,7 @@ def test_row_17_a_primary_with_a_slow_disk_lets_another_one_be_it(nodes, faults)
 
 @pytest.mark.parametrize("what", ["/log/", "Data.fs"])
 def test_row_26_a_sync_that_fails_ends_the_process(nodes, faults, what):
-    cluster = nodes.cluster()
-    faults.hold(cluster.nodes[0])
-    cluster.start()
-    first = cluster.nodes[0]
-    if cluster.primary() is not first:
-        first.ask("switchover", "--to", first.name)
+    cluster, first = faulty_primary(nodes, faults)
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0), note="before")
     faults.set("sync-error " + what)

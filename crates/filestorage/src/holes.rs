@@ -97,7 +97,7 @@ mod tests {
     use super::*;
     use crate::{
         Access, Extent, FileStorage, Job, Magic, Outcome, Reader, Record, RecordData, StorageError,
-        Transaction, TransactionMeta, UndoError, Undone, copy_rest, pack,
+        Transaction, TransactionMeta, UndoError, Undone, copy, copy_rest, pack,
     };
 
     fn holes(ranges: &[(u64, u64)]) -> Holes {
@@ -217,14 +217,8 @@ mod tests {
         holes.add(hole);
         target.set_holes(holes);
         // What the source sees when it begins, at the end of the hole.
-        let upto = full.transactions(Tid::NONE, hole.through).unwrap();
         let mut before = open("before");
-        let mut transactions = upto;
-        while let Some(stored) = transactions.advance().unwrap() {
-            let mut appender = before.begin(&stored.meta).unwrap();
-            transactions.records(&stored, |record| appender.record(&record)).unwrap();
-            appender.finish().unwrap();
-        }
+        copy(full, &mut before, Tid::NONE, hole.through).unwrap();
         let mut transactions = before.reader().transactions(Tid::NONE, Tid::MAX).unwrap();
         while let Some(stored) = transactions.advance().unwrap() {
             let inside = hole.contains(stored.meta.tid);

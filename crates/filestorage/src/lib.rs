@@ -34,7 +34,7 @@ pub use format::{Magic, REFERENCE_LIMIT};
 pub use history::{Backwards, PastRevision};
 pub use holes::{Hole, Holes};
 pub use iterate::{Records, StoredTransaction, Transactions};
-pub use pack::{Job, Outcome, copy_rest, pack};
+pub use pack::{Job, Outcome, copy, copy_most, copy_rest, pack};
 pub use read::{Access, Reader, Revision};
 pub use storage::{Extent, FileStorage, Mark, Opened, Source, Tail};
 pub use transaction::{

@@ -53,7 +53,7 @@ pub enum Outcome {
 /// Finds the references of a record's data; an error is the reason why it cannot be read.
 pub type References<'a> = &'a dyn Fn(&[u8], &mut dyn FnMut(Oid)) -> Result<(), String>;
 
-/// Remaining bytes that [`pack`] leaves to [`copy_rest`].
+/// Remaining bytes that [`copy_most`] leaves to [`copy_rest`].
 const REST: u64 = 1 << 20;
 
 /// Packs what `reader` reads into a new file `to`. `progress(done, total)` is called now and then,
@@ -90,25 +90,45 @@ pub fn pack(
         reader.shared.disk.remove(to).map_err(io("remove"))?;
         return Ok(Outcome::Nothing);
     }
-    let mut last = plan.last;
-    loop {
-        last = copy_rest(reader, &mut target, last)?;
-        target.sync()?;
-        let left = reader.transactions(last.next(), Tid::MAX)?.bytes_left();
-        if left < REST {
-            return Ok(Outcome::Packed { target, last });
-        }
-    }
+    let last = copy_most(reader, &mut target, plan.last)?;
+    Ok(Outcome::Packed { target, last })
 }
 
-/// Copies the transactions after `last` into a packed file; returns the last one.
-pub fn copy_rest(
+/// Copies the transactions after `last` into a new file while more are committed, until little is left to
+/// [`copy_rest`]; what is copied is durable then. Returns the last one.
+pub fn copy_most(
     reader: &Reader,
     target: &mut FileStorage,
     last: Tid,
 ) -> Result<Tid, StorageError> {
     let mut last = last;
-    let mut transactions = reader.transactions(last.next(), Tid::MAX)?;
+    loop {
+        last = copy_rest(reader, target, last)?;
+        target.sync()?;
+        if reader.transactions(last.next(), Tid::MAX)?.bytes_left() < REST {
+            return Ok(last);
+        }
+    }
+}
+
+/// Copies the transactions after `last` into a new file; returns the last one.
+pub fn copy_rest(
+    reader: &Reader,
+    target: &mut FileStorage,
+    last: Tid,
+) -> Result<Tid, StorageError> {
+    copy(reader, target, last, Tid::MAX)
+}
+
+/// Copies the transactions after `after` up to `through` into a new file; returns the last one.
+pub fn copy(
+    reader: &Reader,
+    target: &mut FileStorage,
+    after: Tid,
+    through: Tid,
+) -> Result<Tid, StorageError> {
+    let mut last = after;
+    let mut transactions = reader.transactions(after.next(), through)?;
     while let Some(stored) = transactions.advance()? {
         let mut appender = target.begin(&stored.meta)?;
         transactions.records(&stored, |record| appender.record(&record))?;

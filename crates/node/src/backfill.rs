@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use standby_filestorage::{FileStorage, Outcome, Reader, StorageError, copy_rest};
+use standby_filestorage::{FileStorage, Outcome, StorageError, copy, copy_most};
 use standby_types::Tid;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -23,8 +23,6 @@ use crate::peers::{PeerError, fetch_history, obtain_old};
 const QUEUE: usize = 16;
 /// Until a source is looked for again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Bytes that are left to the moment when commits wait.
-const REST: u64 = 1 << 20;
 
 /// What has come of an attempt.
 enum Got {
@@ -104,22 +102,10 @@ async fn begin(storage: &StorageShared, last: Tid) -> anyhow::Result<FileStorage
     let made = tokio::task::spawn_blocking(move || -> Result<_, StorageError> {
         let mut target = FileStorage::successor(&reader, &path)?;
         target.set_holes(Default::default());
-        if last > Tid::NONE {
-            copy(&reader, &mut target, last)?;
-        }
+        copy(&reader, &mut target, Tid::NONE, last)?;
         Ok(target)
     });
     Ok(made.await??)
-}
-
-fn copy(reader: &Reader, target: &mut FileStorage, last: Tid) -> Result<(), StorageError> {
-    let mut transactions = reader.transactions(Tid::NONE, last)?;
-    while let Some(stored) = transactions.advance()? {
-        let mut appender = target.begin(&stored.meta)?;
-        transactions.records(&stored, |record| appender.record(&record))?;
-        appender.finish()?;
-    }
-    Ok(())
 }
 
 async fn attempt(
@@ -198,14 +184,8 @@ async fn finish(
     }
     let reader = storage.reader();
     let done = tokio::task::spawn_blocking(move || -> Result<_, StorageError> {
-        let mut last = through;
-        loop {
-            last = copy_rest(&reader, &mut target, last)?;
-            target.sync()?;
-            if reader.transactions(last.next(), Tid::MAX)?.bytes_left() < REST {
-                return Ok(Outcome::Packed { target, last });
-            }
-        }
+        let last = copy_most(&reader, &mut target, through)?;
+        Ok(Outcome::Packed { target, last })
     });
     Ok((done.await??, through))
 }

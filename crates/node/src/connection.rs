@@ -425,13 +425,12 @@ impl Connection {
 
     fn begin_upload(&mut self) -> Result<(), String> {
         let blobs = self.storage().and_then(|s| s.blobs.as_ref()).ok_or(NO_BLOBS)?;
-        if let Err(source) = self.shared.room.check() {
-            let (path, action) = (blobs.dir().to_owned(), "keep a blob");
-            self.upload = Some(Err(StorageError::Io { path, action, source }));
-            return Ok(());
-        }
         let transfer = blobs::new_transfer().map_err(|error| error.to_string())?;
-        self.upload = Some(Ok(BlobWriter::new(blobs, transfer)));
+        let writer = BlobWriter::new(blobs, transfer);
+        self.upload = Some(match self.shared.room.check() {
+            Ok(()) => Ok(writer),
+            Err(source) => Err(writer.failed(source)),
+        });
         Ok(())
     }
 
