@@ -66,6 +66,16 @@ impl Membership {
         }
     }
 
+    /// The same members, of which only this one votes.
+    pub fn led_by(&self, id: NodeId) -> Membership {
+        Membership {
+            voters: BTreeSet::from([id]),
+            learners: self.members.keys().copied().filter(|other| *other != id).collect(),
+            members: self.members.clone(),
+            ..Membership::default()
+        }
+    }
+
     /// True if the node is a member in any way.
     pub fn contains(&self, id: NodeId) -> bool {
         self.members.contains_key(&id)

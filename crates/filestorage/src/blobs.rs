@@ -193,14 +193,19 @@ impl BlobDir {
             }
             BlobSource::Copy(_) => true,
         };
+        self.note_dirty(&to);
+        Ok(done)
+    }
+
+    /// The name of a blob is not durable yet.
+    fn note_dirty(&self, path: &Path) {
         let mut dirty = self.0.dirty.lock().unwrap_or_else(PoisonError::into_inner);
         dirty.insert(self.0.dir.join("tmp"));
-        for dir in to.ancestors().skip(1).take_while(|dir| dir.starts_with(&self.0.dir)) {
+        for dir in path.ancestors().skip(1).take_while(|dir| dir.starts_with(&self.0.dir)) {
             if !dirty.insert(dir.to_owned()) {
                 break;
             }
         }
-        Ok(done)
     }
 
     fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -318,6 +323,34 @@ impl BlobDir {
                         break;
                     }
                 }
+            }
+            Ok(())
+        })?;
+        Ok(removed)
+    }
+
+    /// Gives the blob of a revision in another directory a second name, or a copy, in this one.
+    pub fn take_copy(&self, of: &BlobDir, oid: Oid, tid: Tid) -> Result<(), StorageError> {
+        let (from, to) = (of.path(oid, tid), self.path(oid, tid));
+        let disk = &self.0.disk;
+        let failed = StorageError::io(&to, "keep a copy there");
+        if disk.exists(&to).map_err(&failed)? {
+            return Ok(());
+        }
+        if self.name(&to, || disk.hard_link(&from, &to)).is_err() {
+            self.copy(&from, &to).map_err(&failed)?;
+        }
+        self.note_dirty(&to);
+        Ok(())
+    }
+
+    /// Removes the blobs of revisions after `tid`; returns how many there were.
+    pub fn remove_after(&self, last: Tid) -> Result<usize, StorageError> {
+        let mut removed = 0;
+        self.walk(&mut |_, tid, path| {
+            if tid > last {
+                self.0.disk.remove(path).map_err(StorageError::io(path, "remove"))?;
+                removed += 1;
             }
             Ok(())
         })?;

@@ -23,6 +23,7 @@ use tracing::{debug, error, info, warn};
 use crate::backfill;
 use crate::engine::Internal;
 use crate::hidden::Hidden;
+use crate::lineage::Promotion;
 use crate::node::Shared;
 use crate::packing::{Cause, Packs, pack_path};
 use crate::replica::{Applied, ApplyError, Done, Replica};
@@ -80,6 +81,13 @@ pub enum Work {
     },
     /// Fill the holes of a storage.
     Backfill(String),
+    /// Apply these entries as the last ones of a timeline, and begin another one.
+    BeginTimeline {
+        /// What was in the log.
+        entries: Vec<Committed>,
+        /// What the new timeline is to be.
+        promotion: Box<Promotion>,
+    },
     /// A new data file has been made, or not.
     Packed {
         /// The storage.
@@ -228,6 +236,9 @@ impl Applier {
                 }
                 Ok(Work::CatchUp { items, target }) => self.catch_up(items, &target)?,
                 Ok(Work::Backfill(storage)) => self.backfill(&storage)?,
+                Ok(Work::BeginTimeline { entries, promotion }) => {
+                    self.begin_timeline(entries, &promotion)?;
+                }
                 Ok(Work::Packed { storage, cause, packed }) => match (packed, cause) {
                     (Ok(Outcome::Packed { target, last }), cause) => {
                         self.packs.ready(&storage, target, last, cause);
@@ -429,6 +440,20 @@ impl Applier {
         for (applied, origin) in visible {
             self.publish(&applied, origin);
         }
+        Ok(())
+    }
+
+    fn begin_timeline(
+        &mut self,
+        entries: Vec<Committed>,
+        promotion: &Promotion,
+    ) -> anyhow::Result<()> {
+        self.entries(entries.into_iter().map(|entry| (entry, None)).collect())?;
+        self.replica.begin_timeline(promotion);
+        let checkpoint = self.replica.checkpoint().context("parts are open in a new timeline")?;
+        self.write_checkpoint(&Checkpoint { log_begins_here: true, ..checkpoint })?;
+        self.report(Vec::new());
+        self.shared.report(Internal::TimelineBegun(self.replica.point()));
         Ok(())
     }
 

@@ -58,6 +58,13 @@ pub enum Ask {
         /// Its name.
         node: String,
     },
+    /// A node begins a timeline: its group, or the majority of the voters, is lost for good.
+    Promote {
+        /// Its name.
+        node: String,
+        /// The group that votes from now on, with all of its nodes; `None` for those that do already.
+        group: Option<String>,
+    },
     /// The cluster may use what newer versions can do.
     FeatureLevel {
         /// Up to this level; `None` for the highest that all nodes know.
@@ -88,7 +95,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Has the primary do what is asked for, or the node that it is about.
 pub async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {
-    if let Ask::Backfill { node } = &ask {
+    if let Ask::Backfill { node } | Ask::Promote { node, .. } = &ask {
         return by(shared, node, &ask).await;
     }
     // A node that has just started has not heard of the primary yet; during a fail-over nobody has.

@@ -12,9 +12,11 @@ mod asks;
 mod blobs;
 mod disks;
 mod membership;
+mod outgoing;
 mod pack;
 mod readers;
 mod switchover;
+mod timeline;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -22,13 +24,11 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
 use standby_consensus::{
-    AppliedPoint, Command, Committed, Consensus, Ending, Event as Happened, LogError, Output,
-    PART_LEN, PeerMessage, Role, Written,
+    AppliedPoint, Command, Committed, Consensus, Event as Happened, LogError, Output, PeerMessage,
+    Role, Written,
 };
-use standby_filestorage::{Access, Record, StorageError, TransactionMeta, put_meta, put_record};
-use standby_types::time::{new_tid, time_of};
+use standby_filestorage::{Access, StorageError};
 use standby_types::{LogIndex, NodeId, Oid, Term, Tid, Transfer};
 use standby_zeo::{
     Buffer, ClientError, Expected, SessionId, Transactions, Value, VoteAnswer, VoteOutcome,
@@ -40,13 +40,15 @@ use tracing::{error, info, warn};
 
 use self::asks::Watch;
 use self::blobs::Blobs;
+use self::outgoing::{Outgoing, does_not_follow};
 use self::pack::PackRequest;
 use self::readers::{Freshness, Reader};
 use self::switchover::Switchover;
+use self::timeline::Turn;
 use crate::applier::{CatchUpItems, Origin, Work, unknown_storage};
 use crate::ask::{Ask, Asker as AnswerTo};
+use crate::lineage::Lineage;
 use crate::log_thread::LogWork;
-use crate::look::record_data;
 use crate::node::{Shared, Standing};
 use crate::oids::Oids;
 use crate::peers::{Announcement, PeerInfo, Peers, fetch};
@@ -54,15 +56,11 @@ use crate::sessions::{Mail, SessionHandle};
 use crate::settings::Settings;
 use crate::status::Moment;
 
-/// Bytes of entries of ours without a majority, beyond which long transactions wait.
-const WINDOW: usize = 16 << 20;
 /// Ticks after which a starting node serves readers although it has not heard of a primary: two
 /// elections could have been held.
 const ORIENTATION_TICKS: u64 = 64;
 /// Entries by which a node may be behind when it is given a vote, or is to be primary.
 const NEARLY: u64 = 100;
-/// A clock that is so far behind the last transaction is spoken of.
-const BEHIND: Duration = Duration::from_secs(60);
 /// Bytes that an entry takes in the log beside its data, about.
 const ENTRY_OVERHEAD: u64 = 64;
 
@@ -94,6 +92,10 @@ pub enum Internal {
         /// It is durable here.
         here: bool,
     },
+    /// The last entries of a timeline are applied, and a checkpoint says that another one begins.
+    TimelineBegun(AppliedPoint),
+    /// Another node has a history that goes on where this node's was left.
+    Outdated(Lineage),
     /// A checkpoint is durable: the log up to there is not needed for a restart.
     Checkpointed(LogIndex),
     /// This process must stop.
@@ -102,8 +104,8 @@ pub enum Internal {
 
 /// What others tell.
 pub enum Event {
-    /// A peer's message.
-    Peer(PeerMessage),
+    /// A peer's message, and the epoch ([`Peers::epoch`]) of the link over which it came.
+    Peer(PeerMessage, u64),
     /// A peer has an upload.
     Announced(NodeId, Announcement),
     /// The transaction of an upload was aborted.
@@ -170,17 +172,6 @@ struct Committing {
     last_tid: Tid,
 }
 
-/// A transaction on its way into the log.
-struct Outgoing {
-    session: Arc<SessionHandle>,
-    id: Value,
-    storage: String,
-    buffer: Box<Buffer>,
-    next_write: usize,
-    records: BytesMut,
-    parts: Vec<LogIndex>,
-}
-
 /// An entry of ours that is not committed yet.
 struct Pending {
     term: Term,
@@ -231,6 +222,20 @@ pub struct Engine {
     /// Packs that wait for undos to be applied.
     packs: Vec<PackRequest>,
     blobs: Blobs,
+    /// A timeline is being begun: nothing is done for consensus meanwhile.
+    turn: Option<Turn>,
+    /// This primary has not committed its timeline's first transactions yet.
+    opening: bool,
+    /// The history that this node leaves its own for.
+    comes_over: Option<Lineage>,
+}
+
+/// Why the engine has ended.
+pub enum Ended {
+    /// It was told to.
+    Stopped,
+    /// This node's timeline is over; to be started again, for another one.
+    ComesOver(Lineage),
 }
 
 impl Engine {
@@ -286,6 +291,9 @@ impl Engine {
             ticks: 0,
             packs: Vec::new(),
             blobs: Blobs::default(),
+            turn: None,
+            opening: false,
+            comes_over: None,
         }
     }
 
@@ -294,7 +302,7 @@ impl Engine {
         mut self,
         mut internal: mpsc::UnboundedReceiver<Internal>,
         mut events: mpsc::Receiver<Event>,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Ended> {
         let mut ticker = tokio::time::interval(self.shared.tick());
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         self.publish_standing();
@@ -316,8 +324,11 @@ impl Engine {
                     self.internal(told)?;
                 }
                 if !self.event(event)? {
-                    return Ok(());
+                    return Ok(Ended::Stopped);
                 }
+            }
+            if let Some(lineage) = self.comes_over.take() {
+                return Ok(Ended::ComesOver(lineage));
             }
             self.pump()?;
             self.tend_switchover()?;
@@ -327,7 +338,10 @@ impl Engine {
 
     fn internal(&mut self, told: Internal) -> anyhow::Result<()> {
         match told {
-            Internal::Persisted(written) => self.step(Happened::Persisted(written?)),
+            Internal::Persisted(written) => match written? {
+                written if written.begins_log() => self.log_begun(),
+                written => self.step(Happened::Persisted(written)),
+            },
             Internal::Applied { point, ceilings, settings, finished } => {
                 self.applied = point.index;
                 self.ceilings = ceilings;
@@ -344,6 +358,7 @@ impl Engine {
                 }
                 self.give_oids()?;
                 self.admit_readers();
+                self.tend_opening();
                 self.tend_watches();
                 Ok(())
             }
@@ -356,6 +371,11 @@ impl Engine {
             Internal::Obtained { from, storage, transfer, here } => {
                 self.obtained(from, &storage, transfer, here)
             }
+            Internal::TimelineBegun(point) => self.timeline_begun(point),
+            Internal::Outdated(lineage) => {
+                self.outdated(lineage);
+                Ok(())
+            }
             Internal::Checkpointed(index) => self.compact(index),
             Internal::Fatal(error) => Err(error),
         }
@@ -364,7 +384,11 @@ impl Engine {
     /// False if the engine is to end.
     fn event(&mut self, event: Event) -> anyhow::Result<bool> {
         match event {
-            Event::Peer(message) => self.received(message)?,
+            Event::Peer(message, epoch) if epoch == self.shared.peers.epoch() => {
+                self.received(message)?;
+            }
+            // It was meant for this node's former timeline.
+            Event::Peer(..) => {}
             Event::Announced(from, announcement) => self.announced(from, &announcement),
             Event::Forgotten(announcement) => self.forgotten(&announcement),
             Event::Arrived(at, transfer) => self.arrived(at, transfer),
@@ -422,6 +446,7 @@ impl Engine {
         if self.ticks.is_multiple_of(10) {
             self.tend_blobs()?;
             self.tend_freshness()?;
+            self.tend_lost()?;
             self.publish_standing();
             self.report_status();
         }
@@ -438,6 +463,9 @@ impl Engine {
     }
 
     fn step(&mut self, event: Happened) -> anyhow::Result<()> {
+        if self.turn.is_some() {
+            return Ok(());
+        }
         let mut outputs = Vec::new();
         self.consensus.step(self.shared.now(), event, &mut outputs)?;
         self.perform(outputs)
@@ -534,6 +562,7 @@ impl Engine {
         }
         self.pending.clear();
         self.decided = LogIndex(0);
+        self.opening = false;
         for storage in self.shared.storages.values() {
             // A pack that was asked for may never be committed. One that runs says so again.
             storage.packing.set(None);
@@ -553,6 +582,7 @@ impl Engine {
             committing.last_tid = storage.reader().last_tid();
             committing.oids = Some(Oids::above(ceiling.max(used)));
         }
+        self.open_timeline()?;
         self.give_oids()
     }
 
@@ -728,140 +758,6 @@ impl Engine {
         stored.stats.active.store(committing.transactions.len(), Ordering::Relaxed);
     }
 
-    fn finish(
-        &mut self,
-        session: Arc<SessionHandle>,
-        storage: String,
-        id: Value,
-        buffer: Box<Buffer>,
-    ) {
-        let Some(committing) = self.storages.get_mut(&storage) else { return };
-        if committing.transactions.finish(session.id).is_err() {
-            let text = Value::str("finished called wo lock");
-            let error = ClientError::Other("builtins.AssertionError", vec![text]);
-            session.answer(session.encoding().error(&id, &error));
-            return;
-        }
-        self.outgoing.push_back(Outgoing {
-            session,
-            id,
-            storage,
-            buffer,
-            next_write: 0,
-            records: BytesMut::new(),
-            parts: Vec::new(),
-        });
-    }
-
-    /// Moves finished transactions into the log: short ones at once, of long ones a part each
-    /// in turn, as fast as they are committed.
-    fn pump(&mut self) -> anyhow::Result<()> {
-        while self.in_flight < WINDOW {
-            let Some(mut outgoing) = self.outgoing.pop_front() else { break };
-            if outgoing.parts.is_empty() {
-                if self.overtaken(&outgoing) {
-                    continue;
-                }
-                match self.with_blobs(outgoing) {
-                    Some(ready) => outgoing = ready,
-                    None => continue,
-                }
-            }
-            if let Err(error) = outgoing.fill() {
-                error!(%error, "cannot read a large transaction back");
-                outgoing.session.cut("its transaction cannot be read back");
-                let now = self.shared.now();
-                self.unlocked(&outgoing.storage, |t| t.applied(now, outgoing.session.id));
-                continue;
-            }
-            let taken = if outgoing.records.len() > PART_LEN {
-                let part = outgoing.records.split_to(PART_LEN).freeze();
-                let proposed = self.propose(Command::Part(part.clone()), None)?;
-                match proposed {
-                    Some(index) => outgoing.parts.push(index),
-                    None => {
-                        let mut records = BytesMut::from(part);
-                        records.extend_from_slice(&outgoing.records);
-                        outgoing.records = records;
-                    }
-                }
-                if outgoing.buffer.meta.tid.is_some() {
-                    // Nothing may get a tid while it is on its way.
-                    self.outgoing.push_front(outgoing);
-                } else {
-                    self.outgoing.push_back(outgoing);
-                }
-                proposed.is_some()
-            } else {
-                self.close(outgoing)?
-            };
-            if !taken {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// True if a transaction that brings its own tid comes too late for it; the client is told.
-    fn overtaken(&mut self, outgoing: &Outgoing) -> bool {
-        let last = self.storages.get(&outgoing.storage).map_or(Tid::NONE, |s| s.last_tid);
-        let Some(tid) = outgoing.buffer.meta.tid.filter(|tid| *tid <= last) else { return false };
-        let session = &outgoing.session;
-        let error = session.encoding().error(&outgoing.id, &does_not_follow(tid, last));
-        session.answer(error);
-        let (now, id) = (self.shared.now(), session.id);
-        self.unlocked(&outgoing.storage, |t| t.applied(now, id));
-        true
-    }
-
-    /// Proposes the closing entry of a transaction; false if it has to be tried again.
-    fn close(&mut self, mut outgoing: Outgoing) -> anyhow::Result<bool> {
-        let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
-        let meta = &outgoing.buffer.meta;
-        let tid = meta.tid;
-        let wall_clock = self.shared.wall_clock();
-        let behind = time_of(committing.last_tid).saturating_sub(wall_clock);
-        let tid = tid.unwrap_or_else(|| new_tid(wall_clock, committing.last_tid));
-        let meta = TransactionMeta {
-            tid,
-            status: meta.status,
-            user: meta.user.clone(),
-            description: meta.description.clone(),
-            extension: meta.extension.clone(),
-        };
-        let mut head = BytesMut::new();
-        put_meta(&meta, &mut head);
-        let ending = Ending {
-            storage: outgoing.storage.clone(),
-            head: head.freeze(),
-            parts: outgoing.parts.clone(),
-            blobs: outgoing.buffer.blobs(),
-            rest: Bytes::copy_from_slice(&outgoing.records),
-        };
-        let origin = Origin { session: outgoing.session.clone(), id: outgoing.id.clone() };
-        if self.propose(Command::Transaction(ending), Some(origin))?.is_none() {
-            self.outgoing.push_front(outgoing);
-            return Ok(false);
-        }
-        self.look_at_clock(behind);
-        outgoing.buffer.keep_blobs();
-        if let Some(committing) = self.storages.get_mut(&outgoing.storage) {
-            committing.last_tid = tid;
-        }
-        Ok(true)
-    }
-
-    /// Tids count up whatever the clock does; but somebody should set it.
-    fn look_at_clock(&mut self, behind: Duration) {
-        let now = self.shared.now();
-        let told = self.told_of_clock.is_some_and(|at| now < at + BEHIND);
-        if behind > BEHIND && !told {
-            self.told_of_clock = Some(now);
-            let seconds = behind.as_secs();
-            warn!(seconds, "the clock of this machine is behind the last transaction by so much");
-        }
-    }
-
     fn propose(
         &mut self,
         command: Command,
@@ -955,30 +851,11 @@ impl Engine {
             staleness: self.staleness(),
             slow_disk: self.is_slow(),
             settings: &self.settings,
+            log: (self.consensus.last_term(), self.consensus.last_index()),
         }));
         self.shared.reports.forget_removed(&self.settings.removed);
         self.shared.peers.broadcast(&self.shared.reports.own());
     }
-}
-
-impl Outgoing {
-    /// Encodes records until there is more than a part, or no more.
-    fn fill(&mut self) -> std::io::Result<()> {
-        while self.records.len() <= PART_LEN
-            && let Some(write) = self.buffer.writes().get(self.next_write)
-        {
-            let data = record_data(self.buffer.content(write)?);
-            put_record(&Record { oid: write.oid, data }, &mut self.records);
-            self.next_write += 1;
-        }
-        Ok(())
-    }
-}
-
-fn does_not_follow(tid: Tid, last: Tid) -> ClientError {
-    ClientError::storage(format!(
-        "a transaction with tid {tid} cannot be stored: the storage's last one is {last}"
-    ))
 }
 
 /// A read failed for another reason than that the object does not exist.

@@ -1,6 +1,6 @@
 //! A running node: what its tasks share, and how they are started and stopped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc as std_mpsc};
@@ -17,14 +17,16 @@ use tracing::{error, info, warn};
 
 use crate::admin;
 use crate::applier::{Applier, Work};
-use crate::config::{Address, Config, DEFAULT_RESERVE, Profile, ZeoAddress};
+use crate::config::{Address, Config, DEFAULT_RESERVE, Profile, Standby, ZeoAddress};
 use crate::disk::{LockFile, OsDisk, temporary_file};
-use crate::engine::{Engine, Event, Internal};
+use crate::engine::{Ended, Engine, Event, Internal};
+use crate::lineage::Lineage;
 use crate::listener;
 use crate::log_thread::{self, Busy};
 use crate::packing::Progress;
 use crate::peers::{self, CatchUp, Introduction, Peers};
 use crate::replica::Replica;
+use crate::rewind::{self, LostTail};
 use crate::room::{self, Room};
 use crate::sessions::Sessions;
 use crate::settings::Settings;
@@ -162,6 +164,8 @@ pub struct Shared {
     pub room: Room,
     /// Beats while the engine works.
     pub pulse: Arc<Pulse>,
+    /// What this node has lost by leaving timelines.
+    pub lost: Vec<LostTail>,
     /// When the process started.
     pub started: SystemTime,
     clock: Instant,
@@ -220,6 +224,7 @@ impl Shared {
             secret: standby.map_or_else(Vec::new, |s| s.secret.clone()),
             tls: self.peer_tls.clone(),
             join_token: standby.map_or_else(String::new, |s| s.join_token.clone()),
+            lineage: self.settings().lineage.clone(),
             run: self.run.clone(),
         }
     }
@@ -304,6 +309,7 @@ impl Shared {
             .under_way(self.percents(|storage| &storage.packing), lock(&self.catch_up).clone())
             .room(self.room.reason())
             .history(self.holes(), self.percents(|storage| &storage.backfilling))
+            .lost(self.lost.clone())
     }
 
     fn percents(&self, of: impl Fn(&StorageShared) -> &Progress) -> BTreeMap<String, u32> {
@@ -327,10 +333,19 @@ impl Shared {
     }
 }
 
+/// What the process is to do after a node has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// End.
+    End,
+    /// Run the node again, from the beginning.
+    Again,
+}
+
 /// A running node.
 pub struct Running {
     shared: Arc<Shared>,
-    engine: tokio::task::JoinHandle<anyhow::Result<()>>,
+    engine: tokio::task::JoinHandle<anyhow::Result<Ended>>,
     _locks: Vec<LockFile>,
 }
 
@@ -339,15 +354,17 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     for note in &config.notes {
         info!("{note}");
     }
+    let state = StateDir(config.state_dir());
+    let standby = config.standby.as_ref();
+    let peer_tls = standby.and_then(|s| s.peer_ssl.as_ref()).map(Tls::new).transpose()?;
+    let peer_tls = peer_tls.map(Arc::new);
+    find_timeline(&config, &state, peer_tls.clone()).await?;
     // First the addresses: a second start of the same node must fail before it touches a file.
     let zeo = match &config.zeo.address {
         Some(address) => Some(Listener::bind(address).await?),
         None => None,
     };
     let tls = config.zeo.ssl.as_ref().map(Tls::new).transpose()?;
-    let standby = config.standby.as_ref();
-    let peer_tls = standby.and_then(|s| s.peer_ssl.as_ref()).map(Tls::new).transpose()?;
-    let peer_tls = peer_tls.map(Arc::new);
     let read_only = match standby.and_then(|s| s.read_only_address.as_ref()) {
         Some(address) => Some(Listener::Tcp(bind(address, "read-only-address").await?)),
         None => None,
@@ -375,13 +392,16 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         })?);
     }
     let disk: Arc<dyn Disk> = Arc::new(OsDisk);
-    let state = StateDir(config.state_dir());
     let beginning = beginning(&config, &disk, &state, peer_tls.clone()).await?;
     let opening = {
         let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
         tokio::task::spawn_blocking(move || startup::prepare(&config, &disk, &state, beginning))
     };
     let prepared = opening.await??;
+    let lost = {
+        let config = config.clone();
+        tokio::task::spawn_blocking(move || rewind::lost_tails(&config)).await??
+    };
 
     let (internal, internal_receiver) = mpsc::unbounded_channel();
     let (events, events_receiver) = mpsc::channel(EVENTS);
@@ -418,6 +438,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         log_busy: Busy::default(),
         room: Room::default(),
         pulse: Arc::default(),
+        lost,
         started: SystemTime::now(),
         clock: Instant::now(),
         run: random_hex(8)?,
@@ -432,18 +453,14 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         config,
     });
 
-    let seed = prepared.id.0;
-    let raft_config = RaftConfig {
-        id: prepared.id,
-        election_ticks: ELECTION_TICKS,
-        heartbeat_ticks: HEARTBEAT_TICKS,
-        tick: shared.tick(),
-        seed,
-        witness: shared.member.witness,
-    };
     let point = prepared.checkpoint.applied_point();
-    let consensus =
-        Consensus::new(raft_config, disk.clone(), state.log(), &prepared.recovered, point)?;
+    let consensus = Consensus::new(
+        raft_config(&shared),
+        disk.clone(),
+        state.log(),
+        &prepared.recovered,
+        point,
+    )?;
     let replica = Replica::new(&prepared.checkpoint, prepared.storages, prepared.blobs, make_spill);
     let ceilings = replica.ceilings();
     let applied = replica.index();
@@ -482,10 +499,58 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     Ok(Running { shared, engine, _locks: locks })
 }
 
+/// How the node takes part in consensus.
+pub fn raft_config(shared: &Shared) -> RaftConfig {
+    RaftConfig {
+        id: shared.id,
+        election_ticks: ELECTION_TICKS,
+        heartbeat_ticks: HEARTBEAT_TICKS,
+        tick: shared.tick(),
+        seed: shared.id.0,
+        witness: shared.member.witness,
+    }
+}
+
 async fn bind(address: &Address, key: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address.to_string())
         .await
         .with_context(|| format!("cannot listen on {key} {address}"))
+}
+
+/// How a node introduces itself before it takes part in anything.
+fn asker(config: &Config, standby: &Standby, id: NodeId, tls: Option<Arc<Tls>>) -> Introduction {
+    Introduction {
+        member: startup::self_as_member(config, id),
+        cluster: standby.cluster.clone(),
+        cluster_id: String::new(),
+        secret: standby.secret.clone(),
+        tls,
+        join_token: String::new(),
+        lineage: Lineage::default(),
+        run: String::new(),
+    }
+}
+
+/// Finds out whether a node that was a member before has been left behind by a forced promotion.
+async fn find_timeline(
+    config: &Config,
+    state: &StateDir,
+    peer_tls: Option<Arc<Tls>>,
+) -> anyhow::Result<()> {
+    let Some(standby) = &config.standby else { return Ok(()) };
+    let (identity, checkpoint) = (state.identity(&OsDisk)?, state.checkpoint(&OsDisk)?);
+    let (Some(identity), Some(checkpoint)) = (identity, checkpoint) else { return Ok(()) };
+    let me = Introduction {
+        cluster_id: checkpoint.cluster_id.clone(),
+        lineage: checkpoint.settings.lineage.clone(),
+        ..asker(config, standby, identity.node_id()?, peer_tls)
+    };
+    let lines = standby.members.iter().map(|member| &member.address).chain(&standby.join);
+    let members = checkpoint.membership.members.values().map(|member| &member.peer_address);
+    let mut addresses: BTreeSet<String> =
+        lines.map(ToString::to_string).chain(members.cloned()).collect();
+    addresses.remove(&standby.peer_address.to_string());
+    rewind::ask_around(state, &checkpoint, me, addresses).await
 }
 
 /// What a new node does: the first member founds the cluster, unless another knows one already.
@@ -506,15 +571,7 @@ async fn beginning(
         standby.members[1..].iter().map(|member| member.address.to_string()).collect();
     // Only a name to ask with; the identity is drawn when the node begins.
     let id = NodeId(u64::from_str_radix(&random_hex(8)?, 16)?);
-    let me = Introduction {
-        member: startup::self_as_member(config, id),
-        cluster: standby.cluster.clone(),
-        cluster_id: String::new(),
-        secret: standby.secret.clone(),
-        tls: peer_tls,
-        join_token: String::new(),
-        run: String::new(),
-    };
+    let me = asker(config, standby, id, peer_tls);
     match peers::probe(&me, &others, PROBE).await {
         Some(node) => {
             warn!(
@@ -610,20 +667,27 @@ impl Running {
         &self.shared
     }
 
-    /// Waits until the node fails or `stop` says to end; then ends it in an orderly way.
-    pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-        tokio::select! {
-            ended = &mut self.engine => {
-                let error = match ended? {
-                    Ok(()) => return Ok(()),
-                    Err(error) => error,
-                };
-                error!("stopping: {error:#}");
-                return Err(error);
-            }
-            () = stop => {}
-        }
+    /// Waits until the node fails or `stop` says to end; then ends it in an orderly way. The process is to begin
+    /// anew if the node has left its timeline.
+    pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<Next> {
+        let next = tokio::select! {
+            ended = &mut self.engine => match ended? {
+                Ok(Ended::Stopped) => return Ok(Next::End),
+                Ok(Ended::ComesOver(lineage)) => {
+                    let timeline = lineage.timeline();
+                    warn!(timeline, "the timeline of this node is over: it begins anew, on another one");
+                    self.shared.state.set_coming_over(&OsDisk, &lineage)?;
+                    Next::Again
+                }
+                Err(error) => {
+                    error!("stopping: {error:#}");
+                    return Err(error);
+                }
+            },
+            () = stop => Next::End,
+        };
         info!("stopping");
+        self.shared.lease.set(false, Duration::ZERO);
         self.shared.sessions.cut("the server stops", |_| true);
         self.shared.tell(Event::Stop).await;
         let (done, stopped) = oneshot::channel();
@@ -636,6 +700,6 @@ impl Running {
             let _ = std::fs::remove_file(path);
         }
         info!("stopped");
-        Ok(())
+        Ok(next)
     }
 }

@@ -19,8 +19,12 @@ use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
 use tracing::warn;
 
+use crate::lineage::{Fork, Promotion};
 use crate::settings::{Setting, Settings};
 use crate::state::{Checkpoint, StoragePoint, decode_shared, encode_shared};
+
+/// Oids that a new timeline leaves out.
+const SKIPPED_OIDS: u64 = 1 << 20;
 
 /// Why an entry cannot be applied. The node must stop: it would differ from the others.
 #[derive(Debug, thiserror::Error)]
@@ -346,6 +350,26 @@ impl Replica {
             self.parts.clear();
         }
         Ok(())
+    }
+
+    /// Begins a timeline with what is applied: a forced promotion.
+    pub fn begin_timeline(&mut self, promotion: &Promotion) {
+        self.parts.clear();
+        let mut departures = Vec::new();
+        for (name, stored) in &mut self.storages {
+            let last = stored.storage.mark().tid;
+            departures.push((name.clone(), (last, promotion.first(name, last))));
+            // The former primary may have handed out oids that this node has not heard of.
+            stored.ceiling = Oid(stored.ceiling.0.saturating_add(SKIPPED_OIDS));
+        }
+        let (id, node) = (promotion.id.clone(), promotion.node.clone());
+        let settings = Arc::make_mut(&mut self.settings);
+        settings.lineage.begin(Fork::new(id, node, promotion.now.as_secs(), departures));
+        settings.moving_to = None;
+        if let Some(failover) = &promotion.failover {
+            settings.failover = failover.clone();
+        }
+        self.membership = promotion.membership.clone();
     }
 
     /// The next pack of a storage.

@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::lineage::Lineage;
+
 /// What this program can do. A cluster uses what its feature level includes; it is raised by command,
 /// when every node can do it.
 ///
@@ -32,6 +34,9 @@ pub struct Settings {
     /// Nodes that are no members any more and must not come back by themselves.
     #[serde(default)]
     pub removed: BTreeSet<String>,
+    /// The forced promotions so far.
+    #[serde(default)]
+    pub lineage: Lineage,
 }
 
 /// A node may join.

@@ -5,6 +5,8 @@
 //!  ───────────────   ─────────────────────────────   ─────────────────────────────────────────────
 //!  has a checkpoint  any                             resumes: the data files count up to the
 //!                                                    checkpoint; the log says what comes after
+//!  has an order to   any                             keeps what only its own timeline has, then resumes
+//!  come over                                         with what the other one has too (`rewind.rs`)
 //!  new               none                            founds a cluster of one
 //!  new               first member, no other knows    founds the cluster, alone at first
 //!                    a cluster yet
@@ -27,6 +29,8 @@ use standby_types::{Disk, LogIndex, NodeId, Oid, Term, Tid, Transfer};
 use tracing::{info, warn};
 
 use crate::config::{Config, StorageSection};
+use crate::lineage::Relation;
+use crate::rewind;
 use crate::settings::Settings;
 use crate::state::{Checkpoint, Identity, StateDir, StoragePoint, random_hex};
 
@@ -71,7 +75,21 @@ pub fn prepare(
     beginning: Beginning,
 ) -> anyhow::Result<Prepared> {
     match (state.identity(&**disk)?, state.checkpoint(&**disk)?) {
-        (Some(identity), Some(checkpoint)) => resume(config, disk, state, &identity, checkpoint),
+        (Some(identity), Some(checkpoint)) => {
+            let Some(lineage) = state.coming_over(&**disk)? else {
+                return resume(config, disk, state, &identity, checkpoint, false);
+            };
+            let own = &checkpoint.settings.lineage;
+            if own.relation(&lineage) != Relation::Same {
+                let prepared = resume(config, disk, state, &identity, checkpoint, false)?;
+                rewind::leave(config, disk, state, prepared, &lineage)?;
+            }
+            let checkpoint = state.checkpoint(&**disk)?.context("the checkpoint is gone")?;
+            rewind::cut(config, disk, state, &checkpoint)?;
+            let prepared = resume(config, disk, state, &identity, checkpoint, true)?;
+            state.end_coming_over(&**disk)?;
+            Ok(prepared)
+        }
         (identity, _) => begin(config, disk, state, identity, beginning),
     }
 }
@@ -168,12 +186,14 @@ fn begin(
     Ok(Prepared { id, checkpoint, storages, blobs, recovered, writer, unconfirmed })
 }
 
+/// Opens what a former run left; with `cuts`, what the data files hold beyond the checkpoint goes.
 fn resume(
     config: &Config,
     disk: &Arc<dyn Disk>,
     state: &StateDir,
     identity: &Identity,
     mut checkpoint: Checkpoint,
+    cuts: bool,
 ) -> anyhow::Result<Prepared> {
     check_identity(config, state, identity)?;
     let mut recovered = recover(disk, &state.log())?;
@@ -211,7 +231,7 @@ fn resume(
         expected.retain(|tid| *tid > point.mark.tid);
         let tail = match found {
             Tail::Different(reason) => Err(reason),
-            Tail::Follows(_) if interrupted.is_some() => Ok(Vec::new()),
+            Tail::Follows(_) if cuts || interrupted.is_some() => Ok(Vec::new()),
             Tail::Follows(found) => {
                 let strange = |(nth, mark): &(usize, &Mark)| expected.get(*nth) != Some(&mark.tid);
                 match found.iter().enumerate().find(strange) {

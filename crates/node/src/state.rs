@@ -5,6 +5,8 @@
 //! STATE-DIR/checkpoint    JSON, a line feed, its CRC-32C in hexadecimal; replaced atomically
 //! STATE-DIR/log/          the replicated log
 //! STATE-DIR/NAME.index    the index of storage NAME
+//! STATE-DIR/coming-over   JSON: the lineage (see `lineage.rs`) that the node comes over to at its start
+//! STATE-DIR/accepted      the name of a timeline for which this node leaves its own: `standby lineage accept`
 //! STATE-DIR/catching-up   JSON: the holes of each storage; exists while transactions come from a peer
 //!                         instead of the log
 //! ```
@@ -12,16 +14,17 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use standby_consensus::{AppliedPoint, Member, Membership};
 use standby_filestorage::{Hole, Holes, Job, Mark};
-use standby_types::disk::{read_all, replace};
+use standby_types::disk::{parent, read_all, replace};
 use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
 
 use crate::hex::hex;
+use crate::lineage::Lineage;
 use crate::settings::Settings;
 
 /// Who this node is.
@@ -158,6 +161,34 @@ impl StateDir {
         replace(disk, &self.0.join("checkpoint"), &encode(checkpoint)?)
     }
 
+    /// Says durably that this node leaves its timeline for another one at its next start.
+    pub fn set_coming_over(&self, disk: &dyn Disk, lineage: &Lineage) -> io::Result<()> {
+        replace(disk, &self.0.join("coming-over"), &serde_json::to_vec_pretty(lineage)?)
+    }
+
+    /// The history that this node is to have instead of its own, if it is to.
+    pub fn coming_over(&self, disk: &dyn Disk) -> anyhow::Result<Option<Lineage>> {
+        let path = self.0.join("coming-over");
+        if !disk.exists(&path)? {
+            return Ok(None);
+        }
+        let lineage = serde_json::from_slice(&read_all(disk, &path)?);
+        lineage.map(Some).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// This node has come over.
+    pub fn end_coming_over(&self, disk: &dyn Disk) -> io::Result<()> {
+        for path in [self.0.join("coming-over"), self.accepted()] {
+            remove(disk, &path)?;
+        }
+        Ok(())
+    }
+
+    /// Holds the name of the timeline that an administrator has chosen.
+    pub fn accepted(&self) -> PathBuf {
+        self.0.join("accepted")
+    }
+
     /// Says durably that transactions come from a peer now, and what they leave out.
     pub fn set_catching_up(
         &self,
@@ -190,13 +221,17 @@ impl StateDir {
 
     /// The catch-up is complete, and the checkpoint says what it has left out.
     pub fn end_catching_up(&self, disk: &dyn Disk) -> io::Result<()> {
-        let path = self.catching_up();
-        if disk.exists(&path)? {
-            disk.remove(&path)?;
-            disk.sync_dir(&self.0)?;
-        }
-        Ok(())
+        remove(disk, &self.catching_up())
     }
+}
+
+/// Removes a file, durably, if it is there.
+fn remove(disk: &dyn Disk, path: &Path) -> io::Result<()> {
+    if disk.exists(path)? {
+        disk.remove(path)?;
+        disk.sync_dir(parent(path))?;
+    }
+    Ok(())
 }
 
 #[derive(Serialize, Deserialize)]

@@ -8,10 +8,12 @@ use serde::{Deserialize, Serialize};
 use standby_consensus::{Member, Membership, Role};
 use standby_filestorage::Hole;
 use standby_types::time::utc;
-use standby_types::{LogIndex, NodeId, Tid};
+use standby_types::{LogIndex, NodeId, Term, Tid};
 use tracing::warn;
 
+use crate::lineage::{Fork, Lineage};
 use crate::peers::CatchUp;
+use crate::rewind::LostTail;
 use crate::settings::{FEATURE_LEVEL, Settings};
 use crate::sync::lock;
 
@@ -41,6 +43,8 @@ pub struct Moment<'a> {
     pub settings: &'a Settings,
     /// Writes of the log take too long.
     pub slow_disk: bool,
+    /// The term and the index of the log's last entry.
+    pub log: (Term, LogIndex),
 }
 
 /// A node's report of itself.
@@ -94,6 +98,13 @@ pub struct NodeReport {
     holes: BTreeMap<String, Vec<MissingHistory>>,
     #[serde(default)]
     backfilling: BTreeMap<String, u32>,
+    /// The term and the index of the last entry of its log.
+    #[serde(default)]
+    log: (u64, u64),
+    #[serde(default)]
+    lineage: Lineage,
+    #[serde(default)]
+    lost: Vec<LostTail>,
     /// Its process.
     #[serde(default)]
     run: String,
@@ -174,6 +185,9 @@ impl NodeReport {
             clock: since_1970(),
             holes: BTreeMap::new(),
             backfilling: BTreeMap::new(),
+            log: (moment.log.0.0, moment.log.1.0),
+            lineage: settings.lineage.clone(),
+            lost: Vec::new(),
             run: run.into(),
         }
     }
@@ -196,6 +210,11 @@ impl NodeReport {
     /// The same, with the disk that is full, if one is.
     pub fn room(self, no_room: Option<String>) -> NodeReport {
         NodeReport { no_room, ..self }
+    }
+
+    /// The same, with what the node has lost by leaving a timeline.
+    pub fn lost(self, lost: Vec<LostTail>) -> NodeReport {
+        NodeReport { lost, ..self }
     }
 
     /// The same, with what the storages lack, and how far the filling of it is, in percent.
@@ -223,6 +242,8 @@ struct Heard {
     progress: Progress,
     /// By the nodes' identities.
     skews: BTreeMap<String, Skew>,
+    /// Nodes that have gone on by themselves, and their histories.
+    diverged: BTreeMap<String, Lineage>,
 }
 
 /// By how much a node's clock differs from this one's, as far as reports tell that take some time to come.
@@ -345,6 +366,36 @@ impl Reports {
         }
     }
 
+    /// A node has another history than this one, and neither is the beginning of the other.
+    pub fn note_diverged(&self, node: &str, lineage: &Lineage) {
+        lock(&self.heard).diverged.insert(node.to_owned(), lineage.clone());
+    }
+
+    /// The last transaction of each storage that any node has ever spoken of.
+    pub fn last_tids(&self) -> BTreeMap<String, Tid> {
+        let heard = lock(&self.heard);
+        let tids = heard.others.values().flat_map(|(report, _)| &report.last_tid);
+        latest(tids)
+    }
+
+    /// The last transaction of each storage that a node has lost by leaving a timeline.
+    pub fn last_lost(&self) -> BTreeMap<String, Tid> {
+        let own = self.own().lost;
+        let heard = lock(&self.heard);
+        let lost = heard.others.values().flat_map(|(report, _)| &report.lost).chain(&own);
+        latest(lost.map(|tail| (&tail.storage, &tail.last)))
+    }
+
+    /// A node that is up, holds data, and has a log that goes beyond `(term, index)`, of the groups that count.
+    pub fn ahead_of(&self, log: (u64, u64), counts: impl Fn(&str) -> bool) -> Option<String> {
+        let heard = lock(&self.heard);
+        let up = |at: &Option<Instant>| at.is_some_and(|at| at.elapsed() < SILENCE);
+        let found = heard.others.values().find(|(report, at)| {
+            up(at) && !report.witness && report.log > log && counts(&report.group)
+        });
+        found.map(|(report, _)| report.node.clone())
+    }
+
     /// True if a node has said that its log's disk is slow.
     pub fn is_slow(&self, id: NodeId) -> bool {
         lock(&self.heard).others.get(&id).is_some_and(|(report, _)| report.slow_disk)
@@ -384,8 +435,22 @@ impl Reports {
         let mut seen: Vec<Seen> =
             heard.others.values().map(|(report, at)| picture(report, age(at))).collect();
         seen.push(picture(&own, Duration::ZERO));
-        compose(&own, &seen)
+        let mut status = compose(&own, &seen);
+        let forks = |(node, lineage): (&String, &Lineage)| (node.clone(), lineage.forks().to_vec());
+        status.diverged = heard.diverged.iter().map(forks).collect();
+        status
     }
+}
+
+/// The highest of the tids, given as text, of each storage.
+fn latest<'a>(tids: impl Iterator<Item = (&'a String, &'a String)>) -> BTreeMap<String, Tid> {
+    let mut latest = BTreeMap::new();
+    for (name, tid) in tids {
+        let tid = Tid(u64::from_str_radix(tid, 16).unwrap_or(0));
+        let known = latest.entry(name.clone()).or_insert(tid);
+        *known = tid.max(*known);
+    }
+    latest
 }
 
 /// A cluster at a moment, as one node sees it. The names are those of `status --json`.
@@ -408,6 +473,12 @@ pub struct Status {
     /// The group that the primary is being moved to.
     #[serde(default)]
     pub moving_to: Option<String>,
+    /// The forced promotions so far.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forks: Vec<Fork>,
+    /// The same of nodes that have gone on by themselves.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub diverged: BTreeMap<String, Vec<Fork>>,
     /// All nodes.
     pub nodes: Vec<NodeStatus>,
 }
@@ -474,6 +545,15 @@ pub struct NodeStatus {
     /// How far the filling of them is, in percent.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub backfilling: BTreeMap<String, u32>,
+    /// The term and the index of the last entry of its log.
+    #[serde(default)]
+    pub log: (u64, u64),
+    /// When it was last heard, in seconds since 1970 by its own clock; 0 if it was not.
+    #[serde(default)]
+    pub heard: f64,
+    /// What it has lost by leaving a timeline.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lost: Vec<LostTail>,
 }
 
 /// A node's report, its age, for how long the primary has had more, and by how many seconds its clock is ahead.
@@ -543,6 +623,9 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 no_room: report.no_room.clone(),
                 holes: report.holes.clone(),
                 backfilling: report.backfilling.clone(),
+                log: report.log,
+                heard: report.clock,
+                lost: report.lost.clone(),
             }
         })
         .collect();
@@ -574,18 +657,23 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 no_room: None,
                 holes: BTreeMap::new(),
                 backfilling: BTreeMap::new(),
+                log: (0, 0),
+                heard: 0.0,
+                lost: Vec::new(),
             });
         }
     }
     nodes.sort_by(|a, b| a.node.cmp(&b.node));
     Status {
         cluster: own.cluster.clone(),
-        timeline: 1,
+        timeline: own.lineage.timeline(),
         term: seen.iter().map(|seen| seen.report.term).max().unwrap_or(0),
         primary: primary.map(|p| p.node.clone()),
         feature_level: primary.unwrap_or(own).feature_level,
         failover_groups: primary.unwrap_or(own).failover.clone(),
         moving_to: primary.unwrap_or(own).moving_to.clone(),
+        forks: own.lineage.forks().to_vec(),
+        diverged: BTreeMap::new(),
         nodes,
     }
 }

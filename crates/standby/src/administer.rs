@@ -303,7 +303,7 @@ pub async fn feature_level(command: FeatureLevel) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn done(at: &At, what: Ask) -> anyhow::Result<Done> {
+pub async fn done(at: &At, what: Ask) -> anyhow::Result<Done> {
     let address = at.address()?;
     let started = Instant::now();
     let mut asking = std::pin::pin!(ask(&address, &what));

@@ -4,6 +4,7 @@ mod administer;
 mod bench;
 mod demo;
 mod process;
+mod promote;
 mod serve;
 mod status;
 mod supervise;
@@ -93,6 +94,21 @@ enum Command {
     /// What the cluster may use, after an upgrade of all nodes.
     #[command(subcommand)]
     FeatureLevel(administer::FeatureLevel),
+    /// Makes a group go on when the primary's group is lost; commits that have not reached it may be lost.
+    ///
+    /// Shows what is known of that, asks, and begins a new timeline: the best node of the group becomes primary,
+    /// and its other nodes vote as soon as they have caught up. Clients that have seen more drop their caches.
+    /// When the lost nodes come back they keep what only they have in files, and follow.
+    #[command(verbatim_doc_comment)]
+    Promote(promote::Promote),
+    /// The same within the group that votes, when a majority of its nodes is lost for good.
+    RecoverQuorum(promote::RecoverQuorum),
+    /// What was lost by forced promotions, and kept.
+    #[command(subcommand)]
+    Lost(promote::Lost),
+    /// The timelines of the cluster, and what to do if there are two.
+    #[command(subcommand)]
+    Lineage(promote::LineageOf),
     /// Starts three nodes on this machine, kills the primary while clients write, and shows that
     /// nothing is lost.
     Demo(demo::Options),
@@ -120,6 +136,10 @@ fn main() -> ExitCode {
             Command::Node(command) => administer::node(command).await,
             Command::Group(command) => administer::group(command).await,
             Command::FeatureLevel(command) => administer::feature_level(command).await,
+            Command::Promote(options) => promote::promote(options).await,
+            Command::RecoverQuorum(options) => promote::recover_quorum(options).await,
+            Command::Lost(command) => promote::lost(command).await,
+            Command::Lineage(command) => promote::lineage(command).await,
             Command::Demo(options) => demo::run(&options).await,
             Command::Bench(options) => bench::run(&options).await,
         }

@@ -1,11 +1,14 @@
 //! `standby serve`
 
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
+use anyhow::Context;
 use rustix::process::{Signal, set_parent_process_death_signal};
 use standby_node::config::Config;
 use standby_node::watchdog::{SUPERVISED, Watchdog};
-use standby_node::{logging, start};
+use standby_node::{Next, logging, start};
 use tokio::signal::unix::{SignalKind, signal};
 
 pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
@@ -51,5 +54,16 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
             shared.reload_certificates();
         }
     });
-    node.run_until(stop).await
+    match node.run_until(stop).await? {
+        Next::End => Ok(()),
+        Next::Again => Err(begin_anew()).context("cannot run this program again"),
+    }
+}
+
+/// Puts a new process in the place of this one, with its id: whoever watches it need not know. Nothing of this one
+/// stays: no socket, no lock.
+fn begin_anew() -> std::io::Error {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    Command::new("/proc/self/exe").arg0(name).args(arguments).exec()
 }

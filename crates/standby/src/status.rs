@@ -110,7 +110,9 @@ pub fn table(status: &Status) -> String {
         let full = node.no_room.iter().map(|_| "\ndisk nearly full".to_owned());
         let slow = node.slow_disk.then(|| "\ndisk slow".to_owned());
         let clock = node.clock_ahead_seconds.map(|ahead| format!("\nclock off by {ahead} s"));
-        let full = full.chain(slow).chain(clock);
+        let lost: u64 = node.lost.iter().map(|tail| tail.transactions).sum();
+        let lost = (lost > 0).then(|| format!("\nkeeps {lost} lost\ntransactions"));
+        let full = full.chain(slow).chain(clock).chain(lost);
         let under_way: String = full.chain(packing).chain(filling).chain(holes).collect();
         table.add_row([
             node.node.clone(),
@@ -138,6 +140,15 @@ pub fn table(status: &Status) -> String {
         format!("{} more failure(s) can be survived", alive - majority)
     };
     let primary = status.primary.as_deref().unwrap_or("none");
+    let timeline = match status.timeline {
+        1 => String::new(),
+        number => format!(", timeline {number}"),
+    };
+    let diverged: String = (status.diverged.keys())
+        .map(|node| {
+            format!("\n{node} has gone on by itself, on another timeline: standby lineage show")
+        })
+        .collect();
     let moving =
         status.moving_to.as_ref().map(|to| format!("\nthe primary is being moved to group {to}"));
     let groups = match status.failover_groups.is_empty() {
@@ -145,7 +156,7 @@ pub fn table(status: &Status) -> String {
         false => format!(", fail-over in {}", status.failover_groups.join(", ")),
     };
     format!(
-        "cluster {}{groups}, primary {primary}, {advice}{}\n{table}",
+        "cluster {}{timeline}{groups}, primary {primary}, {advice}{}{diverged}\n{table}",
         status.cluster,
         moving.unwrap_or_default()
     )

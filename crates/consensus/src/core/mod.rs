@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use raft::eraftpb::{Entry, EntryType, Message, MessageType};
+use raft::eraftpb::{Entry, EntryType, HardState, Message, MessageType};
 use raft::{RawNode, StateRole};
 use standby_types::{Disk, LogIndex, NodeId, Term};
 
@@ -284,6 +284,41 @@ impl Consensus {
         Ok(consensus)
     }
 
+    /// A log that holds nothing and begins after `applied`, in a term that is not below `term`, and what makes
+    /// it so on disk: until that is durable ([`Written::begins_log`]), the machine must not be used. Nothing of
+    /// the former log counts any more: only a forced promotion may do this.
+    pub fn anew(
+        config: Config,
+        disk: Arc<dyn Disk>,
+        dir: PathBuf,
+        applied: AppliedPoint,
+        term: Term,
+    ) -> Result<(Consensus, Batch), LogError> {
+        let start = Point { index: applied.index, term: applied.term };
+        let hard_state = HardState {
+            term: term.0.max(start.term.0),
+            commit: start.index.0,
+            ..HardState::default()
+        };
+        let recovered = Recovered { hard_state: hard_state.clone(), start, ..Recovered::default() };
+        let batch = Batch { reset: Some(start), hard_state: Some(hard_state), ..Batch::default() };
+        Ok((Consensus::new(config, disk, dir, &recovered, applied)?, batch))
+    }
+
+    /// The entries after `index` up to the last one, whether they are known to be committed or not; changes of
+    /// membership say nothing.
+    ///
+    /// A forced promotion applies them: whatever was acknowledged may be among them, and nobody is left who
+    /// could tell.
+    pub fn remaining(&self, index: LogIndex) -> Result<Vec<Committed>, LogError> {
+        let entries = index.0 + 1..=self.last_index().0;
+        let store = self.raft.store();
+        entries
+            .filter_map(|at| store.entry(LogIndex(at)).transpose())
+            .map(|e| Ok(said(e?)))
+            .collect()
+    }
+
     /// What this node is.
     pub fn role(&self) -> Role {
         self.role
@@ -297,6 +332,11 @@ impl Consensus {
     /// The highest index that is known to be committed.
     pub fn commit_index(&self) -> LogIndex {
         LogIndex(self.raft.raft.raft_log.committed)
+    }
+
+    /// The term of the last entry.
+    pub fn last_term(&self) -> Term {
+        Term(self.raft.raft.raft_log.last_term())
     }
 
     /// The index of the last entry.
@@ -676,11 +716,10 @@ impl Consensus {
     fn take_committed(&mut self, entries: Vec<Entry>) -> Vec<Committed> {
         let mut committed = Vec::with_capacity(entries.len());
         for entry in entries {
-            let (index, term) = (LogIndex(entry.index), Term(entry.term));
             committed.push(match entry.get_entry_type() {
-                EntryType::EntryNormal if entry.data.is_empty() => Committed::Empty(index, term),
-                EntryType::EntryNormal => Committed::Command(index, term, entry.data),
+                EntryType::EntryNormal => said(entry),
                 EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => {
+                    let (index, term) = (LogIndex(entry.index), Term(entry.term));
                     self.apply_change(entry.context);
                     Committed::Membership(index, term, self.membership.clone())
                 }
@@ -761,6 +800,17 @@ impl Consensus {
     #[cfg(test)]
     fn hard_state(&self) -> raft::eraftpb::HardState {
         self.raft.raft.hard_state()
+    }
+}
+
+/// What an entry says, if it is no change of membership; otherwise nothing.
+pub(crate) fn said(entry: Entry) -> Committed {
+    let (index, term) = (LogIndex(entry.index), Term(entry.term));
+    match entry.get_entry_type() {
+        EntryType::EntryNormal if !entry.data.is_empty() => {
+            Committed::Command(index, term, entry.data)
+        }
+        _ => Committed::Empty(index, term),
     }
 }
 

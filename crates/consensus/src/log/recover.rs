@@ -8,6 +8,7 @@ use raft::eraftpb::HardState;
 use standby_types::disk::{read_all, read_full};
 use standby_types::{Disk, LogIndex, Term};
 
+use crate::core::{Committed, said};
 use crate::log::Point;
 use crate::log::segment::{
     FRAME_HEADER, HEADER, Item, LogError, Place, PlacedEntry, SegmentHeader, parse_frame,
@@ -75,6 +76,22 @@ impl Recovered {
             }
         }
         Ok(found)
+    }
+
+    /// The entries after `index`, in order; changes of membership say nothing.
+    pub fn entries_after<'a>(
+        &'a self,
+        disk: &'a dyn Disk,
+        dir: &'a Path,
+        index: LogIndex,
+    ) -> impl Iterator<Item = Result<Committed, LogError>> + 'a {
+        let after = self.entries.iter().filter(move |placed| placed.index > index);
+        after.map(move |placed| read_entry(disk, dir, placed.place).map(said))
+    }
+
+    /// Entries up to this one are known to be committed. More may be.
+    pub fn commit_index(&self) -> LogIndex {
+        LogIndex(self.hard_state.commit)
     }
 
     pub(crate) fn last(&self) -> Point {

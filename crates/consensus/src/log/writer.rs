@@ -50,6 +50,14 @@ pub struct Written {
     pub(crate) entries: Vec<PlacedEntry>,
 }
 
+impl Written {
+    /// True if this ends with what makes the log begin anew (see [`crate::Consensus::anew`]).
+    pub fn begins_log(&self) -> bool {
+        // Those of a machine in use are numbered from 1 on.
+        self.number == 0
+    }
+}
+
 /// The one writer of a log.
 pub struct LogWriter {
     disk: Arc<dyn Disk>,

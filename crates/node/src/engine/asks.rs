@@ -17,7 +17,7 @@ use crate::state::random_hex;
 /// Time for a decision to come into force.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-type Condition = Box<dyn Fn(&Engine) -> bool + Send>;
+pub(super) type Condition = Box<dyn Fn(&Engine) -> bool + Send>;
 
 /// An answer that waits until something holds.
 pub(super) struct Watch {
@@ -31,9 +31,13 @@ pub(super) struct Watch {
 
 impl Engine {
     pub(super) fn ask(&mut self, ask: Ask, asker: Asker) -> anyhow::Result<()> {
-        if let Ask::Backfill { node } = &ask {
-            let _ = asker.send(self.backfill(node));
-            return Ok(());
+        match ask {
+            Ask::Backfill { node } => {
+                let _ = asker.send(self.backfill(&node));
+                return Ok(());
+            }
+            Ask::Promote { node, group } => return self.promote(&node, group, asker),
+            _ => {}
         }
         if !self.serves() {
             let _ = asker.send(Err("this node is not primary any more; ask again".into()));
@@ -78,9 +82,14 @@ impl Engine {
                 "the decision is not on a majority of the nodes yet",
             ),
         };
+        self.watch(holds, done, what, asker);
+        Ok(())
+    }
+
+    /// Answers as soon as something holds; `what` says what is waited for.
+    pub(super) fn watch(&mut self, holds: Condition, done: Done, what: &'static str, asker: Asker) {
         let deadline = self.shared.now() + PATIENCE;
         self.watches.push(Watch { holds, done, what, deadline, asker });
-        Ok(())
     }
 
     fn backfill(&self, node: &str) -> Answer {
@@ -134,7 +143,9 @@ impl Engine {
         }
         let done = |text: String| Done { text, token: None };
         match ask {
-            Ask::Switchover { .. } | Ask::Backfill { .. } => Err("no decision".into()),
+            Ask::Switchover { .. } | Ask::Backfill { .. } | Ask::Promote { .. } => {
+                Err("no decision".into())
+            }
             Ask::NodeAdd { node, group, witness, replaces } => {
                 self.invitation(node, group.as_deref(), *witness, *replaces)
             }

@@ -155,7 +155,7 @@ impl Engine {
     /// True if this node answers as primary.
     pub(super) fn serves(&self) -> bool {
         let handing = self.switchover.as_ref().is_some_and(|s| s.phase == Phase::Handing);
-        self.role.serves && !handing
+        self.role.serves && !handing && !self.opening
     }
 
     /// True if clients that may write are to leave, and those that come are held.

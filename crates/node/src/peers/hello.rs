@@ -26,13 +26,14 @@ use tokio::net::TcpStream;
 
 use super::{PeerError, read_frame, write_frame};
 use crate::hex::{hex, unhex};
+use crate::lineage::{Lineage, Relation};
 use crate::state::random_hex;
 use crate::stream::Stream;
 use crate::tls::Tls;
 
 const PROTOCOL: u32 = 1;
 /// A hello is short.
-const MAX_HELLO: usize = 4 << 10;
+const MAX_HELLO: usize = 64 << 10;
 /// How long a handshake may take.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -68,6 +69,8 @@ pub struct Introduction {
     pub tls: Option<Arc<Tls>>,
     /// What proves that this node may join; empty if it needs no proof.
     pub join_token: String,
+    /// Which history the node has.
+    pub lineage: Lineage,
     /// Drawn by each process: tells two with the same identity apart.
     pub run: String,
 }
@@ -92,6 +95,9 @@ pub struct PeerInfo {
     /// It is a witness.
     #[serde(default)]
     pub witness: bool,
+    /// Which history it has.
+    #[serde(default)]
+    lineage: Lineage,
     /// Its process; empty from a node of an older version.
     #[serde(default)]
     pub run: String,
@@ -115,6 +121,7 @@ impl PeerInfo {
             group: member.group.clone(),
             peer_address: member.peer_address.clone(),
             witness: member.witness,
+            lineage: me.lineage.clone(),
             run: me.run.clone(),
             invitation: match me.join_token.as_str() {
                 "" => String::new(),
@@ -173,6 +180,28 @@ impl PeerInfo {
             ))
         } else {
             None
+        }
+    }
+}
+
+/// Whether the two are of one timeline. A node that belongs to no cluster yet takes any.
+fn compare_timelines(mine: &PeerInfo, theirs: &PeerInfo) -> Result<(), PeerError> {
+    if mine.cluster_id.is_empty() || mine.cluster_id != theirs.cluster_id {
+        return Ok(());
+    }
+    let (ours, other) = (&mine.lineage, &theirs.lineage);
+    match ours.relation(other) {
+        Relation::Same => Ok(()),
+        Relation::Older => Err(PeerError::Outdated(other.clone())),
+        Relation::Newer => Err(PeerError::Protocol(format!(
+            "node {} is of timeline {}, node {} still of timeline {}",
+            mine.node,
+            ours.timeline(),
+            theirs.node,
+            other.timeline()
+        ))),
+        Relation::Diverged => {
+            Err(PeerError::Diverged { node: theirs.node.clone(), lineage: other.clone() })
         }
     }
 }
@@ -249,6 +278,7 @@ async fn dial(
     }
     let tag = proof(&me.secret, "dialling", hellos).finalize().into_bytes();
     write_frame(&mut stream, b'm', &tag).await?;
+    compare_timelines(&mine, &theirs)?;
     expect(&mut stream, b'o').await?;
     if let Some(reason) = mine.mismatch(&theirs) {
         return Err(refuse(&mut stream, &reason).await);
@@ -306,7 +336,14 @@ async fn greet(
         let reason = format!("nodes {} and {} have different secrets", mine.node, theirs.node);
         return Err(refuse(stream, &reason).await);
     }
-    if let Some(reason) = mine.mismatch(&theirs).or_else(|| objection(&theirs)) {
+    if let Some(reason) = mine.mismatch(&theirs) {
+        return Err(refuse(stream, &reason).await);
+    }
+    if let Err(error) = compare_timelines(&mine, &theirs) {
+        let _ = write_frame(stream, b'x', error.to_string().as_bytes()).await;
+        return Err(error);
+    }
+    if let Some(reason) = objection(&theirs) {
         return Err(refuse(stream, &reason).await);
     }
     write_frame(stream, b'o', b"").await?;

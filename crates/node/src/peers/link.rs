@@ -1,6 +1,7 @@
 //! Links: the connections over which consensus talks.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use super::{
     Announcement, Introduction, MAX_FRAME, PeerError, PeerInfo, Purpose, blob, catch_up, connect,
     frame, read_frame, receive,
 };
-use crate::engine::Event;
+use crate::engine::{Event, Internal};
 use crate::listener;
 use crate::node::Shared;
 use crate::status::NodeReport;
@@ -36,9 +37,34 @@ const QUIET: Duration = Duration::from_secs(60);
 pub struct Peers {
     links: Mutex<BTreeMap<NodeId, mpsc::Sender<Bytes>>>,
     dialled: Mutex<BTreeSet<String>>,
+    /// How often this node has begun a timeline: links of before do not count.
+    epoch: AtomicU64,
 }
 
 impl Peers {
+    /// Counts the timelines that this node has begun.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// This node has begun a timeline: all links end, and the handshakes for new ones tell which nodes have come
+    /// over to it.
+    pub fn end_links(&self) {
+        let mut links = lock(&self.links);
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        links.clear();
+    }
+
+    /// Lets messages go over a link that was made in this epoch; false if it is over.
+    fn add(&self, id: NodeId, link: mpsc::Sender<Bytes>, epoch: u64) -> bool {
+        let mut links = lock(&self.links);
+        let current = self.epoch() == epoch;
+        if current {
+            links.insert(id, link);
+        }
+        current
+    }
+
     /// Sends a message of consensus; it may be lost.
     pub fn send(&self, to: NodeId, message: &[u8]) {
         if let Some(link) = lock(&self.links).get(&to) {
@@ -89,15 +115,17 @@ impl Peers {
 async fn keep_dialling(shared: Arc<Shared>, address: String) {
     let mut last_told: Option<(String, Instant)> = None;
     loop {
+        let epoch = shared.peers.epoch();
         match connect(&shared.introduction(), &address, Purpose::Link).await {
             Ok((stream, info)) => {
                 last_told = None;
                 let id = info.id();
                 debug!(peer = info.node, address, "link made");
-                run_dialled(&shared, stream, info).await;
+                run_dialled(&shared, stream, info, epoch).await;
                 shared.tell(Event::PeerLost(id)).await;
             }
             Err(error) => {
+                note_timelines(&shared, &error);
                 let text = error.to_string();
                 let told =
                     last_told.as_ref().is_some_and(|(t, at)| *t == text && at.elapsed() < QUIET);
@@ -115,10 +143,12 @@ async fn keep_dialling(shared: Arc<Shared>, address: String) {
 }
 
 /// Sends what is queued; ends when the other side closes.
-async fn run_dialled(shared: &Arc<Shared>, stream: Stream, info: PeerInfo) {
+async fn run_dialled(shared: &Arc<Shared>, stream: Stream, info: PeerInfo, epoch: u64) {
     let id = info.id();
     let (sender, mut queue) = mpsc::channel(QUEUE);
-    lock(&shared.peers.links).insert(id, sender);
+    if !shared.peers.add(id, sender, epoch) {
+        return;
+    }
     shared.tell(Event::PeerUp(info)).await;
     let (mut read, mut write): (
         Box<dyn AsyncRead + Send + Unpin>,
@@ -174,17 +204,21 @@ pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
 async fn accept(shared: Arc<Shared>, stream: TcpStream) {
     let from = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
     let objection = |info: &PeerInfo| objection(&shared, info);
+    let epoch = shared.peers.epoch();
     let (mut stream, info) = match receive(&shared.introduction(), stream, objection).await {
         Ok(received) => received,
         Err(PeerError::Io(error)) => return debug!(from, %error, "a peer's handshake broke off"),
-        Err(error) => return warn!(from, %error, "refused a connection to the peer address"),
+        Err(error) => {
+            note_timelines(&shared, &error);
+            return warn!(from, %error, "refused a connection to the peer address");
+        }
     };
     match info.purpose {
         Purpose::Probe => {}
         Purpose::Link => {
             let id = info.id();
             shared.tell(Event::PeerUp(info)).await;
-            if let Err(error) = receive_all(&shared, &mut stream, id).await {
+            if let Err(error) = receive_all(&shared, &mut stream, id, epoch).await {
                 debug!(from, %error, "a link ended");
             }
             shared.tell(Event::PeerLost(id)).await;
@@ -201,6 +235,15 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream) {
         }
         Purpose::CatchUp => catch_up::serve(shared, stream, &info.node).await,
         Purpose::Client => listener::passed_on(shared, stream).await,
+    }
+}
+
+/// A handshake has shown that another node has another history.
+fn note_timelines(shared: &Shared, error: &PeerError) {
+    match error {
+        PeerError::Outdated(lineage) => shared.report(Internal::Outdated(lineage.clone())),
+        PeerError::Diverged { node, lineage } => shared.reports.note_diverged(node, lineage),
+        _ => {}
     }
 }
 
@@ -227,10 +270,14 @@ async fn receive_all(
     shared: &Arc<Shared>,
     stream: &mut Stream,
     from: NodeId,
+    epoch: u64,
 ) -> Result<(), PeerError> {
     let mut stream = tokio::io::BufReader::with_capacity(256 << 10, stream);
     loop {
         let (kind, content) = read_frame(&mut stream, MAX_FRAME).await?;
+        if shared.peers.epoch() != epoch {
+            return Err(PeerError::Protocol("this node has begun another timeline".into()));
+        }
         match kind {
             b'r' => {
                 let message = decode_message(content)
@@ -238,7 +285,7 @@ async fn receive_all(
                 if message.from() != from || message.to() != shared.id {
                     return Err(PeerError::Protocol("a message under another's name".into()));
                 }
-                shared.tell(Event::Peer(message)).await;
+                shared.tell(Event::Peer(message, epoch)).await;
             }
             b's' => {
                 if let Ok(report) = serde_json::from_slice::<NodeReport>(&content) {

@@ -21,6 +21,8 @@ pub use link::{Peers, listen, probe};
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use crate::lineage::Lineage;
+
 /// The longest frame between nodes.
 const MAX_FRAME: usize = 64 << 20;
 
@@ -42,6 +44,21 @@ pub enum PeerError {
     /// The other side refuses us, and says why.
     #[error("refused: {0}")]
     Refused(String),
+    /// The other side has a history that goes on where this node's was left.
+    #[error("the other node is of timeline {}, this one of an older one", .0.timeline())]
+    Outdated(Lineage),
+    /// The other side has another history than this node.
+    #[error(
+        "node {node} has gone on by itself, on timeline {} ({}): there were two forced promotions. \
+         standby lineage show tells where they parted; standby lineage accept ends it",
+        .lineage.timeline(), .lineage.name()
+    )]
+    Diverged {
+        /// Its name.
+        node: String,
+        /// Its history.
+        lineage: Lineage,
+    },
     /// The other side does not follow the protocol, or does not know the secret.
     #[error("{0}")]
     Protocol(String),

@@ -1,0 +1,423 @@
+//! Coming over to another timeline: a node whose own is over gives up what is not in the other's history,
+//! and keeps it in files of its own.
+//!
+//! ```text
+//! DIR/lost-<timeline>-<tid>.fs      beside the data file: the transactions that were given up, the last of which
+//!                                   is <tid>; a data file that Python's FileStorage opens
+//! DIR/lost-<timeline>-<tid>.blobs/  their blobs
+//! ```
+//!
+//! It happens at the node's start, in steps that may be repeated: the order `STATE-DIR/coming-over` is there; the
+//! files of what is lost are durable; the checkpoint says how far the data file counts; the data file and the
+//! log are cut; the order is removed. The node then is a follower that lacks what the other timeline has.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+use standby_consensus::Membership;
+use standby_filestorage::{
+    BlobDir, Extent, FileStorage, Holes, Magic, Mark, Reader, StorageError, copy,
+};
+use standby_types::disk::{Open, parent, replace};
+use standby_types::time::{tid_at, utc};
+use standby_types::{Disk, LogIndex, Oid, Term, Tid};
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::config::{Config, StorageSection};
+use crate::disk::{OsDisk, temporary_file};
+use crate::lineage::{Fork, Lineage, Relation};
+use crate::peers::{Introduction, PeerError, Purpose, connect};
+use crate::replica::Replica;
+use crate::startup::Prepared;
+use crate::state::{Checkpoint, StateDir, StoragePoint};
+
+/// How long a starting node waits for each of the others to say which timeline it is of.
+const ASKED: Duration = Duration::from_secs(2);
+
+/// What a node has lost by leaving a timeline.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostTail {
+    /// The file that keeps it.
+    pub file: PathBuf,
+    /// The storage.
+    pub storage: String,
+    /// The number of the timeline that was left.
+    pub timeline: u64,
+    /// How many transactions it is.
+    pub transactions: u64,
+    /// The first one.
+    pub first: String,
+    /// The last one.
+    pub last: String,
+    /// The same as times for people.
+    pub from: String,
+    /// See `from`.
+    pub to: String,
+    /// Who committed them.
+    pub users: Vec<String>,
+    /// How many objects they changed.
+    pub objects: u64,
+    /// The directory of their blobs, if they have any.
+    pub blobs: Option<PathBuf>,
+}
+
+impl LostTail {
+    /// Reads what a file keeps.
+    fn read(file: &Path, storage: &str, timeline: u64) -> Result<LostTail, StorageError> {
+        let mut tail = LostTail {
+            file: file.to_owned(),
+            storage: storage.to_owned(),
+            timeline,
+            blobs: Some(blobs_of(file)).filter(|dir| dir.is_dir()),
+            ..LostTail::default()
+        };
+        let (mut users, mut objects) = (BTreeSet::new(), BTreeSet::<Oid>::new());
+        let reader = open_lost(file)?;
+        let mut transactions = reader.transactions(Tid::NONE, Tid::MAX)?;
+        while let Some(stored) = transactions.advance()? {
+            let (tid, time) = (stored.meta.tid.to_string(), utc(stored.meta.tid));
+            if tail.transactions == 0 {
+                (tail.first, tail.from) = (tid.clone(), time.clone());
+            }
+            (tail.last, tail.to) = (tid, time);
+            tail.transactions += 1;
+            users.insert(String::from_utf8_lossy(&stored.meta.user).into_owned());
+            objects.extend(reader.records_of(&stored)?.into_iter().map(|(oid, _)| oid));
+        }
+        tail.objects = objects.len() as u64;
+        tail.users = users.into_iter().filter(|user| !user.is_empty()).collect();
+        Ok(tail)
+    }
+}
+
+/// A reader of a file that keeps lost transactions.
+pub fn open_lost(file: &Path) -> Result<Reader, StorageError> {
+    // Nothing is ever written there: it is read from its beginning to its end.
+    let index = file.with_extension("no-index");
+    let opened = FileStorage::open(
+        Arc::new(OsDisk),
+        file,
+        &index,
+        Magic::Fs30,
+        Extent::Whole,
+        &mut |_, _| (),
+    );
+    Ok(opened?.0.reader())
+}
+
+/// What lies beside the data files of what was lost.
+pub fn lost_tails(config: &Config) -> anyhow::Result<Vec<LostTail>> {
+    let mut tails = Vec::new();
+    for section in &config.storages {
+        let suffix = suffix_of(config, section);
+        for path in OsDisk.list(parent(&section.path))? {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let inner = name.strip_prefix("lost-").and_then(|rest| rest.strip_suffix(".fs"));
+            let Some(inner) = inner.and_then(|inner| inner.strip_suffix(suffix.as_str())) else {
+                continue;
+            };
+            let Some((timeline, tid)) = inner.split_once('-') else { continue };
+            if let (Ok(timeline), Ok(_)) = (timeline.parse(), u64::from_str_radix(tid, 16)) {
+                tails.push(LostTail::read(&path, &section.name, timeline)?);
+            }
+        }
+    }
+    Ok(tails)
+}
+
+/// Tells the files of storages apart whose data files are in one directory.
+fn suffix_of(config: &Config, section: &StorageSection) -> String {
+    let dir = parent(&section.path);
+    match config.storages.iter().filter(|other| parent(&other.path) == dir).count() {
+        1 => String::new(),
+        _ => format!("-{}", section.name),
+    }
+}
+
+fn lost_path(config: &Config, section: &StorageSection, timeline: u64, last: Tid) -> PathBuf {
+    let suffix = suffix_of(config, section);
+    parent(&section.path).join(format!("lost-{timeline}-{last}{suffix}.fs"))
+}
+
+/// Where the blobs of lost transactions are kept.
+pub fn blobs_of(file: &Path) -> PathBuf {
+    file.with_extension("blobs")
+}
+
+/// Asks the other nodes which timeline they are of, before this one takes part in anything: a node that was away
+/// while another was promoted must not go on where it was. An order to come over is written if it has to.
+pub(crate) async fn ask_around(
+    state: &StateDir,
+    checkpoint: &Checkpoint,
+    introduction: Introduction,
+    addresses: impl IntoIterator<Item = String>,
+) -> anyhow::Result<()> {
+    let accepted = match std::fs::read_to_string(state.accepted()) {
+        Ok(text) => Some(text.trim().to_owned()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error).context("cannot read which timeline is accepted"),
+    };
+    let introduction = Arc::new(introduction);
+    let asking: JoinSet<_> = (addresses.into_iter())
+        .map(|address| {
+            let me = introduction.clone();
+            async move { tokio::time::timeout(ASKED, connect(&me, &address, Purpose::Probe)).await }
+        })
+        .collect();
+    let mut newer: Vec<Lineage> = Vec::new();
+    for answer in asking.join_all().await {
+        match answer {
+            Ok(Err(PeerError::Outdated(lineage))) => newer.push(lineage),
+            Ok(Err(PeerError::Diverged { node, lineage })) => match &accepted {
+                Some(name) if lineage.forks().iter().any(|fork| fork.id == *name) => {
+                    newer.push(lineage);
+                }
+                _ => warn!("{}", PeerError::Diverged { node, lineage }),
+            },
+            _ => {}
+        }
+    }
+    if let Some(name) = &accepted {
+        newer.retain(|lineage| lineage.forks().iter().any(|fork| fork.id == *name));
+    }
+    newer.sort_by_key(Lineage::timeline);
+    let Some(longest) = newer.pop() else { return Ok(()) };
+    if let Some(other) = newer.iter().find(|one| one.relation(&longest) == Relation::Diverged) {
+        bail!(
+            "there were two forced promotions while this node was away: {}; and {}. Decide which of them is the \
+             cluster, and say so here: standby lineage accept NAME -C FILE",
+            describe(&longest),
+            describe(other)
+        );
+    }
+    warn!(
+        timeline = longest.timeline(),
+        own = checkpoint.settings.lineage.timeline(),
+        "another node was promoted by force while this one was away: it comes over to the new timeline"
+    );
+    state.set_coming_over(&OsDisk, &longest)?;
+    Ok(())
+}
+
+fn describe(lineage: &Lineage) -> String {
+    let last = lineage.forks().last();
+    last.map_or_else(|| "timeline 1".into(), |fork| describe_fork(lineage.timeline(), fork))
+}
+
+/// A timeline in words.
+pub fn describe_fork(number: u64, fork: &Fork) -> String {
+    let time = utc(tid_at(Duration::from_secs(fork.at)));
+    format!("timeline {number}, {}, begun by {} at {time}", fork.id, fork.node)
+}
+
+/// Notes that this node is to come over to a timeline although it has gone on by itself. Returns where that stands.
+pub fn accept(config: &Config, name: &str) -> anyhow::Result<PathBuf> {
+    let state = StateDir(config.state_dir());
+    if state.checkpoint(&OsDisk)?.is_none() {
+        bail!("{}: this node has never been a member of a cluster", state.0.display());
+    }
+    replace(&OsDisk, &state.accepted(), name.as_bytes())?;
+    Ok(state.accepted())
+}
+
+/// Keeps what is not in the other history, and writes the checkpoint from which the node goes on in it.
+pub(crate) fn leave(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    prepared: Prepared,
+    lineage: &Lineage,
+) -> anyhow::Result<()> {
+    let own = prepared.checkpoint.settings.lineage.clone();
+    let Prepared { checkpoint, storages, blobs, recovered, .. } = prepared;
+    let spill_dir = state.0.clone();
+    let make_spill = Arc::new(move || temporary_file(&spill_dir));
+    let mut replica = Replica::new(&checkpoint, storages, blobs.clone(), make_spill);
+    let log = state.log();
+    let marks = |replica: &Replica| -> BTreeMap<String, Tid> {
+        replica.storages().map(|(name, storage)| (name.clone(), storage.mark().tid)).collect()
+    };
+    let mut certain = marks(&replica);
+    for entry in recovered.entries_after(&**disk, &log, checkpoint.index) {
+        let entry = entry?;
+        let committed = entry.point().0 <= recovered.commit_index();
+        match replica.apply(&entry) {
+            Ok(_) if committed => certain = marks(&replica),
+            // What follows may have been acknowledged too: it is kept, but it does not count.
+            Ok(_) => {}
+            Err(error) if committed => return Err(error.into()),
+            Err(error) => {
+                warn!(%error, "an entry of the log, perhaps never committed, cannot be kept");
+                break;
+            }
+        }
+    }
+    let mut points = BTreeMap::new();
+    for section in &config.storages {
+        let name = &section.name;
+        let storage = replica.storage(name).context("a storage is missing")?;
+        let reader = storage.reader();
+        let common = own.last_in_common(lineage, name);
+        if reader.last_tid() > common {
+            let path = lost_path(config, section, own.timeline(), reader.last_tid());
+            keep(disk, &reader, blobs.get(name), common, &path).with_context(|| {
+                format!("cannot keep the lost transactions in {}", path.display())
+            })?;
+            let tail = LostTail::read(&path, name, own.timeline())?;
+            let LostTail { transactions, from, to, users, objects, .. } = tail;
+            let (file, users) = (path.display(), users.join(", "));
+            warn!(
+                %file, transactions, from, to, users, objects,
+                "transactions that only the former timeline had were kept in a file"
+            );
+        }
+        let last = common.min(certain.get(name).copied().unwrap_or(Tid::NONE));
+        let mark = mark_of(&reader, last)?;
+        let mut holes = Holes::default();
+        reader
+            .holes()
+            .iter()
+            .filter(|hole| hole.through <= mark.tid)
+            .for_each(|hole| holes.add(*hole));
+        let before = checkpoint.storages.get(name);
+        let ceiling = replica.ceilings().get(name).copied().unwrap_or_default();
+        let point = StoragePoint {
+            holes,
+            backfill: before.is_some_and(|point| point.backfill),
+            ..StoragePoint::of(mark, ceiling)
+        };
+        points.insert(name.clone(), point);
+    }
+    let mut settings = checkpoint.settings.clone();
+    settings.lineage = lineage.clone();
+    state.set_checkpoint(
+        &**disk,
+        &Checkpoint {
+            cluster_id: checkpoint.cluster_id.clone(),
+            index: LogIndex(0),
+            term: Term(0),
+            log_begins_here: false,
+            membership: Membership::default(),
+            settings,
+            storages: points,
+        },
+    )?;
+    Ok(())
+}
+
+/// Where the data file is to end so that `last` is its last transaction, or the one before; the beginning if
+/// what was before has been changed in the light of what came after: packed, or left out by a fast recovery.
+fn mark_of(reader: &Reader, last: Tid) -> Result<Mark, StorageError> {
+    let mut backwards = reader.backwards();
+    let mut end = reader.mark().position;
+    loop {
+        let Some(stored) = backwards.step()? else { return Ok(Mark::START) };
+        if stored.meta.tid <= last {
+            let tid = stored.meta.tid;
+            let torn = reader.holes().of(tid).is_some_and(|hole| hole.through > tid);
+            return Ok(if torn { Mark::START } else { Mark { position: end, tid } });
+        }
+        if stored.meta.status == b'p' {
+            return Ok(Mark::START);
+        }
+        end = stored.position;
+    }
+}
+
+/// Writes the transactions after `common` into a file of their own, with their blobs.
+fn keep(
+    disk: &Arc<dyn Disk>,
+    reader: &Reader,
+    blobs: Option<&BlobDir>,
+    common: Tid,
+    path: &Path,
+) -> anyhow::Result<()> {
+    let part = path.with_extension("part");
+    let written = FileStorage::successor(reader, &part).and_then(|mut kept| {
+        kept.set_holes(Holes::default());
+        copy(reader, &mut kept, common, Tid::MAX)?;
+        kept.sync()
+    });
+    if written.is_err() {
+        // The disk may be full: what has been written so far must not keep it so.
+        let _ = disk.remove(&part);
+    }
+    written?;
+    if let Some(blobs) = blobs {
+        let mut dir = None;
+        let mut transactions = reader.transactions(common.next(), Tid::MAX)?;
+        while let Some(stored) = transactions.advance()? {
+            for (oid, _) in reader.records_of(&stored)? {
+                let tid = stored.meta.tid;
+                if blobs.has(oid, tid)? {
+                    let dir = match &dir {
+                        Some(dir) => dir,
+                        None => dir.insert(BlobDir::open(disk.clone(), &blobs_of(path))?),
+                    };
+                    dir.take_copy(blobs, oid, tid)?;
+                }
+            }
+        }
+        if let Some(dir) = dir {
+            dir.sync()?;
+        }
+    }
+    disk.rename(&part, path)?;
+    disk.sync_dir(parent(path))?;
+    Ok(())
+}
+
+/// Makes the disk what the new checkpoint says: the log is empty, the blobs of what is lost are gone, and a data
+/// file that does not count at all is put aside.
+pub(crate) fn cut(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    checkpoint: &Checkpoint,
+) -> anyhow::Result<()> {
+    for path in disk.list(&state.log())? {
+        disk.remove(&path)?;
+    }
+    disk.sync_dir(&state.log())?;
+    for section in &config.storages {
+        let Some(point) = checkpoint.storages.get(&section.name) else { continue };
+        let index = state.index(&section.name);
+        if disk.exists(&index)? {
+            disk.remove(&index)?;
+        }
+        let path = &section.path;
+        if point.mark == Mark::START {
+            if disk.exists(path)? && disk.open(path, Open::Read)?.len()? > 4 {
+                let timeline = checkpoint.settings.lineage.timeline();
+                let aside = PathBuf::from(format!("{}.before-timeline-{timeline}", path.display()));
+                disk.rename(path, &aside)?;
+                disk.sync_dir(parent(path))?;
+                warn!(
+                    file = %aside.display(),
+                    "the data file was packed, or recovered fast, after the timelines parted: it cannot be cut. It \
+                     is put aside, and everything comes from the other nodes"
+                );
+            }
+            FileStorage::open(
+                disk.clone(),
+                path,
+                &index,
+                Magic::Fs30,
+                Extent::Whole,
+                &mut |_, _| (),
+            )?;
+        }
+        if let Some(dir) = &section.blob_dir
+            && disk.exists(dir)?
+        {
+            let removed = BlobDir::open(disk.clone(), dir)?.remove_after(point.mark.tid)?;
+            info!(dir = %dir.display(), removed, "removed the blobs of lost transactions");
+        }
+    }
+    Ok(())
+}
