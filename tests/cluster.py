@@ -337,6 +337,8 @@ class Cluster:
             data = [n for n in picture["nodes"] if n["role"] != "witness"] if picture else []
             return len({json.dumps(n["last_tid"]) for n in data}) == 1
 
+        # Nodes report twice a second: what was committed just before is in the reports that come now.
+        time.sleep(0.7)
         self.wait_healthy(timeout)
         wait_for("nodes that are level", level, timeout)
 

@@ -306,6 +306,7 @@ impl Engine {
         let mut ticker = tokio::time::interval(self.shared.tick());
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         self.publish_standing();
+        self.report_status();
         loop {
             let event = tokio::select! {
                 biased;

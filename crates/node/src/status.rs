@@ -386,6 +386,13 @@ impl Reports {
         latest(lost.map(|tail| (&tail.storage, &tail.last)))
     }
 
+    /// True if another node has been heard a moment ago.
+    pub fn is_up(&self, id: NodeId) -> bool {
+        let heard = lock(&self.heard);
+        let at = heard.others.get(&id).and_then(|(_, at)| *at);
+        at.is_some_and(|at| at.elapsed() < SILENCE)
+    }
+
     /// A node that is up, holds data, and has a log that goes beyond `(term, index)`, of the groups that count.
     pub fn ahead_of(&self, log: (u64, u64), counts: impl Fn(&str) -> bool) -> Option<String> {
         let heard = lock(&self.heard);

@@ -137,8 +137,8 @@ fn plan(
     let mut there: Vec<_> = (status.nodes.iter().filter(holds_data))
         .filter(|node| counts(node) && node.state != "down")
         .collect();
-    there.sort_by_key(|node| node.log);
-    let Some(best) = there.last() else {
+    there.sort_by_key(|node| std::cmp::Reverse(node.log));
+    let Some(best) = there.first() else {
         bail!("no node of group {group} is there; standby status shows the groups");
     };
     let mut table = Table::new();

@@ -95,8 +95,9 @@ impl Engine {
                 me.group
             ));
         }
-        let there: BTreeSet<NodeId> =
-            self.present.keys().copied().chain([self.shared.id]).collect();
+        let up = |id: &NodeId| *id == self.shared.id || self.shared.reports.is_up(*id);
+        let members = &self.consensus.membership().members;
+        let there: BTreeSet<NodeId> = members.keys().copied().filter(up).collect();
         if self.consensus.membership().is_quorum(&there) {
             return Err("a majority of the voters is there: they elect a primary by themselves; wait a moment, and \
                         look at standby status"
