@@ -2,6 +2,7 @@
 
 import glob
 import os
+import random
 import subprocess
 import time
 
@@ -287,6 +288,63 @@ def test_a_witness_comes_over_too(nodes):
     client.close()
 
 
+
+
+def test_promotions_and_returns_are_killed_at_random_moments(nodes):
+    """Whatever step of it a power cord ends, it can be done again, and nothing else is lost."""
+    cluster = nodes.cluster(groups=["london", "paris"], blobs=True).start()
+    n1, n2 = cluster.nodes
+    client = Client(cluster.addresses)
+    notes = []
+    seed = int(time.time())
+    print("seed", seed)
+    chance = random.Random(seed)
+
+    def commit(note):
+        client.commit(lambda root: root.update(note=note), note=note)
+
+    for number in range(5):
+        commit("kept %d" % number)
+        notes.append(b"kept %d" % number)
+        cluster.wait_level()
+        n2.kill()
+        commit("lost %d" % number)
+        n1.kill()
+        n2.start()
+        wait_no_primary(n2)
+        promote = ("promote", "--group", "paris", "--force", "--yes")
+        command = [harness.STANDBY, *promote, "--at", "127.0.0.1:%s" % n2.admin_port]
+        promoting = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(chance.random() * 0.05)
+        n2.kill()
+        promoting.wait(30)
+        n2.start()
+        harness.wait_for("n2", lambda: n2.status())
+        if n2.status()["timeline"] == 1 + number:
+            harness.wait_for("n2 without a primary", lambda: not n2.status()["primary"])
+            n2.ask(*promote)
+        commit("new %d" % number)
+        notes.append(b"new %d" % number)
+        for _ in range(2):
+            n1.start()
+            time.sleep(chance.random() * 0.25)
+            n1.kill()
+        n1.start()
+        cluster.failover = "paris"
+        cluster.wait_healthy()
+        assert n1.status()["timeline"] == 2 + number
+        assert len(lost_files(n1)) == number + 1
+        lost = [txn[3] for txn in transactions(lost_files(n1)[-1])]
+        assert lost == [b"lost %d" % number]
+        n1.ask("group", "move", "--to", "london")
+        cluster.failover = "london"
+        cluster.wait_healthy()
+    client.close()
+    cluster.wait_level()
+    history = check_files(cluster, notes)
+    assert not any(txn[3].startswith(b"lost") for txn in history)
 
 
 def everything(client):

@@ -257,8 +257,10 @@ fn resume(
         }
         storages.insert(section.name.clone(), storage);
     }
-    // After a catch-up the log is to begin anew; perhaps it was interrupted before it did.
-    let begun = recovered.holds(checkpoint.index, checkpoint.term);
+    // After a catch-up, and in a new timeline, the log is to begin anew; perhaps it was interrupted before it did.
+    // If the log goes on after the checkpoint's entry, it has.
+    let begun = recovered.holds(checkpoint.index, checkpoint.term)
+        && recovered.last_index() > checkpoint.index;
     let begins =
         (checkpoint.log_begins_here && !begun).then_some((checkpoint.index, checkpoint.term));
     let writer = LogWriter::open(disk.clone(), &state.log(), &mut recovered, begins)?;
