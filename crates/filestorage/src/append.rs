@@ -1,7 +1,7 @@
 //! Appending a transaction.
 
 use bytes::{BufMut, BytesMut};
-use standby_types::{Oid, Position, Tid};
+use standby_types::{File, Oid, Position, Tid};
 
 use crate::StorageError;
 use crate::format::{DataHeader, TXN_HEADER, TxnHeader};

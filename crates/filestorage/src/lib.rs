@@ -24,6 +24,7 @@ mod pack;
 mod read;
 mod scan;
 mod storage;
+mod sums;
 mod transaction;
 mod undo;
 
@@ -37,6 +38,7 @@ pub use iterate::{Records, StoredTransaction, Transactions};
 pub use pack::{Job, Outcome, copy, copy_most, copy_rest, pack};
 pub use read::{Access, Reader, Revision};
 pub use storage::{Extent, FileStorage, Mark, Opened, Source, Tail};
+pub use sums::{BLOCK, Damage, DamagedBlock, Mend};
 pub use transaction::{
     DecodeError, Record, RecordData, Transaction, TransactionMeta, put_meta, put_record,
     record_len, take_meta, take_record,

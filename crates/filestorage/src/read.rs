@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use standby_types::disk::read_full;
-use standby_types::{Oid, Position, Tid};
+use standby_types::{File, Oid, Position, Tid};
 
 use crate::StorageError;
 use crate::format::{DATA_HEADER, DataHeader, REFERENCE_LIMIT, number};
 use crate::holes::{Hole, Holes};
 use crate::index::Sorted;
 use crate::storage::{Mark, Shared};
+use crate::sums::Damage;
 
 /// Whether a call may wait for the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -213,6 +214,38 @@ impl Reader {
                 Err(StorageError::io(&self.shared.index_path, "write the index")(error))
             }
         }
+    }
+
+    /// All up to `mark` is durable, and a restart does not cut it off: it may get checksums.
+    pub fn note_durable(&self, mark: Mark) {
+        self.shared.file.note_durable(mark.position.0);
+    }
+
+    /// Takes checksums of at most so many blocks ([`crate::BLOCK`]); true if more are to be taken.
+    pub fn take_sums(&self, most: usize) -> Result<bool, StorageError> {
+        let failed = StorageError::io(&self.shared.path, "take checksums of");
+        self.shared.file.take_sums(most).map_err(failed)
+    }
+
+    /// Blocks that have checksums.
+    pub fn summed_blocks(&self) -> usize {
+        self.shared.file.blocks()
+    }
+
+    /// Compares these blocks, as the device gives them, with their checksums; mends what is damaged.
+    pub fn scrub(&self, blocks: std::ops::Range<usize>) -> Result<(), StorageError> {
+        self.shared.file.scrub(blocks).map_err(StorageError::io(&self.shared.path, "scrub"))
+    }
+
+    /// What has been found of damage.
+    pub fn damage(&self) -> Damage {
+        self.shared.file.damage()
+    }
+
+    /// The bytes of a block for a node where they are damaged, if they are here.
+    pub fn block(&self, offset: u64) -> Result<Option<Vec<u8>>, StorageError> {
+        let failed = StorageError::io(&self.shared.path, "read");
+        self.shared.file.block(offset).map_err(failed)
     }
 
     pub(crate) fn find(&self, oid: Oid) -> Result<Position, StorageError> {

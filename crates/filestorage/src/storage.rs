@@ -13,6 +13,7 @@ use crate::holes::Holes;
 use crate::index::{Index, Sorted};
 use crate::read::Reader;
 use crate::scan::{Found, Scanner, Window};
+use crate::sums::{Checked, Mend};
 
 /// The end of a transaction: where the next one begins, and its tid. The start of an empty file
 /// is (4, [`Tid::NONE`]).
@@ -71,7 +72,7 @@ pub struct FileStorage {
 
 pub(crate) struct Shared {
     pub path: PathBuf,
-    pub file: Arc<dyn File>,
+    pub file: Arc<Checked>,
     pub disk: Arc<dyn Disk>,
     pub index_path: PathBuf,
     pub magic: Magic,
@@ -121,6 +122,19 @@ impl FileStorage {
         extent: Extent,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<(FileStorage, Opened), StorageError> {
+        FileStorage::open_mending(disk, path, index_path, magic, extent, None, progress)
+    }
+
+    /// The same, for a file whose damaged blocks can be mended: this one's, and those of the files that take its place.
+    pub fn open_mending(
+        disk: Arc<dyn Disk>,
+        path: &Path,
+        index_path: &Path,
+        magic: Magic,
+        extent: Extent,
+        mend: Option<Mend>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(FileStorage, Opened), StorageError> {
         let io = |action| StorageError::io(path, action);
         let mut opened = Opened::default();
         if !disk.exists(path).map_err(io("look for it"))? {
@@ -133,6 +147,7 @@ impl FileStorage {
         let file = disk.open(path, Open::Write).map_err(io("open"))?;
         let magic = read_magic(path, &*file)?;
         let len = file.len().map_err(io("read the length of"))?;
+        let extent_is_whole = extent == Extent::Whole;
         let (limit, again) = match extent {
             Extent::Whole => (len, Vec::new()),
             Extent::UpTo { mark, again } => {
@@ -145,6 +160,13 @@ impl FileStorage {
                 (mark.position.0, again)
             }
         };
+        let sums_path = sums_path(index_path);
+        if extent_is_whole && disk.exists(&sums_path).map_err(io("look for the checksums of"))? {
+            // Who made this file is not known: they need not be of it.
+            disk.remove(&sums_path).map_err(io("remove the checksums of"))?;
+        }
+        let checked = Checked::open(file, disk.clone(), &sums_path, limit, mend);
+        let file = Arc::new(checked.map_err(io("read the checksums of"))?);
         let sorted = Sorted::open(&*disk, index_path).filter(|sorted| {
             sorted.mark.position.0 <= limit && check_mark(path, file.clone(), sorted.mark).is_ok()
         });
@@ -198,6 +220,8 @@ impl FileStorage {
         let file = old.disk.open(path, Open::Create).map_err(StorageError::io(path, "create"))?;
         file.set_len(0).map_err(StorageError::io(path, "cut"))?;
         file.write_at(old.magic.bytes(), 0).map_err(StorageError::io(path, "write"))?;
+        let (disk, mender) = (old.disk.clone(), old.file.mender().clone());
+        let file = Arc::new(Checked::anew(file, disk, &sums_path(&old.index_path), mender));
         let shared = Shared {
             path: old.path.clone(),
             file,
@@ -225,6 +249,7 @@ impl FileStorage {
             disk.remove(index_path).map_err(io("remove the index of"))?;
             disk.sync_dir(parent(index_path)).map_err(io("sync the directory of the index of"))?;
         }
+        self.shared.file.retire().map_err(io("remove the checksums of"))?;
         if keep {
             let old = PathBuf::from(format!("{}.old", path.display()));
             if disk.exists(&old).map_err(io("look for the copy of"))? {
@@ -302,6 +327,11 @@ impl FileStorage {
         state.mark = mark;
         Ok(mark)
     }
+}
+
+/// Where the checksums are of the data file that has this index.
+fn sums_path(index_path: &Path) -> PathBuf {
+    index_path.with_extension("sums")
 }
 
 /// What stands in a file after a known transaction; tells whether somebody else wrote to it.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Committed};
-use standby_filestorage::{Hole, Outcome, Record, Staged, TransactionMeta};
+use standby_filestorage::{Hole, Outcome, Reader, Record, Staged, TransactionMeta};
 use standby_types::time::{tid_at, utc};
 use standby_types::{Blob, Disk, LogIndex, Oid, Tid};
 use standby_zeo::{ClientError, Encoding, History, SessionId, Value};
@@ -187,7 +187,12 @@ impl Applier {
             let newest = storage.reader().newest_oids(|tid, objects| {
                 count += 1;
                 (tid < hour_ago && count > 100) || objects > 1 << 20 || count > 20_000
-            })?;
+            });
+            let newest = newest.unwrap_or_else(|error| {
+                // Clients that come again drop their caches then.
+                warn!(storage = name, %error, "cannot tell what was changed before this start");
+                Vec::new()
+            });
             let base = newest.last().map_or(storage.mark().tid, |(first, _)| *first);
             let mut history = History::new(base, shared.retention());
             for (tid, oids) in newest.into_iter().rev().skip(1) {
@@ -669,6 +674,9 @@ impl Applier {
             blobs.sync()?;
         }
         self.shared.state.set_checkpoint(&*self.disk, checkpoint)?;
+        for (name, storage) in self.replica.storages() {
+            note_durable(&storage.reader(), name, checkpoint);
+        }
         Ok(())
     }
 
@@ -717,6 +725,7 @@ impl Applier {
                 Ok(()) => {
                     debug!(applied = %checkpoint.index, "checkpoint");
                     for (name, reader) in &readers {
+                        note_durable(reader, name, &checkpoint);
                         let least = INDEX_OVERLAY.max(reader.len() as usize / 8);
                         if let Err(error) = reader.merge_index(least) {
                             warn!(storage = name, %error, "cannot write the index file");
@@ -734,6 +743,13 @@ impl Applier {
         }
         self.merge_indexes();
         Ok(())
+    }
+}
+
+/// A restart begins at the checkpoint: what is before will not be changed.
+fn note_durable(reader: &Reader, storage: &str, checkpoint: &Checkpoint) {
+    if let Some(point) = checkpoint.storages.get(storage) {
+        reader.note_durable(point.mark);
     }
 }
 

@@ -44,6 +44,11 @@ impl File for OsFile {
     fn sync(&self) -> io::Result<()> {
         self.0.sync_data()
     }
+
+    fn forget_cached(&self, offset: u64, len: u64) -> io::Result<()> {
+        let advice = rustix::fs::Advice::DontNeed;
+        Ok(rustix::fs::fadvise(&self.0, offset, std::num::NonZeroU64::new(len), advice)?)
+    }
 }
 
 struct Map(memmap2::Mmap);

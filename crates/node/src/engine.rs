@@ -207,6 +207,8 @@ pub struct Engine {
     moved_for_disks: Option<Duration>,
     /// When a write of the log last took too long.
     slow_at: Option<Duration>,
+    /// Something in a data file is damaged, and could not be mended.
+    is_damaged: bool,
     /// When it was last said that the clock is behind.
     told_of_clock: Option<Duration>,
     /// A primary has been heard of since the start, or enough time has passed to give up on one:
@@ -282,6 +284,7 @@ impl Engine {
             switchover_failed_at: None,
             moved_for_disks: None,
             slow_at: None,
+            is_damaged: false,
             told_of_clock: None,
             oriented: false,
             catch_up: None,

@@ -41,6 +41,7 @@ mod peers;
 mod replica;
 pub mod rewind;
 mod room;
+mod scrub;
 mod sessions;
 pub mod settings;
 mod startup;

@@ -23,7 +23,7 @@ pub fn page(shared: &Shared) -> String {
     if let Some(own) = own {
         of_node(&mut page, own, status.term);
     }
-    let states = ["up", "catching-up", "cut-off", "down"].map(|state| {
+    let states = ["up", "catching-up", "cut-off", "damaged", "down"].map(|state| {
         let count = status.nodes.iter().filter(|node| node.state == state).count();
         (vec![("state", state.to_owned())], count as f64)
     });
@@ -70,6 +70,12 @@ fn of_node(page: &mut Page, own: &NodeStatus, term: u64) {
         "1 if writes of the log take longer than a second here",
         [(vec![], slow)],
     );
+    let damaged = of(own.damage.is_some());
+    page.gauge(
+        "damaged",
+        "1 if a data file of this node is damaged and no other node can mend it",
+        [(vec![], damaged)],
+    );
     let stale = own.stale_seconds.map(|seconds| (vec![], seconds));
     page.gauge("stale_seconds", "How old what readers see here may be", stale);
 }
@@ -98,8 +104,11 @@ fn of_storages(page: &mut Page, shared: &Shared) {
         page.gauge(name, help, each(value));
     }
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
-    let counters: [OfStorage<'_>; 5] = [
+    let counters: [OfStorage<'_>; 6] = [
         ("loads", "Reads of objects", &|name| count(&storage(name).stats.loads)),
+        ("mended_blocks", "Damaged blocks that were mended from another node", &|name| {
+            storage(name).reader().damage().mended as f64
+        }),
         ("stores", "Objects stored", &|name| count(&storage(name).stats.stores)),
         ("commits", "Transactions applied", &|name| count(&storage(name).stats.commits)),
         ("aborts", "Transactions aborted", &|name| count(&storage(name).stats.aborts)),

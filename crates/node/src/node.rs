@@ -17,7 +17,9 @@ use tracing::{error, info, warn};
 
 use crate::admin;
 use crate::applier::{Applier, Work};
-use crate::config::{Address, Config, DEFAULT_RESERVE, Profile, Standby, ZeoAddress};
+use crate::config::{
+    Address, Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Standby, ZeoAddress,
+};
 use crate::disk::{LockFile, OsDisk, temporary_file};
 use crate::engine::{Ended, Engine, Event, Internal};
 use crate::lineage::Lineage;
@@ -28,6 +30,7 @@ use crate::peers::{self, CatchUp, Introduction, Peers};
 use crate::replica::Replica;
 use crate::rewind::{self, LostTail};
 use crate::room::{self, Room};
+use crate::scrub::{self, Helpers};
 use crate::sessions::Sessions;
 use crate::settings::Settings;
 use crate::startup::{self, Beginning};
@@ -164,6 +167,8 @@ pub struct Shared {
     pub room: Room,
     /// Beats while the engine works.
     pub pulse: Arc<Pulse>,
+    /// Who may have what is damaged here.
+    pub helpers: Arc<Helpers>,
     /// What this node has lost by leaving timelines.
     pub lost: Vec<LostTail>,
     /// When the process started.
@@ -207,6 +212,32 @@ impl Shared {
     /// Bytes that are left free on the disks.
     pub fn reserve(&self) -> u64 {
         self.config.standby.as_ref().map_or(DEFAULT_RESERVE, |s| s.reserve)
+    }
+
+    /// Bytes per second of the data files that are compared with their checksums; `None` for none.
+    pub fn scrub_rate(&self) -> Option<u64> {
+        self.config.standby.as_ref().map_or(Some(DEFAULT_SCRUB_RATE), |s| s.scrub_rate)
+    }
+
+    /// Says who may help out with what is damaged here: those that are up, the primary first.
+    pub fn tell_helpers(&self) {
+        let mut nodes = self.reports.status().nodes;
+        nodes.retain(|node| {
+            node.node != self.member.name && node.role != "witness" && node.state != "down"
+        });
+        nodes.sort_by_key(|node| node.role != "primary");
+        let addresses = nodes.into_iter().map(|node| node.peer_address).collect();
+        self.helpers.set(self.introduction(), addresses);
+    }
+
+    /// What is damaged in the data files, and has not been mended.
+    pub fn damage(&self) -> Option<String> {
+        let (name, offsets) = self.storages.iter().find_map(|(name, storage)| {
+            let blocks = storage.reader().damage().blocks;
+            (!blocks.is_empty()).then_some((name, blocks))
+        })?;
+        let offsets: Vec<_> = offsets.iter().map(ToString::to_string).collect();
+        Some(format!("storage {name}, at bytes {}", offsets.join(", ")))
     }
 
     /// Bytes of log that are kept for nodes that are behind.
@@ -310,6 +341,7 @@ impl Shared {
             .room(self.room.reason())
             .history(self.holes(), self.percents(|storage| &storage.backfilling))
             .lost(self.lost.clone())
+            .damage(self.damage())
     }
 
     fn percents(&self, of: impl Fn(&StorageShared) -> &Progress) -> BTreeMap<String, u32> {
@@ -358,7 +390,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let standby = config.standby.as_ref();
     let peer_tls = standby.and_then(|s| s.peer_ssl.as_ref()).map(Tls::new).transpose()?;
     let peer_tls = peer_tls.map(Arc::new);
-    find_timeline(&config, &state, peer_tls.clone()).await?;
+    let helpers = find_others(&config, &state, peer_tls.clone()).await?;
     // First the addresses: a second start of the same node must fail before it touches a file.
     let zeo = match &config.zeo.address {
         Some(address) => Some(Listener::bind(address).await?),
@@ -395,7 +427,11 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let beginning = beginning(&config, &disk, &state, peer_tls.clone()).await?;
     let opening = {
         let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
-        tokio::task::spawn_blocking(move || startup::prepare(&config, &disk, &state, beginning))
+        let menders = config.storages.iter().map(|s| (s.name.clone(), helpers.mender(&s.name)));
+        let menders = menders.collect();
+        tokio::task::spawn_blocking(move || {
+            startup::prepare(&config, &disk, &state, beginning, &menders)
+        })
     };
     let prepared = opening.await??;
     let lost = {
@@ -438,6 +474,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         log_busy: Busy::default(),
         room: Room::default(),
         pulse: Arc::default(),
+        helpers,
         lost,
         started: SystemTime::now(),
         clock: Instant::now(),
@@ -531,15 +568,17 @@ fn asker(config: &Config, standby: &Standby, id: NodeId, tls: Option<Arc<Tls>>) 
     }
 }
 
-/// Finds out whether a node that was a member before has been left behind by a forced promotion.
-async fn find_timeline(
+/// The other nodes, if this one was a member before: finds out whether it has been left behind by a forced
+/// promotion, and who can help out if its data file is damaged.
+async fn find_others(
     config: &Config,
     state: &StateDir,
     peer_tls: Option<Arc<Tls>>,
-) -> anyhow::Result<()> {
-    let Some(standby) = &config.standby else { return Ok(()) };
+) -> anyhow::Result<Arc<Helpers>> {
+    let helpers = Arc::<Helpers>::default();
+    let Some(standby) = &config.standby else { return Ok(helpers) };
     let (identity, checkpoint) = (state.identity(&OsDisk)?, state.checkpoint(&OsDisk)?);
-    let (Some(identity), Some(checkpoint)) = (identity, checkpoint) else { return Ok(()) };
+    let (Some(identity), Some(checkpoint)) = (identity, checkpoint) else { return Ok(helpers) };
     let me = Introduction {
         cluster_id: checkpoint.cluster_id.clone(),
         lineage: checkpoint.settings.lineage.clone(),
@@ -550,7 +589,9 @@ async fn find_timeline(
     let mut addresses: BTreeSet<String> =
         lines.map(ToString::to_string).chain(members.cloned()).collect();
     addresses.remove(&standby.peer_address.to_string());
-    rewind::ask_around(state, &checkpoint, me, addresses).await
+    rewind::ask_around(state, &checkpoint, me.clone(), addresses.clone()).await?;
+    helpers.set(me, addresses.into_iter().collect());
+    Ok(helpers)
 }
 
 /// What a new node does: the first member founds the cluster, unless another knows one already.
@@ -609,6 +650,10 @@ fn start_threads(
             reports.report(Internal::Persisted(written))
         });
     })?;
+    for name in shared.storages.keys() {
+        let (scrubbed, name) = (shared.clone(), name.clone());
+        spawn("scrub", move || scrub::run(&scrubbed, &name))?;
+    }
     let watched = shared.clone();
     spawn("room", move || room::watch(&watched))?;
     let guarded = shared.clone();

@@ -24,7 +24,7 @@ use anyhow::{Context, bail};
 use standby_consensus::{
     Command, LogWriter, Member, Membership, Recovered, ending_with_blobs, recover,
 };
-use standby_filestorage::{BlobDir, Extent, FileStorage, Magic, Mark, Tail, take_meta};
+use standby_filestorage::{BlobDir, Extent, FileStorage, Magic, Mark, Mend, Tail, take_meta};
 use standby_types::{Disk, LogIndex, NodeId, Oid, Term, Tid, Transfer};
 use tracing::{info, warn};
 
@@ -67,26 +67,30 @@ pub fn is_new(disk: &dyn Disk, state: &StateDir) -> anyhow::Result<bool> {
     Ok(state.identity(disk)?.is_none() || state.checkpoint(disk)?.is_none())
 }
 
+/// Who mends damaged blocks of each storage.
+pub type Menders = BTreeMap<String, Mend>;
+
 /// Opens everything. `beginning` matters only for a new node.
 pub fn prepare(
     config: &Config,
     disk: &Arc<dyn Disk>,
     state: &StateDir,
     beginning: Beginning,
+    menders: &Menders,
 ) -> anyhow::Result<Prepared> {
     match (state.identity(&**disk)?, state.checkpoint(&**disk)?) {
         (Some(identity), Some(checkpoint)) => {
             let Some(lineage) = state.coming_over(&**disk)? else {
-                return resume(config, disk, state, &identity, checkpoint, false);
+                return resume(config, disk, state, menders, &identity, checkpoint, false);
             };
             let own = &checkpoint.settings.lineage;
             if own.relation(&lineage) != Relation::Same {
-                let prepared = resume(config, disk, state, &identity, checkpoint, false)?;
+                let prepared = resume(config, disk, state, menders, &identity, checkpoint, false)?;
                 rewind::leave(config, disk, state, prepared, &lineage)?;
             }
             let checkpoint = state.checkpoint(&**disk)?.context("the checkpoint is gone")?;
             rewind::cut(config, disk, state, &checkpoint)?;
-            let prepared = resume(config, disk, state, &identity, checkpoint, true)?;
+            let prepared = resume(config, disk, state, menders, &identity, checkpoint, true)?;
             state.end_coming_over(&**disk)?;
             Ok(prepared)
         }
@@ -191,6 +195,7 @@ fn resume(
     config: &Config,
     disk: &Arc<dyn Disk>,
     state: &StateDir,
+    menders: &Menders,
     identity: &Identity,
     mut checkpoint: Checkpoint,
     cuts: bool,
@@ -249,7 +254,8 @@ fn resume(
     }
     let mut storages = BTreeMap::new();
     for (section, extent) in config.storages.iter().zip(extents) {
-        let mut storage = open_storage(disk, state, section, extent)?.0;
+        let mend = menders.get(&section.name).cloned();
+        let mut storage = open_storage(disk, state, section, extent, mend)?.0;
         if let Some(point) = checkpoint.storages.get_mut(&section.name) {
             let dug = interrupted.as_ref().and_then(|holes| holes.get(&section.name));
             dug.iter().flat_map(|holes| holes.iter()).for_each(|hole| point.holes.add(*hole));
@@ -383,7 +389,7 @@ fn open_whole(
     if disk.exists(&index)? {
         disk.remove(&index)?;
     }
-    open_storage(disk, state, section, Extent::Whole)
+    open_storage(disk, state, section, Extent::Whole, None)
 }
 
 fn open_storage(
@@ -391,6 +397,7 @@ fn open_storage(
     state: &StateDir,
     section: &StorageSection,
     extent: Extent,
+    mend: Option<Mend>,
 ) -> anyhow::Result<(FileStorage, Oid)> {
     let path: &Path = &section.path;
     let mut shown = 0;
@@ -402,8 +409,15 @@ fn open_storage(
         }
     };
     let index = state.index(&section.name);
-    let (storage, opened) =
-        FileStorage::open(disk.clone(), path, &index, Magic::Fs30, extent, &mut progress)?;
+    let (storage, opened) = FileStorage::open_mending(
+        disk.clone(),
+        path,
+        &index,
+        Magic::Fs30,
+        extent,
+        mend,
+        &mut progress,
+    )?;
     if opened.created {
         info!(file = %path.display(), "made a new data file");
     }

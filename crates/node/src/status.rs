@@ -105,6 +105,8 @@ pub struct NodeReport {
     lineage: Lineage,
     #[serde(default)]
     lost: Vec<LostTail>,
+    #[serde(default)]
+    damage: Option<String>,
     /// Its process.
     #[serde(default)]
     run: String,
@@ -188,6 +190,7 @@ impl NodeReport {
             log: (moment.log.0.0, moment.log.1.0),
             lineage: settings.lineage.clone(),
             lost: Vec::new(),
+            damage: None,
             run: run.into(),
         }
     }
@@ -210,6 +213,11 @@ impl NodeReport {
     /// The same, with the disk that is full, if one is.
     pub fn room(self, no_room: Option<String>) -> NodeReport {
         NodeReport { no_room, ..self }
+    }
+
+    /// The same, with what is damaged on its disk.
+    pub fn damage(self, damage: Option<String>) -> NodeReport {
+        NodeReport { damage, ..self }
     }
 
     /// The same, with what the node has lost by leaving a timeline.
@@ -408,6 +416,11 @@ impl Reports {
         lock(&self.heard).others.get(&id).is_some_and(|(report, _)| report.slow_disk)
     }
 
+    /// True if a node has said that its data file is damaged.
+    pub fn is_damaged(&self, id: NodeId) -> bool {
+        lock(&self.heard).others.get(&id).is_some_and(|(report, _)| report.damage.is_some())
+    }
+
     /// True unless a node has said that a disk of it is full.
     pub fn has_room(&self, id: NodeId) -> bool {
         lock(&self.heard).others.get(&id).is_none_or(|(report, _)| report.no_room.is_none())
@@ -510,7 +523,7 @@ pub struct NodeStatus {
     pub role: String,
     /// Its vote counts.
     pub voter: bool,
-    /// `up`, `catching-up`, `down` or `cut-off`.
+    /// `up`, `catching-up`, `down`, `cut-off` or `damaged`.
     pub state: String,
     /// The last transaction of each storage.
     pub last_tid: BTreeMap<String, String>,
@@ -561,6 +574,9 @@ pub struct NodeStatus {
     /// What it has lost by leaving a timeline.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<LostTail>,
+    /// What is damaged on its disk, and no node that it reaches has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damage: Option<String>,
 }
 
 /// A node's report, its age, for how long the primary has had more, and by how many seconds its clock is ahead.
@@ -592,6 +608,8 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
             let is_primary = primary.is_some_and(|p| p.id == report.id);
             let state = if !fresh(&one) {
                 "down"
+            } else if report.damage.is_some() {
+                "damaged"
             } else if report.catching_up || one.lag > BEHIND {
                 "catching-up"
             } else if report.primary.is_none() {
@@ -633,6 +651,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 log: report.log,
                 heard: report.clock,
                 lost: report.lost.clone(),
+                damage: report.damage.clone(),
             }
         })
         .collect();
@@ -667,6 +686,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 log: (0, 0),
                 heard: 0.0,
                 lost: Vec::new(),
+                damage: None,
             });
         }
     }

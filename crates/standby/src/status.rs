@@ -112,7 +112,8 @@ pub fn table(status: &Status) -> String {
         let clock = node.clock_ahead_seconds.map(|ahead| format!("\nclock off by {ahead} s"));
         let lost: u64 = node.lost.iter().map(|tail| tail.transactions).sum();
         let lost = (lost > 0).then(|| format!("\nkeeps {lost} lost\ntransactions"));
-        let full = full.chain(slow).chain(clock).chain(lost);
+        let damage = node.damage.as_ref().map(|damage| format!("\n{damage}"));
+        let full = full.chain(slow).chain(clock).chain(lost).chain(damage);
         let under_way: String = full.chain(packing).chain(filling).chain(holes).collect();
         table.add_row([
             node.node.clone(),

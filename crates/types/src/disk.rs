@@ -45,6 +45,11 @@ pub trait File: Send + Sync {
     /// the written bytes is unknown: the caller must stop, never retry.
     fn sync(&self) -> io::Result<()>;
 
+    /// What is read of these bytes next comes from the device, as far as the system allows.
+    fn forget_cached(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     /// True if the length is zero.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)

@@ -207,6 +207,8 @@ pub struct Consensus {
     /// Ticks since the leader was heard.
     leader_silence: usize,
     witnesses: Witnesses,
+    /// See [`Consensus::set_abstains`].
+    abstains: bool,
     /// What Raft draws its timeout for; another one means a new draw.
     drawn_for: (u64, StateRole, u64),
     election_timeout: usize,
@@ -244,8 +246,8 @@ impl Consensus {
             pre_vote: true,
             max_uncommitted_size: UNCOMMITTED_LEN,
             max_committed_size_per_ready: COMMITTED_LEN,
-            // Never reached: a witness does not stand for election.
-            max_election_tick: if config.witness { usize::MAX } else { 0 },
+            // Never reached: that of a node that does not stand for election.
+            max_election_tick: usize::MAX,
             ..raft::Config::default()
         };
         let logger = slog::Logger::root(slog::Discard, slog::o!());
@@ -275,6 +277,7 @@ impl Consensus {
             handing_over: false,
             leader_silence: 0,
             witnesses: Witnesses::default(),
+            abstains: false,
         };
         consensus.draw_election_timeout();
         if consensus.membership.voters.iter().eq([&consensus.config.id]) {
@@ -434,6 +437,16 @@ impl Consensus {
         Ok(())
     }
 
+    /// A node that has lost some of what it had neither stands for election nor votes for others until it has it again.
+    pub fn set_abstains(&mut self, abstains: bool) {
+        self.abstains = abstains;
+        if abstains {
+            self.stand_in = None;
+        }
+        // A new one is drawn.
+        self.drawn_for.0 = u64::MAX;
+    }
+
     /// True while the leadership is being handed over.
     pub fn is_handing_over(&self) -> bool {
         self.role.leads && self.raft.raft.lead_transferee.is_some()
@@ -531,6 +544,15 @@ impl Consensus {
     }
 
     fn receive(&mut self, now: Duration, message: Message, outputs: &mut Vec<Output>) {
+        let asks_for_vote = matches!(
+            message.get_msg_type(),
+            MessageType::MsgRequestVote
+                | MessageType::MsgRequestPreVote
+                | MessageType::MsgTimeoutNow
+        );
+        if self.abstains && asks_for_vote {
+            return;
+        }
         let answers = matches!(
             message.get_msg_type(),
             MessageType::MsgHeartbeatResponse | MessageType::MsgAppendResponse
@@ -636,7 +658,7 @@ impl Consensus {
             let me = self.config.id;
             let before = |id: &NodeId| *id < me && *id != peer;
             let rank = self.membership.data_voters().filter(before).count();
-            self.stand_in = (!self.config.witness).then_some(1 + 3 * rank);
+            self.stand_in = (!self.config.witness && !self.abstains).then_some(1 + 3 * rank);
         }
     }
 
@@ -786,7 +808,7 @@ impl Consensus {
             z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
             let ticks = self.config.election_ticks as u64;
-            self.election_timeout = match self.config.witness {
+            self.election_timeout = match self.config.witness || self.abstains {
                 true => usize::MAX - 1,
                 false => (ticks + (z ^ (z >> 31)) % ticks) as usize,
             };

@@ -4,7 +4,7 @@ mod schema;
 mod zconfig;
 
 pub use schema::{
-    Address, Config, DEFAULT_RESERVE, EventLog, LogFileSection, MemberLine, Profile, Recovery,
-    Standby, StorageSection, ZeoAddress, ZeoSection, word,
+    Address, Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, EventLog, LogFileSection, MemberLine,
+    Profile, Recovery, Standby, StorageSection, ZeoAddress, ZeoSection, word,
 };
 pub use zconfig::ConfigError;

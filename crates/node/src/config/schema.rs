@@ -10,7 +10,7 @@ use standby_zeo::Retention;
 
 mod standby;
 
-pub use standby::{DEFAULT_RESERVE, MemberLine, Profile, Recovery, Standby};
+pub use standby::{DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, MemberLine, Profile, Recovery, Standby};
 
 use super::zconfig::{ConfigError, Section, parse};
 use crate::logging::{Format, Rotation};

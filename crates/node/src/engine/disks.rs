@@ -1,4 +1,4 @@
-//! Full and slow disks: who may commit, and where the primary should be.
+//! Full, slow and damaged disks: who may commit, and where the primary should be.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -31,8 +31,8 @@ impl Engine {
     pub(super) fn has_good_disks(&self, id: NodeId) -> bool {
         self.has_room(id)
             && match id == self.shared.id {
-                true => !self.is_slow(),
-                false => !self.shared.reports.is_slow(id),
+                true => !self.is_slow() && !self.is_damaged,
+                false => !self.shared.reports.is_slow(id) && !self.shared.reports.is_damaged(id),
             }
     }
 
@@ -75,6 +75,13 @@ impl Engine {
             }
             self.slow_at = Some(now);
         }
+        let is_damaged = self.shared.damage().is_some();
+        if is_damaged != self.is_damaged {
+            self.is_damaged = is_damaged;
+            // One that has nobody to leave it to goes on, for readers get an error and no wrong answer.
+            let alone = self.consensus.membership().voters.len() <= 1;
+            self.consensus.set_abstains(is_damaged && !alone);
+        }
         let rests = self.moved_for_disks.is_some_and(|at| now < at + PAUSE);
         let moving = self.switchover.is_some() || self.settings.moving_to.is_some();
         if self.has_good_disks(self.shared.id) || !self.serves() || moving || rests {
@@ -84,11 +91,15 @@ impl Engine {
         let better = self.best_voter(|group| group == self.shared.member.group);
         match better.or_else(|| self.best_voter(|_| true)) {
             Some(target) if self.has_good_disks(target) => {
-                info!("this primary's disk is full or slow: another node is to be primary");
+                info!(
+                    "this primary's disk is full, slow or damaged: another node is to be primary"
+                );
                 let urgent = self.is_slow();
                 self.switch_to(target, GRACE, urgent, None);
             }
-            _ => warn!("this primary's disk is full or slow, and no other voter has a better one"),
+            _ => warn!(
+                "this primary's disk is full, slow or damaged, and no other voter has a better one"
+            ),
         }
     }
 }

@@ -43,7 +43,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::blob::obtain_old;
-use super::{PeerError, Purpose, connect, frame, read_frame, write_frame};
+use super::{PeerError, Purpose, blocking, connect, frame, read_frame, write_frame};
 use crate::applier::{CatchUpItem, CatchUpItems, Work};
 use crate::blobs::{BlobWriter, new_transfer};
 use crate::config::Recovery;
@@ -353,14 +353,6 @@ fn hash_of(path: &std::path::Path, mark: Mark) -> std::io::Result<String> {
         at += n as u64;
     }
     Ok(hex(&hash.finalize()))
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, PeerError> + Send + 'static,
-) -> Result<T, PeerError> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| Err(PeerError::Protocol(error.to_string())))
 }
 
 /// Serves a follower.

@@ -47,6 +47,8 @@ pub enum Purpose {
     CatchUp,
     /// A blob.
     Blob,
+    /// A block of a data file that is damaged.
+    Block,
     /// A client that is passed on.
     Client,
     /// What an administrator has asked another node for.
@@ -56,6 +58,7 @@ pub enum Purpose {
 }
 
 /// What this node says of itself, and the secret.
+#[derive(Clone)]
 pub struct Introduction {
     /// This node.
     pub member: Member,

@@ -15,8 +15,8 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::{
-    Announcement, Introduction, MAX_FRAME, PeerError, PeerInfo, Purpose, blob, catch_up, connect,
-    frame, read_frame, receive,
+    Announcement, Introduction, MAX_FRAME, PeerError, PeerInfo, Purpose, blob, block, catch_up,
+    connect, frame, read_frame, receive,
 };
 use crate::engine::{Event, Internal};
 use crate::listener;
@@ -226,6 +226,11 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream) {
         Purpose::Blob => {
             if let Err(error) = blob::serve(&shared, stream).await {
                 warn!(from, %error, "cannot send a blob to a node");
+            }
+        }
+        Purpose::Block => {
+            if let Err(error) = block::serve(&shared, stream).await {
+                debug!(from, %error, "cannot send a block to a node");
             }
         }
         Purpose::Ask => {

@@ -8,12 +8,14 @@
 
 mod ask;
 mod blob;
+mod block;
 mod catch_up;
 mod hello;
 mod link;
 
 pub use ask::ask;
 pub use blob::{Announcement, Wanted, WantedBlob, obtain, obtain_old};
+pub use block::fetch_block;
 pub use catch_up::{CatchUp, fetch, fetch_history};
 pub use hello::{Introduction, PeerInfo, Purpose, connect, receive};
 pub use link::{Peers, listen, probe};
@@ -62,6 +64,15 @@ pub enum PeerError {
     /// The other side does not follow the protocol, or does not know the secret.
     #[error("{0}")]
     Protocol(String),
+}
+
+/// Does what may wait for a disk where others do not wait for it.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, PeerError> + Send + 'static,
+) -> Result<T, PeerError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(PeerError::Protocol(error.to_string())))
 }
 
 /// Frames between nodes: length 4, kind 1, content.

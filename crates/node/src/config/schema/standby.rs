@@ -70,6 +70,8 @@ pub struct Standby {
     pub catch_up_rate: Option<u64>,
     /// Bytes that are left free on the disks.
     pub reserve: u64,
+    /// Bytes per second of the data files that are compared with their checksums; `None` for none.
+    pub scrub_rate: Option<u64>,
     /// What a node that was away for long gets.
     pub recovery: Recovery,
     /// How old a replica's data may be for its readers; `None` if that does not matter.
@@ -119,6 +121,9 @@ fn check_members(
 
 /// Bytes that are left free on the disks, unless the configuration says otherwise.
 pub const DEFAULT_RESERVE: u64 = 64 << 20;
+
+/// Bytes per second that a scrub reads, unless the configuration says otherwise.
+pub const DEFAULT_SCRUB_RATE: u64 = 4 << 20;
 
 /// What a node gets that was away for so long that the log does not reach back.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -172,6 +177,7 @@ impl Checker {
                 "catch-up-rate",
                 "recovery",
                 "reserve",
+                "scrub-rate",
             ],
         )?;
         reader.sections(&["peer-ssl"])?;
@@ -256,6 +262,8 @@ impl Checker {
             log_tail: reader.get("log-tail", byte_size)?.unwrap_or(256 << 20),
             catch_up_rate: reader.get("catch-up-rate", byte_size)?.filter(|rate| *rate > 0),
             reserve: reader.get("reserve", byte_size)?.unwrap_or(DEFAULT_RESERVE),
+            scrub_rate: (reader.get("scrub-rate", byte_size)?)
+                .map_or(Some(DEFAULT_SCRUB_RATE), |rate| Some(rate).filter(|rate| *rate > 0)),
             recovery: reader.get("recovery", recovery)?.unwrap_or_default(),
             max_staleness: reader.get("max-staleness", seconds)?,
             node: me.name,

@@ -1,0 +1,521 @@
+//! Checksums of a data file, kept beside it: what a disk gives back is compared with what was written.
+//!
+//! ```text
+//! NAME.sums    0      "SBS1"
+//!              4      length of a block, 4 bytes
+//!              8+4n   CRC-32C of block n: the bytes [n·BLOCK, (n+1)·BLOCK) of the data file
+//! ```
+//!
+//! A data file only grows, so a block that is durable never changes. Its checksum is taken soon after the checkpoint
+//! that makes it durable, and compared when the block is first read after a start, and by a scrub. A block whose bytes
+//! are wrong is mended with those of another node, if their checksum is right. What is not a whole block
+//! yet, at the file's end, has no checksum.
+//!
+//! The file belongs to one data file: like the index, it is removed before another data file takes that
+//! one's place, and cut to what is durable when the data file is opened.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use standby_types::disk::{Open, parent, read_all, read_full};
+use standby_types::{Disk, File};
+
+/// Length of a block in bytes.
+pub const BLOCK: u64 = 16 << 10;
+
+const MAGIC: &[u8; 4] = b"SBS1";
+const HEADER: u64 = 8;
+
+/// Bytes of a data file that are not what was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DamagedBlock {
+    /// Where they begin; there are [`BLOCK`] of them.
+    pub offset: u64,
+    /// What their CRC-32C should be.
+    pub sum: u32,
+}
+
+/// Gets the right bytes of a block from elsewhere, if it can. It may block.
+pub type Mend = Arc<dyn Fn(DamagedBlock) -> Option<Vec<u8>> + Send + Sync>;
+
+/// What has been found of damage.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Damage {
+    /// Blocks that are damaged and could not be mended, by their offsets.
+    pub blocks: BTreeSet<u64>,
+    /// How many were mended since the start.
+    pub mended: u64,
+}
+
+/// A data file that compares what is read.
+pub(crate) struct Checked {
+    file: Arc<dyn File>,
+    disk: Arc<dyn Disk>,
+    sums_path: PathBuf,
+    state: RwLock<Sums>,
+    /// Bytes of the file that are durable, and will not be changed.
+    durable: AtomicU64,
+    /// Held by whoever takes checksums or mends.
+    writing: Mutex<Writing>,
+    damage: Mutex<Damage>,
+    mend: Option<Mend>,
+}
+
+/// Invariant: `seen` has a bit for each sum.
+#[derive(Default)]
+struct Sums {
+    list: Vec<u32>,
+    /// Blocks that were right when they were first read.
+    seen: Vec<AtomicU64>,
+}
+
+#[derive(Default)]
+struct Writing {
+    sums: Option<Arc<dyn File>>,
+    /// Another data file has taken this one's place.
+    retired: bool,
+}
+
+impl Sums {
+    fn push(&mut self, sum: u32) {
+        let bit = self.list.len() % 64;
+        if bit == 0 {
+            self.seen.push(AtomicU64::new(0));
+        }
+        self.list.push(sum);
+        self.note_seen(self.list.len() - 1);
+    }
+
+    fn note_seen(&self, block: usize) {
+        self.seen[block / 64].fetch_or(1 << (block % 64), Ordering::Relaxed);
+    }
+
+    fn is_seen(&self, block: usize) -> bool {
+        self.seen[block / 64].load(Ordering::Relaxed) & (1 << (block % 64)) != 0
+    }
+
+    fn truncate(&mut self, blocks: usize) {
+        self.list.truncate(blocks);
+        self.seen.truncate(blocks.div_ceil(64));
+    }
+
+    /// The blocks with checksums that these bytes touch.
+    fn blocks(&self, offset: u64, len: usize) -> std::ops::Range<usize> {
+        let first = (offset / BLOCK) as usize;
+        let end = (offset + len as u64).div_ceil(BLOCK) as usize;
+        first.min(self.list.len())..end.min(self.list.len())
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Checked {
+    /// A file of which the first `durable` bytes do not change any more; its checksums are read if they are there.
+    pub fn open(
+        file: Arc<dyn File>,
+        disk: Arc<dyn Disk>,
+        sums_path: &Path,
+        durable: u64,
+        mend: Option<Mend>,
+    ) -> io::Result<Checked> {
+        let checked = Checked::anew(file, disk, sums_path, mend);
+        checked.durable.store(durable, Ordering::Release);
+        if !checked.disk.exists(sums_path)? {
+            return Ok(checked);
+        }
+        let bytes = read_all(&*checked.disk, sums_path)?;
+        let known = bytes.strip_prefix(MAGIC).and_then(|rest| rest.split_first_chunk());
+        let Some((block, sums)) =
+            known.filter(|(block, _)| **block == (BLOCK as u32).to_be_bytes())
+        else {
+            // Torn, or of another version: they are taken anew.
+            checked.disk.remove(sums_path)?;
+            return Ok(checked);
+        };
+        let _: &[u8; 4] = block;
+        let mut state = checked.state.write().unwrap_or_else(PoisonError::into_inner);
+        let (sums, _) = sums.as_chunks::<4>();
+        state.list = sums.iter().map(|sum| u32::from_be_bytes(*sum)).collect();
+        state.list.truncate((durable / BLOCK) as usize);
+        let blocks = state.list.len();
+        state.seen.resize_with(blocks.div_ceil(64), AtomicU64::default);
+        drop(state);
+        let file = checked.disk.open(sums_path, Open::Write)?;
+        file.set_len(HEADER + 4 * blocks as u64)?;
+        locked(&checked.writing).sums = Some(file);
+        Ok(checked)
+    }
+
+    /// A new file, which has no checksums yet.
+    pub fn anew(
+        file: Arc<dyn File>,
+        disk: Arc<dyn Disk>,
+        sums_path: &Path,
+        mend: Option<Mend>,
+    ) -> Checked {
+        Checked {
+            file,
+            disk,
+            sums_path: sums_path.to_owned(),
+            state: RwLock::default(),
+            durable: AtomicU64::new(0),
+            writing: Mutex::default(),
+            damage: Mutex::default(),
+            mend,
+        }
+    }
+
+    /// Who mends.
+    pub fn mender(&self) -> &Option<Mend> {
+        &self.mend
+    }
+
+    /// The bytes before `end` are durable, and will not be changed.
+    pub fn note_durable(&self, end: u64) {
+        self.durable.fetch_max(end, Ordering::AcqRel);
+    }
+
+    /// Another data file takes the place of this one: its checksums go.
+    pub fn retire(&self) -> io::Result<()> {
+        let mut writing = locked(&self.writing);
+        writing.retired = true;
+        writing.sums = None;
+        if self.disk.exists(&self.sums_path)? {
+            self.disk.remove(&self.sums_path)?;
+            self.disk.sync_dir(parent(&self.sums_path))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the checksums of durable blocks that have none, at most so many; true if there are more.
+    pub fn take_sums(&self, most: usize) -> io::Result<bool> {
+        let mut writing = locked(&self.writing);
+        let durable = (self.durable.load(Ordering::Acquire) / BLOCK) as usize;
+        let first = self.state.read().unwrap_or_else(PoisonError::into_inner).list.len();
+        let end = durable.min(first + most);
+        if writing.retired || first >= end {
+            return Ok(false);
+        }
+        let mut buffer = vec![0; BLOCK as usize];
+        let (mut taken, mut bytes) = (Vec::new(), Vec::new());
+        for block in first..end {
+            if read_full(&*self.file, &mut buffer, block as u64 * BLOCK)? < buffer.len() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let sum = crc32c::crc32c(&buffer);
+            taken.push(sum);
+            bytes.extend_from_slice(&sum.to_be_bytes());
+        }
+        let file = match &writing.sums {
+            Some(file) => file.clone(),
+            None => {
+                let file = self.disk.open(&self.sums_path, Open::Create)?;
+                file.set_len(0)?;
+                file.write_at(&[&MAGIC[..], &(BLOCK as u32).to_be_bytes()].concat(), 0)?;
+                writing.sums.insert(file).clone()
+            }
+        };
+        file.write_at(&bytes, HEADER + 4 * first as u64)?;
+        file.sync()?;
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        // The file was cut meanwhile, perhaps.
+        if state.list.len() == first {
+            taken.into_iter().for_each(|sum| state.push(sum));
+        }
+        Ok(end < durable)
+    }
+
+    /// How many blocks have checksums.
+    pub fn blocks(&self) -> usize {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).list.len()
+    }
+
+    /// Reads these blocks from the device and compares them; mends what is damaged.
+    pub fn scrub(&self, blocks: std::ops::Range<usize>) -> io::Result<()> {
+        let len = blocks.len() as u64 * BLOCK;
+        self.file.forget_cached(blocks.start as u64 * BLOCK, len)?;
+        let mut buffer = vec![0; BLOCK as usize];
+        for block in blocks {
+            // Of what it does to a damaged block, the file remembers.
+            let _ = self.check(block, &mut buffer, None);
+        }
+        Ok(())
+    }
+
+    /// What is known of damage.
+    pub fn damage(&self) -> Damage {
+        locked(&self.damage).clone()
+    }
+
+    /// The bytes of a block for another node: `None` if there is no such block, or it is damaged here too.
+    pub fn block(&self, offset: u64) -> io::Result<Option<Vec<u8>>> {
+        let mut buffer = vec![0; BLOCK as usize];
+        let n = read_full(&*self.file, &mut buffer, offset)?;
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let sum = state.list.get((offset / BLOCK) as usize).copied();
+        let whole = n == buffer.len() && sum.is_none_or(|sum| sum == crc32c::crc32c(&buffer));
+        Ok(whole.then_some(buffer))
+    }
+
+    /// Compares a block with its checksum; `known` are its bytes, if they have been read.
+    fn check(&self, block: usize, buffer: &mut [u8], known: Option<&[u8]>) -> io::Result<()> {
+        let offset = block as u64 * BLOCK;
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(sum) = state.list.get(block).copied() else { return Ok(()) };
+        let right = match known {
+            Some(bytes) => crc32c::crc32c(bytes) == sum,
+            None => {
+                read_full(&*self.file, buffer, offset)? == buffer.len()
+                    && crc32c::crc32c(buffer) == sum
+            }
+        };
+        if right {
+            state.note_seen(block);
+            drop(state);
+            locked(&self.damage).blocks.remove(&offset);
+            return Ok(());
+        }
+        drop(state);
+        self.mend_block(DamagedBlock { offset, sum }, buffer)
+    }
+
+    fn mend_block(&self, damaged: DamagedBlock, buffer: &mut [u8]) -> io::Result<()> {
+        let writing = locked(&self.writing);
+        let offset = damaged.offset;
+        // Somebody else may have mended it meanwhile.
+        let again = read_full(&*self.file, buffer, offset)? == buffer.len();
+        if again && crc32c::crc32c(buffer) == damaged.sum {
+            return Ok(());
+        }
+        let right =
+            |bytes: &Vec<u8>| bytes.len() as u64 == BLOCK && crc32c::crc32c(bytes) == damaged.sum;
+        let mended = self.mend.as_ref().and_then(|mend| mend(damaged)).filter(right);
+        let Some(bytes) = mended else {
+            locked(&self.damage).blocks.insert(offset);
+            let text = format!(
+                "damaged: the {BLOCK} bytes at {offset} are not what was written, and no other node has them"
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        };
+        if !writing.retired {
+            self.file.write_at(&bytes, offset)?;
+            self.file.sync()?;
+        }
+        let mut damage = locked(&self.damage);
+        damage.blocks.remove(&offset);
+        damage.mended += 1;
+        Ok(())
+    }
+
+    /// Compares those of the blocks that these bytes touch that have not been seen yet; true if any was mended.
+    fn compare(&self, bytes: &[u8], offset: u64) -> io::Result<bool> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let unseen = |block: &usize| !state.is_seen(*block);
+        let blocks: Vec<usize> = state.blocks(offset, bytes.len()).filter(unseen).collect();
+        drop(state);
+        if blocks.is_empty() {
+            return Ok(false);
+        }
+        let before = locked(&self.damage).mended;
+        let mut buffer = vec![0; BLOCK as usize];
+        for block in blocks {
+            let from = (block as u64 * BLOCK).checked_sub(offset).map(|from| from as usize);
+            let known = from.and_then(|from| bytes.get(from..from + BLOCK as usize));
+            self.check(block, &mut buffer, known)?;
+        }
+        Ok(locked(&self.damage).mended != before)
+    }
+}
+
+impl File for Checked {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let n = self.file.read_at(buf, offset)?;
+        match self.compare(&buf[..n], offset)? {
+            false => Ok(n),
+            true => self.file.read_at(buf, offset),
+        }
+    }
+
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let n = self.file.read_cached_at(buf, offset)?;
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        match state.blocks(offset, n).all(|block| state.is_seen(block)) {
+            true => Ok(n),
+            // It is compared where one may wait.
+            false => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_at(bytes, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let writing = locked(&self.writing);
+        self.durable.fetch_min(len, Ordering::AcqRel);
+        let blocks = (len / BLOCK) as usize;
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if state.list.len() > blocks {
+            state.truncate(blocks);
+            if let Some(sums) = &writing.sums {
+                sums.set_len(HEADER + 4 * blocks as u64)?;
+            }
+        }
+        self.file.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use standby_types::memory::MemoryDisk;
+
+    use super::*;
+
+    const PATH: &str = "/Data.fs";
+    const SUMS: &str = "/1.sums";
+
+    fn content(blocks: u64) -> Vec<u8> {
+        (0..blocks * BLOCK + 100).map(|at| (at / 7 % 251) as u8).collect()
+    }
+
+    fn disk_with(bytes: &[u8]) -> Arc<dyn Disk> {
+        let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
+        disk.open(Path::new(PATH), Open::Create).unwrap().write_at(bytes, 0).unwrap();
+        disk
+    }
+
+    fn open(disk: &Arc<dyn Disk>, durable: u64) -> Checked {
+        open_mending(disk, durable, None)
+    }
+
+    fn open_mending(disk: &Arc<dyn Disk>, durable: u64, mend: Option<Mend>) -> Checked {
+        let file = disk.open(Path::new(PATH), Open::Write).unwrap();
+        Checked::open(file, disk.clone(), Path::new(SUMS), durable, mend).unwrap()
+    }
+
+    fn damage(disk: &Arc<dyn Disk>, at: u64) {
+        disk.open(Path::new(PATH), Open::Write).unwrap().write_at(b"?", at).unwrap();
+    }
+
+    #[test]
+    fn damage_is_found_when_it_is_read() {
+        let bytes = content(5);
+        let disk = disk_with(&bytes);
+        let checked = open(&disk, bytes.len() as u64);
+        assert!(checked.take_sums(3).unwrap(), "there are more");
+        assert!(!checked.take_sums(3).unwrap());
+        assert_eq!(checked.blocks(), 5);
+        damage(&disk, 2 * BLOCK + 17);
+        // Another start: nothing has been seen yet.
+        let checked = open(&disk, bytes.len() as u64);
+        let mut buf = vec![0; 100];
+        assert_eq!(
+            checked.read_cached_at(&mut buf, 50).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
+        checked.read_at(&mut buf, 50).unwrap();
+        assert_eq!(checked.read_cached_at(&mut buf, 50).unwrap(), 100);
+        // Beside the damage, but in its block; and over the edge of a block.
+        for at in [2 * BLOCK + 5000, 2 * BLOCK - 50, 3 * BLOCK - 50] {
+            let error = checked.read_at(&mut buf, at).unwrap_err();
+            assert!(error.to_string().contains("not what was written"), "{error}");
+            assert!(checked.read_cached_at(&mut buf, at).is_err());
+        }
+        assert_eq!(checked.damage().blocks, BTreeSet::from([2 * BLOCK]));
+        assert_eq!(checked.block(2 * BLOCK).unwrap(), None);
+        // A large read gets it too.
+        assert!(checked.read_at(&mut vec![0; bytes.len()], 3).is_err());
+        // What is no whole block has no checksum.
+        damage(&disk, 5 * BLOCK + 1);
+        checked.read_at(&mut buf, 5 * BLOCK).unwrap();
+    }
+
+    #[test]
+    fn damage_is_mended_with_the_right_bytes_only() {
+        let bytes = content(3);
+        let disk = disk_with(&bytes);
+        open(&disk, bytes.len() as u64).take_sums(9).unwrap();
+        damage(&disk, BLOCK);
+        let right = bytes.clone();
+        let asked = Arc::new(AtomicU64::new(0));
+        let times = asked.clone();
+        let mend: Mend = Arc::new(move |damaged: DamagedBlock| {
+            let from = damaged.offset as usize;
+            let mut block = right[from..from + BLOCK as usize].to_vec();
+            // The first time the other node has something else.
+            if times.fetch_add(1, Ordering::Relaxed) == 0 {
+                block[9] ^= 1;
+            }
+            Some(block)
+        });
+        let checked = open_mending(&disk, bytes.len() as u64, Some(mend));
+        let mut buf = vec![0; 10];
+        assert!(checked.read_at(&mut buf, BLOCK + 100).is_err());
+        assert_eq!(checked.damage().blocks.len(), 1);
+        assert_eq!(checked.read_at(&mut buf, BLOCK - 5).unwrap(), 10);
+        assert_eq!(buf, bytes[BLOCK as usize - 5..][..10]);
+        assert_eq!(checked.damage(), Damage { blocks: BTreeSet::new(), mended: 1 });
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
+        // It stays mended.
+        let mut all = vec![0; bytes.len()];
+        open(&disk, bytes.len() as u64).read_at(&mut all, 0).unwrap();
+        assert_eq!(all, bytes);
+    }
+
+    #[test]
+    fn a_scrub_finds_what_was_seen_before() {
+        let bytes = content(3);
+        let disk = disk_with(&bytes);
+        let checked = open(&disk, bytes.len() as u64);
+        checked.take_sums(9).unwrap();
+        damage(&disk, 2 * BLOCK + 3);
+        checked.scrub(0..3).unwrap();
+        assert_eq!(checked.damage().blocks, BTreeSet::from([2 * BLOCK]));
+    }
+
+    #[test]
+    fn checksums_follow_their_file() {
+        let bytes = content(5);
+        let disk = disk_with(&bytes);
+        let checked = open(&disk, 3 * BLOCK + 5);
+        checked.take_sums(9).unwrap();
+        assert_eq!(checked.blocks(), 3, "only what is durable");
+        checked.note_durable(5 * BLOCK);
+        checked.take_sums(9).unwrap();
+        assert_eq!(checked.blocks(), 5);
+        // What is written anew after a cut has other checksums.
+        checked.set_len(4 * BLOCK - 1).unwrap();
+        assert_eq!(checked.blocks(), 3);
+        checked.write_at(&vec![7; 2 * BLOCK as usize], 4 * BLOCK - 1).unwrap();
+        checked.note_durable(5 * BLOCK);
+        checked.take_sums(9).unwrap();
+        let mut all = vec![0; 5 * BLOCK as usize];
+        open(&disk, 5 * BLOCK).read_at(&mut all, 0).unwrap();
+        // A start that knows less to be durable forgets the rest.
+        assert_eq!(open(&disk, 2 * BLOCK + 1).blocks(), 2);
+        assert_eq!(open(&disk, 5 * BLOCK).blocks(), 2);
+        // A torn file of checksums is taken anew.
+        disk.open(Path::new(SUMS), Open::Write).unwrap().set_len(6).unwrap();
+        assert_eq!(open(&disk, 5 * BLOCK).blocks(), 0);
+        let checked = open(&disk, 5 * BLOCK);
+        checked.take_sums(9).unwrap();
+        // Nothing is taken of a file whose place another one has.
+        checked.note_durable(9 * BLOCK);
+        checked.retire().unwrap();
+        assert!(!disk.exists(Path::new(SUMS)).unwrap());
+        assert!(!checked.take_sums(9).unwrap() && !disk.exists(Path::new(SUMS)).unwrap());
+    }
+}

@@ -1,0 +1,140 @@
+//! Damage to data files: found by their checksums, mended with what other nodes have.
+//!
+//! A thread takes the checksums of what has become durable, and goes through each data file, again and again and
+//! slowly, comparing what the device gives with them. Whatever is damaged, found here or when it is read,
+//! is fetched from another node before the reader gets an answer. A node that has damage which nobody can mend
+//! neither leads nor votes.
+
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use standby_filestorage::{BLOCK, Damage, Mend, Reader};
+use tokio::runtime::Handle;
+use tracing::{error, info, warn};
+
+use crate::node::Shared;
+use crate::peers::{Introduction, fetch_block};
+use crate::sync::lock;
+
+/// How long somebody who reads a damaged block waits for it.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Time between two looks for work.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Blocks whose checksums are taken in one go.
+const TOGETHER: usize = 4096;
+/// Blocks that are compared in one go.
+const STEP: usize = 16;
+/// A data file is gone through once in this time, if the rate allows it.
+const ROUND: Duration = Duration::from_secs(24 * 3600);
+/// Time between two attempts to mend what could not be mended.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// The nodes that may have what is damaged here, and how to introduce this node to them.
+#[derive(Default)]
+pub struct Helpers(Mutex<(Option<Arc<Introduction>>, Vec<String>)>);
+
+impl Helpers {
+    /// Says who they are; the first is asked first.
+    pub fn set(&self, me: Introduction, addresses: Vec<String>) {
+        *lock(&self.0) = (Some(Arc::new(me)), addresses);
+    }
+
+    /// Gets blocks of a storage from them. To be called within the runtime.
+    pub fn mender(self: &Arc<Self>, storage: &str) -> Mend {
+        let (helpers, storage, runtime) = (self.clone(), storage.to_owned(), Handle::current());
+        Arc::new(move |damaged| {
+            let (me, addresses) = lock(&helpers.0).clone();
+            let (me, name) = (me?, storage.clone());
+            let (sender, answer) = channel();
+            runtime.spawn(async move {
+                for address in addresses {
+                    match fetch_block(&me, &address, &name, damaged).await {
+                        Ok(bytes) if crc32c::crc32c(&bytes) == damaged.sum => {
+                            let offset = damaged.offset;
+                            warn!(storage = name, offset, address, "damage is mended from a node");
+                            let _ = sender.send(bytes);
+                            return;
+                        }
+                        Ok(_) => info!(
+                            address,
+                            offset = damaged.offset,
+                            "the data file of that node is not the same there"
+                        ),
+                        Err(error) => {
+                            info!(address, %error, "cannot get a damaged block from a node")
+                        }
+                    }
+                }
+            });
+            answer.recv_timeout(PATIENCE).ok()
+        })
+    }
+}
+
+/// Works on a storage's data file until the process ends.
+pub fn run(shared: &Arc<Shared>, storage: &str) {
+    let Some(stored) = shared.storages.get(storage) else { return };
+    let rate = shared.scrub_rate();
+    let (mut next, mut begun, mut tried) = (0, Instant::now(), Instant::now());
+    let mut told = Damage::default();
+    loop {
+        let reader = stored.reader();
+        shared.tell_helpers();
+        if let Err(error) = take_sums(&reader) {
+            warn!(storage, %error, "cannot take checksums");
+        }
+        let blocks = reader.summed_blocks();
+        if next >= blocks && begun.elapsed() > ROUND {
+            (next, begun) = (0, Instant::now());
+        }
+        let step = next..(next + STEP).min(blocks);
+        let pause = match rate {
+            Some(rate) if !step.is_empty() => {
+                next = step.end;
+                let bytes = step.len() as u64 * BLOCK;
+                compare(&reader, step);
+                Duration::from_secs_f64(bytes as f64 / rate as f64).min(PAUSE)
+            }
+            _ => PAUSE,
+        };
+        let damage = reader.damage();
+        if !damage.blocks.is_empty() && tried.elapsed() > AGAIN {
+            tried = Instant::now();
+            for offset in &damage.blocks {
+                let block = (offset / BLOCK) as usize;
+                compare(&reader, block..block + 1);
+            }
+        }
+        tell(storage, &told, &damage);
+        told = damage;
+        std::thread::sleep(pause);
+    }
+}
+
+fn take_sums(reader: &Reader) -> Result<(), standby_filestorage::StorageError> {
+    while reader.take_sums(TOGETHER)? {
+        // Others want to read too.
+        std::thread::sleep(PAUSE / 10);
+    }
+    Ok(())
+}
+
+fn compare(reader: &Reader, blocks: std::ops::Range<usize>) {
+    if let Err(error) = reader.scrub(blocks) {
+        warn!(%error, "cannot compare a data file with its checksums");
+    }
+}
+
+fn tell(storage: &str, before: &Damage, now: &Damage) {
+    for offset in now.blocks.difference(&before.blocks) {
+        error!(
+            storage,
+            offset,
+            "the data file is damaged here, and no node that can be reached has these bytes"
+        );
+    }
+    if now.blocks.is_empty() && !before.blocks.is_empty() {
+        info!(storage, "all damage is mended");
+    }
+}

@@ -1,0 +1,177 @@
+"""Damaged data files: what a disk gives back is not what was written."""
+
+import os
+import time
+
+import ZODB.FileStorage
+from persistent.mapping import PersistentMapping
+
+import cluster as harness
+from test_cluster import Writer, check_histories, transactions
+from zeo_client import Client, make_database
+
+BLOCK = 16 << 10
+
+
+def damage(path, at, length=8):
+    """As a bad disk would: the bytes change, and nobody is told."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        before = file.read(length)
+        file.seek(at)
+        file.write(bytes(byte ^ 0x55 for byte in before))
+
+
+def sums(node):
+    path = os.path.join(node.state_dir, "1.sums")
+    return (os.path.getsize(path) - 8) // 4 if os.path.exists(path) else 0
+
+
+def wait_summed(nodes):
+    """Until all blocks of all nodes' files have checksums; nobody is writing."""
+
+    def summed():
+        return all(sums(node) == os.path.getsize(node.data_file) // BLOCK for node in nodes)
+
+    harness.wait_for("checksums", summed, timeout=40)
+
+
+def fill(cluster_or_node, objects=2000):
+    client = Client(cluster_or_node.addresses)
+
+    def add(root):
+        for number in range(objects):
+            root["object %d" % number] = PersistentMapping(number=number, text="x" * 200)
+
+    for number in range(3):
+        client.commit(lambda root: root.update(round=number))
+        client.commit(add)
+    client.close()
+
+
+def test_row_28_damage_is_mended_from_another_node(nodes):
+    cluster = nodes.cluster().start()
+    fill(cluster)
+    wait_summed(cluster.nodes)
+    victim = cluster.primary()
+    intact = open(victim.data_file, "rb").read()
+    victim.stop()
+    # In every second block, records and their data among it.
+    for at in range(100, len(intact) - BLOCK, 2 * BLOCK):
+        damage(victim.data_file, at)
+    assert open(victim.data_file, "rb").read() != intact
+    victim.start()
+    cluster.wait_healthy()
+    # A reader gets data, not the error.
+    reader = Client([victim.read_only_address], read_only=True)
+    for number in range(2000):
+        assert reader.root["object %d" % number]["number"] == number
+    reader.close()
+    # The scrub finds what nobody reads.
+    harness.wait_for(
+        "the file to be as it was",
+        lambda: open(victim.data_file, "rb").read()[: len(intact)] == intact,
+        timeout=60,
+    )
+    assert "damage is mended from a node" in victim.log()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(after=1))
+    client.close()
+    check_histories(cluster, [])
+
+
+def test_row_28_a_running_node_is_scrubbed(nodes):
+    cluster = nodes.cluster(options="  scrub-rate 100MB\n").start()
+    writer = Writer(cluster.addresses, "w")
+    writer.wait_for_more()
+    fill(cluster)
+    victim = next(node for node in cluster.nodes if node is not cluster.primary())
+    harness.wait_for("checksums", lambda: sums(victim) > 20, timeout=40)
+    before = open(victim.data_file, "rb").read(20 * BLOCK)
+    victim.stop()
+    damage(victim.data_file, 3 * BLOCK)
+    damage(victim.data_file, 15 * BLOCK - 4)
+    victim.start()
+    harness.wait_for(
+        "the scrub", lambda: open(victim.data_file, "rb").read(20 * BLOCK) == before, timeout=30
+    )
+    writer.wait_for_more()
+    cluster.wait_healthy()
+    check_histories(cluster, writer.finish())
+
+
+def test_row_28_a_damaged_node_neither_leads_nor_votes(nodes):
+    """Nobody is there who has the bytes: a group that was packed at another time, say."""
+    cluster = nodes.cluster(groups=["here", "here", "witness"], options="  scrub-rate 100MB\n").start()
+    fill(cluster)
+    wait_summed(cluster.nodes[:2])
+    victim = cluster.nodes[0]
+    cluster.make_primary(victim)
+    (other,) = [node for node in cluster.nodes[:2] if node is not victim]
+    victim.stop()
+    other.stop()
+    for node in (victim, other):
+        damage(node.data_file, 5 * BLOCK + 10)
+    # The checksums of the other one are gone: it takes them anew, of bytes that differ from the victim's.
+    os.remove(os.path.join(other.state_dir, "1.sums"))
+    victim.start()
+    other.start()
+    cluster.failover = "here"
+    harness.wait_for(
+        "the damage to be seen",
+        lambda: (other.status() or {}).get("nodes")
+        and cluster.seen(victim, other)["state"] == "damaged",
+        timeout=30,
+    )
+    assert "at bytes %d" % (5 * BLOCK) in other.ask("status")
+    harness.wait_for("another primary", lambda: other.status()["primary"] == other.name, timeout=30)
+    other.kill()
+    time.sleep(4)
+    assert victim.status()["primary"] is None, "it does not stand for election"
+    other.start()
+    harness.wait_for(
+        "the other one", lambda: other.status() and other.status()["primary"] == other.name
+    )
+
+
+def test_one_node_alone_gives_an_error_and_no_wrong_data(nodes):
+    node = nodes.alone()
+    make_database(node.data_file, 3000)
+    node.start()
+    node.addresses = [node.address]
+    node.state_dir = node.data_file + ".standby"
+    fill(node)
+    wait_summed([node])
+    node.stop()
+    oid = oid_of(node.data_file, "object 77")
+    at = [record.pos for record in positions(node.data_file) if record.oid == oid][-1]
+    damage(node.data_file, at + 60)
+    node.start()
+    client = Client(node.addresses)
+    root = client.root
+    assert root["round"] == 2
+    try:
+        root["object 77"]["text"]
+    except Exception as error:
+        assert "not what was written" in str(error), error
+    else:
+        raise AssertionError("damaged data were given out")
+    client.close()
+
+
+def positions(path):
+    storage = ZODB.FileStorage.FileStorage(str(path), read_only=True)
+    try:
+        return [record for txn in storage.iterator() for record in txn]
+    finally:
+        storage.close()
+
+
+def oid_of(path, key):
+    storage = ZODB.FileStorage.FileStorage(str(path), read_only=True)
+    db = ZODB.DB(storage)
+    try:
+        with db.transaction() as connection:
+            return connection.root()[key]._p_oid
+    finally:
+        db.close()
