@@ -52,4 +52,4 @@ mod sync;
 mod tls;
 pub mod watchdog;
 
-pub use node::{Next, Running, start};
+pub use node::{Next, Running, start, start_on};

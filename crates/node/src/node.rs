@@ -139,6 +139,8 @@ pub struct Shared {
     pub id: NodeId,
     /// As the others know it.
     pub member: Member,
+    /// Where the node's files are.
+    pub disk: Arc<dyn Disk>,
     /// The state directory.
     pub state: StateDir,
     /// The storages.
@@ -383,6 +385,11 @@ pub struct Running {
 
 /// Starts a node; returns when it listens.
 pub async fn start(config: Config) -> anyhow::Result<Running> {
+    start_on(config, Arc::new(OsDisk)).await
+}
+
+/// Starts a node whose files are on this disk. What it only reads for others, and temporary files, are the machine's.
+pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running> {
     for note in &config.notes {
         info!("{note}");
     }
@@ -390,7 +397,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let standby = config.standby.as_ref();
     let peer_tls = standby.and_then(|s| s.peer_ssl.as_ref()).map(Tls::new).transpose()?;
     let peer_tls = peer_tls.map(Arc::new);
-    let helpers = find_others(&config, &state, peer_tls.clone()).await?;
+    let helpers = find_others(&config, &*disk, &state, peer_tls.clone()).await?;
     // First the addresses: a second start of the same node must fail before it touches a file.
     let zeo = match &config.zeo.address {
         Some(address) => Some(Listener::bind(address).await?),
@@ -423,7 +430,6 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             format!("cannot use {} (from {})", storage.path.display(), config.file.display())
         })?);
     }
-    let disk: Arc<dyn Disk> = Arc::new(OsDisk);
     let beginning = beginning(&config, &disk, &state, peer_tls.clone()).await?;
     let opening = {
         let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
@@ -487,6 +493,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         events,
         work,
         state: state.clone(),
+        disk: disk.clone(),
         config,
     });
 
@@ -572,12 +579,13 @@ fn asker(config: &Config, standby: &Standby, id: NodeId, tls: Option<Arc<Tls>>) 
 /// promotion, and who can help out if its data file is damaged.
 async fn find_others(
     config: &Config,
+    disk: &dyn Disk,
     state: &StateDir,
     peer_tls: Option<Arc<Tls>>,
 ) -> anyhow::Result<Arc<Helpers>> {
     let helpers = Arc::<Helpers>::default();
     let Some(standby) = &config.standby else { return Ok(helpers) };
-    let (identity, checkpoint) = (state.identity(&OsDisk)?, state.checkpoint(&OsDisk)?);
+    let (identity, checkpoint) = (state.identity(disk)?, state.checkpoint(disk)?);
     let (Some(identity), Some(checkpoint)) = (identity, checkpoint) else { return Ok(helpers) };
     let me = Introduction {
         cluster_id: checkpoint.cluster_id.clone(),
@@ -589,7 +597,7 @@ async fn find_others(
     let mut addresses: BTreeSet<String> =
         lines.map(ToString::to_string).chain(members.cloned()).collect();
     addresses.remove(&standby.peer_address.to_string());
-    rewind::ask_around(state, &checkpoint, me.clone(), addresses.clone()).await?;
+    rewind::ask_around(disk, state, &checkpoint, me.clone(), addresses.clone()).await?;
     helpers.set(me, addresses.into_iter().collect());
     Ok(helpers)
 }
@@ -721,7 +729,7 @@ impl Running {
                 Ok(Ended::ComesOver(lineage)) => {
                     let timeline = lineage.timeline();
                     warn!(timeline, "the timeline of this node is over: it begins anew, on another one");
-                    self.shared.state.set_coming_over(&OsDisk, &lineage)?;
+                    self.shared.state.set_coming_over(&*self.shared.disk, &lineage)?;
                     Next::Again
                 }
                 Err(error) => {

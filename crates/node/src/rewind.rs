@@ -152,6 +152,7 @@ pub fn blobs_of(file: &Path) -> PathBuf {
 /// Asks the other nodes which timeline they are of, before this one takes part in anything: a node that was away
 /// while another was promoted must not go on where it was. An order to come over is written if it has to.
 pub(crate) async fn ask_around(
+    disk: &dyn Disk,
     state: &StateDir,
     checkpoint: &Checkpoint,
     introduction: Introduction,
@@ -200,7 +201,7 @@ pub(crate) async fn ask_around(
         own = checkpoint.settings.lineage.timeline(),
         "another node was promoted by force while this one was away: it comes over to the new timeline"
     );
-    state.set_coming_over(&OsDisk, &longest)?;
+    state.set_coming_over(disk, &longest)?;
     Ok(())
 }
 

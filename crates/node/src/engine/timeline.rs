@@ -11,7 +11,6 @@
 //! given out: a client that has seen more than this node finds its cache outdated and drops it.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{AppliedPoint, Command, Consensus, Ending, Event as Happened};
@@ -22,7 +21,6 @@ use tracing::{info, warn};
 use super::Engine;
 use crate::applier::Work;
 use crate::ask::{Asker, Done};
-use crate::disk::OsDisk;
 use crate::lineage::{Lineage, Promotion, Relation};
 use crate::log_thread::LogWork;
 use crate::node::raft_config;
@@ -127,7 +125,7 @@ impl Engine {
         let Some(Turn::Applying(asker)) = self.turn.take() else { return Ok(()) };
         let (config, dir) = (raft_config(&self.shared), self.shared.state.log());
         let (consensus, batch) =
-            Consensus::anew(config, Arc::new(OsDisk), dir, point, self.role.term)?;
+            Consensus::anew(config, self.shared.disk.clone(), dir, point, self.role.term)?;
         self.turn = Some(Turn::Logging(Box::new(consensus), asker));
         self.to_log(LogWork::Persist(batch))
     }
