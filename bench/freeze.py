@@ -2,9 +2,10 @@
 
     python bench/freeze.py [--rounds 5]
 
-needs the program (cargo build --release). A client commits again and again; the primary is stopped by SIGSTOP, so
-nobody closes the client's connection; printed is the time to its next commit, with `serve --supervise` and
-without. A stock client sets no time limit on what it asks for.
+needs the program (cargo build --release) and root: each node is in a network namespace of its own, and the client in
+another. A client commits again and again; the primary is stopped by SIGSTOP, so nobody closes the client's
+connection; printed is the time to its next commit, with `serve --supervise` and without; and, with it, when the
+primary's machine is cut off in the same moment. A stock client sets no time limit on what it asks for.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tests"))
 
 import cluster as harness  # noqa: E402
+from places import Places  # noqa: E402
 from zeo_client import Client  # noqa: E402
 
 # Without a supervisor there is an end to the waiting too.
@@ -34,11 +36,22 @@ def process(node):
         return int((file.read().split() or [pid])[0])
 
 
-def freeze(cluster, count):
+class Apart(harness.Cluster):
+    """Each node in a place that has its name."""
+
+    @staticmethod
+    def place(places, group, number):
+        name = "n%d" % number
+        ports = [base + number for base in (8100, 8200, 8300, 8400)]
+        return dict(host=places.hosts[name], within=places.command(name), ports=ports)
+
+
+def freeze(world, cluster, count, cut):
     """Seconds from SIGSTOP to a commit; None if there was none."""
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(count=count))
-    pid = process(cluster.primary())
+    primary = cluster.primary()
+    pid = process(primary)
     done = threading.Event()
 
     def commit():
@@ -49,6 +62,8 @@ def freeze(cluster, count):
             client.close()
 
     os.kill(pid, signal.SIGSTOP)
+    if cut:
+        world.cut(primary.name)
     started = time.monotonic()
     thread = threading.Thread(target=commit)
     thread.start()
@@ -58,21 +73,38 @@ def freeze(cluster, count):
         os.kill(pid, signal.SIGCONT)
     except ProcessLookupError:
         pass
+    if cut:
+        world.heal(primary.name)
     thread.join()
     cluster.wait_healthy()
     return seconds if committed else None
 
 
-def measure(rounds, arguments):
+def measure(rounds, arguments, cut=False):
     directory = tempfile.mkdtemp(prefix="standby-bench-")
-    cluster = harness.Cluster(directory, arguments=arguments)
+    world = Places(["office", "n1", "n2", "n3"])
+    found = []
+
+    def within():
+        cluster = Apart(directory, places=world, arguments=arguments)
+        try:
+            cluster.start()
+            for count in range(1, rounds + 1):
+                found.append(freeze(world, cluster, count, cut))
+        finally:
+            for node in cluster.nodes:
+                node.kill()
+
     try:
-        cluster.start()
-        return [freeze(cluster, count) for count in range(1, rounds + 1)]
+        world.run("office", within)
+        return found
     finally:
-        for node in cluster.nodes:
-            node.kill()
+        world.close()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def told(found):
+    return "none within %d s" % PATIENCE if found is None else "after %.2f s" % found
 
 
 def main():
@@ -85,9 +117,8 @@ def main():
         "supervised, frozen after 2 s: next commit after %.2f s in the median, %.2f s at worst (%d rounds)"
         % (statistics.median(found), max(found), len(found))
     )
-    found = measure(1, [])[0]
-    what = "none within %d s" % PATIENCE if found is None else "after %.2f s" % found
-    print("not supervised: next commit %s" % what)
+    print("not supervised: next commit %s" % told(measure(1, [])[0]))
+    print("supervised, and cut off: next commit %s" % told(measure(1, ["--supervise"], cut=True)[0]))
 
 
 if __name__ == "__main__":

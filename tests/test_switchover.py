@@ -1,5 +1,6 @@
 """Planned changes of the primary, with stock clients."""
 
+import os
 import signal
 import threading
 import time
@@ -249,3 +250,56 @@ def test_server_sync_on_a_replica_sees_all_that_is_acknowledged(nodes, encoding)
         reader.connection.sync()
         assert reader.root["object"]["number"] == number
     reader.close()
+
+
+def test_row_39_a_flapping_node_stays_back(nodes):
+    """It is frozen, for longer than the others wait, whenever it is primary."""
+    cluster = nodes.cluster().start()
+    flapping = cluster.primary()
+    for _ in range(3):
+        cluster.make_primary(flapping)
+        flapping.signal(signal.SIGSTOP)
+        harness.wait_for(
+            "another primary",
+            lambda: any(
+                (node.status() or {}).get("primary") == node.name
+                for node in cluster.nodes
+                if node is not flapping
+            ),
+        )
+        flapping.signal(signal.SIGCONT)
+        # It takes a moment until the others hear it again.
+        time.sleep(1.5)
+        cluster.wait_healthy()
+    assert cluster.seen(flapping)["flapping"]
+    assert "flapping" in cluster.primary().ask("status")
+    # The primary dies; of the two that are left, the other one takes over, whatever its rank.
+    dead = cluster.primary()
+    (other,) = [node for node in cluster.nodes if node not in (dead, flapping)]
+    dead.kill()
+    assert cluster.primary() is other
+    # One that flaps is better than none.
+    dead.start()
+    cluster.wait_healthy()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=1))
+    client.close()
+
+
+def test_row_41_a_node_that_crashes_again_and_again_does_not_lead(nodes):
+    cluster = nodes.cluster().start()
+    victim = cluster.primary()
+    victim.stop()
+    with open(os.path.join(victim.state_dir, "crashes"), "w") as crashes:
+        crashes.write(("%d\n" % time.time()) * 3)
+    victim.start()
+    cluster.wait_healthy()
+    assert cluster.seen(victim)["crashes"]
+    for _ in range(2):
+        primary = cluster.primary()
+        assert primary is not victim
+        primary.kill()
+        assert cluster.primary() is not victim
+        primary.start()
+        cluster.wait_healthy()
+    assert "does not stand for election" in victim.log()

@@ -10,6 +10,7 @@
 
 mod asks;
 mod blobs;
+mod caution;
 mod disks;
 mod membership;
 mod outgoing;
@@ -25,8 +26,8 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use standby_consensus::{
-    AppliedPoint, Command, Committed, Consensus, Event as Happened, LogError, Output, PeerMessage,
-    Role, Written,
+    AppliedPoint, Caution, Command, Committed, Consensus, Event as Happened, LogError, Output,
+    PeerMessage, Role, Written,
 };
 use standby_filestorage::{Access, StorageError};
 use standby_types::{LogIndex, NodeId, Oid, Term, Tid, Transfer};
@@ -47,6 +48,7 @@ use self::switchover::Switchover;
 use self::timeline::Turn;
 use crate::applier::{CatchUpItems, Origin, Work, unknown_storage};
 use crate::ask::{Ask, Asker as AnswerTo};
+use crate::crashes;
 use crate::lineage::Lineage;
 use crate::log_thread::LogWork;
 use crate::node::{Shared, Standing};
@@ -209,6 +211,13 @@ pub struct Engine {
     slow_at: Option<Duration>,
     /// Something in a data file is damaged, and could not be mended.
     is_damaged: bool,
+    /// The process had crashed again and again before it was started.
+    crashes: bool,
+    /// When this node has lost the leadership.
+    losses: VecDeque<Duration>,
+    /// When a primary was last known.
+    primary_known_at: Duration,
+    caution: Caution,
     /// When it was last said that the clock is behind.
     told_of_clock: Option<Duration>,
     /// A primary has been heard of since the start, or enough time has passed to give up on one:
@@ -262,6 +271,12 @@ impl Engine {
         // Answers to questions of a former run of this node must not be taken for new ones.
         let next_reader = shared.wall_clock().as_nanos() as u64;
         let settings = shared.settings();
+        let crashes = crashes::are_many(&shared.state.0);
+        if crashes {
+            warn!(
+                "this node has crashed again and again: it does not stand for election for five minutes"
+            );
+        }
         Engine {
             shared,
             consensus,
@@ -285,6 +300,10 @@ impl Engine {
             moved_for_disks: None,
             slow_at: None,
             is_damaged: false,
+            crashes,
+            losses: VecDeque::new(),
+            primary_known_at: Duration::ZERO,
+            caution: Caution::None,
             told_of_clock: None,
             oriented: false,
             catch_up: None,
@@ -442,6 +461,7 @@ impl Engine {
         }
         self.switchover_lost();
         self.tend_disks();
+        self.tend_caution();
         self.tend_watches();
         self.packs_that_waited()?;
         if self.ticks.is_multiple_of(2) {
@@ -532,6 +552,9 @@ impl Engine {
     fn role_changed(&mut self, role: Role) -> anyhow::Result<()> {
         let before = std::mem::replace(&mut self.role, role);
         if before.serves && !(role.serves && role.term == before.term) {
+            if self.switchover.is_none() {
+                self.note_lost_leadership();
+            }
             self.demoted();
         }
         self.switchover_role_changed();
@@ -856,6 +879,8 @@ impl Engine {
             slow_disk: self.is_slow(),
             settings: &self.settings,
             log: (self.consensus.last_term(), self.consensus.last_index()),
+            flapping: self.is_flapping(),
+            crashes: self.crashes,
         }));
         self.shared.reports.forget_removed(&self.settings.removed);
         self.shared.peers.broadcast(&self.shared.reports.own());

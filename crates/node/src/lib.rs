@@ -23,6 +23,7 @@ mod blobs;
 pub mod client;
 pub mod config;
 mod connection;
+mod crashes;
 pub mod disk;
 mod engine;
 mod hex;

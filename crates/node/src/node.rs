@@ -20,6 +20,7 @@ use crate::applier::{Applier, Work};
 use crate::config::{
     Address, Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Standby, ZeoAddress,
 };
+use crate::crashes;
 use crate::disk::{LockFile, OsDisk, temporary_file};
 use crate::engine::{Ended, Engine, Event, Internal};
 use crate::lineage::Lineage;
@@ -440,6 +441,7 @@ pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Run
         })
     };
     let prepared = opening.await??;
+    crashes::watch(&state.0);
     let lost = {
         let config = config.clone();
         tokio::task::spawn_blocking(move || rewind::lost_tails(&config)).await??
@@ -724,7 +726,7 @@ impl Running {
     /// anew if the node has left its timeline.
     pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<Next> {
         let next = tokio::select! {
-            ended = &mut self.engine => match ended? {
+            ended = &mut self.engine => match ended.inspect_err(|_| crashes::note(&self.shared.state.0))? {
                 Ok(Ended::Stopped) => return Ok(Next::End),
                 Ok(Ended::ComesOver(lineage)) => {
                     let timeline = lineage.timeline();

@@ -45,6 +45,10 @@ pub struct Moment<'a> {
     pub slow_disk: bool,
     /// The term and the index of the log's last entry.
     pub log: (Term, LogIndex),
+    /// It has lost the leadership again and again.
+    pub flapping: bool,
+    /// Its process has crashed again and again.
+    pub crashes: bool,
 }
 
 /// A node's report of itself.
@@ -107,6 +111,10 @@ pub struct NodeReport {
     lost: Vec<LostTail>,
     #[serde(default)]
     damage: Option<String>,
+    #[serde(default)]
+    flapping: bool,
+    #[serde(default)]
+    crashes: bool,
     /// Its process.
     #[serde(default)]
     run: String,
@@ -191,6 +199,8 @@ impl NodeReport {
             lineage: settings.lineage.clone(),
             lost: Vec::new(),
             damage: None,
+            flapping: moment.flapping,
+            crashes: moment.crashes,
             run: run.into(),
         }
     }
@@ -577,6 +587,12 @@ pub struct NodeStatus {
     /// What is damaged on its disk, and no node that it reaches has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,
+    /// It has lost the leadership again and again, and does not stand for election.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub flapping: bool,
+    /// Its process has crashed again and again, and it does not stand for election.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub crashes: bool,
 }
 
 /// A node's report, its age, for how long the primary has had more, and by how many seconds its clock is ahead.
@@ -652,6 +668,8 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 heard: report.clock,
                 lost: report.lost.clone(),
                 damage: report.damage.clone(),
+                flapping: report.flapping,
+                crashes: report.crashes,
             }
         })
         .collect();
@@ -687,6 +705,8 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 heard: 0.0,
                 lost: Vec::new(),
                 damage: None,
+                flapping: false,
+                crashes: false,
             });
         }
     }

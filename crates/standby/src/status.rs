@@ -113,6 +113,9 @@ pub fn table(status: &Status) -> String {
         let lost: u64 = node.lost.iter().map(|tail| tail.transactions).sum();
         let lost = (lost > 0).then(|| format!("\nkeeps {lost} lost\ntransactions"));
         let damage = node.damage.as_ref().map(|damage| format!("\n{damage}"));
+        let flaps = node.flapping.then(|| "\nflapping".to_owned());
+        let crashes = node.crashes.then(|| "\ncrashes".to_owned());
+        let damage = damage.into_iter().chain(flaps).chain(crashes);
         let full = full.chain(slow).chain(clock).chain(lost).chain(damage);
         let under_way: String = full.chain(packing).chain(filling).chain(holes).collect();
         table.add_row([

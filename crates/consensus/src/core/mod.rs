@@ -172,6 +172,18 @@ pub struct Progress {
     pub catching_up: bool,
 }
 
+/// What a node does in elections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Caution {
+    /// It stands, and it votes.
+    #[default]
+    None,
+    /// It votes for others only.
+    DoesNotStand,
+    /// It has lost some of what it had: it neither stands nor votes.
+    Abstains,
+}
+
 /// A proposal was not taken: this node does not lead, or too much is without a majority already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("this node is not the leader, or cannot take more entries now")]
@@ -207,8 +219,7 @@ pub struct Consensus {
     /// Ticks since the leader was heard.
     leader_silence: usize,
     witnesses: Witnesses,
-    /// See [`Consensus::set_abstains`].
-    abstains: bool,
+    caution: Caution,
     /// What Raft draws its timeout for; another one means a new draw.
     drawn_for: (u64, StateRole, u64),
     election_timeout: usize,
@@ -277,7 +288,7 @@ impl Consensus {
             handing_over: false,
             leader_silence: 0,
             witnesses: Witnesses::default(),
-            abstains: false,
+            caution: Caution::None,
         };
         consensus.draw_election_timeout();
         if consensus.membership.voters.iter().eq([&consensus.config.id]) {
@@ -437,14 +448,18 @@ impl Consensus {
         Ok(())
     }
 
-    /// A node that has lost some of what it had neither stands for election nor votes for others until it has it again.
-    pub fn set_abstains(&mut self, abstains: bool) {
-        self.abstains = abstains;
-        if abstains {
+    /// What this node does in elections from now on.
+    pub fn set_caution(&mut self, caution: Caution) {
+        self.caution = caution;
+        if !self.may_stand() {
             self.stand_in = None;
         }
         // A new one is drawn.
         self.drawn_for.0 = u64::MAX;
+    }
+
+    fn may_stand(&self) -> bool {
+        !self.config.witness && self.caution == Caution::None
     }
 
     /// True while the leadership is being handed over.
@@ -544,13 +559,15 @@ impl Consensus {
     }
 
     fn receive(&mut self, now: Duration, message: Message, outputs: &mut Vec<Output>) {
-        let asks_for_vote = matches!(
-            message.get_msg_type(),
-            MessageType::MsgRequestVote
-                | MessageType::MsgRequestPreVote
-                | MessageType::MsgTimeoutNow
-        );
-        if self.abstains && asks_for_vote {
+        let unwanted = match message.get_msg_type() {
+            MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => {
+                self.caution == Caution::Abstains
+            }
+            // Whoever hands over does not know yet.
+            MessageType::MsgTimeoutNow => !self.may_stand(),
+            _ => false,
+        };
+        if unwanted {
             return;
         }
         let answers = matches!(
@@ -658,7 +675,7 @@ impl Consensus {
             let me = self.config.id;
             let before = |id: &NodeId| *id < me && *id != peer;
             let rank = self.membership.data_voters().filter(before).count();
-            self.stand_in = (!self.config.witness && !self.abstains).then_some(1 + 3 * rank);
+            self.stand_in = self.may_stand().then_some(1 + 3 * rank);
         }
     }
 
@@ -798,6 +815,7 @@ impl Consensus {
     /// Raft draws its election timeout from the system's randomness. Here it comes from the seed:
     /// a new one whenever role, term or leader change.
     fn draw_election_timeout(&mut self) {
+        let may_stand = self.may_stand();
         let raft = &mut self.raft.raft;
         let drawn_for = (raft.term, raft.state, raft.leader_id);
         if drawn_for != self.drawn_for || self.election_timeout == 0 {
@@ -808,9 +826,9 @@ impl Consensus {
             z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
             let ticks = self.config.election_ticks as u64;
-            self.election_timeout = match self.config.witness || self.abstains {
-                true => usize::MAX - 1,
-                false => (ticks + (z ^ (z >> 31)) % ticks) as usize,
+            self.election_timeout = match may_stand {
+                false => usize::MAX - 1,
+                true => (ticks + (z ^ (z >> 31)) % ticks) as usize,
             };
         }
         if raft.randomized_election_timeout() != self.election_timeout {

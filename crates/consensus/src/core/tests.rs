@@ -688,3 +688,85 @@ fn a_voter_is_made_a_learner() {
     cluster.ticks(3);
     assert_eq!(cluster.data(3), [b"one"]);
 }
+
+#[test]
+fn row_28_who_has_lost_something_neither_stands_nor_votes() {
+    let mut cluster = Cluster::of(3);
+    let set = |cluster: &mut Cluster, id, caution| {
+        cluster.nodes.get_mut(&NodeId(id)).unwrap().consensus.set_caution(caution);
+    };
+    set(&mut cluster, 2, Caution::Abstains);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    let dead = cluster.kill(NodeId(1));
+    cluster.ticks(200);
+    assert_eq!(cluster.primary(), None, "two of three are no majority if one abstains");
+    set(&mut cluster, 2, Caution::None);
+    cluster.ticks(100);
+    assert!(cluster.primary().is_some());
+    cluster.restart(NodeId(1), dead);
+    cluster.ticks(10);
+    assert_eq!(cluster.data(1), [b"one"]);
+}
+
+#[test]
+fn row_41_who_does_not_stand_still_votes() {
+    let mut cluster = Cluster::of(3);
+    let node = &mut cluster.nodes.get_mut(&NodeId(2)).unwrap().consensus;
+    node.set_caution(Caution::DoesNotStand);
+    // By its rank it would stand first.
+    cluster.kill(NodeId(1));
+    cluster.ticks(10);
+    assert_eq!(cluster.primary(), Some(NodeId(3)));
+    // Nor is it handed the leadership by one that does not know.
+    cluster.hand_over(3, 2).unwrap();
+    cluster.ticks(60);
+    assert_eq!(cluster.primary(), Some(NodeId(3)));
+}
+
+/// A forced promotion: what is in the log is taken, and the log begins anew with one voter.
+#[test]
+fn a_log_that_begins_anew_belongs_to_its_only_voter() {
+    let mut cluster = Cluster::of(3);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.ticks(3);
+    cluster.isolate(NodeId(2));
+    cluster.stalled.insert(NodeId(3));
+    cluster.propose(NodeId(1), b"on one node only").unwrap();
+    let node = cluster.kill(NodeId(1));
+    let remaining = node.consensus.remaining(node.point.index).unwrap();
+    let [Committed::Command(index, term, data)] = &remaining[..] else {
+        panic!("{remaining:?}");
+    };
+    assert_eq!(data, &b"on one node only"[..]);
+    let point = AppliedPoint {
+        index: *index,
+        term: *term,
+        membership: node.point.membership.led_by(NodeId(1)),
+        ..node.point.clone()
+    };
+    let disk: Arc<dyn Disk> = Arc::new(node.memory.clone());
+    let (consensus, batch) =
+        Consensus::anew(config(1), disk, DIR.into(), point.clone(), *term).unwrap();
+    let mut node = Node { consensus, point: point.clone(), ..node };
+    let written = node.writer.write(vec![batch]).unwrap();
+    assert!(written.begins_log());
+    let mut alone = Cluster::default();
+    alone.nodes.insert(NodeId(1), node);
+    alone.ticks(2);
+    assert_eq!(alone.primary(), Some(NodeId(1)));
+    assert!(alone.nodes[&NodeId(1)].consensus.role().term > *term);
+    alone.propose(NodeId(1), b"two").unwrap();
+    alone.ticks(2);
+    // The others are learners, and get everything anew; also after a power failure.
+    for id in [2, 3] {
+        alone.nodes.insert(NodeId(id), start(id, MemoryDisk::new(), empty_point(), false));
+        alone.ticks(60);
+        assert_eq!(alone.nodes[&NodeId(id)].caught_up.len(), 1);
+        assert_eq!(alone.data(id).last(), Some(&&b"two"[..]));
+        assert_eq!(alone.nodes[&NodeId(id)].consensus.membership().voters.len(), 1);
+        let node = alone.kill(NodeId(1));
+        alone.restart(NodeId(1), node);
+        alone.ticks(60);
+        assert_eq!(alone.primary(), Some(NodeId(1)));
+    }
+}

@@ -75,13 +75,7 @@ impl Engine {
             }
             self.slow_at = Some(now);
         }
-        let is_damaged = self.shared.damage().is_some();
-        if is_damaged != self.is_damaged {
-            self.is_damaged = is_damaged;
-            // One that has nobody to leave it to goes on, for readers get an error and no wrong answer.
-            let alone = self.consensus.membership().voters.len() <= 1;
-            self.consensus.set_abstains(is_damaged && !alone);
-        }
+        self.is_damaged = self.shared.damage().is_some();
         let rests = self.moved_for_disks.is_some_and(|at| now < at + PAUSE);
         let moving = self.switchover.is_some() || self.settings.moving_to.is_some();
         if self.has_good_disks(self.shared.id) || !self.serves() || moving || rests {

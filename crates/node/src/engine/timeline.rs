@@ -13,7 +13,7 @@
 use std::collections::BTreeSet;
 
 use bytes::{Bytes, BytesMut};
-use standby_consensus::{AppliedPoint, Command, Consensus, Ending, Event as Happened};
+use standby_consensus::{AppliedPoint, Caution, Command, Consensus, Ending, Event as Happened};
 use standby_filestorage::{TransactionMeta, put_meta};
 use standby_types::{NodeId, Tid};
 use tracing::{info, warn};
@@ -138,6 +138,7 @@ impl Engine {
         self.blobs.leader_changed();
         self.checkpoints.clear();
         self.consensus = *consensus;
+        self.caution = Caution::None;
         self.oriented = true;
         let timeline = self.settings.lineage.timeline();
         let text = format!("{} is primary, on timeline {timeline}", self.shared.member.name);
