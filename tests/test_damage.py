@@ -175,3 +175,23 @@ def oid_of(path, key):
             return connection.root()[key]._p_oid
     finally:
         db.close()
+
+
+def test_replicas_are_compared_with_the_primary(nodes):
+    cluster = nodes.cluster(options="  scrub-rate 100MB\n").start()
+    fill(cluster)
+    wait_summed(cluster.nodes)
+    primary = cluster.primary()
+    victim, other = [node for node in cluster.nodes if node is not primary]
+    victim.stop()
+    oid = oid_of(victim.data_file, "object 77")
+    record = [record for record in positions(victim.data_file) if record.oid == oid][-1]
+    damage(victim.data_file, record.pos + 60)
+    # As if it had been written so: there is no checksum that says otherwise.
+    os.remove(os.path.join(victim.state_dir, "1.sums"))
+    victim.start()
+    cluster.wait_healthy()
+    harness.wait_for("the difference", lambda: cluster.seen(victim).get("differs"), timeout=30)
+    assert cluster.seen(victim)["differs"] == {"1": record.tid.hex()}
+    assert "differs in storage 1" in primary.ask("status")
+    assert "differs" not in cluster.seen(other)

@@ -147,6 +147,27 @@ impl Transactions {
         Ok(())
     }
 
+    /// A CRC-32C of all that a transaction says: its tid, texts, oids and data. Whether data are stored or pointed to
+    /// makes no difference.
+    pub fn checksum(&self, transaction: &StoredTransaction) -> Result<u32, StorageError> {
+        let meta = &transaction.meta;
+        let mut sum = crc32c::crc32c(&meta.tid.to_bytes());
+        let mut add = |bytes: &[u8]| {
+            sum = crc32c::crc32c_append(sum, &(bytes.len() as u64).to_be_bytes());
+            sum = crc32c::crc32c_append(sum, bytes);
+        };
+        [&meta.user, &meta.description, &meta.extension].into_iter().for_each(|text| add(text));
+        self.records(transaction, |record| {
+            add(&record.oid.to_bytes());
+            match &record.data {
+                RecordData::Data(data) | RecordData::Back(_, Some(data)) => add(data),
+                RecordData::Back(_, None) | RecordData::Gone => add(b""),
+            }
+            Ok::<_, StorageError>(())
+        })?;
+        Ok(sum)
+    }
+
     /// The records of a transaction that no other one, up to [`Transactions::last_tid`], replaces.
     pub fn newest_of(
         &self,

@@ -76,6 +76,9 @@ fn of_node(page: &mut Page, own: &NodeStatus, term: u64) {
         "1 if a data file of this node is damaged and no other node can mend it",
         [(vec![], damaged)],
     );
+    let differs = of(!own.differs.is_empty());
+    let help = "1 if a data file differed from the primary's when they were compared";
+    page.gauge("differs", help, [(vec![], differs)]);
     let stale = own.stale_seconds.map(|seconds| (vec![], seconds));
     page.gauge("stale_seconds", "How old what readers see here may be", stale);
 }

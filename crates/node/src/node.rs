@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use standby_consensus::{Config as RaftConfig, Consensus, LogWriter, Member};
 use standby_filestorage::{BlobDir, Reader, Source};
-use standby_types::{Disk, NodeId};
+use standby_types::{Disk, NodeId, Tid};
 use standby_zeo::{MakeSpill, Retention, Value};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -117,6 +117,8 @@ pub struct StorageShared {
     pub path: PathBuf,
     /// The blobs.
     pub blobs: Option<BlobDir>,
+    /// From this transaction on, the data file was not the primary's when they were compared.
+    pub differs: Mutex<Option<Tid>>,
     /// How far a pack is.
     pub packing: Progress,
     /// How far the filling of its holes is.
@@ -243,6 +245,14 @@ impl Shared {
         Some(format!("storage {name}, at bytes {}", offsets.join(", ")))
     }
 
+    /// Since when the data files are not those of the primary, if they are not.
+    fn differences(&self) -> BTreeMap<String, String> {
+        let since = |(name, storage): (&String, &StorageShared)| {
+            lock(&storage.differs).map(|tid| (name.clone(), tid.to_string()))
+        };
+        self.storages.iter().filter_map(since).collect()
+    }
+
     /// Bytes of log that are kept for nodes that are behind.
     pub fn log_tail(&self) -> u64 {
         self.config.standby.as_ref().map_or(16 << 20, |s| s.log_tail)
@@ -344,7 +354,7 @@ impl Shared {
             .room(self.room.reason())
             .history(self.holes(), self.percents(|storage| &storage.backfilling))
             .lost(self.lost.clone())
-            .damage(self.damage())
+            .damage(self.damage(), self.differences())
     }
 
     fn percents(&self, of: impl Fn(&StorageShared) -> &Progress) -> BTreeMap<String, u32> {
@@ -459,7 +469,8 @@ pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Run
         let (packing, backfilling) = (Progress::default(), Progress::default());
         let blobs = prepared.blobs.get(&section.name).cloned();
         let stats = Stats::default();
-        let shared = StorageShared { source, path, blobs, packing, backfilling, stats };
+        let differs = Mutex::default();
+        let shared = StorageShared { source, path, blobs, differs, packing, backfilling, stats };
         Some((section.name.clone(), shared))
     });
     let member = startup::self_as_member(&config, prepared.id);
@@ -662,7 +673,8 @@ fn start_threads(
     })?;
     for name in shared.storages.keys() {
         let (scrubbed, name) = (shared.clone(), name.clone());
-        spawn("scrub", move || scrub::run(&scrubbed, &name))?;
+        let runtime = tokio::runtime::Handle::current();
+        spawn("scrub", move || scrub::run(&scrubbed, &name, &runtime))?;
     }
     let watched = shared.clone();
     spawn("room", move || room::watch(&watched))?;

@@ -4,17 +4,22 @@
 //! slowly, comparing what the device gives with them. Whatever is damaged, found here or when it is read,
 //! is fetched from another node before the reader gets an answer. A node that has damage which nobody can mend
 //! neither leads nor votes.
+//!
+//! When it has been through the file, the thread of a replica compares it with the primary's, transaction by transaction: a
+//! difference is told, for nobody can say which of the two is right.
 
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use standby_filestorage::{BLOCK, Damage, Mend, Reader};
+use standby_types::Tid;
+use standby_types::time::utc;
 use tokio::runtime::Handle;
 use tracing::{error, info, warn};
 
 use crate::node::Shared;
-use crate::peers::{Introduction, fetch_block};
+use crate::peers::{Comparison, Digest, Introduction, digests, fetch_block, fetch_digests};
 use crate::sync::lock;
 
 /// How long somebody who reads a damaged block waits for it.
@@ -73,10 +78,11 @@ impl Helpers {
 }
 
 /// Works on a storage's data file until the process ends.
-pub fn run(shared: &Arc<Shared>, storage: &str) {
+pub fn run(shared: &Arc<Shared>, storage: &str, runtime: &Handle) {
     let Some(stored) = shared.storages.get(storage) else { return };
     let rate = shared.scrub_rate();
     let (mut next, mut begun, mut tried) = (0, Instant::now(), Instant::now());
+    let mut comparing = Comparing::default();
     let mut told = Damage::default();
     loop {
         let reader = stored.reader();
@@ -86,7 +92,7 @@ pub fn run(shared: &Arc<Shared>, storage: &str) {
         }
         let blocks = reader.summed_blocks();
         if next >= blocks && begun.elapsed() > ROUND {
-            (next, begun) = (0, Instant::now());
+            (next, begun, comparing) = (0, Instant::now(), Comparing::default());
         }
         let step = next..(next + STEP).min(blocks);
         let pause = match rate {
@@ -94,7 +100,10 @@ pub fn run(shared: &Arc<Shared>, storage: &str) {
                 next = step.end;
                 let bytes = step.len() as u64 * BLOCK;
                 compare(&reader, step);
-                Duration::from_secs_f64(bytes as f64 / rate as f64).min(PAUSE)
+                at_rate(bytes, rate).min(PAUSE)
+            }
+            Some(rate) if !comparing.done => {
+                at_rate(comparing.go_on(shared, storage, &reader, runtime), rate).max(PAUSE)
             }
             _ => PAUSE,
         };
@@ -109,6 +118,78 @@ pub fn run(shared: &Arc<Shared>, storage: &str) {
         tell(storage, &told, &damage);
         told = damage;
         std::thread::sleep(pause);
+    }
+}
+
+fn at_rate(bytes: u64, rate: u64) -> Duration {
+    Duration::from_secs_f64(bytes as f64 / rate as f64)
+}
+
+/// How far the comparison with the primary's data file is.
+#[derive(Default)]
+struct Comparing {
+    compared: Tid,
+    comparison: Comparison,
+    done: bool,
+}
+
+impl Comparing {
+    /// Compares some more; the bytes of the data file that it took.
+    fn go_on(
+        &mut self,
+        shared: &Arc<Shared>,
+        storage: &str,
+        reader: &Reader,
+        runtime: &Handle,
+    ) -> u64 {
+        let primary = shared.standing.borrow().other_primary.clone();
+        let (Some(address), true) = (primary, reader.is_whole()) else { return 0 };
+        let me = shared.introduction();
+        let theirs = fetch_digests(&me, &address, storage, self.compared);
+        let theirs = match runtime.block_on(theirs) {
+            Ok(theirs) => theirs,
+            Err(error) => {
+                info!(address, %error, "cannot compare the data file with the primary's");
+                // Another round tries again.
+                self.done = true;
+                return 0;
+            }
+        };
+        // What one of the two has not applied yet is no difference.
+        let last = reader.last_tid();
+        let known: Vec<Digest> = theirs.iter().copied().take_while(|d| d.tid <= last).collect();
+        let mut bytes = 0;
+        if let Some(through) = known.last().map(|digest| digest.tid) {
+            match digests(reader, self.compared, through) {
+                Ok((ours, len)) => {
+                    bytes = len;
+                    // Ours may be cut short, if they take more room here.
+                    let end = ours.last().map_or(through, |digest| digest.tid);
+                    let cut = known.iter().take_while(|digest| digest.tid <= end).count();
+                    self.comparison.add(&ours, &known[..cut]);
+                    self.compared = end;
+                }
+                Err(error) => {
+                    warn!(storage, %error, "cannot compare the data file with the primary's");
+                    self.done = true;
+                    return 0;
+                }
+            }
+        }
+        if known.len() < theirs.len() || theirs.is_empty() {
+            self.done = true;
+            let difference = self.comparison.difference();
+            if let Some(tid) = difference {
+                error!(
+                    storage, %tid, time = utc(tid),
+                    "the data file is not that of the primary, from this transaction on"
+                );
+            }
+            if let Some(stored) = shared.storages.get(storage) {
+                *lock(&stored.differs) = difference;
+            }
+        }
+        bytes
     }
 }
 

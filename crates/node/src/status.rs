@@ -112,6 +112,8 @@ pub struct NodeReport {
     #[serde(default)]
     damage: Option<String>,
     #[serde(default)]
+    differs: BTreeMap<String, String>,
+    #[serde(default)]
     flapping: bool,
     #[serde(default)]
     crashes: bool,
@@ -199,6 +201,7 @@ impl NodeReport {
             lineage: settings.lineage.clone(),
             lost: Vec::new(),
             damage: None,
+            differs: BTreeMap::new(),
             flapping: moment.flapping,
             crashes: moment.crashes,
             run: run.into(),
@@ -225,9 +228,9 @@ impl NodeReport {
         NodeReport { no_room, ..self }
     }
 
-    /// The same, with what is damaged on its disk.
-    pub fn damage(self, damage: Option<String>) -> NodeReport {
-        NodeReport { damage, ..self }
+    /// The same, with what is damaged on its disk, and since which transactions its storages differ from the primary's.
+    pub fn damage(self, damage: Option<String>, differs: BTreeMap<String, String>) -> NodeReport {
+        NodeReport { damage, differs, ..self }
     }
 
     /// The same, with what the node has lost by leaving a timeline.
@@ -587,6 +590,9 @@ pub struct NodeStatus {
     /// What is damaged on its disk, and no node that it reaches has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,
+    /// The storages that differed from the primary's when they were compared, and from which transaction on.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub differs: BTreeMap<String, String>,
     /// It has lost the leadership again and again, and does not stand for election.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub flapping: bool,
@@ -668,6 +674,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 heard: report.clock,
                 lost: report.lost.clone(),
                 damage: report.damage.clone(),
+                differs: report.differs.clone(),
                 flapping: report.flapping,
                 crashes: report.crashes,
             }
@@ -705,6 +712,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 heard: 0.0,
                 lost: Vec::new(),
                 damage: None,
+                differs: BTreeMap::new(),
                 flapping: false,
                 crashes: false,
             });

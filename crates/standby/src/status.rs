@@ -115,7 +115,10 @@ pub fn table(status: &Status) -> String {
         let damage = node.damage.as_ref().map(|damage| format!("\n{damage}"));
         let flaps = node.flapping.then(|| "\nflapping".to_owned());
         let crashes = node.crashes.then(|| "\ncrashes".to_owned());
-        let damage = damage.into_iter().chain(flaps).chain(crashes);
+        let differs = node.differs.iter();
+        let differs =
+            differs.map(|(name, tid)| format!("\ndiffers in storage {name}\nfrom {tid} on"));
+        let damage = damage.into_iter().chain(flaps).chain(crashes).chain(differs);
         let full = full.chain(slow).chain(clock).chain(lost).chain(damage);
         let under_way: String = full.chain(packing).chain(filling).chain(holes).collect();
         table.add_row([

@@ -49,6 +49,8 @@ pub enum Purpose {
     Blob,
     /// A block of a data file that is damaged.
     Block,
+    /// Checksums of transactions, to compare data files.
+    Compare,
     /// A client that is passed on.
     Client,
     /// What an administrator has asked another node for.

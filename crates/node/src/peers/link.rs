@@ -16,7 +16,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     Announcement, Introduction, MAX_FRAME, PeerError, PeerInfo, Purpose, blob, block, catch_up,
-    connect, frame, read_frame, receive,
+    compare, connect, frame, read_frame, receive,
 };
 use crate::engine::{Event, Internal};
 use crate::listener;
@@ -231,6 +231,11 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream) {
         Purpose::Block => {
             if let Err(error) = block::serve(&shared, stream).await {
                 debug!(from, %error, "cannot send a block to a node");
+            }
+        }
+        Purpose::Compare => {
+            if let Err(error) = compare::serve(&shared, stream).await {
+                debug!(from, %error, "cannot compare with a node");
             }
         }
         Purpose::Ask => {

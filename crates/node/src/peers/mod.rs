@@ -10,6 +10,7 @@ mod ask;
 mod blob;
 mod block;
 mod catch_up;
+mod compare;
 mod hello;
 mod link;
 
@@ -17,6 +18,7 @@ pub use ask::ask;
 pub use blob::{Announcement, Wanted, WantedBlob, obtain, obtain_old};
 pub use block::fetch_block;
 pub use catch_up::{CatchUp, fetch, fetch_history};
+pub use compare::{Comparison, Digest, digests, fetch_digests};
 pub use hello::{Introduction, PeerInfo, Purpose, connect, receive};
 pub use link::{Peers, listen, probe};
 

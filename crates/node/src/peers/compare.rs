@@ -1,0 +1,164 @@
+//! Comparing the contents of two nodes' data files, transaction by transaction.
+//!
+//! ```text
+//! asking node                                     serving node
+//!    'q' JSON: storage, the last transaction  ─────▶
+//!        that is compared already
+//!                                             ◀─────  'd' of each that follows: tid 8, status 1,
+//!                                                     checksum 4; about 16 MB of the data file together
+//! ```
+//!
+//! None follow if there are no more.
+
+use std::sync::Arc;
+
+use bytes::{Buf, Bytes};
+use serde::{Deserialize, Serialize};
+use standby_filestorage::Reader;
+use standby_types::Tid;
+
+use super::{
+    Introduction, MAX_FRAME, PeerError, Purpose, blocking, connect, read_frame, write_frame,
+};
+use crate::node::Shared;
+use crate::stream::Stream;
+
+/// Bytes of the data file that one answer is about.
+const BYTES: u64 = 16 << 20;
+/// Transactions that one answer is about.
+const MOST: usize = 10_000;
+const LEN: usize = 13;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Wanted {
+    storage: String,
+    after: u64,
+}
+
+/// What a transaction says, in short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Digest {
+    /// The transaction.
+    pub tid: Tid,
+    /// It was packed, or comes from a fast recovery: what it says need not be the same everywhere.
+    pub partial: bool,
+    /// A checksum of all that it says.
+    pub sum: u32,
+}
+
+/// The next transactions after `after`, as far as one answer goes, and the bytes that they take.
+pub fn digests(reader: &Reader, after: Tid, through: Tid) -> Result<(Vec<Digest>, u64), PeerError> {
+    let mut transactions = reader.transactions(after.next(), through)?;
+    let (mut found, mut bytes) = (Vec::new(), 0);
+    while let Some(stored) = transactions.advance()? {
+        let (tid, partial) = (stored.meta.tid, stored.meta.status == b'p');
+        found.push(Digest { tid, partial, sum: transactions.checksum(&stored)? });
+        bytes += stored.length();
+        if bytes > BYTES || found.len() >= MOST {
+            break;
+        }
+    }
+    Ok((found, bytes))
+}
+
+/// Asks the node at `address` for what follows `after`.
+pub async fn fetch_digests(
+    me: &Introduction,
+    address: &str,
+    storage: &str,
+    after: Tid,
+) -> Result<Vec<Digest>, PeerError> {
+    let (mut stream, _) = connect(me, address, Purpose::Compare).await?;
+    let wanted = Wanted { storage: storage.to_owned(), after: after.0 };
+    write_frame(&mut stream, b'q', &serde_json::to_vec(&wanted)?).await?;
+    match read_frame(&mut stream, MAX_FRAME).await? {
+        (b'd', content) => parse(content),
+        (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
+    }
+}
+
+fn parse(mut content: Bytes) -> Result<Vec<Digest>, PeerError> {
+    if !content.len().is_multiple_of(LEN) {
+        return Err(PeerError::Protocol("malformed checksums of transactions".into()));
+    }
+    let count = content.len() / LEN;
+    let one = |_| Digest {
+        tid: Tid(content.get_u64()),
+        partial: content.get_u8() == b'p',
+        sum: content.get_u32(),
+    };
+    Ok((0..count).map(one).collect())
+}
+
+/// Serves them.
+pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
+    let (_, json) = read_frame(&mut stream, 4 << 10).await?;
+    let wanted: Wanted = serde_json::from_slice(&json)?;
+    let reader = shared.storages.get(&wanted.storage).map(|storage| storage.reader());
+    let reader = reader.ok_or_else(|| PeerError::Protocol("an unknown storage".into()))?;
+    let work = move || digests(&reader, Tid(wanted.after), Tid::MAX);
+    let (digests, _) = blocking(work).await?;
+    let mut content = Vec::with_capacity(digests.len() * LEN);
+    for Digest { tid, partial, sum } in digests {
+        content.extend_from_slice(&tid.to_bytes());
+        content.push(if partial { b'p' } else { b' ' });
+        content.extend_from_slice(&sum.to_be_bytes());
+    }
+    write_frame(&mut stream, b'd', &content).await
+}
+
+/// The first transaction from which on two files say something else, of those that neither has packed since.
+#[derive(Debug, Default)]
+pub struct Comparison(Option<Tid>);
+
+impl Comparison {
+    /// Takes the next transactions of both, up to the same one.
+    pub fn add(&mut self, ours: &[Digest], theirs: &[Digest]) {
+        let (mut ours, mut theirs) = (ours.iter().peekable(), theirs.iter().peekable());
+        while let Some(tid) = ours.peek().into_iter().chain(theirs.peek()).map(|d| d.tid).min() {
+            let a = ours.next_if(|digest| digest.tid == tid);
+            let b = theirs.next_if(|digest| digest.tid == tid);
+            if a.into_iter().chain(b).any(|digest| digest.partial) {
+                // What was before may have been removed on one of the two.
+                self.0 = None;
+            } else if a.map(|digest| digest.sum) != b.map(|digest| digest.sum) {
+                self.0.get_or_insert(tid);
+            }
+        }
+    }
+
+    /// That transaction, if there is one.
+    pub fn difference(&self) -> Option<Tid> {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_differ_where_neither_was_packed() {
+        let digest = |tid, sum| Digest { tid: Tid(tid), partial: false, sum };
+        let packed = |tid| Digest { partial: true, ..digest(tid, 0) };
+        let compare = |ours: &[Digest], theirs: &[Digest]| {
+            let mut comparison = Comparison::default();
+            comparison.add(ours, theirs);
+            comparison.difference().map(|tid| tid.0)
+        };
+        let all = [digest(1, 10), digest(2, 20), digest(3, 30)];
+        assert_eq!(compare(&all, &all), None);
+        assert_eq!(compare(&all, &[digest(1, 10), digest(2, 21), digest(3, 31)]), Some(2));
+        assert_eq!(compare(&all, &[digest(1, 10), digest(3, 30)]), Some(2), "one lacks it");
+        assert_eq!(compare(&all[..2], &all), Some(3));
+        // What a pack has removed on one side is no difference, nor what it has changed.
+        assert_eq!(compare(&all, &[packed(2), digest(3, 30)]), None);
+        assert_eq!(compare(&all, &[packed(1), digest(2, 20), digest(3, 31)]), Some(3));
+    }
+
+    #[test]
+    fn any_bytes_are_read_or_refused() {
+        assert!(parse(Bytes::from_static(&[0; 12])).is_err());
+        assert_eq!(parse(Bytes::from_static(&[0; 26])).unwrap().len(), 2);
+    }
+}
