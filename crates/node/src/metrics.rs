@@ -32,6 +32,8 @@ pub fn page(shared: &Shared) -> String {
     page.gauge("primary_known", "1 if a primary is known here", [(vec![], of(primary))]);
     let (voters, up, majority) = status.voters();
     let survivable = up as f64 - majority as f64;
+    let timeline = [(vec![], status.timeline as f64)];
+    page.gauge("timeline", "How often a node was promoted by force, and one", timeline);
     page.gauge("voters", "Nodes that vote", [(vec![], voters as f64)]);
     let help = "Voters that may be lost before writes stop; below 0 they have stopped";
     page.gauge("survivable_failures", help, [(vec![], survivable)]);
@@ -79,6 +81,9 @@ fn of_node(page: &mut Page, own: &NodeStatus, term: u64) {
     let differs = of(!own.differs.is_empty());
     let help = "1 if a data file differed from the primary's when they were compared";
     page.gauge("differs", help, [(vec![], differs)]);
+    let lost: u64 = own.lost.iter().map(|tail| tail.transactions).sum();
+    let help = "Transactions that this node has lost by leaving timelines, and keeps in files";
+    page.gauge("lost_transactions", help, [(vec![], lost as f64)]);
     let stale = own.stale_seconds.map(|seconds| (vec![], seconds));
     page.gauge("stale_seconds", "How old what readers see here may be", stale);
 }

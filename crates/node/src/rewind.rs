@@ -422,3 +422,166 @@ pub(crate) fn cut(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use standby_filestorage::{Record, RecordData, Transaction, TransactionMeta};
+
+    use super::*;
+    use crate::startup::{Beginning, prepare};
+
+    const NODE: &str =
+        "cluster c\nnode n1\ngroup g\npeer-address 127.0.0.1:1\nmember n1 127.0.0.1:1 g\n";
+
+    fn fork(id: &str, after: u64) -> Fork {
+        Fork::new(id.into(), "n9".into(), 0, [("1".to_owned(), (Tid(after), Tid(after + 100)))])
+    }
+
+    fn lineage(forks: &[(&str, u64)]) -> Lineage {
+        let mut lineage = Lineage::default();
+        forks.iter().for_each(|(id, after)| lineage.begin(fork(id, *after)));
+        lineage
+    }
+
+    struct Node {
+        _dir: tempfile::TempDir,
+        config: Config,
+        disk: Arc<dyn Disk>,
+        state: StateDir,
+    }
+
+    impl Node {
+        /// A node that has the transactions 10, 20 and 30, and is to come over to a timeline that has the first two.
+        fn new() -> Node {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().display();
+            let text = format!(
+                "<zeo>\naddress localhost:8100\n</zeo>\n<filestorage>\npath {path}/Data.fs\n</filestorage>\n\
+                 <standby>\n{NODE}state-dir {path}/state\n</standby>\n"
+            );
+            let config = Config::parse(Path::new("zeo.conf"), &text).unwrap();
+            let state = StateDir(config.state_dir());
+            let node = Node { _dir: dir, config, disk: Arc::new(OsDisk), state };
+            let mut prepared = node.start();
+            let storage = prepared.storages.get_mut("1").unwrap();
+            for tid in [10, 20, 30] {
+                let meta = TransactionMeta {
+                    tid: Tid(tid),
+                    status: b' ',
+                    user: "somebody".into(),
+                    description: Default::default(),
+                    extension: Default::default(),
+                };
+                let data = RecordData::Data(format!("data {tid}").into());
+                let records = vec![Record { oid: Oid(1), data }];
+                storage.append(&Transaction { meta, records }).unwrap();
+            }
+            let mark = storage.mark();
+            let mut checkpoint = prepared.checkpoint;
+            checkpoint.storages.get_mut("1").unwrap().mark = mark;
+            node.state.set_checkpoint(&*node.disk, &checkpoint).unwrap();
+            node.order(&lineage(&[("a", 20)]));
+            node
+        }
+
+        fn start(&self) -> Prepared {
+            let menders = BTreeMap::new();
+            prepare(&self.config, &self.disk, &self.state, Beginning::Found, &menders).unwrap()
+        }
+
+        fn start_without_order(&self) -> Prepared {
+            self.state.end_coming_over(&*self.disk).unwrap();
+            self.start()
+        }
+
+        fn order(&self, lineage: &Lineage) {
+            self.state.set_coming_over(&*self.disk, lineage).unwrap();
+        }
+
+        /// As the start does it, up to the new checkpoint.
+        fn leave(&self) {
+            let order = self.state.coming_over(&*self.disk).unwrap().unwrap();
+            let prepared = self.start_without_order();
+            self.order(&order);
+            leave(&self.config, &self.disk, &self.state, prepared, &order).unwrap();
+        }
+
+        fn checkpoint(&self) -> Checkpoint {
+            self.state.checkpoint(&*self.disk).unwrap().unwrap()
+        }
+
+        /// The next start ends what was begun.
+        fn check(&self, timeline: u64) {
+            for _ in 0..2 {
+                let prepared = self.start();
+                assert_eq!(prepared.storages["1"].mark().tid, Tid(20));
+                assert_eq!(prepared.checkpoint.settings.lineage.timeline(), timeline);
+                assert_eq!(prepared.recovered.last_index(), LogIndex(0));
+                assert_eq!(self.state.coming_over(&*self.disk).unwrap(), None);
+            }
+            let lost = lost_tails(&self.config).unwrap();
+            let [tail] = &lost[..] else { panic!("{lost:?}") };
+            assert_eq!((tail.transactions, tail.objects, tail.timeline), (1, 1, 1));
+            assert_eq!(
+                (&tail.first, &tail.users),
+                (&Tid(30).to_string(), &vec!["somebody".into()])
+            );
+            assert!(tail.file.ends_with(format!("lost-1-{}.fs", Tid(30))));
+            let kept = open_lost(&tail.file).unwrap();
+            assert_eq!(kept.last_tid(), Tid(30));
+        }
+    }
+
+    #[test]
+    fn a_node_comes_over() {
+        Node::new().check(2);
+    }
+
+    #[test]
+    fn it_goes_on_after_a_crash_before_the_checkpoint() {
+        let node = Node::new();
+        let before = node.checkpoint();
+        node.leave();
+        node.state.set_checkpoint(&*node.disk, &before).unwrap();
+        node.check(2);
+    }
+
+    #[test]
+    fn it_goes_on_after_a_crash_before_and_after_the_cut() {
+        let node = Node::new();
+        node.leave();
+        node.check(2);
+        let node = Node::new();
+        node.leave();
+        cut(&node.config, &node.disk, &node.state, &node.checkpoint()).unwrap();
+        node.check(2);
+    }
+
+    #[test]
+    fn another_promotion_may_come_in_between() {
+        let node = Node::new();
+        node.leave();
+        node.order(&lineage(&[("a", 20), ("b", 500)]));
+        node.check(3);
+    }
+
+    #[test]
+    fn what_was_packed_cannot_be_cut() {
+        let node = Node::new();
+        let mut prepared = node.start_without_order();
+        let storage = prepared.storages.get_mut("1").unwrap();
+        assert_eq!(mark_of(&storage.reader(), Tid(25)).unwrap().tid, Tid(20));
+        assert_eq!(mark_of(&storage.reader(), Tid(30)).unwrap(), storage.mark());
+        assert_eq!(mark_of(&storage.reader(), Tid(5)).unwrap(), Mark::START);
+        let meta = TransactionMeta {
+            tid: Tid(40),
+            status: b'p',
+            user: Default::default(),
+            description: Default::default(),
+            extension: Default::default(),
+        };
+        storage.append(&Transaction { meta, records: Vec::new() }).unwrap();
+        assert_eq!(mark_of(&storage.reader(), Tid(25)).unwrap(), Mark::START);
+        assert_eq!(mark_of(&storage.reader(), Tid(40)).unwrap(), storage.mark());
+    }
+}

@@ -83,9 +83,14 @@ pub fn prepare(
             let Some(lineage) = state.coming_over(&**disk)? else {
                 return resume(config, disk, state, menders, &identity, checkpoint, false);
             };
+            // Another promotion may have come before this node had come over to the last one.
+            if checkpoint.has_left() {
+                rewind::cut(config, disk, state, &checkpoint)?;
+            }
             let own = &checkpoint.settings.lineage;
             if own.relation(&lineage) != Relation::Same {
-                let prepared = resume(config, disk, state, menders, &identity, checkpoint, false)?;
+                let cuts = checkpoint.has_left();
+                let prepared = resume(config, disk, state, menders, &identity, checkpoint, cuts)?;
                 rewind::leave(config, disk, state, prepared, &lineage)?;
             }
             let checkpoint = state.checkpoint(&**disk)?.context("the checkpoint is gone")?;

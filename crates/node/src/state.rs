@@ -90,6 +90,11 @@ impl StoragePoint {
 }
 
 impl Checkpoint {
+    /// True if the node has left a timeline, and has nothing of another one's log yet.
+    pub fn has_left(&self) -> bool {
+        self.index == LogIndex(0) && !self.settings.lineage.forks().is_empty()
+    }
+
     /// The same as the consensus sees it.
     pub fn applied_point(&self) -> AppliedPoint {
         let ceilings = self.storages.iter().map(|(name, s)| (name.clone(), s.ceiling)).collect();

@@ -65,5 +65,8 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
 fn begin_anew() -> std::io::Error {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
-    Command::new("/proc/self/exe").arg0(name).args(arguments).exec()
+    // The file may have been replaced by a new version, or be gone.
+    let program = std::env::current_exe().ok().filter(|path| path.exists());
+    let program = program.unwrap_or_else(|| "/proc/self/exe".into());
+    Command::new(program).arg0(name).args(arguments).exec()
 }
