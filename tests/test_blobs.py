@@ -220,6 +220,26 @@ def test_row_33_nothing_is_left_of_broken_uploads(nodes, tmp_path):
         client.close()
 
 
+def test_row_33_a_pack_removes_blob_files_without_a_record(nodes, tmp_path):
+    node = nodes.alone(blobs=True)
+    node.start()
+    client = blob_client(node.address, tmp_path / "cache")
+    client.commit(lambda root: put(root, "blob", b"a blob"))
+    (known,) = files(node.blob_dir)
+    path = os.path.join(node.blob_dir, known)
+    # Of a revision that never was, and of an object that never was.
+    strays = [
+        os.path.join(os.path.dirname(path), "0x0300000000000000.blob"),
+        os.path.join(os.path.dirname(os.path.dirname(path)), "0xee", "0x0300000000000000.blob"),
+    ]
+    for stray in strays:
+        os.makedirs(os.path.dirname(stray), exist_ok=True)
+        shutil.copy(path, stray)
+    client.db.pack()
+    harness.wait_for("only the blob", lambda: list(files(node.blob_dir)) == [known])
+    client.close()
+
+
 def test_a_blob_that_cannot_be_kept_fails_its_transaction(nodes, tmp_path):
     node = nodes.alone(blobs=True).start()
     client = blob_client(node.address, tmp_path / "cache")

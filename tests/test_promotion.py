@@ -3,6 +3,7 @@
 import glob
 import os
 import random
+import signal
 import subprocess
 import time
 
@@ -16,6 +17,7 @@ from places import Places
 from test_blobs import blob_client, put, read
 from test_cluster import Writer, check_files, transactions
 from test_membership import wait_for_voters
+from test_supervise import child
 from zeo_client import Client, make_database
 
 
@@ -288,6 +290,33 @@ def test_a_witness_comes_over_too(nodes):
     client.close()
 
 
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_row_29_a_frozen_primary_wakes_up_on_a_timeline_that_is_over(nodes, supervised):
+    """It begins its process anew, whose id stays the same."""
+    arguments = ["--supervise", "--frozen-after", "60"] if supervised else []
+    cluster = nodes.cluster(groups=["london", "paris"], arguments=arguments).start()
+    n1, n2 = cluster.nodes
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(number=1))
+    cluster.wait_level()
+    pid = child(n1) if supervised else n1.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    wait_no_primary(n2, [n1])
+    n2.ask("promote", "--group", "paris", "--force", "--yes")
+    os.kill(pid, signal.SIGCONT)
+    # A voter alone is sure of itself: what it commits before it hears of the other one would be lost.
+    harness.wait_for("n1 to hear of it", lambda: "it begins anew" in n1.log())
+    client.commit(lambda root: root.update(number=2))
+    cluster.failover = "paris"
+    cluster.wait_healthy()
+    assert not lost_files(n1)
+    assert (child(n1) if supervised else n1.process.pid) == pid
+    assert n1.process.poll() is None
+    client.close()
+    cluster.wait_level()
+    check_files(cluster, [])
 
 
 def test_promotions_and_returns_are_killed_at_random_moments(nodes):
