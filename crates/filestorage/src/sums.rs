@@ -269,10 +269,8 @@ impl Checked {
         let Some(sum) = state.list.get(block).copied() else { return Ok(()) };
         let right = match known {
             Some(bytes) => crc32c::crc32c(bytes) == sum,
-            None => {
-                read_full(&*self.file, buffer, offset)? == buffer.len()
-                    && crc32c::crc32c(buffer) == sum
-            }
+            // What cannot be read at all is damaged too.
+            None => self.is_right(buffer, DamagedBlock { offset, sum }),
         };
         if right {
             state.note_seen(block);
@@ -284,12 +282,16 @@ impl Checked {
         self.mend_block(DamagedBlock { offset, sum }, buffer)
     }
 
+    fn is_right(&self, buffer: &mut [u8], block: DamagedBlock) -> bool {
+        let read = read_full(&*self.file, buffer, block.offset);
+        read.is_ok_and(|n| n == buffer.len()) && crc32c::crc32c(buffer) == block.sum
+    }
+
     fn mend_block(&self, damaged: DamagedBlock, buffer: &mut [u8]) -> io::Result<()> {
         let writing = locked(&self.writing);
         let offset = damaged.offset;
         // Somebody else may have mended it meanwhile.
-        let again = read_full(&*self.file, buffer, offset)? == buffer.len();
-        if again && crc32c::crc32c(buffer) == damaged.sum {
+        if self.is_right(buffer, damaged) {
             return Ok(());
         }
         let right =
@@ -310,6 +312,15 @@ impl Checked {
         damage.blocks.remove(&offset);
         damage.mended += 1;
         Ok(())
+    }
+
+    /// The device cannot read some of these bytes.
+    fn mend_unreadable(&self, len: usize, offset: u64) -> io::Result<()> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let blocks = state.blocks(offset, len);
+        drop(state);
+        let mut buffer = vec![0; BLOCK as usize];
+        blocks.into_iter().try_for_each(|block| self.check(block, &mut buffer, None))
     }
 
     /// Compares those of the blocks that these bytes touch that have not been seen yet; true if any was mended.
@@ -334,7 +345,13 @@ impl Checked {
 
 impl File for Checked {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let n = self.file.read_at(buf, offset)?;
+        let n = match self.file.read_at(buf, offset) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                self.mend_unreadable(buf.len(), offset)?;
+                self.file.read_at(buf, offset)?
+            }
+            other => other?,
+        };
         match self.compare(&buf[..n], offset)? {
             false => Ok(n),
             true => self.file.read_at(buf, offset),
@@ -391,10 +408,11 @@ mod tests {
         (0..blocks * BLOCK + 100).map(|at| (at / 7 % 251) as u8).collect()
     }
 
-    fn disk_with(bytes: &[u8]) -> Arc<dyn Disk> {
-        let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
+    fn disk_with(bytes: &[u8]) -> (Arc<dyn Disk>, MemoryDisk) {
+        let memory = MemoryDisk::new();
+        let disk: Arc<dyn Disk> = Arc::new(memory.clone());
         disk.open(Path::new(PATH), Open::Create).unwrap().write_at(bytes, 0).unwrap();
-        disk
+        (disk, memory)
     }
 
     fn open(disk: &Arc<dyn Disk>, durable: u64) -> Checked {
@@ -413,7 +431,7 @@ mod tests {
     #[test]
     fn damage_is_found_when_it_is_read() {
         let bytes = content(5);
-        let disk = disk_with(&bytes);
+        let (disk, _) = disk_with(&bytes);
         let checked = open(&disk, bytes.len() as u64);
         assert!(checked.take_sums(3).unwrap(), "there are more");
         assert!(!checked.take_sums(3).unwrap());
@@ -446,7 +464,7 @@ mod tests {
     #[test]
     fn damage_is_mended_with_the_right_bytes_only() {
         let bytes = content(3);
-        let disk = disk_with(&bytes);
+        let (disk, memory) = disk_with(&bytes);
         open(&disk, bytes.len() as u64).take_sums(9).unwrap();
         damage(&disk, BLOCK);
         let right = bytes.clone();
@@ -469,6 +487,10 @@ mod tests {
         assert_eq!(buf, bytes[BLOCK as usize - 5..][..10]);
         assert_eq!(checked.damage(), Damage { blocks: BTreeSet::new(), mended: 1 });
         assert_eq!(asked.load(Ordering::Relaxed), 2);
+        // A sector that cannot be read is written anew.
+        memory.fail_reads(Path::new(PATH), 2 * BLOCK as usize + 5..2 * BLOCK as usize + 9);
+        assert_eq!(checked.read_at(&mut buf, 3 * BLOCK - 5).unwrap(), 10);
+        assert_eq!(checked.damage().mended, 2);
         // It stays mended.
         let mut all = vec![0; bytes.len()];
         open(&disk, bytes.len() as u64).read_at(&mut all, 0).unwrap();
@@ -478,7 +500,7 @@ mod tests {
     #[test]
     fn a_scrub_finds_what_was_seen_before() {
         let bytes = content(3);
-        let disk = disk_with(&bytes);
+        let (disk, _) = disk_with(&bytes);
         let checked = open(&disk, bytes.len() as u64);
         checked.take_sums(9).unwrap();
         damage(&disk, 2 * BLOCK + 3);
@@ -489,7 +511,7 @@ mod tests {
     #[test]
     fn checksums_follow_their_file() {
         let bytes = content(5);
-        let disk = disk_with(&bytes);
+        let (disk, _) = disk_with(&bytes);
         let checked = open(&disk, 3 * BLOCK + 5);
         checked.take_sums(9).unwrap();
         assert_eq!(checked.blocks(), 3, "only what is durable");

@@ -29,6 +29,8 @@ struct Content {
     current: Vec<u8>,
     durable: Vec<u8>,
     fail_sync: bool,
+    /// Bytes that the device cannot read.
+    unreadable: std::ops::Range<usize>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -76,6 +78,13 @@ impl MemoryDisk {
         }
     }
 
+    /// From now on these bytes of a file cannot be read, as on a device with a bad sector; until they are written.
+    pub fn fail_reads(&self, path: &Path, bytes: std::ops::Range<usize>) {
+        if let Some(file) = locked(&self.names).current.get(path) {
+            locked(&file.bytes).unreadable = bytes;
+        }
+    }
+
     fn find(&self, path: &Path) -> io::Result<Arc<MemoryFile>> {
         locked(&self.names).current.get(path).cloned().ok_or_else(|| {
             io::Error::new(io::ErrorKind::NotFound, format!("{}: no such file", path.display()))
@@ -88,6 +97,9 @@ impl File for MemoryFile {
         let content = locked(&self.bytes);
         let start = (offset as usize).min(content.current.len());
         let n = buf.len().min(content.current.len() - start);
+        if start < content.unreadable.end && content.unreadable.start < start + n {
+            return Err(io::Error::other("the device cannot read that"));
+        }
         buf[..n].copy_from_slice(&content.current[start..start + n]);
         Ok(n)
     }
@@ -103,6 +115,9 @@ impl File for MemoryFile {
             content.current.resize(end, 0);
         }
         content.current[offset as usize..end].copy_from_slice(bytes);
+        if (offset as usize) < content.unreadable.end && content.unreadable.start < end {
+            content.unreadable = 0..0;
+        }
         Ok(())
     }
 
