@@ -462,6 +462,9 @@ impl Engine {
         self.switchover_lost();
         self.tend_disks();
         self.tend_caution();
+        if self.opening {
+            self.open_timeline()?;
+        }
         self.tend_watches();
         self.packs_that_waited()?;
         if self.ticks.is_multiple_of(2) {

@@ -151,14 +151,17 @@ impl Engine {
         self.step(Happened::Tick)
     }
 
-    /// This node leads; what it must commit before it serves, if its timeline is new.
+    /// This node leads: proposes what must be committed before it serves, if its timeline is new. Called again until
+    /// it is.
     pub(super) fn open_timeline(&mut self) -> anyhow::Result<()> {
         let lineage = self.settings.lineage.clone();
         for name in self.shared.clone().storages.keys() {
             let first = lineage.first(name);
-            if self.last_tid(name) < first {
+            self.opening |= self.last_tid(name) < first;
+            let proposed = self.storages.get(name).is_some_and(|s| s.last_tid >= first);
+            if self.opening && !proposed {
                 let text = format!("Standby: timeline {} begins", lineage.timeline());
-                self.opening |= self.commit_nothing(name, first, text)?;
+                self.commit_nothing(name, first, text)?;
             }
         }
         Ok(())
@@ -196,8 +199,8 @@ impl Engine {
         self.shared.storages.get(storage).map_or(Tid::NONE, |storage| storage.reader().last_tid())
     }
 
-    /// Commits an empty transaction; false if that cannot be proposed now.
-    fn commit_nothing(&mut self, storage: &str, tid: Tid, text: String) -> anyhow::Result<bool> {
+    /// Commits an empty transaction, if it can be proposed now.
+    fn commit_nothing(&mut self, storage: &str, tid: Tid, text: String) -> anyhow::Result<()> {
         let meta = TransactionMeta {
             tid,
             status: b' ',
@@ -218,7 +221,7 @@ impl Engine {
         if proposed && let Some(committing) = self.storages.get_mut(storage) {
             committing.last_tid = tid;
         }
-        Ok(proposed)
+        Ok(())
     }
 
     /// Another node's history goes on where this one's was left: the node must leave its timeline.
