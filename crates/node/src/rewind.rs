@@ -123,7 +123,11 @@ pub fn lost_tails(config: &Config) -> anyhow::Result<Vec<LostTail>> {
             };
             let Some((timeline, tid)) = inner.split_once('-') else { continue };
             if let (Ok(timeline), Ok(_)) = (timeline.parse(), u64::from_str_radix(tid, 16)) {
-                tails.push(LostTail::read(&path, &section.name, timeline)?);
+                match LostTail::read(&path, &section.name, timeline) {
+                    Ok(tail) => tails.push(tail),
+                    // It is looked at by people only: the node can do without.
+                    Err(error) => warn!(%error, "cannot read a file of lost transactions"),
+                }
             }
         }
     }

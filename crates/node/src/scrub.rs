@@ -26,8 +26,8 @@ use crate::sync::lock;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Time between two looks for work.
 const PAUSE: Duration = Duration::from_millis(500);
-/// Blocks whose checksums are taken in one go.
-const TOGETHER: usize = 4096;
+/// Blocks whose checksums are taken in one go: a large file that has none yet is read at 32 MB/s.
+const TOGETHER: usize = 1024;
 /// Blocks that are compared in one go.
 const STEP: usize = 16;
 /// A data file is gone through once in this time, if the rate allows it.
@@ -82,13 +82,17 @@ pub fn run(shared: &Arc<Shared>, storage: &str, runtime: &Handle) {
     let Some(stored) = shared.storages.get(storage) else { return };
     let rate = shared.scrub_rate();
     let (mut next, mut begun, mut tried) = (0, Instant::now(), Instant::now());
+    let mut taken: Option<Instant> = None;
     let mut comparing = Comparing::default();
     let mut told = Damage::default();
     loop {
         let reader = stored.reader();
         shared.tell_helpers();
-        if let Err(error) = take_sums(&reader) {
-            warn!(storage, %error, "cannot take checksums");
+        if taken.is_none_or(|at| at.elapsed() >= PAUSE) {
+            taken = Some(Instant::now());
+            if let Err(error) = reader.take_sums(TOGETHER) {
+                warn!(storage, %error, "cannot take checksums");
+            }
         }
         let blocks = reader.summed_blocks();
         if next >= blocks && begun.elapsed() > ROUND {
@@ -191,14 +195,6 @@ impl Comparing {
         }
         bytes
     }
-}
-
-fn take_sums(reader: &Reader) -> Result<(), standby_filestorage::StorageError> {
-    while reader.take_sums(TOGETHER)? {
-        // Others want to read too.
-        std::thread::sleep(PAUSE / 10);
-    }
-    Ok(())
 }
 
 fn compare(reader: &Reader, blocks: std::ops::Range<usize>) {
