@@ -2,8 +2,8 @@
 
     python bench/freeze.py [--rounds 5]
 
-needs the program (cargo build --release) and root: each node is in a network namespace of its own, and the client in
-another. A client commits again and again; the primary is stopped by SIGSTOP, so nobody closes the client's
+needs the program (cargo build --release). Each node is in a network namespace of its own, and the client in another,
+if root runs it; otherwise all are on one machine, and none can be cut off. A client commits again and again; the primary is stopped by SIGSTOP, so nobody closes the client's
 connection; printed is the time to its next commit, with `serve --supervise` and without; and, with it, when the
 primary's machine is cut off in the same moment. A stock client sets no time limit on what it asks for.
 """
@@ -27,6 +27,7 @@ from zeo_client import Client  # noqa: E402
 
 # Without a supervisor there is an end to the waiting too.
 PATIENCE = 15
+APART = os.geteuid() == 0
 
 
 def process(node):
@@ -82,11 +83,12 @@ def freeze(world, cluster, count, cut):
 
 def measure(rounds, arguments, cut=False):
     directory = tempfile.mkdtemp(prefix="standby-bench-")
-    world = Places(["office", "n1", "n2", "n3"])
+    world = Places(["office", "n1", "n2", "n3"]) if APART else None
     found = []
 
     def within():
-        cluster = Apart(directory, places=world, arguments=arguments)
+        kind = Apart if APART else harness.Cluster
+        cluster = kind(directory, places=world, arguments=arguments)
         try:
             cluster.start()
             for count in range(1, rounds + 1):
@@ -96,10 +98,11 @@ def measure(rounds, arguments, cut=False):
                 node.kill()
 
     try:
-        world.run("office", within)
+        world.run("office", within) if APART else within()
         return found
     finally:
-        world.close()
+        if APART:
+            world.close()
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -118,6 +121,8 @@ def main():
         % (statistics.median(found), max(found), len(found))
     )
     print("not supervised: next commit %s" % told(measure(1, [])[0]))
+    if not APART:
+        return
     print("supervised, and cut off: next commit %s" % told(measure(1, ["--supervise"], cut=True)[0]))
 
 

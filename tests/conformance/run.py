@@ -407,14 +407,26 @@ def run(chosen):
     return result
 
 
+class PortsApart:
+    """Stands for the module `random` where the suites draw ports: two runs at the same time, one for each encoding,
+    must not draw the same one between the look at it and its use."""
+
+    @staticmethod
+    def randrange(start, stop):
+        middle = (start + stop) // 2
+        return random.randrange(middle, stop) if OPTIONS.msgpack else random.randrange(start, middle - 1)
+
+
 def main():
     warnings.simplefilter("ignore")
     # Nothing on the screen; tests that look at log lines have handlers of their own.
     logging.getLogger().addHandler(logging.NullHandler())
     sys.unraisablehook = lambda unraisable: None
+    import ZEO.tests.forker
+
+    ZEO.tests.forker.random = PortsApart
     if OPTIONS.server == "standby":
         import ZEO._forker
-        import ZEO.tests.forker
 
         global START_PYTHON
         START_PYTHON = ZEO._forker.start_zeo_server
