@@ -242,7 +242,7 @@ impl Checked {
         let mut buffer = vec![0; BLOCK as usize];
         for block in blocks {
             // Of what it does to a damaged block, the file remembers.
-            let _ = self.check(block, &mut buffer, None);
+            let _ = self.check(block, &mut buffer);
         }
         Ok(())
     }
@@ -262,17 +262,12 @@ impl Checked {
         Ok(whole.then_some(buffer))
     }
 
-    /// Compares a block with its checksum; `known` are its bytes, if they have been read.
-    fn check(&self, block: usize, buffer: &mut [u8], known: Option<&[u8]>) -> io::Result<()> {
+    /// Compares a block with its checksum, and mends it if need be. What cannot be read is damaged too.
+    fn check(&self, block: usize, buffer: &mut [u8]) -> io::Result<()> {
         let offset = block as u64 * BLOCK;
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         let Some(sum) = state.list.get(block).copied() else { return Ok(()) };
-        let right = match known {
-            Some(bytes) => crc32c::crc32c(bytes) == sum,
-            // What cannot be read at all is damaged too.
-            None => self.is_right(buffer, DamagedBlock { offset, sum }),
-        };
-        if right {
+        if self.is_right(buffer, DamagedBlock { offset, sum }) {
             state.note_seen(block);
             drop(state);
             locked(&self.damage).blocks.remove(&offset);
@@ -288,7 +283,7 @@ impl Checked {
     }
 
     fn mend_block(&self, damaged: DamagedBlock, buffer: &mut [u8]) -> io::Result<()> {
-        let writing = locked(&self.writing);
+        let _writing = locked(&self.writing);
         let offset = damaged.offset;
         // Somebody else may have mended it meanwhile.
         if self.is_right(buffer, damaged) {
@@ -304,57 +299,45 @@ impl Checked {
             );
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         };
-        if !writing.retired {
-            self.file.write_at(&bytes, offset)?;
-            self.file.sync()?;
-        }
+        // Also if another data file has taken this one's place: readers of before go on with this one.
+        self.file.write_at(&bytes, offset)?;
+        self.file.sync()?;
         let mut damage = locked(&self.damage);
         damage.blocks.remove(&offset);
         damage.mended += 1;
         Ok(())
     }
 
-    /// The device cannot read some of these bytes.
-    fn mend_unreadable(&self, len: usize, offset: u64) -> io::Result<()> {
+    /// Compares those blocks that these bytes touch for which `wanted` says so.
+    fn compare(
+        &self,
+        offset: u64,
+        len: usize,
+        wanted: impl Fn(&Sums, usize) -> bool,
+    ) -> io::Result<()> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        let blocks = state.blocks(offset, len);
-        drop(state);
-        let mut buffer = vec![0; BLOCK as usize];
-        blocks.into_iter().try_for_each(|block| self.check(block, &mut buffer, None))
-    }
-
-    /// Compares those of the blocks that these bytes touch that have not been seen yet; true if any was mended.
-    fn compare(&self, bytes: &[u8], offset: u64) -> io::Result<bool> {
-        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        let unseen = |block: &usize| !state.is_seen(*block);
-        let blocks: Vec<usize> = state.blocks(offset, bytes.len()).filter(unseen).collect();
+        let blocks = state.blocks(offset, len).filter(|block| wanted(&state, *block));
+        let blocks: Vec<usize> = blocks.collect();
         drop(state);
         if blocks.is_empty() {
-            return Ok(false);
+            return Ok(());
         }
-        let before = locked(&self.damage).mended;
         let mut buffer = vec![0; BLOCK as usize];
-        for block in blocks {
-            let from = (block as u64 * BLOCK).checked_sub(offset).map(|from| from as usize);
-            let known = from.and_then(|from| bytes.get(from..from + BLOCK as usize));
-            self.check(block, &mut buffer, known)?;
-        }
-        Ok(locked(&self.damage).mended != before)
+        blocks.into_iter().try_for_each(|block| self.check(block, &mut buffer))
     }
 }
 
 impl File for Checked {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let n = match self.file.read_at(buf, offset) {
+        // First, so that what is read is what was compared, whoever mends it meanwhile.
+        self.compare(offset, buf.len(), |sums, block| !sums.is_seen(block))?;
+        match self.file.read_at(buf, offset) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                self.mend_unreadable(buf.len(), offset)?;
-                self.file.read_at(buf, offset)?
+                // Blocks that were seen can no longer be read.
+                self.compare(offset, buf.len(), |_, _| true)?;
+                self.file.read_at(buf, offset)
             }
-            other => other?,
-        };
-        match self.compare(&buf[..n], offset)? {
-            false => Ok(n),
-            true => self.file.read_at(buf, offset),
+            other => other,
         }
     }
 
@@ -539,5 +522,71 @@ mod tests {
         checked.retire().unwrap();
         assert!(!disk.exists(Path::new(SUMS)).unwrap());
         assert!(!checked.take_sums(9).unwrap() && !disk.exists(Path::new(SUMS)).unwrap());
+    }
+
+    /// As if another reader mended the file between two reads of this one.
+    struct MendedMeanwhile(Arc<dyn File>, AtomicU64);
+
+    impl File for MendedMeanwhile {
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+            let n = self.0.read_at(buf, offset)?;
+            if self.1.fetch_add(1, Ordering::Relaxed) == 0 {
+                buf[0] ^= 1;
+            }
+            Ok(n)
+        }
+
+        fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+            self.read_at(buf, offset)
+        }
+
+        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+            self.0.write_at(bytes, offset)
+        }
+
+        fn len(&self) -> io::Result<u64> {
+            self.0.len()
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.set_len(len)
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            self.0.sync()
+        }
+    }
+
+    #[test]
+    fn what_was_read_before_another_reader_mended_it_is_not_given_out() {
+        let bytes = content(3);
+        let (disk, _) = disk_with(&bytes);
+        open(&disk, bytes.len() as u64).take_sums(9).unwrap();
+        for len in [10, BLOCK as usize] {
+            let file = disk.open(Path::new(PATH), Open::Write).unwrap();
+            let file = Arc::new(MendedMeanwhile(file, AtomicU64::new(0)));
+            let (durable, sums) = (bytes.len() as u64, Path::new(SUMS));
+            let checked = Checked::open(file, disk.clone(), sums, durable, None).unwrap();
+            let mut buf = vec![0; len];
+            assert_eq!(checked.read_at(&mut buf, BLOCK).unwrap(), len);
+            assert!(buf == bytes[BLOCK as usize..][..len], "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn a_reader_of_a_file_that_was_replaced_gets_no_wrong_data_either() {
+        let bytes = content(3);
+        let (disk, _) = disk_with(&bytes);
+        open(&disk, bytes.len() as u64).take_sums(9).unwrap();
+        damage(&disk, BLOCK);
+        let right = bytes.clone();
+        let mend: Mend = Arc::new(move |damaged: DamagedBlock| {
+            Some(right[damaged.offset as usize..][..BLOCK as usize].to_vec())
+        });
+        let checked = open_mending(&disk, bytes.len() as u64, Some(mend));
+        checked.retire().unwrap();
+        let mut buf = vec![0; 10];
+        checked.read_at(&mut buf, BLOCK).unwrap();
+        assert_eq!(buf, bytes[BLOCK as usize..][..10]);
     }
 }

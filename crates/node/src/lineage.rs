@@ -116,6 +116,11 @@ impl Lineage {
         &self.0
     }
 
+    /// True if the timeline with this name is this one, or lies behind it.
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.iter().any(|fork| fork.id == name)
+    }
+
     /// The name of the timeline.
     pub fn name(&self) -> &str {
         self.0.last().map_or("the first", |fork| &fork.id)

@@ -179,16 +179,14 @@ pub(crate) async fn ask_around(
         match answer {
             Ok(Err(PeerError::Outdated(lineage))) => newer.push(lineage),
             Ok(Err(PeerError::Diverged { node, lineage })) => match &accepted {
-                Some(name) if lineage.forks().iter().any(|fork| fork.id == *name) => {
-                    newer.push(lineage);
-                }
+                Some(name) if lineage.contains(name) => newer.push(lineage),
                 _ => warn!("{}", PeerError::Diverged { node, lineage }),
             },
             _ => {}
         }
     }
     if let Some(name) = &accepted {
-        newer.retain(|lineage| lineage.forks().iter().any(|fork| fork.id == *name));
+        newer.retain(|lineage| lineage.contains(name));
     }
     newer.sort_by_key(Lineage::timeline);
     let Some(longest) = newer.pop() else { return Ok(()) };

@@ -87,9 +87,9 @@ pub fn run(shared: &Arc<Shared>, storage: &str, runtime: &Handle) {
     let mut told = Damage::default();
     loop {
         let reader = stored.reader();
-        shared.tell_helpers();
         if taken.is_none_or(|at| at.elapsed() >= PAUSE) {
             taken = Some(Instant::now());
+            shared.tell_helpers();
             if let Err(error) = reader.take_sums(TOGETHER) {
                 warn!(storage, %error, "cannot take checksums");
             }

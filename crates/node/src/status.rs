@@ -410,16 +410,14 @@ impl Reports {
     /// True if another node has been heard a moment ago.
     pub fn is_up(&self, id: NodeId) -> bool {
         let heard = lock(&self.heard);
-        let at = heard.others.get(&id).and_then(|(_, at)| *at);
-        at.is_some_and(|at| at.elapsed() < SILENCE)
+        heard.others.get(&id).is_some_and(|(_, at)| is_recent(at))
     }
 
     /// A node that is up, holds data, and has a log that goes beyond `(term, index)`, of the groups that count.
     pub fn ahead_of(&self, log: (u64, u64), counts: impl Fn(&str) -> bool) -> Option<String> {
         let heard = lock(&self.heard);
-        let up = |at: &Option<Instant>| at.is_some_and(|at| at.elapsed() < SILENCE);
         let found = heard.others.values().find(|(report, at)| {
-            up(at) && !report.witness && report.log > log && counts(&report.group)
+            is_recent(at) && !report.witness && report.log > log && counts(&report.group)
         });
         found.map(|(report, _)| report.node.clone())
     }
@@ -473,6 +471,11 @@ impl Reports {
         status.diverged = heard.diverged.iter().map(forks).collect();
         status
     }
+}
+
+/// True for a moment within [`SILENCE`].
+fn is_recent(at: &Option<Instant>) -> bool {
+    at.is_some_and(|at| at.elapsed() < SILENCE)
 }
 
 /// The highest of the tids, given as text, of each storage.
