@@ -97,7 +97,12 @@ impl LostTail {
 
 /// A reader of a file that keeps lost transactions.
 pub fn open_lost(file: &Path) -> Result<Reader, StorageError> {
-    // Nothing is ever written there: it is read from its beginning to its end.
+    if !file.is_file() {
+        // It would be made otherwise.
+        let (path, source) = (file.to_owned(), std::io::ErrorKind::NotFound.into());
+        return Err(StorageError::Io { path, action: "open", source });
+    }
+    // It is read from its beginning to its end: no index of it is kept.
     let index = file.with_extension("no-index");
     let opened = FileStorage::open(
         Arc::new(OsDisk),
@@ -532,6 +537,13 @@ mod tests {
             let kept = open_lost(&tail.file).unwrap();
             assert_eq!(kept.last_tid(), Tid(30));
         }
+    }
+
+    #[test]
+    fn a_lost_file_that_is_not_there_is_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("lost-1-00.fs");
+        assert!(open_lost(&file).is_err() && !file.exists());
     }
 
     #[test]
