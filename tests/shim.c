@@ -3,6 +3,8 @@
      clock SECONDS           the time of day is off by so much
      sync-error PART         fsync of files with PART in their paths fails with EIO
      sync-delay SECONDS PART fsync of files with PART in their paths takes so much longer
+     read-error FROM PART    bytes from FROM on, a sector of 4096, of files with PART in their paths cannot be read
+                             (EIO) until they are written: then the device takes another sector
 
    It is read at each call, so that a test may change it while the process runs. */
 
@@ -59,6 +61,62 @@ static int synced(int fd, const char *name) {
     }
     int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, name);
     return real(fd);
+}
+
+#define SECTOR 4096
+
+/* Sectors that were written since they could not be read. */
+static off_t written[256];
+static int count;
+
+static int is_written(off_t from) {
+    for (int i = 0; i < count; i++)
+        if (written[i] == from) return 1;
+    return 0;
+}
+
+/* Calls `each` with the sectors that cannot be read, of the file behind `fd`, among these bytes. */
+static int bad_sectors(int fd, off_t start, size_t length, void (*each)(off_t)) {
+    const char *name = getenv("STANDBY_FAULTS");
+    FILE *file = name ? fopen(name, "r") : NULL;
+    char line[512], part[256], link[64], path[4096];
+    long long from;
+    int found = 0;
+    if (file == NULL) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t end = readlink(link, path, sizeof path - 1);
+    path[end > 0 ? end : 0] = 0;
+    while (fgets(line, sizeof line, file) != NULL) {
+        if (sscanf(line, "read-error %lld %255s", &from, part) != 2 || !strstr(path, part)) continue;
+        if (from < start + (off_t)length && start < from + SECTOR && !is_written(from)) {
+            found = 1;
+            if (each) each(from);
+        }
+    }
+    fclose(file);
+    return found;
+}
+
+static void note(off_t from) {
+    if (count < (int)(sizeof written / sizeof written[0])) written[count++] = from;
+}
+
+ssize_t pread64(int fd, void *buffer, size_t length, off_t offset) {
+    static ssize_t (*real)(int, void *, size_t, off_t);
+    if (real == NULL) real = (ssize_t (*)(int, void *, size_t, off_t))dlsym(RTLD_NEXT, "pread64");
+    if (bad_sectors(fd, offset, length, NULL)) {
+        errno = EIO;
+        return -1;
+    }
+    return real(fd, buffer, length, offset);
+}
+
+ssize_t pwrite64(int fd, const void *buffer, size_t length, off_t offset) {
+    static ssize_t (*real)(int, const void *, size_t, off_t);
+    if (real == NULL) real = (ssize_t (*)(int, const void *, size_t, off_t))dlsym(RTLD_NEXT, "pwrite64");
+    ssize_t done = real(fd, buffer, length, offset);
+    if (done > 0) bad_sectors(fd, offset, (size_t)done, note);
+    return done;
 }
 
 int fsync(int fd) { return synced(fd, "fsync"); }

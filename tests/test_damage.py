@@ -1,12 +1,14 @@
 """Damaged data files: what a disk gives back is not what was written."""
 
 import os
+import struct
 import time
 
 import ZODB.FileStorage
 from persistent.mapping import PersistentMapping
 
 import cluster as harness
+from faults import Faults
 from test_cluster import Writer, check_histories, transactions
 from zeo_client import Client, make_database
 
@@ -23,8 +25,19 @@ def damage(path, at, length=8):
 
 
 def sums(node):
-    path = os.path.join(node.state_dir, "1.sums")
-    return (os.path.getsize(path) - 8) // 4 if os.path.exists(path) else 0
+    """How many blocks have checksums: they stand in groups."""
+    try:
+        with open(os.path.join(node.state_dir, "1.sums"), "rb") as file:
+            groups = file.read()[8:]
+    except FileNotFoundError:
+        return 0
+    blocks = 0
+    while len(groups) >= 12:
+        first, count = struct.unpack_from(">II", groups)
+        assert first == blocks
+        blocks += count
+        groups = groups[12 + 4 * count :]
+    return blocks
 
 
 def wait_summed(nodes):
@@ -78,6 +91,31 @@ def test_row_28_damage_is_mended_from_another_node(nodes):
     client.commit(lambda root: root.update(after=1))
     client.close()
     check_histories(cluster, [])
+
+
+def test_row_28_what_a_disk_cannot_read_is_mended_too(nodes, tmp_path):
+    """As with a disk that has bad sectors: reads fail with EIO until the sectors are written."""
+    faults = Faults(tmp_path)
+    cluster = nodes.cluster().start()
+    fill(cluster)
+    wait_summed(cluster.nodes)
+    victim = next(node for node in cluster.nodes if node is not cluster.primary())
+    intact = open(victim.data_file, "rb").read()
+    victim.stop()
+    bad = range(5 * BLOCK, len(intact) - BLOCK, 7 * BLOCK)
+    faults.set(*("read-error %d Data.fs" % (at + 4096) for at in bad))
+    faults.hold(victim).start()
+    cluster.wait_healthy()
+    reader = Client([victim.read_only_address], read_only=True)
+    for number in range(2000):
+        assert reader.root["object %d" % number]["number"] == number
+    reader.close()
+    mended = lambda: victim.log().count("damage is mended from a node")  # noqa: E731
+    # The scrub reads what nobody else does.
+    harness.wait_for("all to be mended", lambda: mended() >= len(bad), timeout=60)
+    assert len(bad) > 3 and cluster.seen(victim)["state"] == "up"
+    check_histories(cluster, [])
+    assert open(victim.data_file, "rb").read()[: len(intact)] == intact
 
 
 def test_row_28_a_running_node_is_scrubbed(nodes):

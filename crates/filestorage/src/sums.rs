@@ -1,10 +1,17 @@
 //! Checksums of a data file, kept beside it: what a disk gives back is compared with what was written.
 //!
 //! ```text
-//! NAME.sums    0      "SBS1"
-//!              4      length of a block, 4 bytes
-//!              8+4n   CRC-32C of block n: the bytes [n·BLOCK, (n+1)·BLOCK) of the data file
+//! NAME.sums    0    "SBS2"
+//!              4    length of a block, 4 bytes
+//!              8    groups, one after the other:
+//!    group     0    n, the first of its blocks, 4
+//!              4    how many blocks it has, 4
+//!              8    CRC-32C of the rest of the group, 4
+//!              12   CRC-32C of block n: the bytes [n·BLOCK, (n+1)·BLOCK) of the data file; of block n + 1; and so on, 4 each
 //! ```
+//!
+//! A power failure may leave a group of which a part was never written: whatever follows the last whole group counts as
+//! not there, and is taken anew.
 //!
 //! A data file only grows, so a block that is durable never changes. Its checksum is taken soon after the checkpoint
 //! that makes it durable, and compared when the block is first read after a start, and by a scrub. A block whose bytes
@@ -20,14 +27,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use standby_types::disk::{Open, parent, read_all, read_full};
+use standby_types::disk::{Open, parent, read_all, read_full, replace};
 use standby_types::{Disk, File};
 
 /// Length of a block in bytes.
 pub const BLOCK: u64 = 16 << 10;
 
-const MAGIC: &[u8; 4] = b"SBS1";
-const HEADER: u64 = 8;
+const MAGIC: &[u8; 4] = b"SBS2";
+const HEADER: usize = 8;
+const GROUP_HEADER: usize = 12;
 
 /// Bytes of a data file that are not what was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +83,8 @@ struct Sums {
 #[derive(Default)]
 struct Writing {
     sums: Option<Arc<dyn File>>,
+    /// Where the next group is written.
+    end: u64,
     /// Another data file has taken this one's place.
     retired: bool,
 }
@@ -110,6 +120,40 @@ impl Sums {
     }
 }
 
+/// A group, as it stands in the file.
+fn group(first: usize, sums: &[u32]) -> Vec<u8> {
+    let mut rest = Vec::with_capacity(4 * sums.len());
+    sums.iter().for_each(|sum| rest.extend_from_slice(&sum.to_be_bytes()));
+    let head = [(first as u32).to_be_bytes(), (sums.len() as u32).to_be_bytes()].concat();
+    let of_all = crc32c::crc32c_append(crc32c::crc32c(&head), &rest);
+    [head, of_all.to_be_bytes().to_vec(), rest].concat()
+}
+
+/// The checksums in a file's whole groups, and where these end.
+fn decode(bytes: &[u8]) -> (Vec<u32>, usize) {
+    let mut sums = Vec::new();
+    let header = [&MAGIC[..], &(BLOCK as u32).to_be_bytes()].concat();
+    if !bytes.starts_with(&header) {
+        return (sums, 0);
+    }
+    let number = |at: usize| -> Option<u32> {
+        Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+    };
+    let mut at = HEADER;
+    while let (Some(first), Some(count), Some(sum)) = (number(at), number(at + 4), number(at + 8)) {
+        let end = at + GROUP_HEADER + 4 * count as usize;
+        let Some(rest) = bytes.get(at + GROUP_HEADER..end) else { break };
+        let of_all = crc32c::crc32c_append(crc32c::crc32c(&bytes[at..at + 8]), rest);
+        if first as usize != sums.len() || count == 0 || of_all != sum {
+            break;
+        }
+        let (words, _) = rest.as_chunks::<4>();
+        sums.extend(words.iter().map(|word| u32::from_be_bytes(*word)));
+        at = end;
+    }
+    (sums, at)
+}
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -129,26 +173,36 @@ impl Checked {
             return Ok(checked);
         }
         let bytes = read_all(&*checked.disk, sums_path)?;
-        let known = bytes.strip_prefix(MAGIC).and_then(|rest| rest.split_first_chunk());
-        let Some((block, sums)) =
-            known.filter(|(block, _)| **block == (BLOCK as u32).to_be_bytes())
-        else {
-            // Torn, or of another version: they are taken anew.
-            checked.disk.remove(sums_path)?;
-            return Ok(checked);
-        };
-        let _: &[u8; 4] = block;
+        let (mut list, end) = decode(&bytes);
+        let blocks = (durable / BLOCK) as usize;
+        let fits = list.len() <= blocks && end == bytes.len();
+        list.truncate(blocks);
+        let mut writing = locked(&checked.writing);
+        if fits {
+            writing.sums = Some(checked.disk.open(sums_path, Open::Write)?);
+            writing.end = end as u64;
+        } else {
+            // Torn, of another version, or of what is not there any more.
+            checked.rewrite(&mut writing, &list)?;
+        }
+        drop(writing);
         let mut state = checked.state.write().unwrap_or_else(PoisonError::into_inner);
-        let (sums, _) = sums.as_chunks::<4>();
-        state.list = sums.iter().map(|sum| u32::from_be_bytes(*sum)).collect();
-        state.list.truncate((durable / BLOCK) as usize);
-        let blocks = state.list.len();
-        state.seen.resize_with(blocks.div_ceil(64), AtomicU64::default);
+        state.seen.resize_with(list.len().div_ceil(64), AtomicU64::default);
+        state.list = list;
         drop(state);
-        let file = checked.disk.open(sums_path, Open::Write)?;
-        file.set_len(HEADER + 4 * blocks as u64)?;
-        locked(&checked.writing).sums = Some(file);
         Ok(checked)
+    }
+
+    /// Writes the file of checksums anew.
+    fn rewrite(&self, writing: &mut Writing, list: &[u32]) -> io::Result<()> {
+        let mut bytes = [&MAGIC[..], &(BLOCK as u32).to_be_bytes()].concat();
+        if !list.is_empty() {
+            bytes.extend_from_slice(&group(0, list));
+        }
+        replace(&*self.disk, &self.sums_path, &bytes)?;
+        writing.sums = Some(self.disk.open(&self.sums_path, Open::Write)?);
+        writing.end = bytes.len() as u64;
+        Ok(())
     }
 
     /// A new file, which has no checksums yet.
@@ -202,26 +256,22 @@ impl Checked {
             return Ok(false);
         }
         let mut buffer = vec![0; BLOCK as usize];
-        let (mut taken, mut bytes) = (Vec::new(), Vec::new());
+        let mut taken = Vec::new();
         for block in first..end {
             if read_full(&*self.file, &mut buffer, block as u64 * BLOCK)? < buffer.len() {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            let sum = crc32c::crc32c(&buffer);
-            taken.push(sum);
-            bytes.extend_from_slice(&sum.to_be_bytes());
+            taken.push(crc32c::crc32c(&buffer));
         }
-        let file = match &writing.sums {
-            Some(file) => file.clone(),
-            None => {
-                let file = self.disk.open(&self.sums_path, Open::Create)?;
-                file.set_len(0)?;
-                file.write_at(&[&MAGIC[..], &(BLOCK as u32).to_be_bytes()].concat(), 0)?;
-                writing.sums.insert(file).clone()
-            }
-        };
-        file.write_at(&bytes, HEADER + 4 * first as u64)?;
-        file.sync()?;
+        if writing.sums.is_none() {
+            self.rewrite(&mut writing, &[])?;
+        }
+        let (group, at) = (group(first, &taken), writing.end);
+        if let Some(file) = &writing.sums {
+            file.write_at(&group, at)?;
+            file.sync()?;
+        }
+        writing.end += group.len() as u64;
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         // The file was cut meanwhile, perhaps.
         if state.list.len() == first {
@@ -360,14 +410,15 @@ impl File for Checked {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let writing = locked(&self.writing);
+        let mut writing = locked(&self.writing);
         self.durable.fetch_min(len, Ordering::AcqRel);
         let blocks = (len / BLOCK) as usize;
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         if state.list.len() > blocks {
             state.truncate(blocks);
-            if let Some(sums) = &writing.sums {
-                sums.set_len(HEADER + 4 * blocks as u64)?;
+            if writing.sums.is_some() {
+                // Durable before other bytes stand there: the former checksums would call them damaged.
+                self.rewrite(&mut writing, &state.list)?;
             }
         }
         self.file.set_len(len)
@@ -522,6 +573,30 @@ mod tests {
         checked.retire().unwrap();
         assert!(!disk.exists(Path::new(SUMS)).unwrap());
         assert!(!checked.take_sums(9).unwrap() && !disk.exists(Path::new(SUMS)).unwrap());
+    }
+
+    /// Found by a simulation: the file had grown, but its last sectors were never written.
+    #[test]
+    fn a_group_of_which_a_part_was_never_written_does_not_count() {
+        let bytes = content(9);
+        let (disk, _) = disk_with(&bytes);
+        let checked = open(&disk, bytes.len() as u64);
+        checked.take_sums(4).unwrap();
+        let whole = read_all(&*disk, Path::new(SUMS)).unwrap().len();
+        checked.take_sums(9).unwrap();
+        let end = read_all(&*disk, Path::new(SUMS)).unwrap().len();
+        let right = read_all(&*disk, Path::new(SUMS)).unwrap();
+        for from in whole..end {
+            let file = disk.open(Path::new(SUMS), Open::Write).unwrap();
+            file.write_at(&right, 0).unwrap();
+            file.write_at(&vec![0; end - from], from as u64).unwrap();
+            let checked = open(&disk, bytes.len() as u64);
+            checked.read_at(&mut vec![0; bytes.len()], 0).unwrap();
+            let zeros = right[from..].iter().all(|byte| *byte == 0);
+            assert_eq!(checked.blocks(), if zeros { 9 } else { 4 }, "zeros from {from} on");
+            checked.take_sums(9).unwrap();
+            assert_eq!(open(&disk, bytes.len() as u64).blocks(), 9);
+        }
     }
 
     /// As if another reader mended the file between two reads of this one.
