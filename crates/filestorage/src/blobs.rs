@@ -82,6 +82,11 @@ impl BlobDir {
         Ok(BlobDir(Arc::new(Inner { disk, dir: dir.to_owned(), layout, dirty })))
     }
 
+    /// Where it is.
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.0.disk
+    }
+
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.0.dir

@@ -282,6 +282,10 @@ impl Disk for PowerDisk {
         OsDisk.create_dir(dir)
     }
 
+    fn create_private_dir(&self, dir: &Path) -> io::Result<()> {
+        OsDisk.create_private_dir(dir)
+    }
+
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
         OsDisk.remove_dir(dir)
     }

@@ -5,25 +5,25 @@
 //! every transaction after the one that `register` named, once, in order.
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, atomic::Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Committed};
 use standby_filestorage::{Hole, Outcome, Reader, Record, Staged, TransactionMeta};
 use standby_types::time::{tid_at, utc};
-use standby_types::{Blob, Disk, LogIndex, Oid, Tid};
+use standby_types::{Blob, Disk, LogIndex, Mutation, Oid, Tid, mutation};
 use standby_zeo::{ClientError, Encoding, History, SessionId, Value};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 use tracing::{debug, error, info, warn};
 
 use crate::backfill;
 use crate::engine::Internal;
 use crate::hidden::Hidden;
 use crate::lineage::Promotion;
+use crate::machine::{self, Instant, Job};
 use crate::node::Shared;
 use crate::packing::{Cause, Packs, pack_path};
 use crate::replica::{Applied, ApplyError, Done, Replica};
@@ -33,7 +33,8 @@ use crate::state::Checkpoint;
 /// Bytes appended after which a checkpoint is made.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
 /// Time after which a checkpoint is made if anything was applied.
-const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
+const CHECKPOINT_EVERY: Duration =
+    if cfg!(feature = "simulated") { Duration::from_secs(1) } else { Duration::from_secs(10) };
 /// Objects in the index's memory above which it is written to its file.
 const INDEX_OVERLAY: usize = 200_000;
 /// During a catch-up, bytes after which the progress is made durable.
@@ -146,11 +147,11 @@ impl CatchUpItems {
     }
 
     /// The next piece; `None` if there are no more.
-    pub fn next(&mut self) -> Option<CatchUpItem> {
+    pub async fn next(&mut self) -> Option<CatchUpItem> {
         loop {
             match self.batch.next() {
                 Some(item) => return Some(item),
-                None => self.batch = self.batches.blocking_recv()?.into_iter(),
+                None => self.batch = self.batches.recv().await?.into_iter(),
             }
         }
     }
@@ -163,17 +164,18 @@ pub struct Applier {
     disk: Arc<dyn Disk>,
     histories: BTreeMap<String, History>,
     /// The thread that makes a checkpoint; only one writes the file at a time.
-    checkpoint_thread: Option<JoinHandle<()>>,
+    checkpoint_thread: Option<Job>,
     /// The last checkpoint's entry and moment, and the bytes applied since.
     checkpointed: (LogIndex, Instant, u64),
     packs: Packs,
     /// Of each storage whose data file is within a hole.
     hidden: BTreeMap<String, Hidden>,
-    runtime: tokio::runtime::Handle,
+    /// What is held back by a mutation.
+    late: Vec<(Applied, Option<Origin>)>,
 }
 
 impl Applier {
-    /// An applier for a replica that was just opened. To be called within the runtime.
+    /// An applier for a replica that was just opened.
     pub fn new(
         shared: Arc<Shared>,
         replica: Replica,
@@ -211,40 +213,40 @@ impl Applier {
             checkpointed,
             packs: Packs::default(),
             hidden: BTreeMap::new(),
-            runtime: tokio::runtime::Handle::current(),
+            late: Vec::new(),
         })
     }
 
     /// Works until it is told to stop. An error means that the process must stop.
-    pub fn run(mut self, work: Receiver<Work>) -> anyhow::Result<()> {
+    pub async fn run(mut self, mut work: mpsc::UnboundedReceiver<Work>) -> anyhow::Result<()> {
         for name in self.shared.clone().storages.keys() {
             self.start_next(name);
         }
         loop {
             // A packed file waits for the end of a checkpoint.
-            match work.recv_timeout(Duration::from_millis(200)) {
-                Ok(Work::Entries(entries)) => self.entries(entries)?,
-                Ok(Work::Register { storage, session, id }) => {
+            match timeout(Duration::from_millis(200), work.recv()).await {
+                Ok(Some(Work::Entries(entries))) => self.entries(entries)?,
+                Ok(Some(Work::Register { storage, session, id })) => {
                     self.register(&storage, session, &id)
                 }
-                Ok(Work::Answer { session, id }) => {
+                Ok(Some(Work::Answer { session, id })) => {
                     session.answer(session.encoding().reply(&id, Value::None));
                 }
-                Ok(Work::SendWritersAway) => {
+                Ok(Some(Work::SendWritersAway)) => {
                     let unfinished = self.shared.sessions.send_writers_away();
                     if unfinished > 0 {
                         info!(unfinished, "transactions that have not voted are aborted");
                     }
                 }
-                Ok(Work::Invalidations { storage, session, id, since }) => {
+                Ok(Some(Work::Invalidations { storage, session, id, since })) => {
                     self.invalidations(&storage, &session, &id, since);
                 }
-                Ok(Work::CatchUp { items, target }) => self.catch_up(items, &target)?,
-                Ok(Work::Backfill(storage)) => self.backfill(&storage)?,
-                Ok(Work::BeginTimeline { entries, promotion }) => {
-                    self.begin_timeline(entries, &promotion)?;
+                Ok(Some(Work::CatchUp { items, target })) => self.catch_up(items, &target).await?,
+                Ok(Some(Work::Backfill(storage))) => self.backfill(&storage).await?,
+                Ok(Some(Work::BeginTimeline { entries, promotion })) => {
+                    self.begin_timeline(entries, &promotion).await?;
                 }
-                Ok(Work::Packed { storage, cause, packed }) => match (packed, cause) {
+                Ok(Some(Work::Packed { storage, cause, packed })) => match (packed, cause) {
                     (Ok(Outcome::Packed { target, last }), cause) => {
                         self.packs.ready(&storage, target, last, cause);
                     }
@@ -269,16 +271,16 @@ impl Applier {
                         self.backfill_ended(&storage);
                     }
                 },
-                Ok(Work::BlobsRemoved(storage)) => self.pack_answered(&storage, None),
-                Ok(Work::Stop(done)) => {
-                    self.last_checkpoint()?;
+                Ok(Some(Work::BlobsRemoved(storage))) => self.pack_answered(&storage, None),
+                Ok(Some(Work::Stop(done))) => {
+                    self.last_checkpoint().await?;
                     let _ = done.send(());
                     return Ok(());
                 }
-                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
-                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
+                Err(_) => {}
+                Ok(None) => return Ok(()),
             }
-            self.put_packed_in_place()?;
+            self.put_packed_in_place().await?;
             self.maybe_checkpoint();
         }
     }
@@ -290,7 +292,7 @@ impl Applier {
             self.packs.start(&self.shared, storage, stored.reader(), job);
         } else if self.replica.wants_backfill(storage) && self.packs.claim(storage) {
             let (shared, storage) = (self.shared.clone(), storage.to_owned());
-            self.runtime.spawn(async move {
+            tokio::spawn(async move {
                 let filled = backfill::run(&shared, &storage).await;
                 let through = filled.as_ref().map_or(Tid::NONE, |(_, through)| *through);
                 let (cause, packed) = (Cause::Backfill { through }, filled.map(|(file, _)| file));
@@ -299,18 +301,18 @@ impl Applier {
         }
     }
 
-    fn backfill(&mut self, storage: &str) -> anyhow::Result<()> {
+    async fn backfill(&mut self, storage: &str) -> anyhow::Result<()> {
         self.replica.set_backfill(storage, true);
         // A restart goes on with it.
         if let Some(checkpoint) = self.replica.checkpoint() {
-            self.write_checkpoint(&checkpoint)?;
+            self.write_checkpoint(&checkpoint).await?;
         }
         self.start_next(storage);
         Ok(())
     }
 
     /// The last step of a pack, the only one for which commits wait.
-    fn put_packed_in_place(&mut self) -> anyhow::Result<()> {
+    async fn put_packed_in_place(&mut self) -> anyhow::Result<()> {
         if !self.packs.any_ready() {
             return Ok(());
         }
@@ -340,7 +342,7 @@ impl Applier {
             point.packed = Some(packed.mark());
         }
         // After a crash, this checkpoint fits whichever file is in place.
-        self.write_checkpoint(&checkpoint)?;
+        self.write_checkpoint(&checkpoint).await?;
         let section = shared.config.storages.iter().find(|section| section.name == name);
         let keep_old = section.is_some_and(|section| section.pack_keep_old);
         let keep_old = keep_old && matches!(cause, Cause::Pack(_));
@@ -349,7 +351,7 @@ impl Applier {
             self.replica.pack_ended(&name);
         }
         let checkpoint = self.replica.checkpoint().context("no checkpoint after a pack")?;
-        self.write_checkpoint(&checkpoint)?;
+        self.write_checkpoint(&checkpoint).await?;
         let after = storage.reader().size();
         let commits_waited_ms = started.elapsed().as_millis();
         let done = match cause {
@@ -369,11 +371,11 @@ impl Applier {
         }
         // The packed file has no index file yet; commits do not wait for it.
         let reader = storage.reader();
-        self.checkpoint_thread = Some(std::thread::spawn(move || {
+        self.checkpoint_thread = Some(machine::background("index", move || {
             if let Err(error) = reader.merge_index(1) {
                 warn!(storage = name, %error, "cannot write the index file");
             }
-        }));
+        })?);
         Ok(())
     }
 
@@ -442,13 +444,16 @@ impl Applier {
         }
         // First the engine, then the clients: a client's next vote finds its locks free.
         self.report(finished);
+        if mutation::on(Mutation::LateInvalidations) {
+            visible = std::mem::replace(&mut self.late, visible);
+        }
         for (applied, origin) in visible {
             self.publish(&applied, origin);
         }
         Ok(())
     }
 
-    fn begin_timeline(
+    async fn begin_timeline(
         &mut self,
         entries: Vec<Committed>,
         promotion: &Promotion,
@@ -456,7 +461,7 @@ impl Applier {
         self.entries(entries.into_iter().map(|entry| (entry, None)).collect())?;
         self.replica.begin_timeline(promotion);
         let checkpoint = self.replica.checkpoint().context("parts are open in a new timeline")?;
-        self.write_checkpoint(&Checkpoint { log_begins_here: true, ..checkpoint })?;
+        self.write_checkpoint(&Checkpoint { log_begins_here: true, ..checkpoint }).await?;
         self.report(Vec::new());
         self.shared.report(Internal::TimelineBegun(self.replica.point()));
         Ok(())
@@ -552,7 +557,11 @@ impl Applier {
     }
 
     fn invalidations(&self, storage: &str, session: &SessionHandle, id: &Value, since: Tid) {
-        let known = self.histories.get(storage).and_then(|history| history.since(since));
+        let forget = mutation::on(Mutation::ForgetMissed);
+        let known = self.histories.get(storage).and_then(|history| match forget {
+            true => Some((history.since(since)?.0, Vec::new())),
+            false => history.since(since),
+        });
         let encoding = session.encoding();
         let reply = match known {
             Some((tid, oids)) => {
@@ -565,18 +574,22 @@ impl Applier {
         session.answer(reply);
     }
 
-    fn catch_up(&mut self, mut items: CatchUpItems, target: &AppliedPoint) -> anyhow::Result<()> {
+    async fn catch_up(
+        &mut self,
+        mut items: CatchUpItems,
+        target: &AppliedPoint,
+    ) -> anyhow::Result<()> {
         self.shared.state.set_catching_up(&*self.disk, &self.replica.all_holes())?;
         let mut since_sync = 0;
         loop {
             // The sender is gone if the connection broke: what has come so far stays.
-            match items.next() {
+            match items.next().await {
                 None => {
                     warn!(target = %target.index, "the catch-up was interrupted");
                     return Ok(());
                 }
                 Some(CatchUpItem::Begin(storage, meta)) => {
-                    match self.copy(&storage, &meta, &mut items, &mut since_sync) {
+                    match self.copy(&storage, &meta, &mut items, &mut since_sync).await {
                         Ok(Some(applied)) => {
                             if let Some(applied) = self.reveal(applied) {
                                 self.remember(&applied);
@@ -605,7 +618,7 @@ impl Applier {
         self.replica.caught_up(target)?;
         self.shared.set_cluster_id(self.replica.cluster_id());
         let checkpoint = self.replica.checkpoint().context("parts are open after a catch-up")?;
-        self.write_checkpoint(&Checkpoint { log_begins_here: jumps, ..checkpoint })?;
+        self.write_checkpoint(&Checkpoint { log_begins_here: jumps, ..checkpoint }).await?;
         self.shared.state.end_catching_up(&*self.disk)?;
         self.merge_indexes();
         info!(applied = %self.replica.index(), "caught up");
@@ -627,45 +640,44 @@ impl Applier {
             storage,
             after,
             through,
-            "fast recovery: only what is current comes; standby node backfill gets the rest later"
+            "of this part of the history only what is current comes: the recovery is fast, or a pack has removed the \
+             rest meanwhile; standby node backfill gets what there is"
         );
         Ok(())
     }
 
-    fn copy(
+    async fn copy(
         &mut self,
         storage: &str,
         meta: &TransactionMeta,
         items: &mut CatchUpItems,
         bytes: &mut u64,
     ) -> Result<Option<Applied>, ApplyError> {
-        let mut held = Vec::new();
-        self.replica.copy(storage, meta, |blobs| {
-            loop {
-                return match items.next() {
-                    Some(CatchUpItem::Blob(blob, staged)) => {
-                        held.push(staged);
-                        blobs.push(blob);
-                        continue;
+        let (mut held, mut blobs) = (Vec::new(), Vec::new());
+        let mut copying = self.replica.begin_copy(storage, meta)?;
+        loop {
+            match items.next().await {
+                Some(CatchUpItem::Blob(blob, staged)) => {
+                    held.push(staged);
+                    blobs.push(blob);
+                }
+                Some(CatchUpItem::Record(record)) => {
+                    if let standby_filestorage::RecordData::Data(data) = &record.data {
+                        *bytes += data.len() as u64;
                     }
-                    Some(CatchUpItem::Record(record)) => {
-                        if let standby_filestorage::RecordData::Data(data) = &record.data {
-                            *bytes += data.len() as u64;
-                        }
-                        Ok(Some(record))
-                    }
-                    Some(CatchUpItem::End) => Ok(None),
-                    _ => Err(ApplyError::Part(std::io::ErrorKind::ConnectionAborted.into())),
-                };
+                    copying.record(&record, &std::mem::take(&mut blobs))?;
+                }
+                Some(CatchUpItem::End) => return copying.finish(),
+                _ => return Err(ApplyError::Part(std::io::ErrorKind::ConnectionAborted.into())),
             }
-        })
+        }
     }
 
     /// Syncs the data files as they are and says so durably.
-    fn write_checkpoint(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+    async fn write_checkpoint(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
         if let Some(thread) = self.checkpoint_thread.take() {
             // It has reported its own errors.
-            let _ = thread.join();
+            thread.join().await;
         }
         for (_, storage) in self.replica.storages() {
             storage.sync()?;
@@ -709,9 +721,10 @@ impl Applier {
         let readers: Vec<_> =
             self.replica.storages().map(|(name, s)| (name.clone(), s.reader())).collect();
         let blobs: Vec<_> = self.replica.blobs().cloned().collect();
-        self.checkpoint_thread = Some(std::thread::spawn(move || {
+        let thread = machine::background("checkpoint", move || {
             let made = || -> anyhow::Result<()> {
-                for (_, reader) in &readers {
+                let sync = !mutation::on(Mutation::CheckpointBeforeSync);
+                for (_, reader) in readers.iter().filter(|_| sync) {
                     reader.sync()?;
                 }
                 for dir in &blobs {
@@ -734,12 +747,16 @@ impl Applier {
                     shared.report(Internal::Checkpointed(checkpoint.index));
                 }
             }
-        }));
+        });
+        match thread {
+            Ok(job) => self.checkpoint_thread = Some(job),
+            Err(error) => warn!(%error, "cannot begin a checkpoint"),
+        }
     }
 
-    fn last_checkpoint(&mut self) -> anyhow::Result<()> {
+    async fn last_checkpoint(&mut self) -> anyhow::Result<()> {
         if let Some(checkpoint) = self.replica.checkpoint() {
-            self.write_checkpoint(&checkpoint)?;
+            self.write_checkpoint(&checkpoint).await?;
         }
         self.merge_indexes();
         Ok(())

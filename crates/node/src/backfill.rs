@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::applier::{CatchUpItem, CatchUpItems};
+use crate::machine;
 use crate::node::{Shared, StorageShared};
 use crate::packing::pack_path;
 use crate::peers::{PeerError, fetch_history, obtain_old};
@@ -41,7 +42,7 @@ pub async fn run(shared: &Arc<Shared>, name: &str) -> anyhow::Result<(Outcome, T
     let filled = fill(shared, name, storage).await;
     if filled.is_err() {
         // The disk may be full: what has been written so far must not keep it so.
-        let _ = std::fs::remove_file(pack_path(&storage.path));
+        let _ = shared.disk.remove(&pack_path(&storage.path));
     }
     filled
 }
@@ -99,7 +100,7 @@ fn source(shared: &Shared, storage: &str) -> Option<(String, String)> {
 /// A new file with the transactions of the old one up to `last`.
 async fn begin(storage: &StorageShared, last: Tid) -> anyhow::Result<FileStorage> {
     let (reader, path) = (storage.reader(), pack_path(&storage.path));
-    let made = tokio::task::spawn_blocking(move || -> Result<_, StorageError> {
+    let made = machine::spawn_blocking(move || -> Result<_, StorageError> {
         let mut target = FileStorage::successor(&reader, &path)?;
         target.set_holes(Default::default());
         copy(&reader, &mut target, Tid::NONE, last)?;
@@ -119,9 +120,9 @@ async fn attempt(
     // Where the last hole ends, whatever happens meanwhile.
     let reader = shared.storages.get(name).context("no such storage")?.reader();
     let least = reader.holes().iter().last().map_or(Tid::NONE, |hole| hole.through);
-    let writing = tokio::task::spawn_blocking(move || {
+    let writing = machine::apart(async move {
         let mut target = target;
-        let got = write(&mut target, CatchUpItems::new(receiver), after)?;
+        let got = write(&mut target, CatchUpItems::new(receiver), after).await?;
         Ok::<_, StorageError>((target, got))
     });
     let percent = |got: u64, of: u64| (got * 100 / of.max(1)).min(99) as u32;
@@ -144,12 +145,12 @@ async fn attempt(
     Ok((target, got))
 }
 
-fn write(
+async fn write(
     target: &mut FileStorage,
     mut items: CatchUpItems,
     after: Tid,
 ) -> Result<Got, StorageError> {
-    while let Some(item) = items.next() {
+    while let Some(item) = items.next().await {
         let meta = match item {
             CatchUpItem::Begin(_, meta) => meta,
             CatchUpItem::Done => return Ok(Got::All),
@@ -161,7 +162,7 @@ fn write(
         // Dropped unless it is finished: it leaves nothing then.
         let mut appender = target.begin(&meta)?;
         loop {
-            match items.next() {
+            match items.next().await {
                 Some(CatchUpItem::Record(record)) => appender.record(&record)?,
                 Some(CatchUpItem::End) => break,
                 _ => return Ok(Got::Part),
@@ -183,7 +184,7 @@ async fn finish(
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let reader = storage.reader();
-    let done = tokio::task::spawn_blocking(move || -> Result<_, StorageError> {
+    let done = machine::spawn_blocking(move || -> Result<_, StorageError> {
         let last = copy_most(&reader, &mut target, through)?;
         Ok(Outcome::Packed { target, last })
     });

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use standby_filestorage::{BlobDir, Staged, Staging, StorageError};
 use standby_types::disk::Open;
-use standby_types::{Disk, File, Oid, Tid, Transfer, Upload};
+use standby_types::{File, Oid, Tid, Transfer, Upload};
 use standby_zeo::StagedFile;
 
-use crate::disk::OsDisk;
+use crate::machine;
 use crate::node::Shared;
 use crate::peers::Announcement;
 
@@ -20,14 +20,14 @@ const CHUNK: usize = 1 << 20;
 /// A fresh name for an upload.
 pub fn new_transfer() -> io::Result<Transfer> {
     let mut random = [0; 16];
-    getrandom::fill(&mut random).map_err(|error| io::Error::other(error.to_string()))?;
+    machine::fill_random(&mut random)?;
     Ok(Transfer(random))
 }
 
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
 ) -> Result<T, StorageError> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+    machine::spawn_blocking(work).await.unwrap_or_else(|error| {
         let (path, action) = (Path::new("").to_owned(), "finish");
         Err(StorageError::Io { path, action, source: io::Error::other(error) })
     })
@@ -117,9 +117,10 @@ impl BlobReader {
     ) -> io::Result<BlobReader> {
         let staged = transfer.map(|transfer| blobs.staged(transfer));
         let placed = revision.map(|(oid, tid)| blobs.path(oid, tid));
-        let opened = tokio::task::spawn_blocking(move || {
+        let disk = blobs.disk().clone();
+        let opened = machine::spawn_blocking(move || {
             for path in [staged, placed].iter().flatten() {
-                match OsDisk.open(path, Open::Read) {
+                match disk.open(path, Open::Read) {
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                     other => return other,
                 }
@@ -132,7 +133,7 @@ impl BlobReader {
     /// The next piece; empty at the end.
     pub async fn next(&mut self) -> io::Result<Bytes> {
         let (file, at) = (self.file.clone(), self.at);
-        let read = tokio::task::spawn_blocking(move || -> io::Result<Bytes> {
+        let read = machine::spawn_blocking(move || -> io::Result<Bytes> {
             let mut buffer = vec![0; CHUNK];
             let n = standby_types::disk::read_full(&*file, &mut buffer, at)?;
             buffer.truncate(n);

@@ -8,8 +8,9 @@ use bytes::Bytes;
 use standby_types::{Oid, Tid};
 use standby_zeo::{Encoding, FrameReader, Incoming, MAX_FRAME, Value, frame};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+
+use crate::machine::TcpStream;
 
 /// A connection to a ZEO server.
 pub struct Client {

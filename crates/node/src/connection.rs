@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use standby_filestorage::{Access, Staged, StorageError};
@@ -19,6 +19,7 @@ use tracing::{debug, error, info, warn};
 use crate::blobs::{self, BlobReader, BlobWriter, StagedBlob};
 use crate::engine::{Event, Request, read_failed};
 use crate::look::{self, Iterators};
+use crate::machine;
 use crate::node::{Shared, StorageShared};
 use crate::sessions::{Mail, SessionHandle};
 use crate::stream::Stream;
@@ -244,9 +245,11 @@ impl Connection {
         let Some(storage) = self.storage().filter(|_| !later.is_empty()) else { return voted };
         let reader = storage.reader().clone();
         let blobs = storage.blobs.clone();
-        let (results, mut received) = mpsc::channel(16);
-        let working = tokio::task::spawn_blocking(move || {
-            look::work_out(&reader, blobs.as_ref(), later, |out| results.blocking_send(out).is_ok())
+        let (results, mut received) = machine::queue(16);
+        let working = machine::spawn_blocking(move || {
+            look::work_out(&reader, blobs.as_ref(), later, |out| {
+                machine::send_blocking(&results, out).is_ok()
+            })
         });
         let mut kept = Ok(());
         while let Some(out) = received.recv().await {
@@ -273,7 +276,7 @@ impl Connection {
             return Ok(());
         };
         let (reader, undos) = (storage.reader().clone(), request.undos.clone());
-        let found = tokio::task::spawn_blocking(move || look::undo_objects(&reader, &undos));
+        let found = machine::spawn_blocking(move || look::undo_objects(&reader, &undos));
         let oids = found.await.unwrap_or_else(|e| Err(ClientError::storage(e.to_string())))?;
         request.writes.extend(oids.into_iter().map(|oid| (oid, Expected::Any)));
         Ok(())
@@ -295,13 +298,13 @@ impl Connection {
                 return answer(Err(look::undo_disabled()));
             }
             // It may read the whole file; the client's other threads do not wait for it.
-            tokio::task::spawn_blocking(move || {
+            drop(machine::spawn_blocking(move || {
                 answer(look::look(&reader, &mut Iterators::default(), look));
-            });
+            }));
             return;
         }
         let mut iterators = std::mem::take(&mut self.iterators);
-        let looked = tokio::task::spawn_blocking(move || {
+        let looked = machine::spawn_blocking(move || {
             let found = look::look(&reader, &mut iterators, look);
             (found, iterators)
         });
@@ -521,7 +524,7 @@ impl Connection {
             return;
         }
         let reader = storage.reader().clone();
-        let _ = tokio::task::spawn_blocking(move || {
+        let _ = machine::spawn_blocking(move || {
             for oid in cold {
                 // An error will be found again, and answered, by the engine.
                 let _ = reader.committed_serial(oid, Access::Blocking);
@@ -546,7 +549,7 @@ impl Connection {
                 return Ok(());
             }
             let reader = storage.reader().clone();
-            let fetched = tokio::task::spawn_blocking(move || match read {
+            let fetched = machine::spawn_blocking(move || match read {
                 Read::LoadBefore(oid, tid) => {
                     reader.load_before(oid, tid, Access::Blocking).map(drop)
                 }
@@ -658,8 +661,7 @@ impl Shared {
     }
 
     fn started_text(&self) -> String {
-        let since = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
-        crate::status::ctime(since)
+        crate::status::ctime(self.started)
     }
 
     /// `server_status`

@@ -4,12 +4,15 @@
 //! STATE-DIR/crashes    a line for each: when, in seconds since 1970
 //! ```
 
-use std::fs::OpenOptions;
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::Duration;
 
+use standby_types::Disk;
+use standby_types::disk::{read_all, replace};
 use tracing::error;
+
+use crate::machine;
 
 /// Threads without which a node cannot go on.
 const ESSENTIAL: [&str; 3] = ["applier", "log", "lease"];
@@ -23,54 +26,61 @@ fn path(state_dir: &Path) -> PathBuf {
 }
 
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+    machine::wall_clock().as_secs()
 }
 
 /// From now on a panic of an essential thread is noted and ends the process: without it the node would seem to live.
-pub fn watch(state_dir: &Path) {
-    let (dir, usual) = (state_dir.to_owned(), std::panic::take_hook());
+pub fn watch(disk: &Arc<dyn Disk>, state_dir: &Path) {
+    let (disk, dir, usual) = (disk.clone(), state_dir.to_owned(), std::panic::take_hook());
     std::panic::set_hook(Box::new(move |panic| {
         usual(panic);
         let thread = std::thread::current();
         let name = thread.name().unwrap_or_default();
         if ESSENTIAL.contains(&name) {
             error!(thread = name, %panic, "a thread has crashed, and with it the node");
-            note(&dir);
+            note(&*disk, &dir);
             std::process::abort();
         }
     }));
 }
 
 /// Notes a crash.
-pub fn note(state_dir: &Path) {
-    let file = OpenOptions::new().create(true).append(true).open(path(state_dir));
-    if let Err(error) = file.and_then(|mut file| writeln!(file, "{}", now())) {
+pub fn note(disk: &dyn Disk, state_dir: &Path) {
+    let mut lines = lines(disk, state_dir);
+    lines.push_str(&format!("{}\n", now()));
+    if let Err(error) = replace(disk, &path(state_dir), lines.as_bytes()) {
         error!(%error, "cannot note the crash");
     }
 }
 
+fn lines(disk: &dyn Disk, state_dir: &Path) -> String {
+    let bytes = read_all(disk, &path(state_dir)).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 /// True if the process has crashed so often lately that the node should not be primary.
-pub fn are_many(state_dir: &Path) -> bool {
-    let text = std::fs::read_to_string(path(state_dir)).unwrap_or_default();
+pub fn are_many(disk: &dyn Disk, state_dir: &Path) -> bool {
     let recent = |line: &&str| {
         line.parse::<u64>().is_ok_and(|at| now().saturating_sub(at) < REMEMBERED.as_secs())
     };
-    text.lines().filter(recent).count() >= MANY
+    lines(disk, state_dir).lines().filter(recent).count() >= MANY
 }
 
 #[cfg(test)]
 mod tests {
+    use standby_types::memory::MemoryDisk;
+
     use super::*;
 
     #[test]
     fn row_41_three_crashes_in_five_minutes_are_many() {
-        let dir = tempfile::tempdir().unwrap();
+        let (disk, dir) = (MemoryDisk::new(), Path::new("/state"));
+        assert!(!are_many(&disk, dir));
         let old = format!("{}\n{}\nnonsense\n", now() - 301, now() - 100);
-        std::fs::write(path(dir.path()), old).unwrap();
-        note(dir.path());
-        assert!(!are_many(dir.path()));
-        note(dir.path());
-        assert!(are_many(dir.path()));
-        assert!(!are_many(Path::new("/nowhere")));
+        replace(&disk, &path(dir), old.as_bytes()).unwrap();
+        note(&disk, dir);
+        assert!(!are_many(&disk, dir));
+        note(&disk, dir);
+        assert!(are_many(&disk, dir));
     }
 }

@@ -19,10 +19,9 @@ mod readers;
 mod switchover;
 mod timeline;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use standby_consensus::{
@@ -30,7 +29,7 @@ use standby_consensus::{
     PeerMessage, Role, Written,
 };
 use standby_filestorage::{Access, StorageError};
-use standby_types::{LogIndex, NodeId, Oid, Term, Tid, Transfer};
+use standby_types::{LogIndex, Mutation, NodeId, Oid, Term, Tid, Transfer, mutation};
 use standby_zeo::{
     Buffer, ClientError, Expected, SessionId, Transactions, Value, VoteAnswer, VoteOutcome,
     VoteRequest,
@@ -185,14 +184,14 @@ struct Pending {
 pub struct Engine {
     shared: Arc<Shared>,
     consensus: Consensus,
-    log: Sender<LogWork>,
+    log: mpsc::UnboundedSender<LogWork>,
     storages: BTreeMap<String, Committing>,
     ceilings: BTreeMap<String, Oid>,
     applied: LogIndex,
     pending: BTreeMap<LogIndex, Pending>,
     in_flight: usize,
     outgoing: VecDeque<Outgoing>,
-    readers: HashMap<u64, Reader>,
+    readers: BTreeMap<u64, Reader>,
     next_reader: u64,
     freshness: Freshness,
     role: Role,
@@ -254,7 +253,7 @@ impl Engine {
     pub fn new(
         shared: Arc<Shared>,
         consensus: Consensus,
-        log: Sender<LogWork>,
+        log: mpsc::UnboundedSender<LogWork>,
         ceilings: BTreeMap<String, Oid>,
         applied: LogIndex,
     ) -> Engine {
@@ -271,7 +270,7 @@ impl Engine {
         // Answers to questions of a former run of this node must not be taken for new ones.
         let next_reader = shared.wall_clock().as_nanos() as u64;
         let settings = shared.settings();
-        let crashes = crashes::are_many(&shared.state.0);
+        let crashes = crashes::are_many(&*shared.disk, &shared.state.0);
         if crashes {
             warn!(
                 "this node has crashed again and again: it does not stand for election for five minutes"
@@ -287,7 +286,7 @@ impl Engine {
             pending: BTreeMap::new(),
             in_flight: 0,
             outgoing: VecDeque::new(),
-            readers: HashMap::new(),
+            readers: BTreeMap::new(),
             next_reader,
             freshness: Freshness::default(),
             role: Role::default(),
@@ -610,7 +609,8 @@ impl Engine {
             let used = storage.reader().highest_oid().unwrap_or(Oid(0));
             let ceiling = self.ceilings.get(name).copied().unwrap_or(Oid(0));
             committing.last_tid = storage.reader().last_tid();
-            committing.oids = Some(Oids::above(ceiling.max(used)));
+            let known = if mutation::on(Mutation::ReuseOids) { used } else { ceiling.max(used) };
+            committing.oids = Some(Oids::above(known));
         }
         self.open_timeline()?;
         self.give_oids()

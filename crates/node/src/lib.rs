@@ -33,6 +33,7 @@ mod listener;
 mod log_thread;
 pub mod logging;
 mod look;
+pub mod machine;
 mod metrics;
 mod node;
 mod oids;
@@ -53,4 +54,6 @@ mod sync;
 mod tls;
 pub mod watchdog;
 
+#[cfg(feature = "simulated")]
+pub use node::Shared;
 pub use node::{Next, Running, start, start_on};

@@ -7,12 +7,13 @@
 //! that has disappointed them.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::copy_bidirectional;
 use tracing::{debug, warn};
 
 use crate::connection;
+use crate::machine::Instant;
 use crate::node::{Shared, Standing};
 use crate::peers::{Purpose, connect};
 use crate::stream::{Listener, Stream};
@@ -80,11 +81,12 @@ async fn hold(shared: Arc<Shared>, stream: Stream) {
         let pass_on_at = primary_since.as_ref().map(|(_, since)| (*since).max(arrived) + HOLD);
         let due = async {
             match pass_on_at {
-                Some(at) => tokio::time::sleep_until(at.into()).await,
+                Some(at) => tokio::time::sleep_until(at).await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
+            biased;
             changed = standing.changed() => if changed.is_err() { return },
             () = stream.gone() => return,
             () = due => {
@@ -92,6 +94,7 @@ async fn hold(shared: Arc<Shared>, stream: Stream) {
                 let introduction = shared.introduction();
                 // The primary may be frozen: its successor must not wait for an answer from it.
                 let connected = tokio::select! {
+                    biased;
                     changed = standing.changed() => match changed {
                         Ok(()) => continue,
                         Err(_) => return,
@@ -121,6 +124,7 @@ async fn pass_on(mut client: Stream, mut primary: Stream) {
 async fn wait_for(shared: &Shared, stream: &Stream, wanted: impl Fn(&Standing) -> bool) -> bool {
     let mut standing = shared.standing.subscribe();
     tokio::select! {
+        biased;
         found = standing.wait_for(wanted) => found.is_ok(),
         () = stream.gone() => false,
     }

@@ -1,11 +1,14 @@
 //! The thread that makes the log durable.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use standby_consensus::{Batch, LogError, LogWriter, Written};
 use standby_types::LogIndex;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use crate::machine;
 
 /// Bytes that are written with one sync at most.
 const TOGETHER: usize = 8 << 20;
@@ -40,9 +43,9 @@ impl Busy {
 
 /// Works until the senders are gone. `report` gets what became durable; after an error the process
 /// must stop: what a failed sync leaves on disk is unknown. `busy` hears of the beginning and the end of each write.
-pub fn run(
+pub async fn run(
     mut writer: LogWriter,
-    work: Receiver<LogWork>,
+    mut work: mpsc::UnboundedReceiver<LogWork>,
     mut busy: impl FnMut(bool),
     mut prepare: impl FnMut(),
     mut report: impl FnMut(Result<Written, LogError>),
@@ -51,15 +54,15 @@ pub fn run(
     loop {
         let first = match next.take() {
             Some(work) => work,
-            None => match work.recv_timeout(Duration::from_millis(100)) {
-                Ok(work) => work,
-                Err(RecvTimeoutError::Timeout) => {
+            None => match timeout(Duration::from_millis(100), work.recv()).await {
+                Ok(Some(work)) => work,
+                Err(_) => {
                     if writer.wants_next() {
                         prepare();
                     }
                     continue;
                 }
-                Err(RecvTimeoutError::Disconnected) => return,
+                Ok(None) => return,
             },
         };
         match first {
@@ -85,6 +88,7 @@ pub fn run(
                     }
                 }
                 busy(true);
+                machine::device().await;
                 let written = writer.write(batches);
                 busy(false);
                 let failed = written.is_err();

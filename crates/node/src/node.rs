@@ -3,29 +3,28 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, mpsc as std_mpsc};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::Context;
 use standby_consensus::{Config as RaftConfig, Consensus, LogWriter, Member};
 use standby_filestorage::{BlobDir, Reader, Source};
-use standby_types::{Disk, NodeId, Tid};
+use standby_types::{Disk, Mutation, NodeId, Tid, mutation};
 use standby_zeo::{MakeSpill, Retention, Value};
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
-use crate::admin;
 use crate::applier::{Applier, Work};
 use crate::config::{
     Address, Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Standby, ZeoAddress,
 };
 use crate::crashes;
-use crate::disk::{LockFile, OsDisk, temporary_file};
+use crate::disk::OsDisk;
 use crate::engine::{Ended, Engine, Event, Internal};
 use crate::lineage::Lineage;
 use crate::listener;
 use crate::log_thread::{self, Busy};
+use crate::machine::{self, Instant, Lock, TcpListener};
 use crate::packing::Progress;
 use crate::peers::{self, CatchUp, Introduction, Peers};
 use crate::replica::Replica;
@@ -50,6 +49,8 @@ const HEARTBEAT_TICKS: usize = 2;
 const PROBE: Duration = Duration::from_secs(3);
 /// Requests of clients and messages of peers that wait for the engine.
 const EVENTS: usize = 1024;
+/// How often it is looked whether the lease has run out.
+const LEASE_CHECK: Duration = Duration::from_millis(20);
 
 /// What tasks that serve clients must know of the node's role.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -80,8 +81,9 @@ impl Lease {
 
     /// True if this node serves and nobody else can be serving.
     pub fn holds(&self, now: Duration) -> bool {
+        let stale = mutation::on(Mutation::StalePrimaryAnswers);
         self.serves.load(Ordering::Acquire)
-            && u128::from(self.until.load(Ordering::Acquire)) > now.as_nanos()
+            && (stale || u128::from(self.until.load(Ordering::Acquire)) > now.as_nanos())
     }
 
     /// True if it serves, but should not any more.
@@ -176,8 +178,8 @@ pub struct Shared {
     pub helpers: Arc<Helpers>,
     /// What this node has lost by leaving timelines.
     pub lost: Vec<LostTail>,
-    /// When the process started.
-    pub started: SystemTime,
+    /// When the process started, since 1970.
+    pub started: Duration,
     clock: Instant,
     run: String,
     cluster_id: Mutex<String>,
@@ -186,7 +188,7 @@ pub struct Shared {
     unconfirmed: AtomicBool,
     internal: mpsc::UnboundedSender<Internal>,
     events: mpsc::Sender<Event>,
-    work: std_mpsc::Sender<Work>,
+    work: mpsc::UnboundedSender<Work>,
 }
 
 impl Shared {
@@ -197,7 +199,7 @@ impl Shared {
 
     /// The time of day, since 1970. Only tids and people look at it.
     pub fn wall_clock(&self) -> Duration {
-        SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+        machine::wall_clock()
     }
 
     /// The length of a tick.
@@ -391,7 +393,7 @@ pub enum Next {
 pub struct Running {
     shared: Arc<Shared>,
     engine: tokio::task::JoinHandle<anyhow::Result<Ended>>,
-    _locks: Vec<LockFile>,
+    _locks: Vec<Lock>,
 }
 
 /// Starts a node; returns when it listens.
@@ -431,13 +433,13 @@ pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Run
     if config.storages.is_empty() {
         // A witness has no data file whose lock would tell that the node runs already.
         let state_dir = config.state_dir();
-        std::fs::create_dir_all(&state_dir)
-            .and_then(|()| LockFile::take(&state_dir.join("identity")))
+        disk.create_dir(&state_dir)
+            .and_then(|()| machine::lock_file(&state_dir.join("identity")))
             .map(|lock| locks.push(lock))
             .with_context(|| format!("cannot use state-dir {}", state_dir.display()))?;
     }
     for storage in &config.storages {
-        locks.push(LockFile::take(&storage.path).with_context(|| {
+        locks.push(machine::lock_file(&storage.path).with_context(|| {
             format!("cannot use {} (from {})", storage.path.display(), config.file.display())
         })?);
     }
@@ -446,23 +448,25 @@ pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Run
         let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
         let menders = config.storages.iter().map(|s| (s.name.clone(), helpers.mender(&s.name)));
         let menders = menders.collect();
-        tokio::task::spawn_blocking(move || {
+        machine::spawn_blocking(move || {
             startup::prepare(&config, &disk, &state, beginning, &menders)
         })
     };
     let prepared = opening.await??;
-    crashes::watch(&state.0);
+    if cfg!(not(feature = "simulated")) {
+        crashes::watch(&disk, &state.0);
+    }
     let lost = {
-        let config = config.clone();
-        tokio::task::spawn_blocking(move || rewind::lost_tails(&config)).await??
+        let (config, disk) = (config.clone(), disk.clone());
+        machine::spawn_blocking(move || rewind::lost_tails(&config, &disk)).await??
     };
 
     let (internal, internal_receiver) = mpsc::unbounded_channel();
     let (events, events_receiver) = mpsc::channel(EVENTS);
-    let (work, work_receiver) = std_mpsc::channel();
-    let (log, log_receiver) = std_mpsc::channel();
+    let (work, work_receiver) = mpsc::unbounded_channel();
+    let (log, log_receiver) = mpsc::unbounded_channel();
     let spill_dir = state.0.clone();
-    let make_spill: MakeSpill = Arc::new(move || temporary_file(&spill_dir));
+    let make_spill: MakeSpill = Arc::new(move || machine::temporary_file(&spill_dir));
     let storages = config.storages.iter().filter_map(|section| {
         let source = prepared.storages.get(&section.name)?.source();
         let path = section.path.clone();
@@ -495,7 +499,7 @@ pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Run
         pulse: Arc::default(),
         helpers,
         lost,
-        started: SystemTime::now(),
+        started: machine::wall_clock(),
         clock: Instant::now(),
         run: random_hex(8)?,
         cluster_id: Mutex::new(prepared.checkpoint.cluster_id.clone()),
@@ -539,9 +543,12 @@ pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Run
     if let Some(read_only) = read_only {
         tokio::spawn(listener::read_only(shared.clone(), read_only));
     }
+    #[cfg(not(feature = "simulated"))]
     if let Some(admin) = admin {
-        tokio::spawn(admin::listen(shared.clone(), admin));
+        tokio::spawn(crate::admin::listen(shared.clone(), admin));
     }
+    #[cfg(feature = "simulated")]
+    drop(admin);
     if let Some(zeo) = zeo {
         tokio::spawn(listener::read_write(shared.clone(), zeo));
     }
@@ -651,13 +658,13 @@ fn start_threads(
     disk: &Arc<dyn Disk>,
     replica: Replica,
     writer: LogWriter,
-    work: std_mpsc::Receiver<Work>,
-    log: std_mpsc::Receiver<log_thread::LogWork>,
+    work: mpsc::UnboundedReceiver<Work>,
+    log: mpsc::UnboundedReceiver<log_thread::LogWork>,
 ) -> anyhow::Result<()> {
     let applier = Applier::new(shared.clone(), replica, disk.clone())?;
     let fatal = shared.clone();
-    spawn("applier", move || {
-        if let Err(error) = applier.run(work) {
+    machine::thread("applier", async move {
+        if let Err(error) = applier.run(work).await {
             fatal.report(Internal::Fatal(error.context("cannot apply committed transactions")));
         }
     })?;
@@ -665,25 +672,20 @@ fn start_threads(
     let preparing = Arc::new(AtomicBool::new(false));
     let (disk, dir) = (disk.clone(), shared.state.log());
     let prepare = move || prepare_segment(&preparing, &disk, &dir);
-    spawn("log", move || {
+    machine::thread("log", async move {
         let busy = |begins: bool| reports.log_busy.set(begins.then(|| reports.now()));
         log_thread::run(writer, log, busy, prepare, |written| {
             reports.report(Internal::Persisted(written))
-        });
+        })
+        .await;
     })?;
     for name in shared.storages.keys() {
         let (scrubbed, name) = (shared.clone(), name.clone());
-        let runtime = tokio::runtime::Handle::current();
-        spawn("scrub", move || scrub::run(&scrubbed, &name, &runtime))?;
+        machine::thread("scrub", async move { scrub::run(&scrubbed, &name).await })?;
     }
-    let watched = shared.clone();
-    spawn("room", move || room::watch(&watched))?;
+    machine::thread("room", room::watch(shared.clone()))?;
     let guarded = shared.clone();
-    spawn("lease", move || guard_lease(&guarded))
-}
-
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
-    std::thread::Builder::new().name(name.into()).spawn(run)?;
+    machine::every("lease", LEASE_CHECK, move || guard_lease(&guarded))?;
     Ok(())
 }
 
@@ -692,26 +694,27 @@ fn prepare_segment(preparing: &Arc<AtomicBool>, disk: &Arc<dyn Disk>, dir: &Path
     if preparing.swap(true, Ordering::AcqRel) {
         return;
     }
-    let (preparing, disk, dir) = (preparing.clone(), disk.clone(), dir.to_owned());
-    std::thread::spawn(move || {
+    let (beside, disk, dir) = (preparing.clone(), disk.clone(), dir.to_owned());
+    let started = machine::background("segment", move || {
         // Without it the segment grows as it is written, a little slower.
         if let Err(error) = LogWriter::prepare(&*disk, &dir) {
             warn!(%error, "cannot prepare a segment of the log");
         }
-        preparing.store(false, Ordering::Release);
+        beside.store(false, Ordering::Release);
     });
+    if let Err(error) = started {
+        warn!(%error, "cannot prepare a segment of the log");
+        preparing.store(false, Ordering::Release);
+    }
 }
 
 /// Cuts the writers off when the lease has run out, whatever the other threads are doing. It does no
 /// disk I/O.
 fn guard_lease(shared: &Shared) {
-    loop {
-        std::thread::sleep(Duration::from_millis(20));
-        if shared.lease.overdue(shared.now()) {
-            let count = shared.sessions.cut_writers("this primary has not heard of a majority");
-            if count > 0 {
-                warn!(closed = count, "no majority is heard of: clients are sent away");
-            }
+    if shared.lease.overdue(shared.now()) {
+        let count = shared.sessions.cut_writers("this primary has not heard of a majority");
+        if count > 0 {
+            warn!(closed = count, "no majority is heard of: clients are sent away");
         }
     }
 }
@@ -738,7 +741,8 @@ impl Running {
     /// anew if the node has left its timeline.
     pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<Next> {
         let next = tokio::select! {
-            ended = &mut self.engine => match ended.inspect_err(|_| crashes::note(&self.shared.state.0))? {
+            biased;
+            ended = &mut self.engine => match ended.inspect_err(|_| crashes::note(&*self.shared.disk, &self.shared.state.0))? {
                 Ok(Ended::Stopped) => return Ok(Next::End),
                 Ok(Ended::ComesOver(lineage)) => {
                     let timeline = lineage.timeline();

@@ -13,6 +13,7 @@ use standby_types::{Oid, Tid};
 use tracing::{info, warn};
 
 use crate::applier::{Origin, Work};
+use crate::machine;
 use crate::node::Shared;
 use crate::status::ctime;
 
@@ -90,7 +91,7 @@ impl Packs {
             storage.packing.set(Some(0));
         }
         let (shared, name) = (shared.clone(), storage.to_owned());
-        let started = std::thread::Builder::new().name("pack".into()).spawn(move || {
+        let started = machine::background("pack", move || {
             let packed = run(&shared, &name, &reader, job);
             shared.apply(Work::Packed { storage: name, cause: Cause::Pack(job), packed });
         });
@@ -147,7 +148,7 @@ impl Packs {
             }
             to_tell.apply(Work::BlobsRemoved(name));
         };
-        if let Err(error) = std::thread::Builder::new().name("pack-blobs".into()).spawn(work) {
+        if let Err(error) = machine::background("pack-blobs", work) {
             warn!(storage, %error, "cannot remove blobs that are packed away");
             shared.apply(Work::BlobsRemoved(storage.into()));
         }
@@ -190,7 +191,7 @@ fn run(shared: &Shared, name: &str, reader: &Reader, job: Job) -> anyhow::Result
     let packed = pack(reader, job, &to, &references, &mut progress);
     if packed.is_err() {
         // The disk may be full: what has been written so far must not keep it so.
-        let _ = std::fs::remove_file(&to);
+        let _ = shared.disk.remove(&to);
     }
     Ok(packed?)
 }

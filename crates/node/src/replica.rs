@@ -12,8 +12,8 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{AppliedPoint, Command, Committed, Ending, Membership};
 use standby_filestorage::{
-    BlobDir, FileStorage, Holes, Job, Record, StorageError, TransactionMeta, copy_rest, record_len,
-    take_meta, take_record,
+    Appender, BlobDir, FileStorage, Holes, Job, Record, StorageError, TransactionMeta, copy_rest,
+    record_len, take_meta, take_record,
 };
 use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
@@ -264,7 +264,7 @@ impl Replica {
         let parts = &mut self.parts;
         if meta.tid <= stored.storage.mark().tid {
             parts.remove(&ending.parts);
-            stored.discard(&ending.blobs)?;
+            discard(stored.blobs.as_ref(), &ending.blobs)?;
             return Ok(None);
         }
         // A blob is there before the record that tells of it can be read.
@@ -294,41 +294,26 @@ impl Replica {
         }
         appender.finish()?;
         parts.remove(&ending.parts);
-        stored.note_oids(&oids);
+        note_oids(&mut stored.ceiling, &oids);
         Ok(Some(Applied { storage: ending.storage, tid: meta.tid, oids: oids.into() }))
     }
 
-    /// Appends a transaction that has come from a peer instead of the log; `None` if it is
-    /// there already. `next` gives the records one by one, each after its blob.
-    pub fn copy(
+    /// Begins a transaction that comes from a peer instead of the log.
+    pub fn begin_copy(
         &mut self,
-        storage: &str,
+        name: &str,
         meta: &TransactionMeta,
-        mut next: impl FnMut(&mut Vec<Blob>) -> Result<Option<Record>, ApplyError>,
-    ) -> Result<Option<Applied>, ApplyError> {
-        let stored = self.stored(storage)?;
-        let mut blobs = Vec::new();
-        if meta.tid <= stored.storage.mark().tid {
-            while next(&mut blobs)?.is_some() {}
-            stored.discard(&blobs)?;
-            return Ok(None);
-        }
-        let dir = stored.blobs.clone();
+    ) -> Result<Copying<'_>, ApplyError> {
+        let Stored { storage, blobs, ceiling, .. } = self.stored(name)?;
         let mut meta = meta.clone();
-        if stored.storage.reader().hole_of(meta.tid).is_some() {
+        if storage.reader().hole_of(meta.tid).is_some() {
             // What is left of it cannot be undone: every program that reads the file must see that.
             meta.status = b'p';
         }
-        let mut appender = stored.storage.begin(&meta)?;
-        let mut oids = Vec::new();
-        while let Some(record) = next(&mut blobs)? {
-            place(dir.as_ref(), storage, &std::mem::take(&mut blobs), meta.tid)?;
-            appender.record(&record)?;
-            oids.push(record.oid);
-        }
-        appender.finish()?;
-        stored.note_oids(&oids);
-        Ok(Some(Applied { storage: storage.into(), tid: meta.tid, oids: oids.into() }))
+        let is_there = meta.tid <= storage.mark().tid;
+        let appender = if is_there { None } else { Some(storage.begin(&meta)?) };
+        let (name, oids) = (name.to_owned(), Vec::new());
+        Ok(Copying { name, tid: meta.tid, appender, blobs: blobs.as_ref(), ceiling, oids })
     }
 
     /// A catch-up has brought the storages to `target` or beyond.
@@ -454,26 +439,60 @@ fn place(dir: Option<&BlobDir>, storage: &str, blobs: &[Blob], tid: Tid) -> Resu
     Ok(())
 }
 
-impl Stored {
-    fn place(&self, storage: &str, blobs: &[Blob], tid: Tid) -> Result<(), ApplyError> {
-        place(self.blobs.as_ref(), storage, blobs, tid)
-    }
+/// A transaction that comes from a peer, record by record.
+pub struct Copying<'a> {
+    name: String,
+    tid: Tid,
+    /// `None` if the transaction is there already.
+    appender: Option<Appender<'a>>,
+    blobs: Option<&'a BlobDir>,
+    ceiling: &'a mut Oid,
+    oids: Vec<Oid>,
+}
 
-    /// The blobs' transaction is there already.
-    fn discard(&self, blobs: &[Blob]) -> Result<(), ApplyError> {
-        let Some(dir) = &self.blobs else { return Ok(()) };
-        for blob in blobs {
-            if let BlobSource::Upload(upload) = blob.source {
-                dir.discard(upload.transfer)?;
+impl Copying<'_> {
+    /// Appends a record; `blobs` has its blob, if it has one.
+    pub fn record(&mut self, record: &Record, blobs: &[Blob]) -> Result<(), ApplyError> {
+        match &mut self.appender {
+            None => discard(self.blobs, blobs)?,
+            Some(appender) => {
+                place(self.blobs, &self.name, blobs, self.tid)?;
+                appender.record(record)?;
+                self.oids.push(record.oid);
             }
         }
         Ok(())
     }
 
-    /// An oid in use was handed out, whoever did it.
-    fn note_oids(&mut self, oids: &[Oid]) {
-        let highest = oids.iter().max().copied().unwrap_or(Oid(0));
-        self.ceiling = self.ceiling.max(highest);
+    /// Makes the transaction visible; `None` if it was there already.
+    pub fn finish(self) -> Result<Option<Applied>, ApplyError> {
+        let Some(appender) = self.appender else { return Ok(None) };
+        appender.finish()?;
+        note_oids(self.ceiling, &self.oids);
+        Ok(Some(Applied { storage: self.name, tid: self.tid, oids: self.oids.into() }))
+    }
+}
+
+/// The blobs' transaction is there already.
+fn discard(dir: Option<&BlobDir>, blobs: &[Blob]) -> Result<(), ApplyError> {
+    let Some(dir) = dir else { return Ok(()) };
+    for blob in blobs {
+        if let BlobSource::Upload(upload) = blob.source {
+            dir.discard(upload.transfer)?;
+        }
+    }
+    Ok(())
+}
+
+/// An oid in use was handed out, whoever did it.
+fn note_oids(ceiling: &mut Oid, oids: &[Oid]) {
+    let highest = oids.iter().max().copied().unwrap_or(Oid(0));
+    *ceiling = (*ceiling).max(highest);
+}
+
+impl Stored {
+    fn place(&self, storage: &str, blobs: &[Blob], tid: Tid) -> Result<(), ApplyError> {
+        place(self.blobs.as_ref(), storage, blobs, tid)
     }
 }
 

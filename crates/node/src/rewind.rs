@@ -22,15 +22,16 @@ use standby_consensus::Membership;
 use standby_filestorage::{
     BlobDir, Extent, FileStorage, Holes, Magic, Mark, Reader, StorageError, copy,
 };
-use standby_types::disk::{Open, parent, replace};
+use standby_types::disk::{Open, parent, read_all, replace};
 use standby_types::time::{tid_at, utc};
 use standby_types::{Disk, LogIndex, Oid, Term, Tid};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::config::{Config, StorageSection};
-use crate::disk::{OsDisk, temporary_file};
+use crate::disk::OsDisk;
 use crate::lineage::{Fork, Lineage, Relation};
+use crate::machine::temporary_file;
 use crate::peers::{Introduction, PeerError, Purpose, connect};
 use crate::replica::Replica;
 use crate::startup::Prepared;
@@ -68,16 +69,22 @@ pub struct LostTail {
 
 impl LostTail {
     /// Reads what a file keeps.
-    fn read(file: &Path, storage: &str, timeline: u64) -> Result<LostTail, StorageError> {
+    fn read(
+        disk: &Arc<dyn Disk>,
+        file: &Path,
+        storage: &str,
+        timeline: u64,
+    ) -> Result<LostTail, StorageError> {
         let mut tail = LostTail {
             file: file.to_owned(),
             storage: storage.to_owned(),
             timeline,
-            blobs: Some(blobs_of(file)).filter(|dir| dir.is_dir()),
+            blobs: Some(blobs_of(file))
+                .filter(|dir| disk.list(dir).is_ok_and(|found| !found.is_empty())),
             ..LostTail::default()
         };
         let (mut users, mut objects) = (BTreeSet::new(), BTreeSet::<Oid>::new());
-        let reader = open_lost(file)?;
+        let reader = open_lost(disk, file)?;
         let mut transactions = reader.transactions(Tid::NONE, Tid::MAX)?;
         while let Some(stored) = transactions.advance()? {
             let (tid, time) = (stored.meta.tid.to_string(), utc(stored.meta.tid));
@@ -96,31 +103,25 @@ impl LostTail {
 }
 
 /// A reader of a file that keeps lost transactions.
-pub fn open_lost(file: &Path) -> Result<Reader, StorageError> {
-    if !file.is_file() {
+pub fn open_lost(disk: &Arc<dyn Disk>, file: &Path) -> Result<Reader, StorageError> {
+    if !disk.exists(file).unwrap_or(true) {
         // It would be made otherwise.
         let (path, source) = (file.to_owned(), std::io::ErrorKind::NotFound.into());
         return Err(StorageError::Io { path, action: "open", source });
     }
     // It is read from its beginning to its end: no index of it is kept.
     let index = file.with_extension("no-index");
-    let opened = FileStorage::open(
-        Arc::new(OsDisk),
-        file,
-        &index,
-        Magic::Fs30,
-        Extent::Whole,
-        &mut |_, _| (),
-    );
+    let opened =
+        FileStorage::open(disk.clone(), file, &index, Magic::Fs30, Extent::Whole, &mut |_, _| ());
     Ok(opened?.0.reader())
 }
 
 /// What lies beside the data files of what was lost.
-pub fn lost_tails(config: &Config) -> anyhow::Result<Vec<LostTail>> {
+pub fn lost_tails(config: &Config, disk: &Arc<dyn Disk>) -> anyhow::Result<Vec<LostTail>> {
     let mut tails = Vec::new();
     for section in &config.storages {
         let suffix = suffix_of(config, section);
-        for path in OsDisk.list(parent(&section.path))? {
+        for path in disk.list(parent(&section.path))? {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let inner = name.strip_prefix("lost-").and_then(|rest| rest.strip_suffix(".fs"));
             let Some(inner) = inner.and_then(|inner| inner.strip_suffix(suffix.as_str())) else {
@@ -128,7 +129,7 @@ pub fn lost_tails(config: &Config) -> anyhow::Result<Vec<LostTail>> {
             };
             let Some((timeline, tid)) = inner.split_once('-') else { continue };
             if let (Ok(timeline), Ok(_)) = (timeline.parse(), u64::from_str_radix(tid, 16)) {
-                match LostTail::read(&path, &section.name, timeline) {
+                match LostTail::read(disk, &path, &section.name, timeline) {
                     Ok(tail) => tails.push(tail),
                     // It is looked at by people only: the node can do without.
                     Err(error) => warn!(%error, "cannot read a file of lost transactions"),
@@ -167,8 +168,8 @@ pub(crate) async fn ask_around(
     introduction: Introduction,
     addresses: impl IntoIterator<Item = String>,
 ) -> anyhow::Result<()> {
-    let accepted = match std::fs::read_to_string(state.accepted()) {
-        Ok(text) => Some(text.trim().to_owned()),
+    let accepted = match read_all(disk, &state.accepted()) {
+        Ok(text) => Some(String::from_utf8_lossy(&text).trim().to_owned()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
         Err(error) => return Err(error).context("cannot read which timeline is accepted"),
     };
@@ -276,7 +277,7 @@ pub(crate) fn leave(
             keep(disk, &reader, blobs.get(name), common, &path).with_context(|| {
                 format!("cannot keep the lost transactions in {}", path.display())
             })?;
-            let tail = LostTail::read(&path, name, own.timeline())?;
+            let tail = LostTail::read(disk, &path, name, own.timeline())?;
             let LostTail { transactions, from, to, users, objects, .. } = tail;
             let (file, users) = (path.display(), users.join(", "));
             warn!(
@@ -526,7 +527,7 @@ mod tests {
                 assert_eq!(prepared.recovered.last_index(), LogIndex(0));
                 assert_eq!(self.state.coming_over(&*self.disk).unwrap(), None);
             }
-            let lost = lost_tails(&self.config).unwrap();
+            let lost = lost_tails(&self.config, &self.disk).unwrap();
             let [tail] = &lost[..] else { panic!("{lost:?}") };
             assert_eq!((tail.transactions, tail.objects, tail.timeline), (1, 1, 1));
             assert_eq!(
@@ -534,7 +535,7 @@ mod tests {
                 (&Tid(30).to_string(), &vec!["somebody".into()])
             );
             assert!(tail.file.ends_with(format!("lost-1-{}.fs", Tid(30))));
-            let kept = open_lost(&tail.file).unwrap();
+            let kept = open_lost(&self.disk, &tail.file).unwrap();
             assert_eq!(kept.last_tid(), Tid(30));
         }
     }
@@ -543,7 +544,8 @@ mod tests {
     fn a_lost_file_that_is_not_there_is_not_made() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("lost-1-00.fs");
-        assert!(open_lost(&file).is_err() && !file.exists());
+        let disk: Arc<dyn Disk> = Arc::new(OsDisk);
+        assert!(open_lost(&disk, &file).is_err() && !file.exists());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tracing::{error, info, warn};
 
+use crate::machine;
 use crate::node::Shared;
 use crate::sync::lock;
 
@@ -66,7 +67,7 @@ impl Room {
 }
 
 /// Looks at the disks of a node until the process ends.
-pub fn watch(shared: &Arc<Shared>) {
+pub async fn watch(shared: Arc<Shared>) {
     let mut paths = vec![shared.state.0.clone()];
     for storage in shared.storages.values() {
         paths.extend(storage.path.parent().map(Path::to_owned));
@@ -78,8 +79,8 @@ pub fn watch(shared: &Arc<Shared>) {
         for path in &paths {
             // A relative name without a directory.
             let at = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-            match rustix::fs::statvfs(at) {
-                Ok(found) => free.push((path.clone(), found.f_bavail * found.f_frsize)),
+            match machine::free_bytes(at) {
+                Ok(bytes) => free.push((path.clone(), bytes)),
                 Err(error) if !std::mem::replace(&mut told, true) => {
                     warn!(path = %at.display(), %error, "cannot see how much room there is");
                 }
@@ -87,7 +88,7 @@ pub fn watch(shared: &Arc<Shared>) {
             }
         }
         shared.room.note(&shared.member.name, shared.reserve(), &free);
-        std::thread::sleep(EVERY);
+        tokio::time::sleep(EVERY).await;
     }
 }
 

@@ -10,7 +10,7 @@
 
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use standby_filestorage::{BLOCK, Damage, Mend, Reader};
 use standby_types::Tid;
@@ -18,6 +18,7 @@ use standby_types::time::utc;
 use tokio::runtime::Handle;
 use tracing::{error, info, warn};
 
+use crate::machine::Instant;
 use crate::node::Shared;
 use crate::peers::{Comparison, Digest, Introduction, digests, fetch_block, fetch_digests};
 use crate::sync::lock;
@@ -49,6 +50,10 @@ impl Helpers {
     pub fn mender(self: &Arc<Self>, storage: &str) -> Mend {
         let (helpers, storage, runtime) = (self.clone(), storage.to_owned(), Handle::current());
         Arc::new(move |damaged| {
+            if cfg!(feature = "simulated") {
+                // Nobody can answer while this thread waits.
+                return None;
+            }
             let (me, addresses) = lock(&helpers.0).clone();
             let (me, name) = (me?, storage.clone());
             let (sender, answer) = channel();
@@ -78,7 +83,7 @@ impl Helpers {
 }
 
 /// Works on a storage's data file until the process ends.
-pub fn run(shared: &Arc<Shared>, storage: &str, runtime: &Handle) {
+pub async fn run(shared: &Arc<Shared>, storage: &str) {
     let Some(stored) = shared.storages.get(storage) else { return };
     let rate = shared.scrub_rate();
     let (mut next, mut begun, mut tried) = (0, Instant::now(), Instant::now());
@@ -107,7 +112,7 @@ pub fn run(shared: &Arc<Shared>, storage: &str, runtime: &Handle) {
                 at_rate(bytes, rate).min(PAUSE)
             }
             Some(rate) if !comparing.done => {
-                at_rate(comparing.go_on(shared, storage, &reader, runtime), rate).max(PAUSE)
+                at_rate(comparing.go_on(shared, storage, &reader).await, rate).max(PAUSE)
             }
             _ => PAUSE,
         };
@@ -121,7 +126,7 @@ pub fn run(shared: &Arc<Shared>, storage: &str, runtime: &Handle) {
         }
         tell(storage, &told, &damage);
         told = damage;
-        std::thread::sleep(pause);
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -139,18 +144,12 @@ struct Comparing {
 
 impl Comparing {
     /// Compares some more; the bytes of the data file that it took.
-    fn go_on(
-        &mut self,
-        shared: &Arc<Shared>,
-        storage: &str,
-        reader: &Reader,
-        runtime: &Handle,
-    ) -> u64 {
+    async fn go_on(&mut self, shared: &Arc<Shared>, storage: &str, reader: &Reader) -> u64 {
         let primary = shared.standing.borrow().other_primary.clone();
         let (Some(address), true) = (primary, reader.is_whole()) else { return 0 };
         let me = shared.introduction();
         let theirs = fetch_digests(&me, &address, storage, self.compared);
-        let theirs = match runtime.block_on(theirs) {
+        let theirs = match theirs.await {
             Ok(theirs) => theirs,
             Err(error) => {
                 info!(address, %error, "cannot compare the data file with the primary's");

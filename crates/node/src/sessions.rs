@@ -1,6 +1,6 @@
 //! The clients' sessions, as the engine and the applier see them.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -120,8 +120,8 @@ impl SessionHandle {
 #[derive(Default)]
 pub struct Sessions {
     next: AtomicU64,
-    all: Mutex<HashMap<SessionId, Arc<SessionHandle>>>,
-    registered: Mutex<HashMap<String, HashMap<SessionId, Arc<SessionHandle>>>>,
+    all: Mutex<BTreeMap<SessionId, Arc<SessionHandle>>>,
+    registered: Mutex<BTreeMap<String, BTreeMap<SessionId, Arc<SessionHandle>>>>,
 }
 
 impl Sessions {
@@ -155,7 +155,7 @@ impl Sessions {
 
     /// Number of sessions registered for a storage.
     pub fn count(&self, storage: &str) -> usize {
-        lock(&self.registered).get(storage).map_or(0, HashMap::len)
+        lock(&self.registered).get(storage).map_or(0, BTreeMap::len)
     }
 
     /// A session.

@@ -15,8 +15,6 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,7 +23,7 @@ use standby_consensus::{
     Command, LogWriter, Member, Membership, Recovered, ending_with_blobs, recover,
 };
 use standby_filestorage::{BlobDir, Extent, FileStorage, Magic, Mark, Mend, Tail, take_meta};
-use standby_types::{Disk, LogIndex, NodeId, Oid, Term, Tid, Transfer};
+use standby_types::{Disk, LogIndex, Mutation, NodeId, Oid, Term, Tid, Transfer, mutation};
 use tracing::{info, warn};
 
 use crate::config::{Config, StorageSection};
@@ -122,10 +120,7 @@ fn open_blobs(
     for section in &config.storages {
         let Some(dir) = &section.blob_dir else { continue };
         // As Python makes it: blobs are nobody else's business.
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
+        disk.create_private_dir(dir)
             .with_context(|| format!("cannot make blob-dir {}", dir.display()))?;
         let blobs = BlobDir::open(disk.clone(), dir)?;
         let removed =
@@ -253,6 +248,7 @@ fn resume(
             }
         };
         match tail {
+            Ok(_) if mutation::on(Mutation::SkipTruncation) => extents.push(Extent::Whole),
             Ok(again) => extents.push(Extent::UpTo { mark: point.mark, again }),
             Err(reason) => return adopt(config, disk, state, identity, section, &reason),
         }

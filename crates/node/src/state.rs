@@ -25,6 +25,7 @@ use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
 
 use crate::hex::hex;
 use crate::lineage::Lineage;
+use crate::machine;
 use crate::settings::Settings;
 
 /// Who this node is.
@@ -459,7 +460,7 @@ pub fn decode_shared(bytes: &[u8]) -> anyhow::Result<(String, BTreeMap<String, O
 /// A random hexadecimal string of `bytes` bytes; never all zeros.
 pub fn random_hex(bytes: usize) -> anyhow::Result<String> {
     let mut random = vec![0; bytes];
-    getrandom::fill(&mut random).map_err(|error| anyhow::anyhow!("no randomness: {error}"))?;
+    machine::fill_random(&mut random)?;
     if random.iter().all(|byte| *byte == 0) {
         bail!("the system's randomness is broken: it gives zeros only");
     }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Mutex;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use standby_consensus::{Member, Membership, Role};
@@ -12,6 +12,7 @@ use standby_types::{LogIndex, NodeId, Term, Tid};
 use tracing::warn;
 
 use crate::lineage::{Fork, Lineage};
+use crate::machine::{self, Instant};
 use crate::peers::CatchUp;
 use crate::rewind::LostTail;
 use crate::settings::{FEATURE_LEVEL, Settings};
@@ -194,7 +195,7 @@ impl NodeReport {
             moving_to: settings.moving_to.clone(),
             no_room: None,
             slow_disk: moment.slow_disk,
-            clock: since_1970(),
+            clock: machine::wall_clock().as_secs_f64(),
             holes: BTreeMap::new(),
             backfilling: BTreeMap::new(),
             log: (moment.log.0.0, moment.log.1.0),
@@ -206,6 +207,11 @@ impl NodeReport {
             crashes: moment.crashes,
             run: run.into(),
         }
+    }
+
+    /// The term that the node is in.
+    pub fn term(&self) -> u64 {
+        self.term
     }
 
     /// The node's name.
@@ -338,7 +344,7 @@ impl Reports {
             heard.progress.note(Instant::now(), report.applied_index);
         }
         if report.clock > 0.0 {
-            let ahead = report.clock - since_1970();
+            let ahead = report.clock - machine::wall_clock().as_secs_f64();
             heard.skews.entry(report.id.clone()).or_default().note(&report.node, ahead);
         }
         heard.others.insert(from, (report, Some(Instant::now())));
@@ -734,11 +740,6 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
         diverged: BTreeMap::new(),
         nodes,
     }
-}
-
-fn since_1970() -> f64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.unwrap_or_default().as_secs_f64()
 }
 
 /// A time as `time.ctime` of Python writes it, in UTC.

@@ -1,18 +1,20 @@
 //! A connection, over TCP or a Unix socket, perhaps with TLS.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
+#[cfg(not(feature = "simulated"))]
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{UnixListener, UnixStream};
 use tokio_rustls::TlsStream;
 
 use crate::config::ZeoAddress;
+use crate::machine::{TcpListener, TcpStream};
 
 /// See the module.
 pub enum Stream {
@@ -91,12 +93,30 @@ impl Stream {
     }
 
     /// The socket once more, to shut it down from any thread.
+    #[cfg(feature = "simulated")]
+    pub fn duplicate(&self) -> Option<OwnedFd> {
+        None
+    }
+
+    /// Returns when the other side has closed.
+    #[cfg(feature = "simulated")]
+    pub async fn gone(&self) {
+        match self {
+            Stream::Tcp(tcp) => tcp.gone().await,
+            Stream::Tls(tls) => tls.get_ref().0.gone().await,
+            Stream::Unix(_) => std::future::pending().await,
+        }
+    }
+
+    /// The socket once more, to shut it down from any thread.
+    #[cfg(not(feature = "simulated"))]
     pub fn duplicate(&self) -> Option<OwnedFd> {
         rustix::io::fcntl_dupfd_cloexec(self.fd(), 3).ok()
     }
 
     /// Returns when the other side has closed. One that speaks although nothing was said to it is no
     /// ZEO client, or one that begins TLS; it waits like the others.
+    #[cfg(not(feature = "simulated"))]
     pub async fn gone(&self) {
         loop {
             let readable = match self {
@@ -109,11 +129,12 @@ impl Stream {
             match (readable, peeked) {
                 (Err(_), _) | (_, Ok((_, 0))) => return,
                 (_, Err(error)) if error != rustix::io::Errno::AGAIN => return,
-                _ => tokio::time::sleep(Duration::from_millis(200)).await,
+                _ => tokio::time::sleep(std::time::Duration::from_millis(200)).await,
             }
         }
     }
 
+    #[cfg(not(feature = "simulated"))]
     fn fd(&self) -> BorrowedFd<'_> {
         match self {
             Stream::Tcp(tcp) => tcp.as_fd(),

@@ -11,7 +11,6 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, bail};
 use pkcs8::{EncryptedPrivateKeyInfo, SecretDocument};
-use tokio::net::TcpStream;
 use tokio_rustls::rustls::client::danger::HandshakeSignatureValid;
 use tokio_rustls::rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
@@ -24,6 +23,8 @@ use tokio_rustls::rustls::{
     SignatureScheme,
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use crate::machine::TcpStream;
 
 /// `<ssl>`
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
@@ -11,11 +12,12 @@ use serde_json::json;
 use standby_node::admin::fetch_status;
 use standby_node::ask::Ask;
 use standby_node::config::Config;
+use standby_node::disk::OsDisk;
 use standby_node::lineage::Fork;
 use standby_node::rewind::{LostTail, blobs_of, describe_fork, open_lost};
 use standby_node::status::{NodeStatus, Status};
 use standby_types::time::{tid_at, time_of, utc};
-use standby_types::{Oid, Tid};
+use standby_types::{Disk, Oid, Tid};
 
 use crate::administer::done;
 use crate::status::At;
@@ -240,7 +242,7 @@ fn table_of(lost: &[(&str, &LostTail)]) -> Table {
 
 fn export(file: &Path, to: &Path) -> anyhow::Result<()> {
     let name = file.file_name().with_context(|| format!("{} is no file", file.display()))?;
-    let reader = open_lost(file)?;
+    let reader = open_lost(&(Arc::new(OsDisk) as Arc<dyn Disk>), file)?;
     fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
     let copied = to.join(name);
     if copied.exists() {

@@ -77,6 +77,10 @@ pub trait Disk: Send + Sync {
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
     /// Makes a directory and its parents.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
+    /// As [`Disk::create_dir`], but what is made is for nobody else to look into.
+    fn create_private_dir(&self, dir: &Path) -> io::Result<()> {
+        self.create_dir(dir)
+    }
     /// Removes an empty directory.
     fn remove_dir(&self, dir: &Path) -> io::Result<()>;
     /// Nobody is to write to the file from now on; who may look into its directory may read it.

@@ -10,8 +10,10 @@ pub mod blob;
 pub mod disk;
 pub mod id;
 pub mod memory;
+pub mod mutation;
 pub mod time;
 
 pub use blob::{Blob, BlobSource, Transfer, Upload};
 pub use disk::{Disk, File};
 pub use id::{LogIndex, NodeId, Oid, Position, Term, Tid};
+pub use mutation::Mutation;

@@ -17,7 +17,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use standby_types::{Oid, Tid};
+use standby_types::{Mutation, Oid, Tid, mutation};
 
 use crate::SessionId;
 use crate::buffer::Expected;
@@ -154,7 +154,7 @@ impl Transactions {
             };
             return Ok(Some(VoteAnswer::Refused(refused)));
         }
-        if conflicts.is_empty() {
+        if conflicts.is_empty() || mutation::on(Mutation::LoseConflicts) {
             transaction.phase = Phase::Voted;
             Ok(Some(VoteAnswer::Voted))
         } else {

@@ -22,7 +22,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use raft::eraftpb::{Entry, EntryType, HardState, Message, MessageType};
 use raft::{RawNode, StateRole};
-use standby_types::{Disk, LogIndex, NodeId, Term};
+use standby_types::{Disk, LogIndex, Mutation, NodeId, Term, mutation};
 
 use crate::codec::Malformed;
 use crate::log::{Batch, LogError, LogView, Point, Recovered, Written};
@@ -709,7 +709,17 @@ impl Consensus {
             let changes = entries.iter().any(|e| e.get_entry_type() != EntryType::EntryNormal);
             // The commit index alone is not worth a sync: it is found again by election. But see the
             // module's comment.
-            let must_sync = ready.must_sync() || changes;
+            let mut must_sync = ready.must_sync() || changes;
+            if mutation::on(Mutation::ForgetVote)
+                && batch.entries.is_empty()
+                && batch.reset.is_none()
+            {
+                must_sync = false;
+            }
+            if mutation::on(Mutation::ApplyBeforeCommit) && !self.role.leads {
+                let early = batch.entries.iter().cloned().map(said).collect();
+                outputs.push(Output::Commit(early));
+            }
             batch.hard_state = must_sync.then(|| self.raft.raft.hard_state());
             for state in ready.take_read_states() {
                 let own = state.request_ctx.strip_prefix(&self.config.id.to_bytes());

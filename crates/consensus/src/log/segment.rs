@@ -38,7 +38,7 @@ use crate::message::{entry_code, entry_type};
 
 /// A segment's length; one is begun when the last is full. They are filled with zeros before they are
 /// used: overwriting is synced about twice as fast as growing a file.
-pub const SEGMENT_LEN: u64 = 16 << 20;
+pub const SEGMENT_LEN: u64 = if cfg!(feature = "simulated") { 64 << 10 } else { 16 << 20 };
 
 pub(crate) const HEADER: usize = 64;
 pub(crate) const FRAME_HEADER: usize = 16;

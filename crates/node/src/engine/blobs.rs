@@ -15,6 +15,7 @@ use standby_types::{BlobSource, NodeId, Tid, Transfer, Upload};
 use tracing::{debug, warn};
 
 use super::{Engine, Internal, Outgoing};
+use crate::machine;
 use crate::node::StorageShared;
 use crate::peers::{Announcement, Wanted, WantedBlob, obtain};
 use crate::replica::ApplyError;
@@ -212,10 +213,10 @@ impl Engine {
 
     fn discard(&self, storage: &str, transfer: Transfer) {
         let blobs = self.shared.storages.get(storage).and_then(|s| s.blobs.clone());
-        tokio::task::spawn_blocking(move || {
+        drop(machine::spawn_blocking(move || {
             // What cannot be removed now goes at the next start.
             let _ = blobs.map(|blobs| blobs.discard(transfer));
-        });
+        }));
     }
 
     /// A node has fetched an upload.

@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use standby_consensus::{Command, Ending, PART_LEN};
 use standby_filestorage::{Record, TransactionMeta, put_meta, put_record};
 use standby_types::time::{new_tid, time_of};
-use standby_types::{LogIndex, Tid};
+use standby_types::{LogIndex, Mutation, Tid, mutation};
 use standby_zeo::{Buffer, ClientError, Value};
 use tracing::{error, warn};
 
@@ -126,7 +126,11 @@ impl Engine {
         let tid = meta.tid;
         let wall_clock = self.shared.wall_clock();
         let behind = time_of(committing.last_tid).saturating_sub(wall_clock);
-        let tid = tid.unwrap_or_else(|| new_tid(wall_clock, committing.last_tid));
+        let last = match mutation::on(Mutation::TidFromClock) {
+            true => Tid::NONE,
+            false => committing.last_tid,
+        };
+        let tid = tid.unwrap_or_else(|| new_tid(wall_clock, last));
         let meta = TransactionMeta {
             tid,
             status: meta.status,
@@ -147,6 +151,11 @@ impl Engine {
         if self.propose(Command::Transaction(ending), Some(origin))?.is_none() {
             self.outgoing.push_front(outgoing);
             return Ok(false);
+        }
+        if mutation::on(Mutation::AcknowledgeBeforeMajority) {
+            let session = &outgoing.session;
+            let tid = tid.to_bytes().into();
+            session.outbox.push(session.encoding().reply(&outgoing.id, tid));
         }
         self.look_at_clock(behind);
         outgoing.buffer.keep_blobs();

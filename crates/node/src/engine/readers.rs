@@ -7,15 +7,16 @@
 //! answer is applied, its data are at most as old as the question.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use standby_consensus::Event as Happened;
-use standby_types::LogIndex;
+use standby_types::{LogIndex, Mutation, mutation};
 use standby_zeo::Value;
 use tracing::{info, warn};
 
 use super::Engine;
 use crate::applier::Work;
+use crate::machine::Instant;
 use crate::sessions::SessionHandle;
 
 /// How long a client waits for the primary to say what it must see.
@@ -46,7 +47,8 @@ pub(super) struct Freshness {
 impl Engine {
     /// Does `work` when this node has applied all that is acknowledged by now.
     pub(super) fn when_level(&mut self, work: Work) -> anyhow::Result<()> {
-        if self.is_surely_primary() || self.role.leader.is_none() {
+        let asks = !mutation::on(Mutation::ReadWithoutAsking);
+        if self.is_surely_primary() || self.role.leader.is_none() || !asks {
             // All that is known to be committed is in the applier's queue already.
             self.shared.apply(work);
             return Ok(());
@@ -81,7 +83,7 @@ impl Engine {
     pub(super) fn admit_readers(&mut self) {
         let applied = self.applied;
         let ready = |reader: &Reader| reader.index.is_some_and(|index| index <= applied);
-        for (_, reader) in self.readers.extract_if(|_, reader| ready(reader)) {
+        for (_, reader) in self.readers.extract_if(.., |_, reader| ready(reader)) {
             match reader.work {
                 Some(work) => self.shared.apply(work),
                 None => self.freshness.as_of = self.freshness.as_of.max(Some(reader.asked)),
@@ -95,7 +97,7 @@ impl Engine {
         let full = self.shared.room.is_low();
         let late =
             |reader: &Reader| (reader.index.is_none() || full) && reader.asked.elapsed() > PATIENCE;
-        for (_, reader) in self.readers.extract_if(|_, reader| late(reader)) {
+        for (_, reader) in self.readers.extract_if(.., |_, reader| late(reader)) {
             if let Some(work) = reader.work {
                 self.shared.apply(work);
             }

@@ -23,12 +23,12 @@ use sha2::{Digest, Sha256};
 use standby_filestorage::{BlobDir, Staged, StorageError};
 use standby_types::{Blob, BlobSource, Oid, Tid, Transfer, Upload};
 use tokio::io::{AsyncWrite, BufReader};
-use tokio::sync::mpsc;
 use tracing::info;
 
 use super::{PeerError, Purpose, connect, read_frame, write_frame};
 use crate::blobs::{BlobReader, BlobWriter, new_transfer};
 use crate::hex::{hex, unhex};
+use crate::machine;
 use crate::node::Shared;
 use crate::stream::Stream;
 
@@ -223,7 +223,7 @@ impl Source {
         let (upload, _staged) = self.fetch(blobs, storage, None, transfer, revision).await?;
         let blob = Blob { oid, source: BlobSource::Upload(upload) };
         let blobs = blobs.clone();
-        tokio::task::spawn_blocking(move || blobs.place(&blob, tid))
+        machine::spawn_blocking(move || blobs.place(&blob, tid))
             .await
             .map_err(std::io::Error::other)??;
         Ok(())
@@ -312,8 +312,8 @@ async fn send_list(
     blobs: Option<BlobDir>,
     up_to: Tid,
 ) -> Result<(), PeerError> {
-    let (names, mut queue) = mpsc::channel::<Bytes>(16);
-    let walking = tokio::task::spawn_blocking(move || {
+    let (names, mut queue) = machine::queue::<Bytes>(16);
+    let walking = machine::spawn_blocking(move || {
         let Some(blobs) = blobs else { return Ok(()) };
         let mut batch = BytesMut::new();
         blobs.walk(&mut |oid, tid, _| {
@@ -323,11 +323,11 @@ async fn send_list(
             }
             if batch.len() >= 1 << 16 {
                 // Without a receiver the other node is gone.
-                let _ = names.blocking_send(batch.split().freeze());
+                let _ = machine::send_blocking(&names, batch.split().freeze());
             }
             Ok(())
         })?;
-        let _ = names.blocking_send(batch.freeze());
+        let _ = machine::send_blocking(&names, batch.freeze());
         Ok::<_, StorageError>(())
     });
     while let Some(batch) = queue.recv().await {

@@ -25,6 +25,7 @@
 //! the source's, only the records come that are current at the source's, which itself always comes.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,9 +48,9 @@ use super::{PeerError, Purpose, blocking, connect, frame, read_frame, write_fram
 use crate::applier::{CatchUpItem, CatchUpItems, Work};
 use crate::blobs::{BlobWriter, new_transfer};
 use crate::config::Recovery;
-use crate::disk::OsDisk;
 use crate::engine::Internal;
 use crate::hex::hex;
+use crate::machine::{self, Instant};
 use crate::node::{Shared, StorageShared};
 use crate::stream::Stream;
 
@@ -196,7 +197,7 @@ async fn receive(
     let mut storage = String::new();
     let mut blob: Option<(Oid, BlobWriter)> = None;
     let no_blob = || PeerError::Protocol("bytes of no blob".into());
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let (mut told, mut progress, mut passed_on) = (begun, CatchUp::default(), 0);
     let rate = shared.config.standby.as_ref().and_then(|standby| standby.catch_up_rate);
     loop {
@@ -206,7 +207,7 @@ async fn receive(
         shared.room.check()?;
         progress.bytes += content.len() as u64;
         if told.elapsed() > Duration::from_secs(5) {
-            told = std::time::Instant::now();
+            told = Instant::now();
             let CatchUp { bytes, total_bytes, transactions, .. } = progress;
             let (megabytes, of) = (bytes >> 20, total_bytes >> 20);
             info!(peer, megabytes, of, transactions, "catching up");
@@ -325,7 +326,7 @@ fn request(shared: &Shared, unconfirmed: bool) -> Result<Request, PeerError> {
         let reader = storage.reader();
         let (mark, holes) = (reader.mark(), reader.holes());
         let sha256 = (unconfirmed && mark != Mark::START)
-            .then(|| hash_of(&storage.path, mark))
+            .then(|| hash_of(&*shared.disk, &storage.path, mark))
             .transpose()?;
         let least = holes.of(mark.tid).map_or(0, |hole| hole.through.0);
         let have = Have { tid: mark.tid.0, position: mark.position.0, sha256, least };
@@ -337,8 +338,8 @@ fn request(shared: &Shared, unconfirmed: bool) -> Result<Request, PeerError> {
 }
 
 /// The hash of a data file up to a mark.
-fn hash_of(path: &std::path::Path, mark: Mark) -> std::io::Result<String> {
-    let file = OsDisk.open(path, Open::Read)?;
+fn hash_of(disk: &dyn Disk, path: &Path, mark: Mark) -> std::io::Result<String> {
+    let file = disk.open(path, Open::Read)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     // The magic may differ: it tells only which Python made the file.
@@ -363,8 +364,8 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
             b'q' => serde_json::from_slice(&content)?,
             _ => return Err(PeerError::Protocol("no request for a catch-up".into())),
         };
-        let (frames, mut queue) = mpsc::channel(QUEUE);
-        let reading = tokio::task::spawn_blocking(move || {
+        let (frames, mut queue) = machine::queue(QUEUE);
+        let reading = machine::spawn_blocking(move || {
             let mut frames = Frames { together: BytesMut::new(), queue: frames, sent: 0 };
             send_all(&shared, &request, &mut frames)?;
             frames.flush()
@@ -423,7 +424,7 @@ impl Frames {
 
     fn flush(&mut self) -> Result<(), SendError> {
         let frames = self.together.split().freeze();
-        self.queue.blocking_send(frames).map_err(|_| SendError::Gone)
+        machine::send_blocking(&self.queue, frames).map_err(|_| SendError::Gone)
     }
 }
 
@@ -444,7 +445,7 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
             return Err(SendError::Refused(reason));
         };
         let reader = storage.reader();
-        check_beginning(&storage.path, &reader, name, have)?;
+        check_beginning(&*shared.disk, &storage.path, &reader, name, have)?;
         if reader.last_tid() < Tid(have.least) || !reader.is_whole() {
             let reason = "this node has not come far enough itself".to_owned();
             return Err(SendError::NotNow(reason));
@@ -575,7 +576,7 @@ fn send_blob(blobs: &BlobDir, oid: Oid, tid: Tid, frames: &mut Frames) -> Result
     let failed = |source| {
         SendError::Storage(StorageError::Io { path: path.clone(), action: "read", source })
     };
-    let file = match OsDisk.open(&path, Open::Read) {
+    let file = match blobs.disk().open(&path, Open::Read) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(failed)?,
     };
@@ -605,7 +606,8 @@ fn is_packed(reader: &Reader, tid: Tid) -> Result<bool, StorageError> {
 
 /// A data file that this cluster did not write is welcome if it is the beginning of ours.
 fn check_beginning(
-    path: &std::path::Path,
+    disk: &dyn Disk,
+    path: &Path,
     reader: &Reader,
     name: &str,
     have: &Have,
@@ -629,7 +631,7 @@ fn check_beginning(
     }
     if let Some(theirs) = &have.sha256 {
         let mark = Mark { position: standby_types::Position(have.position), tid };
-        let ours = hash_of(path, mark).map_err(|source| {
+        let ours = hash_of(disk, path, mark).map_err(|source| {
             SendError::Storage(StorageError::Io { path: path.to_owned(), action: "read", source })
         })?;
         if ours != *theirs {

@@ -22,11 +22,11 @@ use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use standby_consensus::Member;
 use standby_types::NodeId;
-use tokio::net::TcpStream;
 
 use super::{PeerError, read_frame, write_frame};
 use crate::hex::{hex, unhex};
 use crate::lineage::{Lineage, Relation};
+use crate::machine::TcpStream;
 use crate::state::random_hex;
 use crate::stream::Stream;
 use crate::tls::Tls;

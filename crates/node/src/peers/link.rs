@@ -3,14 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Serialize;
 use standby_consensus::decode_message;
 use standby_types::{NodeId, Transfer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
@@ -20,6 +19,7 @@ use super::{
 };
 use crate::engine::{Event, Internal};
 use crate::listener;
+use crate::machine::{self, Instant, TcpListener, TcpStream};
 use crate::node::Shared;
 use crate::status::NodeReport;
 use crate::stream::Stream;
@@ -68,7 +68,7 @@ impl Peers {
     /// Sends a message of consensus; it may be lost.
     pub fn send(&self, to: NodeId, message: &[u8]) {
         if let Some(link) = lock(&self.links).get(&to) {
-            let _ = link.try_send(frame(b'r', message));
+            machine::deliver(link, frame(b'r', message));
         }
     }
 
@@ -180,6 +180,7 @@ async fn run_dialled(shared: &Arc<Shared>, stream: Stream, info: PeerInfo, epoch
     let mut byte = [0];
     // The accepting side says nothing; reading tells when it is gone.
     tokio::select! {
+        biased;
         () = send => {}
         _ = read.read(&mut byte) => {}
     }

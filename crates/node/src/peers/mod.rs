@@ -26,6 +26,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::lineage::Lineage;
+use crate::machine;
 
 /// The longest frame between nodes.
 const MAX_FRAME: usize = 64 << 20;
@@ -72,7 +73,7 @@ pub enum PeerError {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, PeerError> + Send + 'static,
 ) -> Result<T, PeerError> {
-    tokio::task::spawn_blocking(work)
+    machine::spawn_blocking(work)
         .await
         .unwrap_or_else(|error| Err(PeerError::Protocol(error.to_string())))
 }

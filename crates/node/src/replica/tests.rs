@@ -130,8 +130,10 @@ fn catch_up_and_log_may_overlap() {
     let disk = MemoryDisk::new();
     let mut replica = replica(&disk);
     let meta = take_meta(&mut head(10)).unwrap();
-    let mut rows = vec![Record { oid: Oid(4), data: RecordData::Data(Bytes::from_static(b"x")) }];
-    let copied = replica.copy("1", &meta, |_| Ok(rows.pop())).unwrap().unwrap();
+    let record = Record { oid: Oid(4), data: RecordData::Data(Bytes::from_static(b"x")) };
+    let mut copying = replica.begin_copy("1", &meta).unwrap();
+    copying.record(&record, &[]).unwrap();
+    let copied = copying.finish().unwrap().unwrap();
     assert_eq!(copied.tid, Tid(10));
     let mut target = replica.point();
     (target.index, target.term) = (LogIndex(7), Term(3));
