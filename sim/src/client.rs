@@ -1,0 +1,462 @@
+//! A ZEO client with a cache, as the stock one behaves: it tries all addresses at the same time, keeps the first that
+//! speaks, verifies its cache, reads at the last transaction that it has heard of, and says what it was told.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use standby_node::machine::TcpStream;
+use standby_node::machine::simulated::Random;
+use standby_types::{Oid, Tid};
+use standby_zeo::{Encoding, FrameReader, Incoming, MAX_FRAME, Value, frame};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::history::{Event, History};
+use crate::record::Content;
+
+/// Accounts, from which amounts are moved to others.
+pub const ACCOUNTS: u64 = 6;
+/// What is in each of them at first.
+pub const BALANCE: i64 = 100;
+/// Each client has a counter at this oid plus its number.
+const COUNTERS: u64 = 50;
+/// The first oid that is asked for.
+pub const FIRST_FREE: u64 = 100;
+/// How long an answer is waited for. A stock client waits for ever; somebody restarts it.
+const PATIENCE: Duration = Duration::from_secs(6);
+
+/// Why something was not done.
+#[derive(Debug)]
+enum Trouble {
+    /// The connection is lost.
+    Lost,
+    /// The server says no.
+    Refused(String),
+}
+
+type Result<T> = std::result::Result<T, Trouble>;
+
+impl From<std::io::Error> for Trouble {
+    fn from(_: std::io::Error) -> Self {
+        Trouble::Lost
+    }
+}
+
+/// What a client is to do.
+#[derive(Debug, Clone)]
+pub struct Script {
+    /// Its number.
+    pub client: u32,
+    /// Where servers are.
+    pub addresses: Vec<String>,
+    /// It commits; otherwise it reads at one address after the other.
+    pub writes: bool,
+    /// At most so long between two transactions.
+    pub pause: Duration,
+    /// Packs are asked for.
+    pub packs: bool,
+}
+
+struct Connection {
+    stream: TcpStream,
+    frames: FrameReader,
+    encoding: Encoding,
+    next_id: i64,
+}
+
+/// See the module.
+pub struct Client {
+    script: Script,
+    random: Random,
+    history: History,
+    connection: Option<Connection>,
+    /// The last transaction that it has heard of.
+    told: Tid,
+    cache: BTreeMap<Oid, (Bytes, Tid)>,
+    number: u64,
+    created: Vec<Oid>,
+    next_address: usize,
+}
+
+impl Client {
+    /// A client that has not connected yet.
+    pub fn new(script: Script, random: Random, history: History) -> Client {
+        Client {
+            script,
+            random,
+            history,
+            connection: None,
+            told: Tid::NONE,
+            cache: BTreeMap::new(),
+            number: 0,
+            created: Vec::new(),
+            next_address: 0,
+        }
+    }
+
+    /// Works for ever.
+    pub async fn run(mut self) {
+        loop {
+            if self.connection.is_none() && self.connect().await.is_err() {
+                self.connection = None;
+                sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+            match self.transaction().await {
+                Ok(()) | Err(Trouble::Refused(_)) => {}
+                Err(Trouble::Lost) => {
+                    self.connection = None;
+                    continue;
+                }
+            }
+            let pause = self.random.within(self.script.pause);
+            sleep(pause).await;
+        }
+    }
+
+    async fn connect(&mut self) -> Result<()> {
+        let addresses = match self.script.writes {
+            true => self.script.addresses.clone(),
+            false => {
+                // Any of them: reads must be the same everywhere.
+                self.next_address += self.random.below(3) as usize;
+                let at = self.next_address % self.script.addresses.len();
+                vec![self.script.addresses[at].clone()]
+            }
+        };
+        let mut attempts = JoinSet::new();
+        for address in addresses {
+            attempts.spawn(async move {
+                loop {
+                    if let Ok(found) = greeted(&address).await {
+                        return found;
+                    }
+                    sleep(Duration::from_millis(40)).await;
+                }
+            });
+        }
+        let patience = if self.script.writes { Duration::from_secs(30) } else { PATIENCE };
+        let first = timeout(patience, attempts.join_next()).await;
+        let Ok(Some(Ok((stream, frames)))) = first else { return Err(Trouble::Lost) };
+        drop(attempts);
+        let encoding = if self.random.one_in(2) { Encoding::Msgpack } else { Encoding::Pickle };
+        let mut connection = Connection { stream, frames, encoding, next_id: 0 };
+        connection.stream.write_all(&frame(encoding.version())).await?;
+        self.connection = Some(connection);
+        let known = self.told;
+        // Invalidations of this session follow what `register` answers.
+        self.told = Tid::NONE;
+        let answer = self.call("register", vec![Value::str("1"), (!self.script.writes).into()]);
+        let answer = match answer.await {
+            Ok(answer) => answer,
+            Err(trouble) => {
+                self.told = known;
+                return Err(trouble);
+            }
+        };
+        let tid = tid_of(&answer)?;
+        let (client, writes) = (self.script.client, self.script.writes);
+        self.history.add(Event::Connected { client, writes, tid, known });
+        self.told = self.told.max(tid);
+        if known > Tid::NONE && known != tid {
+            let since = vec![known.to_bytes().into()];
+            let missed = match self.call("getInvalidations", since).await {
+                Ok(missed) => missed,
+                Err(trouble) => {
+                    // The cache is as it was.
+                    self.told = known;
+                    return Err(trouble);
+                }
+            };
+            match missed.items() {
+                Some([_, oids]) if known <= tid => {
+                    for oid in oids.items().unwrap_or_default() {
+                        self.cache.remove(&oid_of(oid)?);
+                    }
+                }
+                _ => self.cache.clear(),
+            }
+        }
+        Ok(())
+    }
+
+    async fn transaction(&mut self) -> Result<()> {
+        if !self.script.writes {
+            self.history
+                .add(Event::Asked { client: self.script.client, writes: self.script.writes });
+            self.call("ping", vec![]).await?;
+            self.history.add(Event::Synced { client: self.script.client, tid: self.told });
+            return self.audit().await;
+        }
+        match self.random.below(20) {
+            0 | 1 => {
+                self.history
+                    .add(Event::Asked { client: self.script.client, writes: self.script.writes });
+                self.call("ping", vec![]).await?;
+                self.history.add(Event::Synced { client: self.script.client, tid: self.told });
+                self.audit().await
+            }
+            2 | 3 => self.create().await,
+            4 => self.look().await,
+            5 if self.script.packs => self.pack().await,
+            6..=9 => self.count().await,
+            _ => self.transfer().await,
+        }
+    }
+
+    /// Moves an amount from one account to another.
+    async fn transfer(&mut self) -> Result<()> {
+        self.hear().await?;
+        let snapshot = self.told;
+        let from = self.random.below(ACCOUNTS);
+        let to = (from + 1 + self.random.below(ACCOUNTS - 1)) % ACCOUNTS;
+        let amount = self.random.range(1..20) as i64;
+        let mut writes = Vec::new();
+        for (oid, change) in [(Oid(from + 1), -amount), (Oid(to + 1), amount)] {
+            let found = self.read(oid, snapshot).await?;
+            // What is missing is made: everything begins so.
+            let (old, serial) = found.unwrap_or((BALANCE, Tid::NONE));
+            writes.push((oid, serial, old + change));
+        }
+        self.commit(writes).await
+    }
+
+    /// Adds one to a counter of its own.
+    async fn count(&mut self) -> Result<()> {
+        self.hear().await?;
+        let snapshot = self.told;
+        let oid = Oid(COUNTERS + u64::from(self.script.client));
+        let (old, serial) = self.read(oid, snapshot).await?.unwrap_or((0, Tid::NONE));
+        self.commit(vec![(oid, serial, old + 1)]).await
+    }
+
+    /// Makes new objects.
+    async fn create(&mut self) -> Result<()> {
+        let count = self.random.range(1..4) as i64;
+        let oids = self.call("new_oids", vec![count.into()]).await?;
+        let oids: Vec<Oid> =
+            oids.items().unwrap_or_default().iter().map(oid_of).collect::<Result<_>>()?;
+        self.history.add(Event::Oids { client: self.script.client, oids: oids.clone() });
+        let writes = oids.iter().map(|oid| (*oid, Tid::NONE, 1)).collect();
+        self.created.extend(oids);
+        self.commit(writes).await
+    }
+
+    /// Reads all accounts at one moment.
+    async fn audit(&mut self) -> Result<()> {
+        self.hear().await?;
+        let snapshot = self.told;
+        let mut sum = 0;
+        for account in 1..=ACCOUNTS {
+            sum += self.read(Oid(account), snapshot).await?.map_or(BALANCE, |(amount, _)| amount);
+        }
+        self.history.add(Event::Audited { client: self.script.client, snapshot, sum });
+        Ok(())
+    }
+
+    /// Asks for what is current, which is not to be newer than what the client has heard of.
+    async fn look(&mut self) -> Result<()> {
+        let oid = Oid(1 + self.random.below(ACCOUNTS));
+        let args = vec![oid.to_bytes().into(), Tid::MAX.to_bytes().into()];
+        match self.call("loadBefore", args).await {
+            Ok(found) => {
+                if let Some([_, serial, Value::None]) = found.items() {
+                    let (client, told) = (self.script.client, self.told);
+                    let serial = tid_of(serial)?;
+                    self.history.add(Event::Current { client, told, oid, serial });
+                }
+                Ok(())
+            }
+            Err(Trouble::Refused(_)) => Ok(()),
+            Err(lost) => Err(lost),
+        }
+    }
+
+    async fn pack(&mut self) -> Result<()> {
+        if !self.random.one_in(10) {
+            return Ok(());
+        }
+        self.history.add(Event::Packing);
+        let now = standby_node::machine::wall_clock().as_secs_f64();
+        self.call("pack", vec![Value::Float(now), Value::Bool(false)]).await.map(drop)
+    }
+
+    /// What an object held at a moment; `None` if it did not exist.
+    async fn read(&mut self, oid: Oid, snapshot: Tid) -> Result<Option<(i64, Tid)>> {
+        let client = self.script.client;
+        let (data, serial) = match self.cache.get(&oid) {
+            Some((data, serial)) if *serial <= snapshot => (data.clone(), *serial),
+            _ => {
+                let args = vec![oid.to_bytes().into(), snapshot.next().to_bytes().into()];
+                let found = match self.call("loadBefore", args).await {
+                    Err(Trouble::Refused(class)) if class.ends_with("POSKeyError") => {
+                        self.history.add(Event::Read { client, snapshot, oid, serial: None });
+                        return Ok(None);
+                    }
+                    other => other?,
+                };
+                let Some([Value::Bytes(data), serial, end]) = found.items() else {
+                    // It did not exist then, or that is packed away: a stock client begins anew.
+                    return Err(Trouble::Refused("not at that time".into()));
+                };
+                let serial = tid_of(serial)?;
+                if *end == Value::None && self.told == snapshot {
+                    self.cache.insert(oid, (data.clone(), serial));
+                }
+                (data.clone(), serial)
+            }
+        };
+        self.history.add(Event::Read { client, snapshot, oid, serial: Some(serial) });
+        let Some(content) = Content::decode(&data) else {
+            return Err(Trouble::Refused("nothing that was written".into()));
+        };
+        Ok(Some((content.amount, serial)))
+    }
+
+    async fn commit(&mut self, writes: Vec<(Oid, Tid, i64)>) -> Result<()> {
+        self.number += 1;
+        let (client, number) = (self.script.client, self.number);
+        let name = Value::Int(number as i64);
+        let description = format!("{client} {number}");
+        let begin = vec![
+            name.clone(),
+            Value::bytes(b"sim"),
+            Value::bytes(description.as_bytes()),
+            Value::Dict(vec![]),
+            Value::None,
+            Value::str(" "),
+        ];
+        // Most are small; some travel in parts.
+        let padding = match self.random.below(60) {
+            0 => 1_200_000,
+            1..=4 => 30_000,
+            _ => self.random.below(300) as usize,
+        };
+        let mut out = Vec::new();
+        let Some(connection) = &mut self.connection else { return Err(Trouble::Lost) };
+        let encoding = connection.encoding;
+        out.extend_from_slice(&encoding.notify("tpc_begin", begin));
+        let mut stored = Vec::new();
+        for (oid, serial, amount) in &writes {
+            let content = Content { client, number, base: *serial, amount: *amount };
+            let data = Bytes::from(content.encode(padding));
+            let args = vec![
+                oid.to_bytes().into(),
+                serial.to_bytes().into(),
+                data.clone().into(),
+                name.clone(),
+            ];
+            out.extend_from_slice(&encoding.notify("storea", args));
+            stored.push((*oid, data));
+        }
+        timeout(PATIENCE, connection.stream.write_all(&out)).await.map_err(|_| Trouble::Lost)??;
+        let voted = self.call("vote", vec![name.clone()]).await;
+        let conflicts = match voted {
+            Ok(conflicts) => conflicts.items().is_some_and(|list| !list.is_empty()),
+            Err(Trouble::Refused(_)) => true,
+            Err(lost) => return Err(lost),
+        };
+        if conflicts {
+            self.call("tpc_abort", vec![name]).await?;
+            return Ok(());
+        }
+        let based = writes.iter().map(|(oid, serial, _)| (*oid, *serial)).collect();
+        self.history.add(Event::Finishing { client, number, writes: based });
+        let tid = tid_of(&self.call("tpc_finish", vec![name]).await?)?;
+        self.history.add(Event::Committed { client, number, tid });
+        self.told = self.told.max(tid);
+        for (oid, data) in stored {
+            self.cache.insert(oid, (data, tid));
+        }
+        Ok(())
+    }
+
+    /// Takes what has come meanwhile.
+    async fn hear(&mut self) -> Result<()> {
+        loop {
+            match timeout(Duration::ZERO, self.incoming()).await {
+                Err(_) => return Ok(()),
+                Ok(incoming) => drop(incoming?),
+            }
+        }
+    }
+
+    async fn call(&mut self, method: &str, args: Vec<Value>) -> Result<Value> {
+        let Some(connection) = &mut self.connection else { return Err(Trouble::Lost) };
+        connection.next_id += 1;
+        let id = Value::Int(connection.next_id);
+        let frame = connection.encoding.call(&id, method, args);
+        let answer = async {
+            if let Some(connection) = &mut self.connection {
+                connection.stream.write_all(&frame).await?;
+            }
+            loop {
+                match self.incoming().await? {
+                    Incoming::Reply(reply) if reply.id == id => {
+                        return reply.result.map_err(|(class, _)| Trouble::Refused(class));
+                    }
+                    _ => {}
+                }
+            }
+        };
+        timeout(PATIENCE, answer).await.unwrap_or(Err(Trouble::Lost))
+    }
+
+    /// The next message, after what it says of other transactions was noted.
+    async fn incoming(&mut self) -> Result<Incoming> {
+        let Some(connection) = &mut self.connection else { return Err(Trouble::Lost) };
+        let frame = loop {
+            let next = connection.frames.next_frame(MAX_FRAME).map_err(|_| Trouble::Lost)?;
+            if let Some(frame) = next {
+                break frame;
+            }
+            if connection.stream.read_buf(connection.frames.buffer()).await? == 0 {
+                return Err(Trouble::Lost);
+            }
+        };
+        let incoming = connection.encoding.decode(&frame).map_err(|_| Trouble::Lost)?;
+        if let Incoming::Call(call) = &incoming
+            && call.method == "invalidateTransaction"
+            && let Some([tid, oids]) = call.args.items()
+        {
+            let tid = tid_of(tid)?;
+            let (client, before) = (self.script.client, self.told);
+            self.history.add(Event::Invalidated { client, tid, before });
+            for oid in oids.items().unwrap_or_default() {
+                self.cache.remove(&oid_of(oid)?);
+            }
+            self.told = tid;
+        }
+        Ok(incoming)
+    }
+}
+
+/// Connects, and waits until the server speaks: it may be held for long.
+async fn greeted(address: &str) -> Result<(TcpStream, FrameReader)> {
+    let mut stream = TcpStream::connect(address).await?;
+    let mut frames = FrameReader::default();
+    loop {
+        if frames.next_frame(MAX_FRAME).map_err(|_| Trouble::Lost)?.is_some() {
+            return Ok((stream, frames));
+        }
+        if stream.read_buf(frames.buffer()).await? == 0 {
+            return Err(Trouble::Lost);
+        }
+    }
+}
+
+fn tid_of(value: &Value) -> Result<Tid> {
+    match value {
+        Value::Bytes(bytes) => Tid::from_slice(bytes).ok_or(Trouble::Lost),
+        _ => Err(Trouble::Lost),
+    }
+}
+
+fn oid_of(value: &Value) -> Result<Oid> {
+    match value {
+        Value::Bytes(bytes) => Oid::from_slice(bytes).ok_or(Trouble::Lost),
+        _ => Err(Trouble::Lost),
+    }
+}

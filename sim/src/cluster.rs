@@ -1,0 +1,622 @@
+//! One simulation: machines, clients, faults, and what is looked at meanwhile.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use standby_filestorage::{
+    Extent, FileStorage, Magic, Reader, Record, RecordData, StorageError, Transaction,
+    TransactionMeta,
+};
+use standby_node::ask::{Ask, here, route};
+use standby_node::config::Config;
+use standby_node::machine::simulated::{Latency, Network, Random};
+use standby_node::machine::wall_clock;
+use standby_node::rewind::open_lost;
+use standby_types::time::tid_at;
+use standby_types::{Disk, Oid, Tid};
+
+use crate::client::{ACCOUNTS, BALANCE, Client, FIRST_FREE, Script};
+use crate::disk::SimDisk;
+use crate::history::{Event, History};
+use crate::machine::{Exit, Machine};
+use crate::oracle::{self, BASE};
+use crate::plan::{Fault, NodePlan, Plan};
+use crate::record::Content;
+use crate::trace;
+
+/// What all machines are run for at a time.
+const TICK: Duration = Duration::from_millis(2);
+/// Within this time after the last fault somebody must have committed.
+const RECOVERS: Duration = Duration::from_secs(40);
+/// Within this time after the last commit all nodes must have it.
+const CONVERGES: Duration = Duration::from_secs(40);
+/// How the network is when nothing is wrong with it.
+const CALM: Latency =
+    Latency { least: Duration::from_micros(200), most: Duration::from_millis(3), lost_one_in: 0 };
+/// Nothing has gone wrong for so long: every node knows the primary.
+const CALM_AFTER: Duration = Duration::from_secs(4);
+/// Where a node keeps its data.
+const DATA: &str = "/site/Data.fs";
+
+/// What a simulation has shown.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// What must not be.
+    pub violations: Vec<String>,
+    /// Commits that were acknowledged.
+    pub commits: usize,
+    /// Faults that came, by kind.
+    pub faults: BTreeMap<&'static str, u64>,
+    /// How often a node began to serve as primary.
+    pub elections: u64,
+    /// Files of transactions that were lost by forced promotions.
+    pub lost_tails: usize,
+    /// Stands for everything that was logged, in its order.
+    pub trace: u64,
+}
+
+/// What is to be done later.
+enum Later {
+    Start(usize),
+    Resume(usize),
+    OpenNetwork,
+    CalmNetwork,
+    FastDisk(usize),
+    EmptyDisk(usize),
+    Reliable,
+    Promote,
+}
+
+struct Cluster {
+    plan: Plan,
+    network: Network,
+    random: Random,
+    machines: Vec<Machine>,
+    configs: Vec<Config>,
+    /// The clients' machine.
+    clients: Machine,
+    history: History,
+    later: Vec<(Duration, Later)>,
+    now: Duration,
+    /// What a power failure leaves of what was not synced, where one is to come.
+    torn: Vec<bool>,
+    down: Vec<Duration>,
+    /// The program may fail: its disk does.
+    may_fail: Vec<bool>,
+    serves: Vec<bool>,
+    /// When something was last wrong.
+    troubled: Duration,
+    calm: bool,
+    outcome: Outcome,
+}
+
+fn address(machine: usize) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(127, 0, 1, machine as u8 + 1))
+}
+
+fn config(plan: &Plan, node: usize) -> Config {
+    let members: String = (plan.nodes.iter().enumerate())
+        .map(|(other, NodePlan { group, witness })| {
+            let witness = if *witness { " witness" } else { "" };
+            format!("  member n{other} {}:8102 {group}{witness}\n", address(other))
+        })
+        .collect();
+    let fast = if plan.fast { "  recovery fast\n" } else { "" };
+    let NodePlan { group, witness } = &plan.nodes[node];
+    let host = address(node);
+    let serves = match witness {
+        true => String::new(),
+        false => format!(
+            "<zeo>\n  address {host}:8100\n</zeo>\n<filestorage>\n  path {DATA}\n  pack-gc false\n</filestorage>\n"
+        ),
+    };
+    let reads = match witness {
+        true => "  witness on\n".to_owned(),
+        false => format!("  read-only-address {host}:8101\n"),
+    };
+    let text = format!(
+        "{serves}<standby>\n  cluster sim\n  node n{node}\n  group {group}\n  state-dir /site/state\n{reads}  \
+         peer-address {host}:8102\n  admin-address {host}:8103\n{members}  log-tail 200kB\n{fast}</standby>\n"
+    );
+    Config::parse(Path::new("/site/zeo.conf"), &text).expect("a configuration that can be read")
+}
+
+/// Runs a plan.
+pub fn run(plan: &Plan) -> Outcome {
+    trace::begin();
+    let mut random = Random::new(plan.seed);
+    let network = Network::new(random.fork(), CALM);
+    let machines = (0..plan.nodes.len())
+        .map(|node| Machine::new(&format!("n{node}"), address(node), &network, &mut random));
+    let machines: Vec<Machine> = machines.collect();
+    let count = machines.len();
+    let clients = Machine::new("clients", address(count), &network, &mut random);
+    let mut cluster = Cluster {
+        configs: (0..count).map(|node| config(plan, node)).collect(),
+        network,
+        machines,
+        clients,
+        history: History::default(),
+        later: Vec::new(),
+        now: Duration::ZERO,
+        torn: vec![false; count],
+        down: vec![Duration::ZERO; count],
+        may_fail: vec![false; count],
+        serves: vec![false; count],
+        troubled: Duration::ZERO,
+        calm: false,
+        outcome: Outcome::default(),
+        random,
+        plan: plan.clone(),
+    };
+    cluster.simulate();
+    let mut outcome = cluster.outcome;
+    outcome.commits = cluster.history.commits();
+    outcome.trace = trace::end();
+    outcome
+}
+
+impl Cluster {
+    /// What the founder has: a site's data file.
+    fn prepare(&self) {
+        let disk: Arc<dyn Disk> = Arc::new(self.machines[0].disk.clone());
+        let (path, no_index) = (Path::new(DATA), Path::new("/site/no-index"));
+        let opened = FileStorage::open(
+            disk.clone(),
+            path,
+            no_index,
+            Magic::Fs30,
+            Extent::Whole,
+            &mut |_, _| (),
+        );
+        let (mut storage, _) = opened.expect("a new data file");
+        let content = |amount| Content { client: 0, number: 0, base: Tid::NONE, amount };
+        let record = |oid: u64, amount| Record {
+            oid: Oid(oid),
+            data: RecordData::Data(content(amount).encode(0).into()),
+        };
+        let meta = TransactionMeta {
+            tid: tid_at(
+                self.machines[0].host.enter(wall_clock).saturating_sub(Duration::from_secs(60)),
+            ),
+            status: b' ',
+            user: "sim".into(),
+            description: BASE.into(),
+            extension: Default::default(),
+        };
+        let accounts = (1..=ACCOUNTS).map(|oid| record(oid, BALANCE));
+        let records = accounts.chain([record(FIRST_FREE - 1, 0)]).collect();
+        storage.append(&Transaction { meta, records }).expect("a disk that works");
+        storage.sync().expect("a disk that works");
+        disk.sync_dir(Path::new("/site")).expect("a disk that works");
+    }
+
+    fn simulate(&mut self) {
+        self.prepare();
+        for (node, machine) in self.machines.iter_mut().enumerate() {
+            machine.rate = self.plan.rates[node];
+            machine.host.device.store(self.plan.device.as_micros() as u64, Ordering::Relaxed);
+            machine.start_node(&self.configs[node]);
+        }
+        self.start_clients();
+        let steps = self.plan.steps.clone();
+        let mut next = steps.iter().peekable();
+        while self.now < self.plan.duration && self.outcome.violations.is_empty() {
+            while let Some(step) = next.next_if(|step| step.at <= self.now) {
+                self.happen(&step.fault);
+            }
+            self.tick();
+        }
+        self.repair();
+        let before = self.history.commits();
+        let deadline = self.now + RECOVERS;
+        // Every writer must be able to go on.
+        let enough = before + 5 * self.plan.writers as usize;
+        while self.outcome.violations.is_empty() && self.history.commits() < enough {
+            if self.now > deadline {
+                let got = self.history.commits() - before;
+                self.violation(format!(
+                    "liveness: {got} commits within {RECOVERS:?} after the last fault"
+                ));
+            }
+            self.tick();
+        }
+        self.clients.kill();
+        let deadline = self.now + CONVERGES;
+        while self.outcome.violations.is_empty() && !self.is_level() {
+            if self.now > deadline {
+                let tids: Vec<_> = self.last_tids();
+                self.violation(format!(
+                    "convergence: after {CONVERGES:?} the nodes' last transactions are {tids:?}"
+                ));
+            }
+            self.tick();
+        }
+        if self.outcome.violations.is_empty() {
+            self.judge();
+        }
+    }
+
+    fn violation(&mut self, text: String) {
+        tracing::error!("VIOLATION: {text}");
+        self.outcome.violations.push(text);
+    }
+
+    fn start_clients(&mut self) {
+        let data = |node: &usize| !self.plan.nodes[*node].witness;
+        let nodes: Vec<usize> = (0..self.plan.nodes.len()).filter(data).collect();
+        let at = |port: u16| -> Vec<String> {
+            nodes.iter().map(|node| format!("{}:{port}", address(*node))).collect()
+        };
+        let (read_write, read_only) = (at(8100), at(8101));
+        let mut clients = Vec::new();
+        for client in 0..self.plan.writers + self.plan.readers {
+            let writes = client < self.plan.writers;
+            let addresses = if writes { read_write.clone() } else { read_only.clone() };
+            let pause = Duration::from_millis(self.random.range(1..120));
+            let script = Script { client, addresses, writes, pause, packs: self.plan.packs };
+            clients.push(Client::new(script, self.random.fork(), self.history.clone()));
+        }
+        self.clients.start(async move {
+            for client in clients {
+                tokio::spawn(client.run());
+            }
+        });
+    }
+
+    fn tick(&mut self) {
+        self.now += TICK;
+        trace::set_time(self.now);
+        self.network.advance(self.now);
+        let due: Vec<Later> =
+            self.later.extract_if(.., |(at, _)| *at <= self.now).map(|(_, what)| what).collect();
+        due.into_iter().for_each(|what| self.do_later(what));
+        for node in 0..self.machines.len() {
+            trace::set_machine(&self.machines[node].name);
+            self.machines[node].step(TICK);
+            // Raft ends the process when the log cannot be read.
+            let expected = self.machines[node].disk.is_dead();
+            if let Some(panic) = trace::take_panic().filter(|_| !expected) {
+                self.violation(format!("a panic: {panic}"));
+            }
+            self.look_at(node);
+        }
+        trace::set_machine(&self.clients.name);
+        self.clients.step(TICK);
+        trace::set_machine("");
+        if !self.later.is_empty() || self.machines.iter().any(|machine| !machine.runs()) {
+            self.troubled = self.now;
+        }
+        if (self.now > self.troubled + CALM_AFTER) != self.calm {
+            self.calm = !self.calm;
+            self.history.add(Event::Calm(self.calm));
+        }
+    }
+
+    /// Looks at a node after it has run.
+    fn look_at(&mut self, node: usize) {
+        let machine = &mut self.machines[node];
+        if machine.runs() && machine.disk.is_dead() {
+            self.lose_power(node);
+            return;
+        }
+        match machine.exit() {
+            None => {}
+            Some(Exit::Again) => {
+                machine.kill();
+                machine.start_node(&self.configs[node]);
+            }
+            Some(exit) => {
+                machine.kill();
+                if std::mem::take(&mut self.may_fail[node]) {
+                    tracing::info!("the program has ended: {exit:?}");
+                    let at = self.now + self.down[node];
+                    self.later.push((at, Later::Start(node)));
+                } else {
+                    let name = &self.machines[node].name;
+                    self.violation(format!("{name} has ended, with a disk that works: {exit:?}"));
+                }
+            }
+        }
+        let shared = self.machines[node].node();
+        let serves = shared.as_ref().is_some_and(|shared| shared.standing.borrow().serves);
+        if serves
+            && !self.serves[node]
+            && let Some(shared) = shared
+        {
+            let term = shared.reports.own().term();
+            tracing::info!("serves in term {term}");
+            self.outcome.elections += 1;
+            self.history.add(Event::Serves(self.machines[node].name.clone(), term));
+        }
+        self.serves[node] = serves;
+    }
+
+    fn lose_power(&mut self, node: usize) {
+        let machine = &mut self.machines[node];
+        tracing::info!(torn = self.torn[node], "power fails");
+        self.network.power_off(machine.host.address);
+        machine.kill();
+        let chance = self.torn[node].then_some(&mut self.random);
+        machine.disk.cut(chance);
+        self.serves[node] = false;
+        self.later.push((self.now + self.down[node], Later::Start(node)));
+    }
+
+    fn do_later(&mut self, what: Later) {
+        match what {
+            Later::Start(node) => {
+                let machine = &mut self.machines[node];
+                if !machine.runs() {
+                    trace::set_machine(&machine.name);
+                    tracing::info!("starts");
+                    self.network.power_on(machine.host.address);
+                    self.may_fail[node] = false;
+                    machine.disk.mend();
+                    machine.start_node(&self.configs[node]);
+                }
+            }
+            Later::Resume(node) => self.machines[node].paused = false,
+            Later::OpenNetwork => self.network.open_all(),
+            Later::CalmNetwork => self.network.set_latency(CALM),
+            Later::FastDisk(node) => {
+                let micros = self.plan.device.as_micros() as u64;
+                self.machines[node].host.device.store(micros, Ordering::Relaxed);
+            }
+            Later::EmptyDisk(node) => {
+                self.machines[node].host.free.store(u64::MAX / 4, Ordering::Relaxed);
+            }
+            Later::Reliable => self.set_unreliable(0),
+            Later::Promote => self.promote(),
+        }
+    }
+
+    fn happen(&mut self, fault: &Fault) {
+        trace::set_machine("");
+        tracing::info!("{fault:?}");
+        self.troubled = self.now;
+        *self.outcome.faults.entry(name_of(fault)).or_default() += 1;
+        match fault {
+            Fault::Kill { node, down } => {
+                self.machines[*node].kill();
+                self.later.push((self.now + *down, Later::Start(*node)));
+            }
+            Fault::Cut { node, operations, torn, down } => {
+                if self.machines[*node].runs() {
+                    self.torn[*node] = *torn;
+                    self.down[*node] = *down;
+                    self.machines[*node].disk.cut_after(*operations);
+                }
+            }
+            Fault::CutAll { torn, down } => {
+                for node in 0..self.machines.len() {
+                    if self.machines[node].runs() {
+                        (self.torn[node], self.down[node]) = (*torn, *down);
+                        self.lose_power(node);
+                    }
+                }
+            }
+            Fault::Pause { node, time } => {
+                self.machines[*node].paused = true;
+                self.later.push((self.now + *time, Later::Resume(*node)));
+            }
+            Fault::Block { ways, time } => {
+                for (from, to) in ways {
+                    self.network.block(address(*from), address(*to));
+                }
+                self.later.push((self.now + *time, Later::OpenNetwork));
+            }
+            Fault::SlowNetwork { most, lost_one_in, time } => {
+                let latency = Latency { most: *most, lost_one_in: *lost_one_in, ..CALM };
+                self.network.set_latency(latency);
+                self.later.push((self.now + *time, Later::CalmNetwork));
+            }
+            Fault::Skew { node, seconds } => {
+                self.machines[*node].set_skew(seconds * 1_000_000_000);
+            }
+            Fault::SlowDisk { node, most, time } => {
+                let micros = most.as_micros() as u64;
+                self.machines[*node].host.device.store(micros, Ordering::Relaxed);
+                self.later.push((self.now + *time, Later::FastDisk(*node)));
+            }
+            Fault::FullDisk { node, time } => {
+                self.machines[*node].host.free.store(1 << 20, Ordering::Relaxed);
+                self.later.push((self.now + *time, Later::EmptyDisk(*node)));
+            }
+            Fault::FailSync { node, down } => {
+                if self.machines[*node].runs() {
+                    self.may_fail[*node] = true;
+                    self.down[*node] = *down;
+                    self.machines[*node].disk.fail_sync();
+                }
+            }
+            Fault::Unreliable { one_in, time } => {
+                self.set_unreliable(*one_in);
+                self.later.push((self.now + *time, Later::Reliable));
+            }
+            Fault::Promote { cut_off, after, down } => {
+                let is_here = |node: &usize| self.plan.nodes[*node].group == "here";
+                let nodes = 0..self.plan.nodes.len();
+                let (here, there): (Vec<usize>, Vec<usize>) = nodes.partition(is_here);
+                if *cut_off {
+                    for (one, other) in here.iter().flat_map(|a| there.iter().map(move |b| (a, b)))
+                    {
+                        self.network.block(address(*one), address(*other));
+                        self.network.block(address(*other), address(*one));
+                    }
+                    self.later.push((self.now + *down, Later::OpenNetwork));
+                } else {
+                    for node in here {
+                        self.machines[node].kill();
+                        self.later.push((self.now + *down, Later::Start(node)));
+                    }
+                }
+                self.later.push((self.now + *after, Later::Promote));
+            }
+            Fault::Switchover { to } => {
+                let to = to.map(|node| format!("n{node}"));
+                self.ask(Ask::Switchover { to, grace: 1.0 });
+            }
+            Fault::GroupSet { failover } => {
+                let group = "there".to_owned();
+                self.ask(Ask::GroupSet { group, failover: *failover, force: false });
+            }
+            Fault::GroupMove { home } => {
+                let to = if *home { "here" } else { "there" };
+                self.ask(Ask::GroupMove { to: to.into() });
+            }
+        }
+    }
+
+    fn set_unreliable(&self, one_in: u64) {
+        for machine in &self.machines {
+            machine.host.unreliable.store(one_in, Ordering::Relaxed);
+        }
+    }
+
+    /// An administrator, who sees nothing of the other place, promotes a node of this one.
+    fn promote(&mut self) {
+        let is_there = |node: &usize| self.plan.nodes[*node].group == "there";
+        let running = (0..self.machines.len()).filter(is_there);
+        let running: Vec<usize> =
+            running.filter(|node| self.machines[*node].node().is_some()).collect();
+        let Some(node) = self.random.pick(&running) else { return };
+        let machine = &self.machines[*node];
+        let Some(shared) = machine.node() else { return };
+        self.history.add(Event::Promoted);
+        let ask = Ask::Promote { node: machine.name.clone(), group: Some("there".into()) };
+        machine.spawn(async move {
+            let answer = here(&shared, ask).await;
+            tracing::info!("answer: {answer:?}");
+        });
+    }
+
+    /// An administrator asks some node.
+    fn ask(&mut self, ask: Ask) {
+        let running: Vec<usize> =
+            (0..self.machines.len()).filter(|node| self.machines[*node].node().is_some()).collect();
+        let Some(node) = self.random.pick(&running) else { return };
+        let machine = &self.machines[*node];
+        let Some(shared) = machine.node() else { return };
+        machine.spawn(async move {
+            let answer = route(&shared, ask).await;
+            tracing::info!("answer: {answer:?}");
+        });
+    }
+
+    /// Nothing is wrong any more.
+    fn repair(&mut self) {
+        trace::set_machine("");
+        tracing::info!("no more faults");
+        self.later.clear();
+        self.set_unreliable(0);
+        self.network.open_all();
+        self.network.set_latency(CALM);
+        for node in 0..self.machines.len() {
+            let machine = &mut self.machines[node];
+            machine.set_skew(0);
+            machine.paused = false;
+            machine.host.free.store(u64::MAX / 4, Ordering::Relaxed);
+            self.do_later(Later::FastDisk(node));
+            self.do_later(Later::Start(node));
+        }
+    }
+
+    fn data_nodes(&self) -> impl Iterator<Item = &Machine> {
+        let pairs = self.machines.iter().zip(&self.plan.nodes);
+        pairs.filter(|(_, plan)| !plan.witness).map(|(machine, _)| machine)
+    }
+
+    fn last_tids(&self) -> Vec<Option<Tid>> {
+        let last = |machine: &Machine| {
+            let shared = machine.node()?;
+            let storage = shared.storages.values().next()?;
+            let busy = storage.packing.percent().is_some() || !storage.reader().is_whole();
+            (!busy).then(|| storage.reader().last_tid())
+        };
+        self.data_nodes().map(last).collect()
+    }
+
+    /// All nodes have the same.
+    fn is_level(&self) -> bool {
+        let tids = self.last_tids();
+        let pending = self.machines.iter().any(|machine| machine.exit().is_some());
+        !pending && tids.iter().all(|tid| tid.is_some() && *tid == tids[0])
+    }
+
+    /// Looks at everything that clients were told, and at what the nodes have.
+    fn judge(&mut self) {
+        for machine in &mut self.machines {
+            machine.kill();
+        }
+        let mut files = Vec::new();
+        let mut opened = Vec::new();
+        for machine in self.data_nodes() {
+            let bytes = machine.disk.bytes(Path::new(DATA)).unwrap_or_default();
+            let disk: Arc<dyn Disk> = Arc::new(machine.disk.clone());
+            opened.push(FileStorage::open(
+                disk,
+                Path::new(DATA),
+                Path::new("/site/no-index"),
+                Magic::Fs30,
+                Extent::Whole,
+                &mut |_, _| (),
+            ));
+            files.push((machine.name.clone(), bytes));
+        }
+        let mut violations = Vec::new();
+        let events = self.history.events();
+        let lost: Vec<_> =
+            self.data_nodes().flat_map(|machine| lost_files(&machine.disk)).collect();
+        self.outcome.lost_tails = lost.len();
+        let partly = oracle::is_packed(&events) || self.plan.fast;
+        if partly {
+            let readers: Vec<_> = opened.iter().flatten().map(|(s, _)| s.reader()).collect();
+            violations.extend(oracle::current_revisions_are_equal(&readers));
+        } else {
+            violations.extend(oracle::files_are_equal(&files));
+        }
+        match opened.into_iter().next() {
+            Some(Ok(opened)) => {
+                violations.extend(oracle::judge(&events, &opened.0.reader(), partly, lost));
+            }
+            Some(Err(error)) => violations.push(format!("opens: {error}")),
+            None => {}
+        }
+        violations.into_iter().for_each(|text| self.violation(text));
+    }
+}
+
+/// What a machine keeps of timelines that it has left.
+fn lost_files(disk: &SimDisk) -> Vec<Result<Reader, StorageError>> {
+    let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+    let is_lost = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with("lost-") && name.ends_with(".fs")
+    };
+    disk.names().into_iter().filter(is_lost).map(|path| open_lost(&shared, &path)).collect()
+}
+
+fn name_of(fault: &Fault) -> &'static str {
+    match fault {
+        Fault::Kill { .. } => "kill",
+        Fault::Cut { .. } => "power failure",
+        Fault::CutAll { .. } => "power failure of all",
+        Fault::Pause { .. } => "pause",
+        Fault::Block { .. } => "partition",
+        Fault::SlowNetwork { .. } => "slow network",
+        Fault::Skew { .. } => "clock jump",
+        Fault::SlowDisk { .. } => "slow disk",
+        Fault::FullDisk { .. } => "full disk",
+        Fault::FailSync { .. } => "failing sync",
+        Fault::Unreliable { .. } => "unreliable messages",
+        Fault::Promote { .. } => "forced promotion",
+        Fault::Switchover { .. } => "switchover",
+        Fault::GroupSet { .. } => "change of voters",
+        Fault::GroupMove { .. } => "group move",
+    }
+}

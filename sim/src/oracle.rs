@@ -1,0 +1,383 @@
+//! What must hold of everything that clients were told, and of the history that the nodes have in the end. Each
+//! property is a function, named as in the design.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use standby_filestorage::{Reader, RecordData, StorageError};
+use standby_types::{Oid, Tid};
+
+use crate::client::{ACCOUNTS, BALANCE, FIRST_FREE};
+use crate::history::Event;
+use crate::record::Content;
+
+/// The description of the transaction that everything begins with.
+pub const BASE: &str = "base";
+
+/// A transaction of the final history.
+struct Transaction {
+    tid: Tid,
+    description: String,
+    records: Vec<(Oid, Option<Content>)>,
+}
+
+fn transactions(reader: &Reader) -> Result<Vec<Transaction>, StorageError> {
+    let mut found = Vec::new();
+    let mut stored = reader.transactions(Tid::NONE, Tid::MAX)?;
+    while let Some(transaction) = stored.advance()? {
+        let mut records = Vec::new();
+        let mut iterator = reader.records(&transaction);
+        while let Some(record) = iterator.advance()? {
+            let content = match &record.data {
+                RecordData::Data(data) => Content::decode(data),
+                _ => None,
+            };
+            records.push((record.oid, content));
+        }
+        let description = String::from_utf8_lossy(&transaction.meta.description).into_owned();
+        found.push(Transaction { tid: transaction.meta.tid, description, records });
+    }
+    Ok(found)
+}
+
+/// What is wrong. The history may be there `partly` only: packed, or recovered fast; `lost` are the files in which nodes
+/// keep what they had to leave.
+pub fn judge(
+    events: &[Event],
+    reader: &Reader,
+    partly: bool,
+    lost: Vec<Result<Reader, StorageError>>,
+) -> Vec<String> {
+    let history = match transactions(reader) {
+        Ok(history) => history,
+        Err(error) => return vec![format!("opens: {error}")],
+    };
+    let mut lost_commits = BTreeSet::new();
+    for reader in lost {
+        match reader.and_then(|reader| transactions(&reader)) {
+            Ok(lost) => lost_commits.extend(lost.into_iter().map(|t| (t.tid, t.description))),
+            Err(error) => return vec![format!("opens: a file of lost transactions: {error}")],
+        }
+    }
+    let mut wrong = Vec::new();
+    wrong.extend(acknowledged_commits_are_there_once(events, &history, partly, &lost_commits));
+    wrong.extend(nothing_is_there_that_nobody_wrote(events, &history));
+    let revisions = revisions(events, &history, partly, &lost_commits);
+    wrong.extend(no_update_is_lost(&history, &revisions, partly));
+    wrong.extend(reads_are_of_their_snapshot(events, &revisions, partly, &left_out(&history)));
+    wrong.extend(sums_are_constant(events));
+    wrong.extend(invalidations_come_before_replies(events));
+    wrong.extend(oids_are_fresh(events));
+    if events.iter().any(|event| matches!(event, Event::Promoted)) {
+        // For some time there may have been two histories, and clients may have been in either.
+        return wrong;
+    }
+    wrong.extend(one_primary_in_a_term(events));
+    wrong.extend(commits_are_in_the_order_of_time(events));
+    wrong.extend(clients_go_forward(events));
+    wrong.extend(syncs_see_what_was_acknowledged(events));
+    wrong
+}
+
+/// The moments of timelines that were left: between the last transaction before a fork and the first, empty one after it.
+fn left_out(history: &[Transaction]) -> Vec<(Tid, Tid)> {
+    let forks = history.windows(2).filter(|pair| pair[1].records.is_empty());
+    forks.map(|pair| (pair[0].tid, pair[1].tid)).collect()
+}
+
+/// True if a client has asked for a pack. A node that is away meanwhile and catches up from another one's data file keeps
+/// what the pack has removed elsewhere.
+pub fn is_packed(events: &[Event]) -> bool {
+    events.iter().any(|event| matches!(event, Event::Packing))
+}
+
+/// All nodes have the same data file.
+pub fn files_are_equal(files: &[(String, Vec<u8>)]) -> Option<String> {
+    let pair = files.windows(2).find(|pair| pair[0].1 != pair[1].1)?;
+    let ((a, bytes), (b, others)) = (&pair[0], &pair[1]);
+    let same = bytes.iter().zip(others).take_while(|(x, y)| x == y).count();
+    let (len, other_len) = (bytes.len(), others.len());
+    Some(format!("equal-bytes: {a} has {len}, {b} {other_len}, the first {same} are equal"))
+}
+
+/// All nodes have the same revision of each object.
+pub fn current_revisions_are_equal(readers: &[Reader]) -> Option<String> {
+    let current = |reader: &Reader| -> Result<BTreeMap<Oid, (Tid, Option<Content>)>, StorageError> {
+        let of = |t: Transaction| t.records.into_iter().map(move |(oid, c)| (oid, (t.tid, c)));
+        Ok(transactions(reader)?.into_iter().flat_map(of).collect())
+    };
+    let mut first = None;
+    for reader in readers {
+        let found = match current(reader) {
+            Ok(found) => found,
+            Err(error) => return Some(format!("opens: {error}")),
+        };
+        let first = first.get_or_insert_with(|| found.clone());
+        if let Some((oid, there)) = first.iter().find(|(oid, there)| found.get(oid) != Some(there))
+        {
+            let here = found.get(oid);
+            return Some(format!("equal-revisions: of {oid} one node has {there:?}, one {here:?}"));
+        }
+        if found.len() > first.len() {
+            return Some("equal-revisions: a node has objects that another has not".into());
+        }
+    }
+    None
+}
+
+/// At most one node serves in a term, and a node's terms only grow.
+fn one_primary_in_a_term(events: &[Event]) -> Option<String> {
+    let mut primaries: BTreeMap<u64, &str> = BTreeMap::new();
+    let mut terms: BTreeMap<&str, u64> = BTreeMap::new();
+    for event in events {
+        let Event::Serves(node, term) = event else { continue };
+        let primary = *primaries.entry(*term).or_insert(node);
+        if primary != node {
+            return Some(format!("one-primary-in-a-term: {primary} and {node} in term {term}"));
+        }
+        let before = terms.insert(node, *term).unwrap_or(0);
+        if *term < before {
+            return Some(format!("one-primary-in-a-term: {node} in {term} after {before}"));
+        }
+    }
+    None
+}
+
+/// A commit that begins after another was acknowledged has a later tid: whoever acknowledges has seen everything.
+fn commits_are_in_the_order_of_time(events: &[Event]) -> Option<String> {
+    let mut acknowledged = Tid::NONE;
+    let mut least = BTreeMap::new();
+    for event in events {
+        match event {
+            Event::Finishing { client, number, .. } => {
+                least.insert((*client, *number), acknowledged);
+            }
+            Event::Committed { client, number, tid } => {
+                let before = least.get(&(*client, *number)).copied().unwrap_or(Tid::NONE);
+                if *tid <= before {
+                    return Some(format!(
+                        "order: commit {client} {number} is {tid}, but {before} was acknowledged before it began"
+                    ));
+                }
+                acknowledged = acknowledged.max(*tid);
+            }
+            _ => {}
+        }
+    }
+    None
+}
+
+/// What was acknowledged is in the final history, once, under the tid that the client was told; or a node keeps it in a
+/// file of what was lost by a forced promotion.
+fn acknowledged_commits_are_there_once(
+    events: &[Event],
+    history: &[Transaction],
+    packed: bool,
+    lost: &BTreeSet<(Tid, String)>,
+) -> Option<String> {
+    let mut found: BTreeMap<&str, Vec<Tid>> = BTreeMap::new();
+    for transaction in history {
+        found.entry(&transaction.description).or_default().push(transaction.tid);
+    }
+    if let Some((name, tids)) = found.iter().find(|(name, tids)| !name.is_empty() && tids.len() > 1)
+    {
+        return Some(format!("durability: commit {name} is there more than once: {tids:?}"));
+    }
+    for event in events {
+        let Event::Committed { client, number, tid } = event else { continue };
+        match found.get(format!("{client} {number}").as_str()).map(|tids| &tids[..]) {
+            Some([there]) if there == tid => {}
+            None if packed || lost.contains(&(*tid, format!("{client} {number}"))) => {}
+            other => {
+                return Some(format!(
+                    "durability: commit {client} {number} was acknowledged as {tid}, there is {other:?}"
+                ));
+            }
+        }
+    }
+    None
+}
+
+/// Every transaction is one that a client wanted to commit.
+fn nothing_is_there_that_nobody_wrote(events: &[Event], history: &[Transaction]) -> Option<String> {
+    let wanted: BTreeSet<String> = (events.iter())
+        .filter_map(|event| match event {
+            Event::Finishing { client, number, .. } => Some(format!("{client} {number}")),
+            _ => None,
+        })
+        .chain([BASE.to_owned()])
+        .collect();
+    let phantom = |t: &&Transaction| !t.records.is_empty() && !wanted.contains(&t.description);
+    let phantom = history.iter().find(phantom)?;
+    Some(format!("phantom: {} {:?} was never wanted", phantom.tid, phantom.description))
+}
+
+/// The revisions of each object: those that are there and, if there was a pack, those that were acknowledged.
+fn revisions(
+    events: &[Event],
+    history: &[Transaction],
+    packed: bool,
+    lost: &BTreeSet<(Tid, String)>,
+) -> BTreeMap<Oid, BTreeSet<Tid>> {
+    let mut revisions: BTreeMap<Oid, BTreeSet<Tid>> = BTreeMap::new();
+    for transaction in history {
+        for (oid, _) in &transaction.records {
+            revisions.entry(*oid).or_default().insert(transaction.tid);
+        }
+    }
+    let mut wanted = BTreeMap::new();
+    for event in events.iter().filter(|_| packed) {
+        match event {
+            Event::Finishing { client, number, writes } => {
+                wanted.insert((*client, *number), writes);
+            }
+            Event::Committed { client, number, tid }
+                if !lost.contains(&(*tid, format!("{client} {number}"))) =>
+            {
+                for (oid, _) in wanted.get(&(*client, *number)).into_iter().copied().flatten() {
+                    revisions.entry(*oid).or_default().insert(*tid);
+                }
+            }
+            _ => {}
+        }
+    }
+    revisions
+}
+
+/// Each revision is based on the one before it: nobody has written over what he had not read.
+fn no_update_is_lost(
+    history: &[Transaction],
+    revisions: &BTreeMap<Oid, BTreeSet<Tid>>,
+    packed: bool,
+) -> Option<String> {
+    for transaction in history {
+        for (oid, content) in &transaction.records {
+            let tid = transaction.tid;
+            let Some(Content { base, .. }) = content else {
+                return Some(format!("no-lost-update: {oid} at {tid} is unreadable"));
+            };
+            let known = revisions.get(oid)?;
+            let before = known.range(..tid).next_back().copied().unwrap_or(Tid::NONE);
+            // One whose outcome nobody was told may be packed away.
+            let unknown = packed && before < *base && *base < tid && !known.contains(base);
+            if *base != before && !unknown {
+                return Some(format!(
+                    "no-lost-update: {oid} at {tid} is based on {base}, but {before} came before"
+                ));
+            }
+        }
+    }
+    None
+}
+
+/// What was read at a snapshot is the newest revision up to it.
+fn reads_are_of_their_snapshot(
+    events: &[Event],
+    revisions: &BTreeMap<Oid, BTreeSet<Tid>>,
+    packed: bool,
+    left_out: &[(Tid, Tid)],
+) -> Option<String> {
+    for event in events {
+        let Event::Read { client, snapshot, oid, serial } = event else { continue };
+        if left_out.iter().any(|(last, first)| last < snapshot && snapshot < first) {
+            // Of another timeline.
+            continue;
+        }
+        let known = revisions.get(oid);
+        let expected = known.and_then(|tids| tids.range(..=*snapshot).next_back().copied());
+        let unknown = serial.is_some_and(|tid| known.is_none_or(|tids| !tids.contains(&tid)));
+        if *serial != expected && !(packed && unknown) {
+            return Some(format!(
+                "snapshot: client {client} at {snapshot} read {oid} as of {serial:?}, right is {expected:?}"
+            ));
+        }
+    }
+    None
+}
+
+/// Whoever reads all accounts at one moment finds all that there is.
+fn sums_are_constant(events: &[Event]) -> Option<String> {
+    events.iter().find_map(|event| match event {
+        Event::Audited { client, snapshot, sum } if *sum != ACCOUNTS as i64 * BALANCE => {
+            Some(format!("isolation: client {client} at {snapshot} finds {sum} in all"))
+        }
+        _ => None,
+    })
+}
+
+/// A client that writes never finds a server that knows less than itself.
+fn clients_go_forward(events: &[Event]) -> Option<String> {
+    events.iter().find_map(|event| match event {
+        Event::Connected { client, writes: true, tid, known } if tid < known => {
+            Some(format!("forward: client {client} knows {known}, the primary {tid}"))
+        }
+        _ => None,
+    })
+}
+
+/// Invalidations come in the order of tids, and before a reply that depends on them.
+fn invalidations_come_before_replies(events: &[Event]) -> Option<String> {
+    events.iter().find_map(|event| match event {
+        Event::Invalidated { client, tid, before } if tid <= before => {
+            Some(format!("invalidations: client {client} hears of {tid} after {before}"))
+        }
+        Event::Current { client, told, oid, serial } if serial > told => Some(format!(
+            "invalidations: client {client} is told that {oid} is of {serial}, but not of more than {told}"
+        )),
+        _ => None,
+    })
+}
+
+/// A ping is answered with all that had been acknowledged when it was sent. A replica that hears of no primary shows
+/// what it has: of readers this is asked while nothing is wrong.
+fn syncs_see_what_was_acknowledged(events: &[Event]) -> Option<String> {
+    let (mut acknowledged, mut calm) = (Tid::NONE, false);
+    let mut asked: BTreeMap<u32, Tid> = BTreeMap::new();
+    let mut readers = BTreeSet::new();
+    for event in events {
+        match event {
+            Event::Committed { tid, .. } => acknowledged = acknowledged.max(*tid),
+            Event::Calm(now) => {
+                calm = *now;
+                asked.retain(|client, _| !readers.contains(client));
+            }
+            Event::Asked { client, writes } if *writes || calm => {
+                asked.insert(*client, acknowledged);
+                if !writes {
+                    readers.insert(*client);
+                }
+            }
+            Event::Synced { client, tid } => {
+                let least = asked.remove(client).unwrap_or(Tid::NONE);
+                if *tid < least {
+                    return Some(format!(
+                        "linearizable: client {client} asked when {least} was acknowledged, and sees {tid}"
+                    ));
+                }
+            }
+            _ => {}
+        }
+    }
+    None
+}
+
+/// No oid is given twice, nor one that is in use.
+fn oids_are_fresh(events: &[Event]) -> Option<String> {
+    let mut given = BTreeSet::new();
+    for event in events {
+        match event {
+            Event::Oids { client, oids } => {
+                for oid in oids {
+                    if !given.insert(*oid) {
+                        return Some(format!("fresh-oids: {oid} is given again, to {client}"));
+                    }
+                }
+            }
+            Event::Finishing { writes, .. } => {
+                let known = |oid: &Oid| oid.0 < FIRST_FREE;
+                given.extend(writes.iter().map(|(oid, _)| *oid).filter(known));
+            }
+            _ => {}
+        }
+    }
+    None
+}
