@@ -6,6 +6,7 @@ import time
 
 import pytest
 from persistent.mapping import PersistentMapping
+from ZODB.utils import z64
 
 import cluster as harness
 from zeo_client import Client, make_database, transactions
@@ -124,6 +125,7 @@ def test_a_node_that_was_down_during_a_pack_catches_up(nodes):
     assert transactions(replica.data_file)[-1][3] == b"packed away"
     client.commit(lambda root: root.pop("garbage"))
     client.commit(lambda root: root.update(x=1))
+    current = client.db.storage.lastTransaction()
     client.db.pack()
     # Until a checkpoint has moved the beginning of the log beyond what the replica lacks.
     for number in range(240):
@@ -137,6 +139,8 @@ def test_a_node_that_was_down_during_a_pack_catches_up(nodes):
     assert "caught up" in replica.log().split("stopped")[-1]
     reader = Client(replica.read_only_address, read_only=True)
     assert reader.root["x"] == 239 and reader.root["kept"]["number"] == 4
+    # What was there just before is packed away on the others, and never came; what the replica has is older.
+    assert reader.db.storage.loadBefore(z64, current) is None
     reader.close()
     client.close()
 

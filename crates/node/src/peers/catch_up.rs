@@ -478,6 +478,11 @@ fn send_holes(
     if fast {
         holes.add(Hole { after: first, through: last });
     }
+    if request.holes
+        && let Some(through) = packed_since(reader, have)?
+    {
+        holes.add(Hole { after: first, through });
+    }
     if !holes.is_empty() && !request.holes {
         let reason =
             "there is a hole in the history of this node; the other node cannot do with that";
@@ -488,6 +493,27 @@ fn send_holes(
         frames.send(b'f', &bytes)?;
     }
     Ok(())
+}
+
+/// Up to where a pack has removed what a follower that was away never had: what the follower has of these objects
+/// was not current just before. `None` if its file is the beginning of this one.
+fn packed_since(reader: &Reader, have: &Have) -> Result<Option<Tid>, StorageError> {
+    let first = Tid(have.tid);
+    if first == Tid::NONE {
+        return Ok(None);
+    }
+    let known = reader.transactions(first, first)?.advance()?;
+    if known.is_some_and(|stored| stored.end().0 == have.position) {
+        // A pack that had removed anything would have moved it.
+        return Ok(None);
+    }
+    let mut backwards = reader.backwards();
+    while let Some(stored) = backwards.step()?.filter(|stored| stored.meta.tid > first) {
+        if stored.meta.status == b'p' {
+            return Ok(Some(stored.meta.tid));
+        }
+    }
+    Ok(None)
 }
 
 /// The transactions of a storage on their way to a follower.
