@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use standby_filestorage::{
-    Extent, FileStorage, Magic, Reader, Record, RecordData, StorageError, Transaction,
+    BLOCK, Extent, FileStorage, Magic, Mend, Reader, Record, RecordData, StorageError, Transaction,
     TransactionMeta,
 };
 use standby_node::ask::{Ask, here, route};
@@ -41,6 +41,8 @@ const CALM: Latency =
 const CALM_AFTER: Duration = Duration::from_secs(4);
 /// Where a node keeps its data.
 const DATA: &str = "/site/Data.fs";
+/// Where it keeps the checksums.
+const SUMS: &str = "/site/state/1.sums";
 
 /// What a simulation has shown.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -88,6 +90,8 @@ struct Cluster {
     /// The program may fail: its disk does.
     may_fail: Vec<bool>,
     serves: Vec<bool>,
+    /// Bits that were flipped: of which node, at which byte.
+    flips: Vec<(usize, usize)>,
     /// When something was last wrong.
     troubled: Duration,
     calm: bool,
@@ -147,6 +151,7 @@ pub fn run(plan: &Plan) -> Outcome {
         down: vec![Duration::ZERO; count],
         may_fail: vec![false; count],
         serves: vec![false; count],
+        flips: Vec::new(),
         troubled: Duration::ZERO,
         calm: false,
         outcome: Outcome::default(),
@@ -195,8 +200,28 @@ impl Cluster {
         disk.sync_dir(Path::new("/site")).expect("a disk that works");
     }
 
+    /// Damaged blocks are taken from any other node that has them.
+    fn let_nodes_mend(&self) {
+        for machine in &self.machines {
+            let is_other = |other: &&Machine| other.name != machine.name;
+            let others: Vec<SimDisk> =
+                self.machines.iter().filter(is_other).map(|other| other.disk.clone()).collect();
+            let mend: Mend = Arc::new(move |damaged| {
+                let from = damaged.offset as usize;
+                others.iter().find_map(|disk| {
+                    let bytes = disk.bytes(Path::new(DATA))?;
+                    let block = bytes.get(from..from + BLOCK as usize)?;
+                    (crc32c::crc32c(block) == damaged.sum).then(|| block.to_vec())
+                })
+            });
+            let mut place = machine.host.mend.lock().unwrap_or_else(PoisonError::into_inner);
+            *place = Some(mend);
+        }
+    }
+
     fn simulate(&mut self) {
         self.prepare();
+        self.let_nodes_mend();
         for (node, machine) in self.machines.iter_mut().enumerate() {
             machine.rate = self.plan.rates[node];
             machine.host.device.store(self.plan.device.as_micros() as u64, Ordering::Relaxed);
@@ -434,6 +459,18 @@ impl Cluster {
                     self.machines[*node].disk.fail_sync();
                 }
             }
+            Fault::Flip { node, block } => {
+                // With another history of packs and recoveries, the other nodes have other blocks.
+                let others = self.data_nodes().count() > 1;
+                let comparable = others && !self.plan.packs && !self.plan.fast;
+                let disk = &self.machines[*node].disk;
+                let summed = disk.bytes(Path::new(SUMS)).map_or(0, |sums| summed_blocks(&sums));
+                if comparable && summed > 0 {
+                    let offset = block % summed * BLOCK as usize + block % BLOCK as usize;
+                    disk.flip(Path::new(DATA), offset);
+                    self.flips.push((*node, offset));
+                }
+            }
             Fault::Unreliable { one_in, time } => {
                 self.set_unreliable(*one_in);
                 self.later.push((self.now + *time, Later::Reliable));
@@ -548,11 +585,26 @@ impl Cluster {
         !pending && tids.iter().all(|tid| tid.is_some() && *tid == tids[0])
     }
 
+    /// What is damaged, and nobody has read since, is still so.
+    fn flip_back(&self) {
+        for (node, offset) in &self.flips {
+            let byte = |machine: &Machine| {
+                machine.disk.bytes(Path::new(DATA)).and_then(|bytes| bytes.get(*offset).copied())
+            };
+            let here = byte(&self.machines[*node]);
+            let others = self.data_nodes().filter(|other| other.name != self.machines[*node].name);
+            if others.map(byte).any(|there| there != here && there.is_some()) {
+                self.machines[*node].disk.flip(Path::new(DATA), *offset);
+            }
+        }
+    }
+
     /// Looks at everything that clients were told, and at what the nodes have.
     fn judge(&mut self) {
         for machine in &mut self.machines {
             machine.kill();
         }
+        self.flip_back();
         let mut files = Vec::new();
         let mut opened = Vec::new();
         for machine in self.data_nodes() {
@@ -591,6 +643,19 @@ impl Cluster {
     }
 }
 
+/// How many blocks have checksums in a file of them.
+fn summed_blocks(sums: &[u8]) -> usize {
+    let (mut at, mut blocks) = (8, 0);
+    while let Some(count) = sums.get(at + 4..at + 8).and_then(|bytes| bytes.try_into().ok()) {
+        let count = u32::from_be_bytes(count) as usize;
+        at += 12 + 4 * count;
+        if at <= sums.len() {
+            blocks += count;
+        }
+    }
+    blocks
+}
+
 /// What a machine keeps of timelines that it has left.
 fn lost_files(disk: &SimDisk) -> Vec<Result<Reader, StorageError>> {
     let shared: Arc<dyn Disk> = Arc::new(disk.clone());
@@ -613,6 +678,7 @@ fn name_of(fault: &Fault) -> &'static str {
         Fault::SlowDisk { .. } => "slow disk",
         Fault::FullDisk { .. } => "full disk",
         Fault::FailSync { .. } => "failing sync",
+        Fault::Flip { .. } => "flipped bit",
         Fault::Unreliable { .. } => "unreliable messages",
         Fault::Promote { .. } => "forced promotion",
         Fault::Switchover { .. } => "switchover",

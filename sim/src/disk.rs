@@ -35,6 +35,8 @@ struct Content {
     durable_len: usize,
     /// What was in sectors that were written since the last sync.
     before: BTreeMap<usize, Vec<u8>>,
+    /// Bytes that the device gives back wrong: the system has nothing around them in memory.
+    wrong: BTreeSet<usize>,
 }
 
 impl Content {
@@ -164,6 +166,20 @@ impl SimDisk {
 }
 
 impl SimDisk {
+    /// A bit of a file changes, as on a device that ages.
+    pub fn flip(&self, path: &Path, offset: usize) {
+        let inner = &mut *self.lock();
+        let content = inner.names.get(path).and_then(|file| inner.files.get_mut(file));
+        if let Some(content) = content
+            && let Some(byte) = content.bytes.get_mut(offset)
+        {
+            *byte ^= 0x10;
+            if !content.wrong.remove(&offset) {
+                content.wrong.insert(offset);
+            }
+        }
+    }
+
     /// The names of all files.
     pub fn names(&self) -> Vec<PathBuf> {
         self.lock().names.keys().cloned().collect()
@@ -227,6 +243,10 @@ impl File for SimFile {
     }
 
     fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let bytes = offset as usize..offset as usize + buf.len();
+        if self.with(|content| content.wrong.range(bytes).next().is_some())? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         self.read_at(buf, offset)
     }
 
@@ -239,6 +259,7 @@ impl File for SimFile {
                 content.bytes.resize(end, 0);
             }
             content.bytes[start..end].copy_from_slice(bytes);
+            content.wrong.retain(|at| !(start..end).contains(at));
         })
     }
 

@@ -85,6 +85,13 @@ pub enum Fault {
         /// When the process is started again.
         down: Duration,
     },
+    /// A bit of a data file changes, where it has checksums.
+    Flip {
+        /// Which node's.
+        node: usize,
+        /// Which of the blocks with checksums; counted around.
+        block: usize,
+    },
     /// Messages of consensus are lost, come twice, or late.
     Unreliable {
         /// One in so many.
@@ -219,7 +226,7 @@ impl Plan {
 fn fault(random: &mut Random, nodes: &[NodePlan]) -> Fault {
     let count = nodes.len() as u64;
     let node = random.below(count) as usize;
-    match random.below(26) {
+    match random.below(28) {
         0..=3 => Fault::Kill { node, down: millis(random, 1..3_000) },
         4..=6 => Fault::Cut {
             node,
@@ -245,6 +252,7 @@ fn fault(random: &mut Random, nodes: &[NodePlan]) -> Fault {
         },
         18 => Fault::FullDisk { node, time: millis(random, 100..4_000) },
         19 => Fault::FailSync { node, down: millis(random, 50..2_000) },
+        22 | 23 => Fault::Flip { node, block: random.below(1 << 20) as usize },
         20 => Fault::Unreliable { one_in: random.range(2..40), time: millis(random, 100..4_000) },
         21 if nodes.iter().any(|node| node.group == "there") => match random.below(4) {
             0 => Fault::GroupSet { failover: true },

@@ -14,7 +14,8 @@
 //! not there, and is taken anew.
 //!
 //! A data file only grows, so a block that is durable never changes. Its checksum is taken soon after the checkpoint
-//! that makes it durable, and compared when the block is first read after a start, and by a scrub. A block whose bytes
+//! that makes it durable. It is compared by a scrub, and whenever a block is read and may come from the device: what the
+//! system has in memory is trusted once the block was right. A block whose bytes
 //! are wrong is mended with those of another node, if their checksum is right. What is not a whole block
 //! yet, at the file's end, has no checksum.
 //!
@@ -76,7 +77,7 @@ pub(crate) struct Checked {
 #[derive(Default)]
 struct Sums {
     list: Vec<u32>,
-    /// Blocks that were right when they were first read.
+    /// Blocks that were right when they were last read from the device.
     seen: Vec<AtomicU64>,
 }
 
@@ -312,19 +313,21 @@ impl Checked {
         Ok(whole.then_some(buffer))
     }
 
-    /// Compares a block with its checksum, and mends it if need be. What cannot be read is damaged too.
-    fn check(&self, block: usize, buffer: &mut [u8]) -> io::Result<()> {
+    /// Compares a block with its checksum, and mends it if need be. What cannot be read is damaged too. Returns true if
+    /// the buffer holds the right bytes then, false if the block has no checksum.
+    fn check(&self, block: usize, buffer: &mut [u8]) -> io::Result<bool> {
         let offset = block as u64 * BLOCK;
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(sum) = state.list.get(block).copied() else { return Ok(()) };
+        let Some(sum) = state.list.get(block).copied() else { return Ok(false) };
         if self.is_right(buffer, DamagedBlock { offset, sum }) {
             state.note_seen(block);
             drop(state);
             locked(&self.damage).blocks.remove(&offset);
-            return Ok(());
+            return Ok(true);
         }
         drop(state);
-        self.mend_block(DamagedBlock { offset, sum }, buffer)
+        self.mend_block(DamagedBlock { offset, sum }, buffer)?;
+        Ok(true)
     }
 
     fn is_right(&self, buffer: &mut [u8], block: DamagedBlock) -> bool {
@@ -352,43 +355,64 @@ impl Checked {
         // Also if another data file has taken this one's place: readers of before go on with this one.
         self.file.write_at(&bytes, offset)?;
         self.file.sync()?;
+        buffer.copy_from_slice(&bytes);
         let mut damage = locked(&self.damage);
         damage.blocks.remove(&offset);
         damage.mended += 1;
         Ok(())
     }
 
-    /// Compares those blocks that these bytes touch for which `wanted` says so.
-    fn compare(
-        &self,
-        offset: u64,
-        len: usize,
-        wanted: impl Fn(&Sums, usize) -> bool,
-    ) -> io::Result<()> {
-        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        let blocks = state.blocks(offset, len).filter(|block| wanted(&state, *block));
-        let blocks: Vec<usize> = blocks.collect();
-        drop(state);
-        if blocks.is_empty() {
-            return Ok(());
-        }
+    /// Mends what of these bytes cannot be read.
+    fn mend_all(&self, offset: u64, len: usize) -> io::Result<()> {
+        let blocks = self.state.read().unwrap_or_else(PoisonError::into_inner).blocks(offset, len);
         let mut buffer = vec![0; BLOCK as usize];
-        blocks.into_iter().try_for_each(|block| self.check(block, &mut buffer))
+        blocks.into_iter().try_for_each(|block| self.check(block, &mut buffer).map(drop))
+    }
+
+    /// Makes what was read from `offset` on what was written there, or fails.
+    fn verify(&self, read: &mut [u8], offset: u64) -> io::Result<()> {
+        let end = offset + read.len() as u64;
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let is_right = |block: &usize| {
+            let start = *block as u64 * BLOCK;
+            let whole = offset <= start && start + BLOCK <= end;
+            let right = whole && {
+                let from = (start - offset) as usize;
+                crc32c::crc32c(&read[from..from + BLOCK as usize]) == state.list[*block]
+            };
+            if right {
+                state.note_seen(*block);
+            }
+            right
+        };
+        let blocks = state.blocks(offset, read.len());
+        let others: Vec<usize> = blocks.filter(|block| !is_right(block)).collect();
+        drop(state);
+        let mut buffer = vec![0; if others.is_empty() { 0 } else { BLOCK as usize }];
+        for block in others {
+            if self.check(block, &mut buffer)? {
+                // What is given out is what was compared, whoever mends it meanwhile.
+                let start = block as u64 * BLOCK;
+                let (from, to) = (start.max(offset), (start + BLOCK).min(end));
+                let right = &buffer[(from - start) as usize..(to - start) as usize];
+                read[(from - offset) as usize..(to - offset) as usize].copy_from_slice(right);
+            }
+        }
+        Ok(())
     }
 }
 
 impl File for Checked {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        // First, so that what is read is what was compared, whoever mends it meanwhile.
-        self.compare(offset, buf.len(), |sums, block| !sums.is_seen(block))?;
-        match self.file.read_at(buf, offset) {
+        let n = match self.file.read_at(buf, offset) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                // Blocks that were seen can no longer be read.
-                self.compare(offset, buf.len(), |_, _| true)?;
-                self.file.read_at(buf, offset)
+                self.mend_all(offset, buf.len())?;
+                self.file.read_at(buf, offset)?
             }
-            other => other,
-        }
+            other => other?,
+        };
+        self.verify(&mut buf[..n], offset)?;
+        Ok(n)
     }
 
     fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -529,6 +553,22 @@ mod tests {
         let mut all = vec![0; bytes.len()];
         open(&disk, bytes.len() as u64).read_at(&mut all, 0).unwrap();
         assert_eq!(all, bytes);
+    }
+
+    /// What a device gives a second time is compared again: a catch-up must not pass damage on.
+    #[test]
+    fn damage_is_found_although_the_block_was_right_before() {
+        let bytes = content(4);
+        let (disk, _) = disk_with(&bytes);
+        let checked = open(&disk, bytes.len() as u64);
+        checked.take_sums(9).unwrap();
+        let mut all = vec![0; bytes.len()];
+        checked.read_at(&mut all, 0).unwrap();
+        damage(&disk, 2 * BLOCK + 3);
+        for (at, len) in [(2 * BLOCK, 10), (BLOCK + 5, 3 * BLOCK as usize), (0, bytes.len())] {
+            assert!(checked.read_at(&mut vec![0; len], at).is_err(), "{len} bytes at {at}");
+        }
+        checked.read_at(&mut all[..100], BLOCK).unwrap();
     }
 
     #[test]

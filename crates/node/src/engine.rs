@@ -839,6 +839,8 @@ impl Engine {
     }
 
     fn publish_standing(&self) {
+        // Whoever hears that this node serves looks at the lease at once.
+        self.publish_lease();
         let leader = self.role.leader.filter(|id| *id != self.shared.id);
         let members = &self.consensus.membership().members;
         let address = leader.and_then(|id| members.get(&id)).map(|m| m.peer_address.clone());

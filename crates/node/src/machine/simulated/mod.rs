@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use standby_filestorage::Mend;
 use standby_types::disk::Open;
 use standby_types::memory::MemoryDisk;
 use standby_types::{Disk, File};
@@ -52,6 +53,9 @@ pub struct Host {
     pub device: AtomicU64,
     /// One message of consensus in so many is lost, comes twice or late; 0 for none.
     pub unreliable: AtomicU64,
+    /// Who mends damaged blocks. A node waits for the answer of others, which no other can give while it waits: here
+    /// it is looked up on their disks.
+    pub mend: Mutex<Option<Mend>>,
     random: Mutex<Random>,
 }
 
@@ -69,6 +73,7 @@ impl Host {
             free: AtomicU64::new(u64::MAX / 4),
             device: AtomicU64::new(0),
             unreliable: AtomicU64::new(0),
+            mend: Mutex::default(),
             random: Mutex::new(random),
         }
     }
@@ -89,6 +94,11 @@ impl Host {
 /// The machine that the thread is running.
 fn current() -> Arc<Host> {
     CURRENT.with(|current| current.borrow().clone()).expect("outside of a simulated machine")
+}
+
+/// Who mends damaged blocks of this machine.
+pub fn mender() -> Option<Mend> {
+    current().mend.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// The time of day, since 1970.
