@@ -24,7 +24,7 @@ pub const BALANCE: i64 = 100;
 const COUNTERS: u64 = 50;
 /// The first oid that is asked for.
 pub const FIRST_FREE: u64 = 100;
-/// How long an answer is waited for. A stock client waits for ever; somebody restarts it.
+/// How long a server may take to let a client in.
 const PATIENCE: Duration = Duration::from_secs(6);
 
 /// Why something was not done.
@@ -55,8 +55,12 @@ pub struct Script {
     pub writes: bool,
     /// At most so long between two transactions.
     pub pause: Duration,
+    /// How long an answer is waited for. A stock client waits for ever; somebody restarts it.
+    pub patience: Duration,
     /// Packs are asked for.
     pub packs: bool,
+    /// Each transaction begins with a `ping`.
+    pub syncs: bool,
 }
 
 struct Connection {
@@ -183,27 +187,33 @@ impl Client {
     }
 
     async fn transaction(&mut self) -> Result<()> {
+        if self.script.syncs {
+            self.sync().await?;
+        }
         if !self.script.writes {
-            self.history
-                .add(Event::Asked { client: self.script.client, writes: self.script.writes });
-            self.call("ping", vec![]).await?;
-            self.history.add(Event::Synced { client: self.script.client, tid: self.told });
             return self.audit().await;
         }
         match self.random.below(20) {
-            0 | 1 => {
-                self.history
-                    .add(Event::Asked { client: self.script.client, writes: self.script.writes });
-                self.call("ping", vec![]).await?;
-                self.history.add(Event::Synced { client: self.script.client, tid: self.told });
+            0 => {
+                self.sync().await?;
                 self.audit().await
             }
+            1 => self.audit().await,
             2 | 3 => self.create().await,
             4 => self.look().await,
             5 if self.script.packs => self.pack().await,
             6..=9 => self.count().await,
             _ => self.transfer().await,
         }
+    }
+
+    /// Begins with all that was acknowledged before, as a client with `server_sync`.
+    async fn sync(&mut self) -> Result<()> {
+        let (client, writes) = (self.script.client, self.script.writes);
+        self.history.add(Event::Asked { client, writes });
+        self.call("ping", vec![]).await?;
+        self.history.add(Event::Synced { client, tid: self.told });
+        Ok(())
     }
 
     /// Moves an amount from one account to another.
@@ -351,7 +361,9 @@ impl Client {
             out.extend_from_slice(&encoding.notify("storea", args));
             stored.push((*oid, data));
         }
-        timeout(PATIENCE, connection.stream.write_all(&out)).await.map_err(|_| Trouble::Lost)??;
+        timeout(self.script.patience, connection.stream.write_all(&out))
+            .await
+            .map_err(|_| Trouble::Lost)??;
         let voted = self.call("vote", vec![name.clone()]).await;
         let conflicts = match voted {
             Ok(conflicts) => conflicts.items().is_some_and(|list| !list.is_empty()),
@@ -388,6 +400,7 @@ impl Client {
         connection.next_id += 1;
         let id = Value::Int(connection.next_id);
         let frame = connection.encoding.call(&id, method, args);
+        let patience = self.script.patience;
         let answer = async {
             if let Some(connection) = &mut self.connection {
                 connection.stream.write_all(&frame).await?;
@@ -401,7 +414,7 @@ impl Client {
                 }
             }
         };
-        timeout(PATIENCE, answer).await.unwrap_or(Err(Trouble::Lost))
+        timeout(patience, answer).await.unwrap_or(Err(Trouble::Lost))
     }
 
     /// The next message, after what it says of other transactions was noted.

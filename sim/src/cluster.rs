@@ -283,7 +283,9 @@ impl Cluster {
             let writes = client < self.plan.writers;
             let addresses = if writes { read_write.clone() } else { read_only.clone() };
             let pause = Duration::from_millis(self.random.range(1..120));
-            let script = Script { client, addresses, writes, pause, packs: self.plan.packs };
+            let patience = Duration::from_millis(self.random.range(400..4_000));
+            let (packs, syncs) = (self.plan.packs, !writes || self.random.one_in(2));
+            let script = Script { client, addresses, writes, pause, patience, packs, syncs };
             clients.push(Client::new(script, self.random.fork(), self.history.clone()));
         }
         self.clients.start(async move {
@@ -428,6 +430,15 @@ impl Cluster {
             Fault::Pause { node, time } => {
                 self.machines[*node].paused = true;
                 self.later.push((self.now + *time, Later::Resume(*node)));
+            }
+            Fault::Isolate { time } => {
+                if let Some(node) = self.serves.iter().position(|serves| *serves) {
+                    for other in (0..self.machines.len()).filter(|other| *other != node) {
+                        self.network.block(address(node), address(other));
+                        self.network.block(address(other), address(node));
+                    }
+                    self.later.push((self.now + *time, Later::OpenNetwork));
+                }
             }
             Fault::Block { ways, time } => {
                 for (from, to) in ways {
@@ -672,6 +683,7 @@ fn name_of(fault: &Fault) -> &'static str {
         Fault::Cut { .. } => "power failure",
         Fault::CutAll { .. } => "power failure of all",
         Fault::Pause { .. } => "pause",
+        Fault::Isolate { .. } => "primary cut off",
         Fault::Block { .. } => "partition",
         Fault::SlowNetwork { .. } => "slow network",
         Fault::Skew { .. } => "clock jump",
@@ -684,5 +696,27 @@ fn name_of(fault: &Fault) -> &'static str {
         Fault::Switchover { .. } => "switchover",
         Fault::GroupSet { .. } => "change of voters",
         Fault::GroupMove { .. } => "group move",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_plan_gives_the_same_trace() {
+        trace::install(tracing::level_filters::LevelFilter::INFO);
+        for seed in [16, 69, 755] {
+            let plan = Plan::of(seed);
+            assert_eq!(run(&plan), run(&plan), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn every_fault_comes_in_some_plan() {
+        let mut seen = std::collections::BTreeSet::new();
+        let plans = (0..300).map(Plan::of);
+        plans.for_each(|plan| seen.extend(plan.steps.iter().map(|step| name_of(&step.fault))));
+        assert_eq!(seen.len(), 17, "{seen:?}");
     }
 }

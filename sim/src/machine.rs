@@ -114,6 +114,7 @@ impl Machine {
 
     /// The program is killed; what it has written stays.
     pub fn kill(&mut self) {
+        self.host.network.close_all(self.host.address);
         let runtime = self.runtime.take();
         self.host.enter(|| drop(runtime));
         *lock(&self.shown) = Shown::default();

@@ -39,6 +39,11 @@ pub enum Fault {
         /// For how long.
         time: Duration,
     },
+    /// The primary is cut off from the other nodes, but not from its clients.
+    Isolate {
+        /// For how long.
+        time: Duration,
+    },
     /// Nothing gets from the first ones to the second ones.
     Block {
         /// These ways. Nodes first, then the clients' machine.
@@ -226,7 +231,7 @@ impl Plan {
 fn fault(random: &mut Random, nodes: &[NodePlan]) -> Fault {
     let count = nodes.len() as u64;
     let node = random.below(count) as usize;
-    match random.below(28) {
+    match random.below(29) {
         0..=3 => Fault::Kill { node, down: millis(random, 1..3_000) },
         4..=6 => Fault::Cut {
             node,
@@ -236,6 +241,7 @@ fn fault(random: &mut Random, nodes: &[NodePlan]) -> Fault {
         },
         7 => Fault::CutAll { torn: random.one_in(2), down: millis(random, 50..1_000) },
         8 | 9 => Fault::Pause { node, time: millis(random, 20..4_000) },
+        24 => Fault::Isolate { time: millis(random, 300..5_000) },
         10..=13 => {
             Fault::Block { ways: ways(random, nodes.len()), time: millis(random, 50..4_000) }
         }
@@ -273,8 +279,10 @@ fn ways(random: &mut Random, nodes: usize) -> Vec<(usize, usize)> {
     };
     match random.below(5) {
         0 => {
+            // The clients may still reach it.
             let alone = random.below(nodes as u64) as usize;
-            pairs(&mut |from, to| from == alone || to == alone)
+            let others = if random.one_in(2) { nodes } else { all };
+            pairs(&mut |from, to| (from == alone || to == alone) && from < others && to < others)
         }
         1 => {
             let alone = random.below(nodes as u64) as usize;

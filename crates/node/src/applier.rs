@@ -640,8 +640,7 @@ impl Applier {
             storage,
             after,
             through,
-            "of this part of the history only what is current comes: the recovery is fast, or a pack has removed the \
-             rest meanwhile; standby node backfill gets what there is"
+            "fast recovery, or a pack meanwhile: only what is current comes; standby node backfill gets the rest later"
         );
         Ok(())
     }

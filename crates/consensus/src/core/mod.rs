@@ -253,7 +253,7 @@ impl Consensus {
             applied: index.0,
             max_size_per_msg: MESSAGE_LEN,
             max_inflight_msgs: IN_FLIGHT,
-            check_quorum: true,
+            check_quorum: !mutation::on(Mutation::StalePrimaryAnswers),
             pre_vote: true,
             max_uncommitted_size: UNCOMMITTED_LEN,
             max_committed_size_per_ready: COMMITTED_LEN,

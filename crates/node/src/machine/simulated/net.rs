@@ -145,6 +145,19 @@ impl Network {
         self.lock().blocked.clear();
     }
 
+    /// The program of a machine ends: its connections are closed, in an order that does not depend on that of its tasks.
+    pub fn close_all(&self, machine: IpAddr) {
+        let mut inner = self.lock();
+        let ids: Vec<u64> = inner.connections.keys().copied().collect();
+        for id in ids {
+            for side in 0..2 {
+                if inner.connections.get(&id).is_some_and(|c| c.ends[side].ip() == machine) {
+                    inner.leave(id, side);
+                }
+            }
+        }
+    }
+
     /// A machine loses power: nobody is told.
     pub fn power_off(&self, machine: IpAddr) {
         let mut inner = self.lock();
@@ -490,6 +503,17 @@ impl AsyncWrite for TcpStream {
 }
 
 impl Inner {
+    /// The program of a side has no use for the connection any more.
+    fn leave(&mut self, id: u64, side: usize) {
+        self.close(id, side);
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        connection.gone[side] = true;
+        if side == 0 && !matches!(connection.opening, Opening::Open | Opening::Accepted(_)) {
+            // Nobody has accepted it, or ever will.
+            connection.gone[1] = true;
+        }
+    }
+
     fn close(&mut self, id: u64, side: usize) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         if !std::mem::replace(&mut connection.pipes[side].closed, true) {
@@ -500,14 +524,6 @@ impl Inner {
 
 impl Drop for TcpStream {
     fn drop(&mut self) {
-        let mut inner = self.network.lock();
-        inner.close(self.id, self.side);
-        if let Some(connection) = inner.connections.get_mut(&self.id) {
-            connection.gone[self.side] = true;
-            if !matches!(connection.opening, Opening::Open) && self.side == 0 {
-                // Nobody has accepted it yet, or nobody ever will.
-                connection.gone[1] |= !matches!(connection.opening, Opening::Accepted(_));
-            }
-        }
+        self.network.lock().leave(self.id, self.side);
     }
 }
