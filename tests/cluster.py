@@ -95,6 +95,7 @@ class Process:
             self.kill()
             raise
         self.process = None
+        assert "panicked" not in self.log(), self.log()[-3000:]
         return status
 
     def wait(self, timeout=30):

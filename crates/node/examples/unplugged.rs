@@ -353,5 +353,6 @@ async fn main() -> anyhow::Result<()> {
         let _ = terminate.recv().await;
     };
     node.run_until(stop).await?;
-    Ok(())
+    // The node's threads wait for the runtime's clock: they go with the process, not before it.
+    std::process::exit(0)
 }

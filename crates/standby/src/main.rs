@@ -144,8 +144,9 @@ fn main() -> ExitCode {
             Command::Bench(options) => bench::run(&options).await,
         }
     });
-    // What still blocks (a read from a slow disk) must not keep the process.
-    runtime.shutdown_background();
+    // What still blocks (a read from a slow disk) must not keep the process; and threads that wait for the runtime's clock
+    // would not survive the runtime. Both go with the process.
+    std::mem::forget(runtime);
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -32,7 +32,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// True if it is done.
+    /// True if it is done, or has panicked.
     pub fn is_finished(&self) -> bool {
         self.finished.load(Ordering::Acquire)
     }
@@ -43,15 +43,24 @@ impl Job {
     }
 }
 
+/// Says, when it is dropped, that a job has ended, in whatever way.
+struct Ending(Arc<AtomicBool>, #[allow(dead_code)] oneshot::Sender<()>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// Does work on a thread of its own.
 pub fn background(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<Job> {
     let (sender, done) = oneshot::channel();
     let finished = Arc::<AtomicBool>::default();
     let job = Job { finished: finished.clone(), done };
+    let ending = Ending(finished, sender);
     chosen::background(name, move || {
+        let _ending = ending;
         work();
-        finished.store(true, Ordering::Release);
-        let _ = sender.send(());
     })?;
     Ok(job)
 }
@@ -64,4 +73,20 @@ pub fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) {
 /// Puts something into a queue from a place that may wait; gives it back if nobody takes from it any more.
 pub fn send_blocking<T>(queue: &mpsc::Sender<T>, item: T) -> Result<(), T> {
     chosen::send_blocking(queue, item)
+}
+
+#[cfg(all(test, not(feature = "simulated")))]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_job_ends_also_if_it_panics() {
+        for panics in [false, true] {
+            let job = background("job", move || assert!(!panics, "as wanted by the test")).unwrap();
+            while !job.is_finished() {
+                tokio::task::yield_now().await;
+            }
+            job.join().await;
+        }
+    }
 }
