@@ -474,6 +474,8 @@ impl Cluster {
                 // With another history of packs and recoveries, the other nodes have other blocks.
                 let others = self.data_nodes().count() > 1;
                 let comparable = others && !self.plan.packs && !self.plan.fast;
+                // Nor may the others be damaged at the same place.
+                let comparable = comparable && self.flips.iter().all(|(other, _)| other == node);
                 let disk = &self.machines[*node].disk;
                 let summed = disk.bytes(Path::new(SUMS)).map_or(0, |sums| summed_blocks(&sums));
                 if comparable && summed > 0 {
