@@ -250,6 +250,10 @@ impl Cluster {
             }
             self.tick();
         }
+        let damaged = |machine: &Machine| machine.node().and_then(|shared| shared.damage());
+        if let Some(damage) = self.machines.iter().find_map(damaged) {
+            self.violation(format!("mends: {damage}"));
+        }
         self.clients.kill();
         let deadline = self.now + CONVERGES;
         while self.outcome.violations.is_empty() && !self.is_level() {

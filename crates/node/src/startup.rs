@@ -97,7 +97,7 @@ pub fn prepare(
             state.end_coming_over(&**disk)?;
             Ok(prepared)
         }
-        (identity, _) => begin(config, disk, state, identity, beginning),
+        (identity, _) => begin(config, disk, state, menders, identity, beginning),
     }
 }
 
@@ -137,6 +137,7 @@ fn begin(
     config: &Config,
     disk: &Arc<dyn Disk>,
     state: &StateDir,
+    menders: &Menders,
     identity: Option<Identity>,
     beginning: Beginning,
 ) -> anyhow::Result<Prepared> {
@@ -159,7 +160,7 @@ fn begin(
     let mut points = BTreeMap::new();
     let mut unconfirmed = false;
     for section in &config.storages {
-        let (storage, ceiling) = open_whole(disk, state, section)?;
+        let (storage, ceiling) = open_whole(disk, state, section, menders)?;
         unconfirmed |= storage.mark() != Mark::START;
         let mark = storage.mark();
         points.insert(section.name.clone(), StoragePoint::of(mark, ceiling));
@@ -250,7 +251,9 @@ fn resume(
         match tail {
             Ok(_) if mutation::on(Mutation::SkipTruncation) => extents.push(Extent::Whole),
             Ok(again) => extents.push(Extent::UpTo { mark: point.mark, again }),
-            Err(reason) => return adopt(config, disk, state, identity, section, &reason),
+            Err(reason) => {
+                return adopt((config, menders), disk, state, identity, section, &reason);
+            }
         }
     }
     let mut storages = BTreeMap::new();
@@ -286,7 +289,7 @@ fn resume(
 /// The data file is not the one that Standby left. One node alone takes it as it is; a member of a
 /// cluster must not.
 fn adopt(
-    config: &Config,
+    (config, menders): (&Config, &Menders),
     disk: &Arc<dyn Disk>,
     state: &StateDir,
     identity: &Identity,
@@ -315,7 +318,7 @@ fn adopt(
          and Standby's log of the time before is kept"
     );
     disk.rename(&state.0, &kept.0)?;
-    begin(config, disk, state, Some(identity.clone()), Beginning::Found)
+    begin(config, disk, state, menders, Some(identity.clone()), Beginning::Found)
 }
 
 /// The tids of a storage's transactions in the log after `applied`, in order.
@@ -379,6 +382,7 @@ fn open_whole(
     disk: &Arc<dyn Disk>,
     state: &StateDir,
     section: &StorageSection,
+    menders: &Menders,
 ) -> anyhow::Result<(FileStorage, Oid)> {
     if section.create && disk.exists(&section.path)? {
         bail!(
@@ -390,7 +394,7 @@ fn open_whole(
     if disk.exists(&index)? {
         disk.remove(&index)?;
     }
-    open_storage(disk, state, section, Extent::Whole, None)
+    open_storage(disk, state, section, Extent::Whole, menders.get(&section.name).cloned())
 }
 
 fn open_storage(
@@ -434,4 +438,59 @@ fn open_storage(
     );
     let highest = storage.reader().highest_oid().unwrap_or(Oid(0));
     Ok((storage, highest))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use standby_filestorage::{BLOCK, Record, RecordData, Transaction, TransactionMeta};
+    use standby_types::disk::Open;
+    use standby_types::memory::MemoryDisk;
+
+    use super::*;
+
+    /// Found by a simulation: until its first restart a node could not mend anything.
+    #[test]
+    fn row_28_a_new_node_mends_its_file_too() {
+        let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
+        let text =
+            "<zeo>\n address 127.0.0.1:1\n</zeo>\n<filestorage>\n path /Data.fs\n</filestorage>\n";
+        let config = Config::parse(Path::new("/zeo.conf"), text).unwrap();
+        let state = StateDir(config.state_dir());
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (times, shared) = (asked.clone(), disk.clone());
+        let mend: Mend = Arc::new(move |block| {
+            times.fetch_add(1, Ordering::Relaxed);
+            let mut bytes = vec![0; BLOCK as usize];
+            let file = shared.open(Path::new("/intact"), Open::Read).ok()?;
+            file.read_at(&mut bytes, block.offset).ok()?;
+            Some(bytes)
+        });
+        let menders = BTreeMap::from([("1".to_owned(), mend)]);
+        let prepared = prepare(&config, &disk, &state, Beginning::Found, &menders).unwrap();
+        let mut storages = prepared.storages;
+        let storage = storages.get_mut("1").unwrap();
+        let meta = TransactionMeta {
+            tid: Tid(10),
+            status: b' ',
+            user: Default::default(),
+            description: Default::default(),
+            extension: Default::default(),
+        };
+        let data = RecordData::Data(vec![7; 3 * BLOCK as usize].into());
+        let records = vec![Record { oid: Oid(1), data }];
+        storage.append(&Transaction { meta, records }).unwrap();
+        storage.sync().unwrap();
+        let reader = storage.reader();
+        reader.note_durable(storage.mark());
+        reader.take_sums(9).unwrap();
+        let file = disk.open(Path::new("/Data.fs"), Open::Write).unwrap();
+        let mut bytes = vec![0; file.len().unwrap() as usize];
+        file.read_at(&mut bytes, 0).unwrap();
+        disk.open(Path::new("/intact"), Open::Create).unwrap().write_at(&bytes, 0).unwrap();
+        file.write_at(b"?", BLOCK + 5).unwrap();
+        reader.scrub(0..3).unwrap();
+        assert_eq!((asked.load(Ordering::Relaxed), reader.damage().blocks.len()), (1, 0));
+    }
 }
