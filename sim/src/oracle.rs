@@ -61,9 +61,10 @@ pub fn judge(
     let mut wrong = Vec::new();
     wrong.extend(acknowledged_commits_are_there_once(events, &history, partly, &lost_commits));
     wrong.extend(nothing_is_there_that_nobody_wrote(events, &history));
-    let revisions = revisions(events, &history, partly, &lost_commits);
+    let left_out = left_out(&history);
+    let revisions = revisions(events, &history, partly, &lost_commits, &left_out);
     wrong.extend(no_update_is_lost(&history, &revisions, partly));
-    wrong.extend(reads_are_of_their_snapshot(events, &revisions, partly, &left_out(&history)));
+    wrong.extend(reads_are_of_their_snapshot(events, &revisions, partly, &left_out));
     wrong.extend(sums_are_constant(events));
     wrong.extend(invalidations_come_before_replies(events));
     wrong.extend(oids_are_fresh(events));
@@ -211,12 +212,14 @@ fn nothing_is_there_that_nobody_wrote(events: &[Event], history: &[Transaction])
     Some(format!("phantom: {} {:?} was never wanted", phantom.tid, phantom.description))
 }
 
-/// The revisions of each object: those that are there and, if there was a pack, those that were acknowledged.
+/// The revisions of each object: those that are there and, if there was a pack, those that were acknowledged; not those
+/// of timelines that were left, which a pack may have removed there before they could be kept.
 fn revisions(
     events: &[Event],
     history: &[Transaction],
     packed: bool,
     lost: &BTreeSet<(Tid, String)>,
+    left_out: &[(Tid, Tid)],
 ) -> BTreeMap<Oid, BTreeSet<Tid>> {
     let mut revisions: BTreeMap<Oid, BTreeSet<Tid>> = BTreeMap::new();
     for transaction in history {
@@ -231,7 +234,8 @@ fn revisions(
                 wanted.insert((*client, *number), writes);
             }
             Event::Committed { client, number, tid }
-                if !lost.contains(&(*tid, format!("{client} {number}"))) =>
+                if !lost.contains(&(*tid, format!("{client} {number}")))
+                    && !left_out.iter().any(|(last, first)| last < tid && tid < first) =>
             {
                 for (oid, _) in wanted.get(&(*client, *number)).into_iter().copied().flatten() {
                     revisions.entry(*oid).or_default().insert(*tid);

@@ -645,6 +645,11 @@ fn check_beginning(
         ))
     };
     let tid = Tid(have.tid);
+    if have.sha256.is_none() && tid > reader.last_tid() {
+        // This node was restarted, and does not know yet which entries of its log count.
+        let reason = "the other node has more than this one, which has just been started";
+        return Err(SendError::NotNow(reason.into()));
+    }
     let known = tid == Tid::NONE
         || reader
             .transactions(tid, tid)?
@@ -665,4 +670,42 @@ fn check_beginning(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use standby_filestorage::{Extent, FileStorage, Magic, Transaction};
+    use standby_types::memory::MemoryDisk;
+
+    use super::*;
+
+    /// Found by a simulation: the source was restarted, and took the follower for a stranger.
+    #[test]
+    fn a_follower_that_has_more_is_no_stranger() {
+        let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
+        let (path, index) = (Path::new("/Data.fs"), Path::new("/index"));
+        let whole = Extent::Whole;
+        let opened =
+            FileStorage::open(disk.clone(), path, index, Magic::Fs30, whole, &mut |_, _| ());
+        let mut storage = opened.unwrap().0;
+        for tid in [10, 20] {
+            let meta = standby_filestorage::TransactionMeta {
+                tid: Tid(tid),
+                status: b' ',
+                user: Default::default(),
+                description: Default::default(),
+                extension: Default::default(),
+            };
+            storage.append(&Transaction { meta, records: Vec::new() }).unwrap();
+        }
+        let asks = |tid, sha256: Option<&str>| {
+            let have = Have { tid, position: 0, sha256: sha256.map(Into::into), least: 0 };
+            check_beginning(&*disk, path, &storage.reader(), "1", &have)
+        };
+        assert!(asks(20, None).is_ok() && asks(0, None).is_ok());
+        assert!(matches!(asks(30, None), Err(SendError::NotNow(_))));
+        assert!(matches!(asks(15, None), Err(SendError::Refused(_))));
+        // Nobody knows yet whether that file belongs here.
+        assert!(matches!(asks(30, Some("00")), Err(SendError::Refused(_))));
+    }
 }
