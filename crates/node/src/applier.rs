@@ -461,7 +461,7 @@ impl Applier {
         self.entries(entries.into_iter().map(|entry| (entry, None)).collect())?;
         self.replica.begin_timeline(promotion);
         let checkpoint = self.replica.checkpoint().context("parts are open in a new timeline")?;
-        self.write_checkpoint(&Checkpoint { log_begins_here: true, ..checkpoint }).await?;
+        self.write_checkpoint(&checkpoint).await?;
         self.report(Vec::new());
         self.shared.report(Internal::TimelineBegun(self.replica.point()));
         Ok(())
@@ -614,11 +614,10 @@ impl Applier {
                 Some(CatchUpItem::Blob(..) | CatchUpItem::Record(_) | CatchUpItem::End) => {}
             }
         }
-        let jumps = target.index > self.replica.index();
         self.replica.caught_up(target)?;
         self.shared.set_cluster_id(self.replica.cluster_id());
         let checkpoint = self.replica.checkpoint().context("parts are open after a catch-up")?;
-        self.write_checkpoint(&Checkpoint { log_begins_here: jumps, ..checkpoint }).await?;
+        self.write_checkpoint(&checkpoint).await?;
         self.shared.state.end_catching_up(&*self.disk)?;
         self.merge_indexes();
         info!(applied = %self.replica.index(), "caught up");

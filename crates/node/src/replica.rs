@@ -70,6 +70,8 @@ pub struct Replica {
     settings: Arc<Settings>,
     storages: BTreeMap<String, Stored>,
     parts: Parts,
+    /// The log is to begin anew after this entry. Once an entry after it is applied, it has.
+    log_begins_after: Option<LogIndex>,
 }
 
 struct Stored {
@@ -122,6 +124,7 @@ impl Replica {
                 })
                 .collect(),
             parts: Parts::new(make_spill),
+            log_begins_after: None,
         }
     }
 
@@ -178,7 +181,7 @@ impl Replica {
             cluster_id: self.cluster_id.clone(),
             index: self.index,
             term: self.term,
-            log_begins_here: false,
+            log_begins_here: self.log_begins_after == Some(self.index),
             membership: self.membership.clone(),
             settings: (*self.settings).clone(),
             storages: self
@@ -333,6 +336,7 @@ impl Replica {
             self.term = target.term;
             self.membership = target.membership.clone();
             self.parts.clear();
+            self.log_begins_after = Some(self.index);
         }
         Ok(())
     }
@@ -355,6 +359,7 @@ impl Replica {
             settings.failover = failover.clone();
         }
         self.membership = promotion.membership.clone();
+        self.log_begins_after = Some(self.index);
     }
 
     /// The next pack of a storage.

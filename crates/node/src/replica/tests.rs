@@ -150,6 +150,21 @@ fn catch_up_and_log_may_overlap() {
     assert_eq!(replica.point().membership, target.membership);
 }
 
+/// Found by a simulation: a second checkpoint, made before the log had begun anew, did not say so.
+#[test]
+fn every_checkpoint_says_that_the_log_is_to_begin_anew_until_it_has() {
+    let disk = MemoryDisk::new();
+    let mut replica = replica(&disk);
+    assert!(!replica.checkpoint().unwrap().log_begins_here);
+    let target = AppliedPoint { index: LogIndex(7), term: Term(3), ..replica.point() };
+    replica.caught_up(&target).unwrap();
+    for _ in 0..2 {
+        assert!(replica.checkpoint().unwrap().log_begins_here);
+    }
+    replica.apply(&Committed::Empty(LogIndex(8), Term(3))).unwrap();
+    assert!(!replica.checkpoint().unwrap().log_begins_here);
+}
+
 /// What is to be packed survives a restart, until it is done.
 #[test]
 fn packs_stand_in_the_checkpoint() {
