@@ -397,6 +397,20 @@ fn a_failed_upload_fails_the_vote() {
     assert_eq!(class, "ZODB.POSException.StorageError");
 }
 
+/// The published suite does it, and is on its way before the server has seen it.
+#[test]
+fn data_that_are_no_bytes_fail_the_vote_only() {
+    let mut client = Client::registered(Encoding::Msgpack);
+    client.begin_and_store(2);
+    let store = vec![OID.into(), TID.into(), Value::str("text"), 2.into()];
+    assert!(client.notify("storea", store).is_empty());
+    let (class, _) = client.replied("vote", vec![2.into()]).unwrap_err();
+    assert_eq!(class, "builtins.TypeError");
+    // Of another transaction there is nobody to tell.
+    let store = vec![OID.into(), TID.into(), Value::str("text"), 9.into()];
+    closed(&client.notify("storea", store));
+}
+
 #[test]
 fn uploads_out_of_order_close_the_connection() {
     let end = || vec![OID.into(), TID.into(), Value::bytes(b"data"), 1.into()];

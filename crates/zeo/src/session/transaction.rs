@@ -88,11 +88,17 @@ impl Session {
     }
 
     pub(super) fn store(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
-        let [oid, serial, Value::Bytes(data), name] = args.args else {
+        let [oid, serial, data, name] = args.args else {
             return Err(args.wrong());
         };
-        let expected = Expected::Serial(args.serial(serial)?);
-        self.change(name, args.oid(oid)?, expected, Content::Data(data.clone()))
+        let (oid, expected) = (args.oid(oid)?, Expected::Serial(args.serial(serial)?));
+        let Value::Bytes(data) = data else {
+            // As from the Python server, the client hears of it when it votes.
+            let ours = self.transaction.as_mut().filter(|transaction| transaction.name == *name);
+            ours.ok_or_else(|| args.wrong())?.doomed = Some(args.wrong());
+            return Ok(());
+        };
+        self.change(name, oid, expected, Content::Data(data.clone()))
     }
 
     /// `deleteObject(oid, serial, transaction)`
