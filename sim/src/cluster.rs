@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use standby_filestorage::{
     BLOCK, Extent, FileStorage, Magic, Mend, Reader, Record, RecordData, StorageError, Transaction,
-    TransactionMeta,
+    TransactionMeta, blocks_in,
 };
+use standby_node::Shared;
 use standby_node::ask::{Ask, here, route};
 use standby_node::config::Config;
-use standby_node::machine::simulated::{Latency, Network, Random};
+use standby_node::machine::simulated::{Latency, Network, PLENTY, Random};
 use standby_node::machine::wall_clock;
 use standby_node::rewind::open_lost;
 use standby_types::time::tid_at;
@@ -24,7 +25,7 @@ use crate::disk::SimDisk;
 use crate::history::{Event, History};
 use crate::machine::{Exit, Machine};
 use crate::oracle::{self, BASE};
-use crate::plan::{Fault, NodePlan, Plan};
+use crate::plan::{Fault, NodePlan, Plan, Step};
 use crate::record::Content;
 use crate::trace;
 
@@ -168,17 +169,8 @@ pub fn run(plan: &Plan) -> Outcome {
 impl Cluster {
     /// What the founder has: a site's data file.
     fn prepare(&self) {
-        let disk: Arc<dyn Disk> = Arc::new(self.machines[0].disk.clone());
-        let (path, no_index) = (Path::new(DATA), Path::new("/site/no-index"));
-        let opened = FileStorage::open(
-            disk.clone(),
-            path,
-            no_index,
-            Magic::Fs30,
-            Extent::Whole,
-            &mut |_, _| (),
-        );
-        let (mut storage, _) = opened.expect("a new data file");
+        let disk = &self.machines[0].disk;
+        let mut storage = open(disk).expect("a new data file");
         let content = |amount| Content { client: 0, number: 0, base: Tid::NONE, amount };
         let record = |oid: u64, amount| Record {
             oid: Oid(oid),
@@ -399,7 +391,7 @@ impl Cluster {
                 self.machines[node].host.device.store(micros, Ordering::Relaxed);
             }
             Later::EmptyDisk(node) => {
-                self.machines[node].host.free.store(u64::MAX / 4, Ordering::Relaxed);
+                self.machines[node].host.free.store(PLENTY, Ordering::Relaxed);
             }
             Later::Reliable => self.set_unreliable(0),
             Later::Promote => self.promote(),
@@ -437,11 +429,8 @@ impl Cluster {
             }
             Fault::Isolate { time } => {
                 if let Some(node) = self.serves.iter().position(|serves| *serves) {
-                    for other in (0..self.machines.len()).filter(|other| *other != node) {
-                        self.network.block(address(node), address(other));
-                        self.network.block(address(other), address(node));
-                    }
-                    self.later.push((self.now + *time, Later::OpenNetwork));
+                    let others = (0..self.machines.len()).filter(|other| *other != node);
+                    self.cut_off(&[node], &others.collect::<Vec<_>>(), *time);
                 }
             }
             Fault::Block { ways, time } => {
@@ -475,13 +464,17 @@ impl Cluster {
                 }
             }
             Fault::Flip { node, block } => {
-                // With another history of packs and recoveries, the other nodes have other blocks.
+                // With another history of packs, recoveries and timelines, the other nodes have other blocks.
                 let others = self.data_nodes().count() > 1;
-                let comparable = others && !self.plan.packs && !self.plan.fast;
-                // Nor may the others be damaged at the same place.
-                let comparable = comparable && self.flips.iter().all(|(other, _)| other == node);
+                let promotes = |step: &Step| matches!(step.fault, Fault::Promote { .. });
+                let comparable = others
+                    && !self.plan.packs
+                    && !self.plan.fast
+                    && !self.plan.steps.iter().any(promotes)
+                    // Nor may the others be damaged at the same place.
+                    && self.flips.iter().all(|(other, _)| other == node);
                 let disk = &self.machines[*node].disk;
-                let summed = disk.bytes(Path::new(SUMS)).map_or(0, |sums| summed_blocks(&sums));
+                let summed = disk.bytes(Path::new(SUMS)).map_or(0, |sums| blocks_in(&sums));
                 if comparable && summed > 0 {
                     let offset = block % summed * BLOCK as usize + block % BLOCK as usize;
                     disk.flip(Path::new(DATA), offset);
@@ -497,12 +490,7 @@ impl Cluster {
                 let nodes = 0..self.plan.nodes.len();
                 let (here, there): (Vec<usize>, Vec<usize>) = nodes.partition(is_here);
                 if *cut_off {
-                    for (one, other) in here.iter().flat_map(|a| there.iter().map(move |b| (a, b)))
-                    {
-                        self.network.block(address(*one), address(*other));
-                        self.network.block(address(*other), address(*one));
-                    }
-                    self.later.push((self.now + *down, Later::OpenNetwork));
+                    self.cut_off(&here, &there, *down);
                 } else {
                     for node in here {
                         self.machines[node].kill();
@@ -532,16 +520,30 @@ impl Cluster {
         }
     }
 
+    /// These nodes and those hear nothing of each other.
+    fn cut_off(&mut self, these: &[usize], those: &[usize], time: Duration) {
+        for (one, other) in these.iter().flat_map(|one| those.iter().map(move |b| (*one, *b))) {
+            self.network.block(address(one), address(other));
+            self.network.block(address(other), address(one));
+        }
+        self.later.push((self.now + time, Later::OpenNetwork));
+    }
+
+    /// One of the running nodes that `wanted` says.
+    fn any_node(&mut self, wanted: impl Fn(&NodePlan) -> bool) -> Option<(usize, Arc<Shared>)> {
+        let nodes = self.machines.iter().zip(&self.plan.nodes).enumerate();
+        let running: Vec<(usize, Arc<Shared>)> = nodes
+            .filter(|(_, (_, plan))| wanted(plan))
+            .filter_map(|(node, (machine, _))| Some((node, machine.node()?)))
+            .collect();
+        self.random.pick(&running).cloned()
+    }
+
     /// An administrator, who sees nothing of the other place, promotes a node of this one.
     fn promote(&mut self) {
-        let is_there = |node: &usize| self.plan.nodes[*node].group == "there";
-        let running = (0..self.machines.len()).filter(is_there);
-        let running: Vec<usize> =
-            running.filter(|node| self.machines[*node].node().is_some()).collect();
-        let Some(node) = self.random.pick(&running) else { return };
-        let machine = &self.machines[*node];
-        let Some(shared) = machine.node() else { return };
+        let Some((node, shared)) = self.any_node(|plan| plan.group == "there") else { return };
         self.history.add(Event::Promoted);
+        let machine = &self.machines[node];
         let ask = Ask::Promote { node: machine.name.clone(), group: Some("there".into()) };
         machine.spawn(async move {
             let answer = here(&shared, ask).await;
@@ -551,12 +553,8 @@ impl Cluster {
 
     /// An administrator asks some node.
     fn ask(&mut self, ask: Ask) {
-        let running: Vec<usize> =
-            (0..self.machines.len()).filter(|node| self.machines[*node].node().is_some()).collect();
-        let Some(node) = self.random.pick(&running) else { return };
-        let machine = &self.machines[*node];
-        let Some(shared) = machine.node() else { return };
-        machine.spawn(async move {
+        let Some((node, shared)) = self.any_node(|_| true) else { return };
+        self.machines[node].spawn(async move {
             let answer = route(&shared, ask).await;
             tracing::info!("answer: {answer:?}");
         });
@@ -574,7 +572,7 @@ impl Cluster {
             let machine = &mut self.machines[node];
             machine.set_skew(0);
             machine.paused = false;
-            machine.host.free.store(u64::MAX / 4, Ordering::Relaxed);
+            self.do_later(Later::EmptyDisk(node));
             self.do_later(Later::FastDisk(node));
             self.do_later(Later::Start(node));
         }
@@ -622,55 +620,42 @@ impl Cluster {
             machine.kill();
         }
         self.flip_back();
-        let mut files = Vec::new();
-        let mut opened = Vec::new();
+        let (mut files, mut readers, mut violations) = (Vec::new(), Vec::new(), Vec::new());
         for machine in self.data_nodes() {
-            let bytes = machine.disk.bytes(Path::new(DATA)).unwrap_or_default();
-            let disk: Arc<dyn Disk> = Arc::new(machine.disk.clone());
-            opened.push(FileStorage::open(
-                disk,
-                Path::new(DATA),
-                Path::new("/site/no-index"),
-                Magic::Fs30,
-                Extent::Whole,
-                &mut |_, _| (),
+            files.push((
+                machine.name.clone(),
+                machine.disk.bytes(Path::new(DATA)).unwrap_or_default(),
             ));
-            files.push((machine.name.clone(), bytes));
+            match open(&machine.disk) {
+                Ok(storage) => readers.push(storage.reader()),
+                Err(error) => violations.push(format!("opens: {}: {error}", machine.name)),
+            }
         }
-        let mut violations = Vec::new();
         let events = self.history.events();
         let lost: Vec<_> =
             self.data_nodes().flat_map(|machine| lost_files(&machine.disk)).collect();
-        self.outcome.lost_tails = lost.len();
         let partly = oracle::is_packed(&events) || self.plan.fast;
         if partly {
-            let readers: Vec<_> = opened.iter().flatten().map(|(s, _)| s.reader()).collect();
             violations.extend(oracle::current_revisions_are_equal(&readers));
         } else {
             violations.extend(oracle::files_are_equal(&files));
         }
-        match opened.into_iter().next() {
-            Some(Ok(opened)) => {
-                violations.extend(oracle::judge(&events, &opened.0.reader(), partly, lost));
-            }
-            Some(Err(error)) => violations.push(format!("opens: {error}")),
-            None => {}
+        let lost_tails = lost.len();
+        if let Some(reader) = readers.first() {
+            violations.extend(oracle::judge(&events, reader, partly, lost));
         }
+        self.outcome.lost_tails = lost_tails;
         violations.into_iter().for_each(|text| self.violation(text));
     }
 }
 
-/// How many blocks have checksums in a file of them.
-fn summed_blocks(sums: &[u8]) -> usize {
-    let (mut at, mut blocks) = (8, 0);
-    while let Some(count) = sums.get(at + 4..at + 8).and_then(|bytes| bytes.try_into().ok()) {
-        let count = u32::from_be_bytes(count) as usize;
-        at += 12 + 4 * count;
-        if at <= sums.len() {
-            blocks += count;
-        }
-    }
-    blocks
+/// Opens a machine's data file.
+fn open(disk: &SimDisk) -> Result<FileStorage, StorageError> {
+    let (path, no_index) = (Path::new(DATA), Path::new("/site/no-index"));
+    let disk = Arc::new(disk.clone());
+    let opened =
+        FileStorage::open(disk, path, no_index, Magic::Fs30, Extent::Whole, &mut |_, _| ());
+    Ok(opened?.0)
 }
 
 /// What a machine keeps of timelines that it has left.

@@ -163,9 +163,7 @@ impl SimDisk {
         let file = inner.names.get(path)?;
         inner.files.get(file).map(|content| content.bytes.clone())
     }
-}
 
-impl SimDisk {
     /// A bit of a file changes, as on a device that ages.
     pub fn flip(&self, path: &Path, offset: usize) {
         let inner = &mut *self.lock();

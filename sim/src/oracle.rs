@@ -259,10 +259,14 @@ fn no_update_is_lost(
             let Some(Content { base, .. }) = content else {
                 return Some(format!("no-lost-update: {oid} at {tid} is unreadable"));
             };
-            let known = revisions.get(oid)?;
-            let before = known.range(..tid).next_back().copied().unwrap_or(Tid::NONE);
+            let known = revisions.get(oid);
+            let before = known.and_then(|known| known.range(..tid).next_back().copied());
+            let before = before.unwrap_or(Tid::NONE);
             // One whose outcome nobody was told may be packed away.
-            let unknown = packed && before < *base && *base < tid && !known.contains(base);
+            let unknown = packed
+                && before < *base
+                && *base < tid
+                && known.is_none_or(|known| !known.contains(base));
             if *base != before && !unknown {
                 return Some(format!(
                     "no-lost-update: {oid} at {tid} is based on {base}, but {before} came before"

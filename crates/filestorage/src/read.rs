@@ -344,16 +344,17 @@ impl Reader {
 
     fn read(&self, buf: &mut [u8], at: u64, access: Access) -> Result<usize, StorageError> {
         let file = &*self.shared.file;
-        if access == Access::Blocking {
-            // What is in memory was compared with its checksum when it came from the device.
-            return match file.read_cached_at(buf, at) {
-                Ok(n) if n == buf.len() => Ok(n),
-                _ => read_full(file, buf, at),
+        // What is in memory was compared with its checksum when it came from the device.
+        let n = match (file.read_cached_at(buf, at), access) {
+            (Ok(n), _) if n == buf.len() => return Ok(n),
+            (_, Access::Blocking) => {
+                return read_full(file, buf, at)
+                    .map_err(StorageError::io(&self.shared.path, "read"));
             }
-            .map_err(StorageError::io(&self.shared.path, "read"));
-        }
-        let n =
-            file.read_cached_at(buf, at).map_err(StorageError::io(&self.shared.path, "read"))?;
+            (cached, Access::Cached) => {
+                cached.map_err(StorageError::io(&self.shared.path, "read"))?
+            }
+        };
         // A cached read stops where the cache does.
         if n < buf.len() && at + (n as u64) < self.size() {
             Err(StorageError::NotCached)

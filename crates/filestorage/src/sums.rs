@@ -35,7 +35,6 @@ use standby_types::{Disk, File};
 pub const BLOCK: u64 = 16 << 10;
 
 const MAGIC: &[u8; 4] = b"SBS2";
-const HEADER: usize = 8;
 const GROUP_HEADER: usize = 12;
 
 /// Bytes of a data file that are not what was written.
@@ -121,6 +120,16 @@ impl Sums {
     }
 }
 
+/// How the file begins.
+fn header() -> Vec<u8> {
+    [&MAGIC[..], &(BLOCK as u32).to_be_bytes()].concat()
+}
+
+/// How many blocks have checksums in the bytes of a file of them.
+pub fn blocks_in(sums: &[u8]) -> usize {
+    decode(sums).0.len()
+}
+
 /// A group, as it stands in the file.
 fn group(first: usize, sums: &[u32]) -> Vec<u8> {
     let mut rest = Vec::with_capacity(4 * sums.len());
@@ -133,14 +142,13 @@ fn group(first: usize, sums: &[u32]) -> Vec<u8> {
 /// The checksums in a file's whole groups, and where these end.
 fn decode(bytes: &[u8]) -> (Vec<u32>, usize) {
     let mut sums = Vec::new();
-    let header = [&MAGIC[..], &(BLOCK as u32).to_be_bytes()].concat();
-    if !bytes.starts_with(&header) {
+    if !bytes.starts_with(&header()) {
         return (sums, 0);
     }
     let number = |at: usize| -> Option<u32> {
         Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
     };
-    let mut at = HEADER;
+    let mut at = header().len();
     while let (Some(first), Some(count), Some(sum)) = (number(at), number(at + 4), number(at + 8)) {
         let end = at + GROUP_HEADER + 4 * count as usize;
         let Some(rest) = bytes.get(at + GROUP_HEADER..end) else { break };
@@ -196,7 +204,7 @@ impl Checked {
 
     /// Writes the file of checksums anew.
     fn rewrite(&self, writing: &mut Writing, list: &[u32]) -> io::Result<()> {
-        let mut bytes = [&MAGIC[..], &(BLOCK as u32).to_be_bytes()].concat();
+        let mut bytes = header();
         if !list.is_empty() {
             bytes.extend_from_slice(&group(0, list));
         }

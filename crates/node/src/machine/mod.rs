@@ -13,66 +13,38 @@ use real as chosen;
 #[cfg(feature = "simulated")]
 use simulated as chosen;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::watch;
 
 pub use chosen::{
-    Apart, Blocking, Lock, TcpListener, TcpStream, apart, device, every, fill_random, free_bytes,
-    lock_file, queue, spawn_blocking, temporary_file, thread, wall_clock,
+    Lock, TcpListener, TcpStream, apart, deliver, device, every, fill_random, free_bytes,
+    lock_file, queue, send_blocking, spawn_blocking, temporary_file, thread, wall_clock,
 };
 /// A moment of the monotonic clock.
 pub use tokio::time::Instant;
 
-/// Work that is done beside its caller's.
-pub struct Job {
-    finished: Arc<AtomicBool>,
-    done: oneshot::Receiver<()>,
-}
+/// Work that is done beside its caller's: it holds the sender, and drops it however it ends.
+pub struct Job(watch::Receiver<()>);
 
 impl Job {
     /// True if it is done, or has panicked.
     pub fn is_finished(&self) -> bool {
-        self.finished.load(Ordering::Acquire)
+        self.0.has_changed().is_err()
     }
 
     /// Waits until it is done, or has panicked.
-    pub async fn join(self) {
-        let _ = self.done.await;
-    }
-}
-
-/// Says, when it is dropped, that a job has ended, in whatever way.
-struct Ending(Arc<AtomicBool>, #[allow(dead_code)] oneshot::Sender<()>);
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
+    pub async fn join(mut self) {
+        while self.0.changed().await.is_ok() {}
     }
 }
 
 /// Does work on a thread of its own.
 pub fn background(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<Job> {
-    let (sender, done) = oneshot::channel();
-    let finished = Arc::<AtomicBool>::default();
-    let job = Job { finished: finished.clone(), done };
-    let ending = Ending(finished, sender);
+    let (running, ended) = watch::channel(());
     chosen::background(name, move || {
-        let _ending = ending;
+        let _running = running;
         work();
     })?;
-    Ok(job)
-}
-
-/// Gives a message to a link; it may be lost.
-pub fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) {
-    chosen::deliver(link, message);
-}
-
-/// Puts something into a queue from a place that may wait; gives it back if nobody takes from it any more.
-pub fn send_blocking<T>(queue: &mpsc::Sender<T>, item: T) -> Result<(), T> {
-    chosen::send_blocking(queue, item)
+    Ok(Job(ended))
 }
 
 #[cfg(all(test, not(feature = "simulated")))]

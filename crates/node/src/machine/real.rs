@@ -3,20 +3,14 @@
 use std::future::Future;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use standby_types::File;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+pub use crate::disk::temporary_file;
 pub use tokio::net::{TcpListener, TcpStream};
-
-/// The result of [`spawn_blocking`].
-pub type Blocking<T> = JoinHandle<T>;
-/// The result of [`apart`].
-pub type Apart<T> = JoinHandle<T>;
 
 /// The time of day, since 1970.
 pub fn wall_clock() -> Duration {
@@ -26,11 +20,6 @@ pub fn wall_clock() -> Duration {
 /// Fills with randomness that nobody can guess.
 pub fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
     getrandom::fill(bytes).map_err(|error| io::Error::other(format!("no randomness: {error}")))
-}
-
-/// A file without a name, gone when it is dropped.
-pub fn temporary_file(dir: &Path) -> io::Result<Arc<dyn File>> {
-    crate::disk::temporary_file(dir)
 }
 
 /// Holds a data file for this process.
@@ -51,12 +40,14 @@ pub fn free_bytes(dir: &Path) -> io::Result<u64> {
 pub async fn device() {}
 
 /// Does what may wait for a disk where no task waits for it.
-pub fn spawn_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Blocking<T> {
+pub fn spawn_blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
     tokio::task::spawn_blocking(work)
 }
 
 /// Runs a task that may wait for a disk.
-pub fn apart<F>(task: F) -> Apart<F::Output>
+pub fn apart<F>(task: F) -> JoinHandle<F::Output>
 where
     F: Future<Output: Send> + Send + 'static,
 {
@@ -96,11 +87,13 @@ pub fn queue<T>(capacity: usize) -> (mpsc::Sender<T>, mpsc::Receiver<T>) {
     mpsc::channel(capacity)
 }
 
-pub(super) fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) {
+/// Gives a message to a link; it may be lost.
+pub fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) {
     // A link whose queue is full loses it.
     let _ = link.try_send(message);
 }
 
-pub(super) fn send_blocking<T>(queue: &mpsc::Sender<T>, item: T) -> Result<(), T> {
+/// Puts something into a queue from a place that may wait; gives it back if nobody takes from it any more.
+pub fn send_blocking<T>(queue: &mpsc::Sender<T>, item: T) -> Result<(), T> {
     queue.blocking_send(item).map_err(|error| error.0)
 }

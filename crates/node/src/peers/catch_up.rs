@@ -38,7 +38,7 @@ use standby_filestorage::{
     may_be_blob, put_meta, put_record, take_meta, take_record,
 };
 use standby_types::disk::{Open, read_full};
-use standby_types::{Blob, BlobSource, Disk, NodeId, Oid, Tid};
+use standby_types::{Blob, BlobSource, Disk, NodeId, Oid, Position, Tid};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -445,7 +445,7 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
             return Err(SendError::Refused(reason));
         };
         let reader = storage.reader();
-        check_beginning(&*shared.disk, &storage.path, &reader, name, have)?;
+        let known = check_beginning(&*shared.disk, &storage.path, &reader, name, have)?;
         if reader.last_tid() < Tid(have.least) || !reader.is_whole() {
             let reason = "this node has not come far enough itself".to_owned();
             return Err(SendError::NotNow(reason));
@@ -457,7 +457,7 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
             Recovery::Fast => true,
             Recovery::Auto => transactions.bytes_left() > MUCH,
         } && request.holes;
-        send_holes(&reader, &transactions, (request, have), fast, frames)?;
+        send_holes(&reader, &transactions, (request, have, known), fast, frames)?;
         let blobs = storage.blobs.as_ref().filter(|_| !request.without_blobs);
         Sending { transactions, blobs, fast }.run(frames)?;
     }
@@ -468,7 +468,7 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
 fn send_holes(
     reader: &Reader,
     transactions: &Transactions,
-    (request, have): (&Request, &Have),
+    (request, have, known): (&Request, &Have, Option<Position>),
     fast: bool,
     frames: &mut Frames,
 ) -> Result<(), SendError> {
@@ -479,7 +479,7 @@ fn send_holes(
         holes.add(Hole { after: first, through: last });
     }
     if request.holes
-        && let Some(through) = packed_since(reader, have)?
+        && let Some(through) = packed_since(reader, have, known)?
     {
         holes.add(Hole { after: first, through });
     }
@@ -496,15 +496,16 @@ fn send_holes(
 }
 
 /// Up to where a pack has removed what a follower that was away never had: what the follower has of these objects
-/// was not current just before. `None` if its file is the beginning of this one.
-fn packed_since(reader: &Reader, have: &Have) -> Result<Option<Tid>, StorageError> {
+/// was not current just before. `None` if its file is the beginning of this one; `known` is where its last transaction
+/// ends here.
+fn packed_since(
+    reader: &Reader,
+    have: &Have,
+    known: Option<Position>,
+) -> Result<Option<Tid>, StorageError> {
     let first = Tid(have.tid);
-    if first == Tid::NONE {
-        return Ok(None);
-    }
-    let known = reader.transactions(first, first)?.advance()?;
-    if known.is_some_and(|stored| stored.end().0 == have.position) {
-        // A pack that had removed anything would have moved it.
+    // A pack that had removed anything would have moved it.
+    if first == Tid::NONE || known == Some(Position(have.position)) {
         return Ok(None);
     }
     let mut backwards = reader.backwards();
@@ -630,14 +631,15 @@ fn is_packed(reader: &Reader, tid: Tid) -> Result<bool, StorageError> {
     Ok(true)
 }
 
-/// A data file that this cluster did not write is welcome if it is the beginning of ours.
+/// A data file that this cluster did not write is welcome if it is the beginning of ours. Returns where its last
+/// transaction ends here, if that has not been packed away.
 fn check_beginning(
     disk: &dyn Disk,
     path: &Path,
     reader: &Reader,
     name: &str,
     have: &Have,
-) -> Result<(), SendError> {
+) -> Result<Option<Position>, SendError> {
     let foreign = || {
         SendError::Refused(format!(
             "its data file of storage {name:?} is not the beginning of the cluster's history: it \
@@ -650,18 +652,19 @@ fn check_beginning(
         let reason = "the other node has more than this one, which has just been started";
         return Err(SendError::NotNow(reason.into()));
     }
-    let known = tid == Tid::NONE
-        || reader
-            .transactions(tid, tid)?
-            .advance()?
-            .is_some_and(|stored| have.sha256.is_none() || stored.end().0 == have.position);
+    let end = match tid {
+        Tid::NONE => None,
+        tid => reader.transactions(tid, tid)?.advance()?.map(|stored| stored.end()),
+    };
+    let fits = |end: Position| have.sha256.is_none() || end.0 == have.position;
+    let known = tid == Tid::NONE || end.is_some_and(fits);
     let packed_away =
         || -> Result<bool, StorageError> { Ok(have.sha256.is_none() && is_packed(reader, tid)?) };
     if !known && !packed_away()? {
         return Err(foreign());
     }
     if let Some(theirs) = &have.sha256 {
-        let mark = Mark { position: standby_types::Position(have.position), tid };
+        let mark = Mark { position: Position(have.position), tid };
         let ours = hash_of(disk, path, mark).map_err(|source| {
             SendError::Storage(StorageError::Io { path: path.to_owned(), action: "read", source })
         })?;
@@ -669,7 +672,7 @@ fn check_beginning(
             return Err(foreign());
         }
     }
-    Ok(())
+    Ok(end)
 }
 
 #[cfg(test)]

@@ -94,8 +94,7 @@ impl Session {
         let (oid, expected) = (args.oid(oid)?, Expected::Serial(args.serial(serial)?));
         let Value::Bytes(data) = data else {
             // As from the Python server, the client hears of it when it votes.
-            let ours = self.transaction.as_mut().filter(|transaction| transaction.name == *name);
-            ours.ok_or_else(|| args.wrong())?.doomed = Some(args.wrong());
+            self.open(name)?.doomed = Some(args.wrong());
             return Ok(());
         };
         self.change(name, oid, expected, Content::Data(data.clone()))

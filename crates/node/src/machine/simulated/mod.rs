@@ -29,13 +29,11 @@ use tokio::task::{JoinError, JoinHandle};
 pub use net::{Latency, Network, TcpListener, TcpStream};
 pub use random::Random;
 
-/// The result of [`spawn_blocking`].
-pub type Blocking<T> = Ready<Result<T, JoinError>>;
-/// The result of [`apart`].
-pub type Apart<T> = JoinHandle<T>;
 /// Nobody else uses a machine's files.
 pub type Lock = ();
 
+/// Bytes that are free on a disk on which nothing is wrong.
+pub const PLENTY: u64 = u64::MAX / 4;
 /// When simulations begin, since 1970: noon, on some day in 2026.
 const BEGINNING: Duration = Duration::from_secs(1_790_000_000);
 
@@ -70,7 +68,7 @@ impl Host {
             address,
             network,
             skew: AtomicI64::new(0),
-            free: AtomicU64::new(u64::MAX / 4),
+            free: AtomicU64::new(PLENTY),
             device: AtomicU64::new(0),
             unreliable: AtomicU64::new(0),
             mend: Mutex::default(),
@@ -142,12 +140,12 @@ pub async fn device() {
 }
 
 /// Does it at once.
-pub fn spawn_blocking<T>(work: impl FnOnce() -> T) -> Blocking<T> {
+pub fn spawn_blocking<T>(work: impl FnOnce() -> T) -> Ready<Result<T, JoinError>> {
     ready(Ok(work()))
 }
 
 /// Runs a task.
-pub fn apart<F>(task: F) -> Apart<F::Output>
+pub fn apart<F>(task: F) -> JoinHandle<F::Output>
 where
     F: Future<Output: Send> + Send + 'static,
 {
@@ -190,7 +188,7 @@ pub fn queue<T>(_capacity: usize) -> (mpsc::Sender<T>, mpsc::Receiver<T>) {
 }
 
 /// A message may be lost, come twice, or late.
-pub(super) fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) {
+pub fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) {
     let host = current();
     let one_in = host.unreliable.load(Ordering::Relaxed);
     let fate = match one_in {
@@ -215,7 +213,8 @@ pub(super) fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) 
     }
 }
 
-pub(super) fn send_blocking<T>(queue: &mpsc::Sender<T>, item: T) -> Result<(), T> {
+/// Puts something into such a queue; gives it back if nobody takes from it any more.
+pub fn send_blocking<T>(queue: &mpsc::Sender<T>, item: T) -> Result<(), T> {
     queue.try_send(item).map_err(|error| match error {
         mpsc::error::TrySendError::Full(item) | mpsc::error::TrySendError::Closed(item) => item,
     })
