@@ -21,6 +21,7 @@ use crate::engine::{Event, Request, read_failed};
 use crate::look::{self, Iterators};
 use crate::machine;
 use crate::node::{Shared, StorageShared};
+use crate::room;
 use crate::sessions::{Mail, SessionHandle};
 use crate::stream::Stream;
 
@@ -85,7 +86,7 @@ async fn talk(
         msgpack: shared.config.zeo.msgpack,
         read_only: read_only || shared.config.zeo.read_only,
         read_only_storages: shared.read_only_storages.clone(),
-        make_spill: shared.make_spill.clone(),
+        make_spill: room::guarded(shared.clone()),
     };
     let session = Session::new(options);
     handle.outbox.push(session.greeting());
@@ -447,7 +448,7 @@ impl Connection {
             }
             Err(error) => {
                 error!(%error, "cannot keep a blob");
-                Err(ClientError::storage(format!("cannot keep a blob: {error}")))
+                Err(ClientError::storage(error.to_string()))
             }
         };
         self.session.staged(oid, staged);

@@ -2,11 +2,14 @@
 //! it refuses commits and takes no entries of the log, its readers are served, and it goes on by itself when
 //! there is room again.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use standby_types::File;
+use standby_zeo::MakeSpill;
 use tracing::{error, info, warn};
 
 use crate::machine;
@@ -35,9 +38,9 @@ impl Room {
     }
 
     /// An error for what would be written.
-    pub fn check(&self) -> std::io::Result<()> {
+    pub fn check(&self) -> io::Result<()> {
         match self.reason() {
-            Some(reason) => Err(std::io::Error::new(std::io::ErrorKind::StorageFull, reason)),
+            Some(reason) => Err(io::Error::new(io::ErrorKind::StorageFull, reason)),
             None => Ok(()),
         }
     }
@@ -89,6 +92,47 @@ pub async fn watch(shared: Arc<Shared>) {
         }
         shared.room.note(&shared.member.name, shared.reserve(), &free);
         tokio::time::sleep(EVERY).await;
+    }
+}
+
+/// Makes the temporary files of clients' large transactions, which do not eat up the reserve.
+pub fn guarded(shared: Arc<Shared>) -> MakeSpill {
+    Arc::new(move || {
+        let file = (shared.make_spill)()?;
+        Ok(Arc::new(Guarded { file, shared: shared.clone() }))
+    })
+}
+
+/// A file that takes nothing while there is little room.
+struct Guarded {
+    file: Arc<dyn File>,
+    shared: Arc<Shared>,
+}
+
+impl File for Guarded {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buf, offset)
+    }
+
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_cached_at(buf, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.shared.room.check()?;
+        self.file.write_at(bytes, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
     }
 }
 
