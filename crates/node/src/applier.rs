@@ -458,8 +458,9 @@ impl Applier {
         entries: Vec<Committed>,
         promotion: &Promotion,
     ) -> anyhow::Result<()> {
+        let certain = self.replica.last_tids();
         self.entries(entries.into_iter().map(|entry| (entry, None)).collect())?;
-        self.replica.begin_timeline(promotion);
+        self.replica.begin_timeline(promotion, &certain)?;
         let checkpoint = self.replica.checkpoint().context("parts are open in a new timeline")?;
         self.write_checkpoint(&checkpoint).await?;
         self.report(Vec::new());
@@ -558,7 +559,9 @@ impl Applier {
 
     fn invalidations(&self, storage: &str, session: &SessionHandle, id: &Value, since: Tid) {
         let forget = mutation::on(Mutation::ForgetMissed);
-        let known = self.histories.get(storage).and_then(|history| match forget {
+        let doubtful = self.replica.settings().lineage.is_doubtful(storage, since);
+        let history = self.histories.get(storage).filter(|_| !doubtful);
+        let known = history.and_then(|history| match forget {
             true => Some((history.since(since)?.0, Vec::new())),
             false => history.since(since),
         });

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use standby_consensus::Membership;
+use standby_filestorage::{Reader, StorageError};
 use standby_types::Tid;
 use standby_types::time::{tid_at, time_of};
 
@@ -31,25 +32,82 @@ pub struct Fork {
 }
 
 /// Where a storage's history leaves the former timeline.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Departure {
+///
+/// The promoted node counts all that its log has. What it did not know to be committed may have been replaced by
+/// other transactions, of which it never heard: with later tids or, if clocks differ, with earlier ones or the same.
+/// So it is not the tid alone that tells what both timelines have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Departure {
     /// The last transaction of the former timeline that the new one has.
     after: u64,
     /// The first one of the new timeline.
     first: u64,
+    /// The last transaction that was known to be committed; `after` where that was not noted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    certain: Option<u64>,
+    /// Those that follow it, up to `after`: tids and checksums.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    tail: Vec<(u64, u32)>,
+}
+
+/// So many transactions of a departure's tail are noted. Whoever has more of them keeps those as lost.
+const TAIL: usize = 1000;
+
+impl Departure {
+    /// The history of `reader` is left at its end, and goes on with `first`; it is known to be committed up to
+    /// `certain`.
+    pub fn new(reader: &Reader, certain: Tid, first: Tid) -> Result<Departure, StorageError> {
+        let (after, mut tail) = (reader.last_tid(), Vec::new());
+        let mut transactions = reader.transactions(certain.next(), after)?;
+        while tail.len() < TAIL
+            && let Some(stored) = transactions.advance()?
+        {
+            tail.push((stored.meta.tid.0, transactions.checksum(&stored)?));
+        }
+        Ok(Departure { after: after.0, first: first.0, certain: Some(certain.0), tail })
+    }
+
+    fn certain(&self) -> u64 {
+        self.certain.unwrap_or(self.after)
+    }
+}
+
+/// What two histories have in common in a storage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Common {
+    /// All up to this one.
+    pub certain: Tid,
+    tail: Vec<(u64, u32)>,
+}
+
+impl Common {
+    /// The last transaction of a file that both histories have, or one after which the file has none that they have.
+    pub fn last(&self, reader: &Reader) -> Result<Tid, StorageError> {
+        let mut last = self.certain;
+        if last >= reader.last_tid() {
+            return Ok(last);
+        }
+        let mut transactions = reader.transactions(last.next(), Tid::MAX)?;
+        while let Some(stored) = transactions.advance()? {
+            let tid = stored.meta.tid;
+            if !self.tail.contains(&(tid.0, transactions.checksum(&stored)?)) {
+                break;
+            }
+            last = tid;
+        }
+        Ok(last)
+    }
 }
 
 impl Fork {
-    /// A fork; `storages` gives the last transaction of the former timeline and the first of the new one.
+    /// A fork, with the departure of each storage.
     pub fn new(
         id: String,
         node: String,
         at: u64,
-        storages: impl IntoIterator<Item = (String, (Tid, Tid))>,
+        storages: impl IntoIterator<Item = (String, Departure)>,
     ) -> Fork {
-        let departure = |(after, first): (Tid, Tid)| Departure { after: after.0, first: first.0 };
-        let storages = storages.into_iter().map(|(name, tids)| (name, departure(tids))).collect();
-        Fork { id, node, at, storages }
+        Fork { id, node, at, storages: storages.into_iter().collect() }
     }
 
     /// The last transaction of the former timeline that the new one has, by storage.
@@ -142,15 +200,25 @@ impl Lineage {
         }
     }
 
-    /// The last transaction of a storage that may be in both histories; those up to it are the same.
-    pub fn last_in_common(&self, other: &Lineage, storage: &str) -> Tid {
-        let common = self.forks_in_common(other);
-        let departs = |lineage: &Lineage| {
-            let departure = lineage.0.get(common)?.storages.get(storage)?;
-            Some(Tid(departure.after))
-        };
-        let departures = departs(self).into_iter().chain(departs(other));
-        departures.min().unwrap_or(Tid::MAX)
+    /// What this history of a storage and another one have in common.
+    pub fn common(&self, other: &Lineage, storage: &str) -> Common {
+        let forks = self.forks_in_common(other);
+        let departure = |lineage: &Lineage| lineage.0.get(forks)?.storages.get(storage).cloned();
+        match (departure(self), departure(other)) {
+            (None, None) => Common { certain: Tid::MAX, tail: Vec::new() },
+            (None, Some(left)) => Common { certain: Tid(left.certain()), tail: left.tail },
+            // Two promotions: what only one of them was certain of may not be the same.
+            (Some(left), other) => {
+                let certain = other.map_or(u64::MAX, |other| other.certain());
+                Common { certain: Tid(left.certain().min(certain)), tail: Vec::new() }
+            }
+        }
+    }
+
+    /// True if a transaction with this tid may not be the one that clients of a former timeline saw under it.
+    pub fn is_doubtful(&self, storage: &str, tid: Tid) -> bool {
+        let departures = self.0.iter().filter_map(|fork| fork.storages.get(storage));
+        departures.into_iter().any(|left| left.certain() < tid.0 && tid.0 <= left.after)
     }
 
     /// The first transaction of a storage on this timeline; [`Tid::NONE`] on the first timeline.
@@ -170,8 +238,9 @@ mod tests {
 
     fn lineage(forks: &[(&str, u64)]) -> Lineage {
         let fork = |(id, after): &(&str, u64)| {
-            let tids = (Tid(*after), Tid(after + 50));
-            Fork::new(id.to_string(), "n4".into(), 0, [("1".to_owned(), tids)])
+            let (first, certain, tail) = (after + 50, None, Vec::new());
+            let departure = Departure { after: *after, first, certain, tail };
+            Fork::new(id.to_string(), "n4".into(), 0, [("1".to_owned(), departure)])
         };
         Lineage(forks.iter().map(fork).collect())
     }
@@ -186,12 +255,21 @@ mod tests {
         assert_eq!(second.relation(&other), Relation::Diverged);
         assert_eq!((first.timeline(), third.timeline()), (1, 3));
         // Who missed two promotions goes back to the first of them.
-        assert_eq!(first.last_in_common(&third, "1"), Tid(100));
-        assert_eq!(second.last_in_common(&third, "1"), Tid(300));
-        assert_eq!(second.last_in_common(&other, "1"), Tid(100));
-        assert_eq!(third.last_in_common(&third, "1"), Tid::MAX);
-        assert_eq!(first.last_in_common(&third, "another"), Tid::MAX);
+        assert_eq!(first.common(&third, "1").certain, Tid(100));
+        assert_eq!(second.common(&third, "1").certain, Tid(300));
+        assert_eq!(second.common(&other, "1").certain, Tid(100));
+        assert_eq!(third.common(&third, "1").certain, Tid::MAX);
+        assert_eq!(first.common(&third, "another").certain, Tid::MAX);
         assert_eq!((first.first("1"), third.first("1")), (Tid::NONE, Tid(350)));
+    }
+
+    #[test]
+    fn nobody_vouches_for_what_the_promoted_node_was_not_certain_of() {
+        let mut lineage = lineage(&[("a", 100)]);
+        assert!(!lineage.is_doubtful("1", Tid(100)));
+        lineage.0[0].storages.get_mut("1").unwrap().certain = Some(90);
+        let doubtful = |tid| lineage.is_doubtful("1", Tid(tid));
+        assert_eq!([90, 91, 100, 101].map(doubtful), [false, true, true, false]);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
 use tracing::warn;
 
-use crate::lineage::{Fork, Promotion};
+use crate::lineage::{Departure, Fork, Promotion};
 use crate::settings::{Setting, Settings};
 use crate::state::{Checkpoint, StoragePoint, decode_shared, encode_shared};
 
@@ -341,13 +341,26 @@ impl Replica {
         Ok(())
     }
 
-    /// Begins a timeline with what is applied: a forced promotion.
-    pub fn begin_timeline(&mut self, promotion: &Promotion) {
+    /// Where the history of each storage ends.
+    pub fn last_tids(&self) -> BTreeMap<String, Tid> {
+        let last = |(name, storage): (&String, &FileStorage)| (name.clone(), storage.mark().tid);
+        self.storages().map(last).collect()
+    }
+
+    /// Begins a timeline with what is applied: a forced promotion. What came after `certain` may never have been
+    /// committed.
+    pub fn begin_timeline(
+        &mut self,
+        promotion: &Promotion,
+        certain: &BTreeMap<String, Tid>,
+    ) -> Result<(), StorageError> {
         self.parts.clear();
         let mut departures = Vec::new();
         for (name, stored) in &mut self.storages {
-            let last = stored.storage.mark().tid;
-            departures.push((name.clone(), (last, promotion.first(name, last))));
+            let reader = stored.storage.reader();
+            let certain = certain.get(name).copied().unwrap_or(Tid::NONE);
+            let first = promotion.first(name, reader.last_tid());
+            departures.push((name.clone(), Departure::new(&reader, certain, first)?));
             // The former primary may have handed out oids that this node has not heard of.
             stored.ceiling = Oid(stored.ceiling.0.saturating_add(SKIPPED_OIDS));
         }
@@ -360,6 +373,7 @@ impl Replica {
         }
         self.membership = promotion.membership.clone();
         self.log_begins_after = Some(self.index);
+        Ok(())
     }
 
     /// The next pack of a storage.

@@ -248,15 +248,12 @@ pub(crate) fn leave(
     let make_spill = Arc::new(move || temporary_file(&spill_dir));
     let mut replica = Replica::new(&checkpoint, storages, blobs.clone(), make_spill);
     let log = state.log();
-    let marks = |replica: &Replica| -> BTreeMap<String, Tid> {
-        replica.storages().map(|(name, storage)| (name.clone(), storage.mark().tid)).collect()
-    };
-    let mut certain = marks(&replica);
+    let mut certain = replica.last_tids();
     for entry in recovered.entries_after(&**disk, &log, checkpoint.index) {
         let entry = entry?;
         let committed = entry.point().0 <= recovered.commit_index();
         match replica.apply(&entry) {
-            Ok(_) if committed => certain = marks(&replica),
+            Ok(_) if committed => certain = replica.last_tids(),
             // What follows may have been acknowledged too: it is kept, but it does not count.
             Ok(_) => {}
             Err(error) if committed => return Err(error.into()),
@@ -271,7 +268,7 @@ pub(crate) fn leave(
         let name = &section.name;
         let storage = replica.storage(name).context("a storage is missing")?;
         let reader = storage.reader();
-        let common = own.last_in_common(lineage, name);
+        let common = own.common(lineage, name).last(&reader)?;
         if reader.last_tid() > common {
             let path = lost_path(config, section, own.timeline(), reader.last_tid());
             keep(disk, &reader, blobs.get(name), common, &path).with_context(|| {
@@ -434,15 +431,42 @@ pub(crate) fn cut(
 #[cfg(test)]
 mod tests {
     use standby_filestorage::{Record, RecordData, Transaction, TransactionMeta};
+    use standby_types::memory::MemoryDisk;
 
     use super::*;
+    use crate::lineage::Departure;
     use crate::startup::{Beginning, prepare};
 
     const NODE: &str =
         "cluster c\nnode n1\ngroup g\npeer-address 127.0.0.1:1\nmember n1 127.0.0.1:1 g\n";
 
+    fn add(storage: &mut FileStorage, tid: u64, data: &str) {
+        let meta = TransactionMeta {
+            tid: Tid(tid),
+            status: b' ',
+            user: "somebody".into(),
+            description: Default::default(),
+            extension: Default::default(),
+        };
+        let data = RecordData::Data(format!("{data} {tid}").into());
+        storage.append(&Transaction { meta, records: vec![Record { oid: Oid(1), data }] }).unwrap();
+    }
+
+    /// Begun by a node that has transactions up to `after`, and knows that those up to `certain` were committed.
+    fn fork_of(id: &str, certain: u64, after: u64, last: &str) -> Fork {
+        let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
+        let (path, index, whole) = (Path::new("/Data.fs"), Path::new("/index"), Extent::Whole);
+        let opened = FileStorage::open(disk, path, index, Magic::Fs30, whole, &mut |_, _| ());
+        let mut storage = opened.unwrap().0;
+        for tid in (10..=after).step_by(10) {
+            add(&mut storage, tid, if tid == after { last } else { "data" });
+        }
+        let departure = Departure::new(&storage.reader(), Tid(certain), Tid(after + 100)).unwrap();
+        Fork::new(id.into(), "n9".into(), 0, [("1".to_owned(), departure)])
+    }
+
     fn fork(id: &str, after: u64) -> Fork {
-        Fork::new(id.into(), "n9".into(), 0, [("1".to_owned(), (Tid(after), Tid(after + 100)))])
+        fork_of(id, after, after, "data")
     }
 
     fn lineage(forks: &[(&str, u64)]) -> Lineage {
@@ -473,16 +497,7 @@ mod tests {
             let mut prepared = node.start();
             let storage = prepared.storages.get_mut("1").unwrap();
             for tid in [10, 20, 30] {
-                let meta = TransactionMeta {
-                    tid: Tid(tid),
-                    status: b' ',
-                    user: "somebody".into(),
-                    description: Default::default(),
-                    extension: Default::default(),
-                };
-                let data = RecordData::Data(format!("data {tid}").into());
-                let records = vec![Record { oid: Oid(1), data }];
-                storage.append(&Transaction { meta, records }).unwrap();
+                add(storage, tid, "data");
             }
             let mark = storage.mark();
             let mut checkpoint = prepared.checkpoint;
@@ -551,6 +566,29 @@ mod tests {
     #[test]
     fn a_node_comes_over() {
         Node::new().check(2);
+    }
+
+    /// Found by the model: the promoted node counted a transaction that had never been committed, and this one had
+    /// another one with the same tid in its place.
+    #[test]
+    fn what_only_looks_like_the_other_history_is_lost() {
+        let node = Node::new();
+        let mut lineage = Lineage::default();
+        lineage.begin(fork_of("a", 10, 20, "never committed"));
+        node.order(&lineage);
+        assert_eq!(node.start().storages["1"].mark().tid, Tid(10));
+        let lost = lost_tails(&node.config, &node.disk).unwrap();
+        assert_eq!((lost.len(), lost[0].transactions), (1, 2));
+        assert_eq!((&lost[0].first, &lost[0].last), (&Tid(20).to_string(), &Tid(30).to_string()));
+    }
+
+    #[test]
+    fn what_the_promoted_node_was_not_certain_of_may_be_the_same() {
+        let node = Node::new();
+        let mut lineage = Lineage::default();
+        lineage.begin(fork_of("a", 0, 20, "data"));
+        node.order(&lineage);
+        node.check(2);
     }
 
     #[test]
