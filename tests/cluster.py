@@ -215,7 +215,8 @@ class Cluster:
         places=None,
         arguments=(),
     ):
-        """With `places`, each group is a place, and its nodes are there; `arguments` are those of serve."""
+        """With `places`, each node is in the place of its name if there is one, else in that of its group;
+        `arguments` are those of serve."""
         self.directory = str(directory)
         groups = groups or ["here"] * count
         self.failover = groups[0]
@@ -255,7 +256,9 @@ class Cluster:
         if places is None:
             return {}
         ports = [base + number for base in (8100, 8200, 8300, 8400)]
-        return dict(host=places.hosts[group], within=places.command(group), ports=ports)
+        place = "n%d" % number
+        place = place if place in places.hosts else group
+        return dict(host=places.hosts[place], within=places.command(place), ports=ports)
 
     @property
     def addresses(self):

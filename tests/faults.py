@@ -11,6 +11,7 @@ class Faults:
 
     def __init__(self, directory):
         self.path = os.path.join(str(directory), "faults")
+        os.makedirs(str(directory), exist_ok=True)
         shim = os.path.join(str(directory), "shim.so")
         source = os.path.join(HERE, "shim.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)

@@ -19,17 +19,18 @@ def ip(*words):
 
 
 class Places:
-    """`names` are places; `delays` says how many milliseconds away some are, each way."""
+    """`names` are places; `delays` says how many milliseconds away some are, each way. What is there can be
+    changed later."""
 
     def __init__(self, names, delays=None):
         self.prefix = "sb%d" % os.getpid()
-        self.spaces, self.wires, self.hosts = [], [], {}
+        self.spaces, self.wires, self.hosts = [], {}, {}
         try:
             self.switch = self.space("switch")
             ip("-n", self.switch, "link", "add", "switch", "type", "bridge")
             ip("-n", self.switch, "link", "set", "switch", "up")
             for number, name in enumerate(names, 1):
-                self.add(number, name, (delays or {}).get(name, 0))
+                self.add(number, name, (delays or {}).get(name))
         except BaseException:
             self.close()
             raise
@@ -44,7 +45,7 @@ class Places:
     def add(self, number, name, delay):
         space, port = self.space(name), "port%d" % number
         self.hosts[name] = host = "10.77.0.%d" % number
-        if not delay:
+        if delay is None:
             self.cable(space, "eth0", self.switch, port)
         else:
             between = self.space("wire%d" % number)
@@ -52,14 +53,12 @@ class Places:
             self.cable(between, "far", self.switch, port)
             for where, interface in ((space, "eth0"), (self.switch, port)):
                 subprocess.run(self.within(where) + WIRE + ["--whole", interface], check=True)
-            self.wires.append(
-                subprocess.Popen(
-                    self.within(between) + WIRE + ["near", "far", str(delay)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                )
+            self.wires[name] = subprocess.Popen(
+                self.within(between) + WIRE + ["near", "far", str(delay)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
             )
-            assert self.wires[-1].stdout.readline() == b"ready\n"
+            assert self.wires[name].stdout.readline() == b"ready\n"
         ip("-n", self.switch, "link", "set", port, "master", "switch")
         ip("-n", space, "addr", "add", host + "/24", "dev", "eth0")
 
@@ -90,6 +89,12 @@ class Places:
     def undeafen(self, name, *others):
         for other in others:
             self.route("del", other, name)
+
+    def set_wire(self, name, delay=0, lost=0):
+        """From now on the cable of a place has another delay, and loses a part of the frames."""
+        wire = self.wires[name]
+        wire.stdin.write(b"%f %f\n" % (delay, lost))
+        wire.stdin.flush()
 
     def route(self, verb, place, target):
         space = "%s-%s" % (self.prefix, place)
@@ -124,7 +129,7 @@ class Places:
             raise ended[0]
 
     def close(self):
-        for wire in self.wires:
+        for wire in self.wires.values():
             wire.stdin.close()
             wire.wait()
         for space in self.spaces:

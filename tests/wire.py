@@ -3,13 +3,15 @@
     python tests/wire.py INTERFACE INTERFACE MILLISECONDS
     python tests/wire.py --whole INTERFACE
 
-each way takes so long. Ends with its standard input. The second form makes the machine at an end send whole
-frames.
+each way takes so long. A line "MILLISECONDS PART" on its standard input changes that, and the part of the frames
+that is lost; it ends with its standard input. The second form makes the machine at an end send whole frames.
 """
 
 import collections
 import ctypes
 import fcntl
+import os
+import random
 import select
 import socket
 import struct
@@ -42,7 +44,7 @@ def main():
     if sys.argv[1] == "--whole":
         return without_offloads(sys.argv[2])
     first, second = sys.argv[1:3]
-    delay = float(sys.argv[3]) / 1000
+    delay, lost = float(sys.argv[3]) / 1000, 0
     ends = open_interface(first), open_interface(second)
     waiting = collections.deque()
     print("ready", flush=True)
@@ -50,7 +52,11 @@ def main():
         timeout = max(0, waiting[0][0] - time.monotonic()) if waiting else None
         readable, _, _ = select.select([*ends, sys.stdin], [], [], timeout)
         if sys.stdin in readable:
-            return
+            told = os.read(0, 4096)
+            if not told:
+                return
+            milliseconds, lost = map(float, told.splitlines()[-1].split())
+            delay = milliseconds / 1000
         now = time.monotonic()
         for end, other in (ends, ends[::-1]):
             if end in readable:
@@ -60,7 +66,7 @@ def main():
                     except BlockingIOError:
                         break
                     # Not what was sent here just before.
-                    if address[2] != socket.PACKET_OUTGOING:
+                    if address[2] != socket.PACKET_OUTGOING and random.random() >= lost:
                         waiting.append((now + delay, other, frame))
         while waiting and waiting[0][0] <= time.monotonic():
             _, end, frame = waiting.popleft()

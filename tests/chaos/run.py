@@ -1,0 +1,301 @@
+"""A cluster in trouble, with stock clients that are never told.
+
+    python tests/chaos/run.py [--minutes 5] [--seed N] [--directory DIR]
+
+Four nodes, each with a supervisor on a machine of its own (a network namespace with its cable, a small disk, faults),
+three of which vote; client processes that move amounts, count, append, keep blobs and read; and what can go wrong:
+processes killed, frozen, restarted; links down, partitions of all kinds, one-way ones, slow and lossy cables; clocks
+that jump; full, slow and failing disks; switchovers, packs, killed clients. After each half minute all is mended: the
+cluster must be whole again, and every client must commit. In the end what clients were told is compared with the
+files of all nodes, as Python's FileStorage reads them.
+
+The same seed means the same troubles; what they meet depends on the moment. Needs root, ip and nft. If anything is
+wrong, the files stay where they are, and the exit status is 1.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+
+import checker  # noqa: E402
+import cluster as harness  # noqa: E402
+from trouble import CLIENTS, KINDS, OFFICE, World  # noqa: E402
+
+CLIENT = os.path.join(HERE, "client.py")
+WRITERS = ["w1", "w2", "w3", "w4"]
+READERS = ["r1", "r2"]
+# Of writing clients; those that are connected to a replica do not know of the newest commits.
+FRESH = WRITERS + ["r1"]
+MEND = 120
+
+
+class Violation(Exception):
+    pass
+
+
+class Run:
+    def __init__(self, options, directory):
+        self.options, self.directory = options, directory
+        self.chance = random.Random(options.seed)
+        self.counts = collections.Counter()
+        self.pauses = []
+        self.minutes, self.started = options.minutes, time.monotonic()
+        recovery = self.chance.choice(["normal", "fast", "auto"])
+        lines = "  log-tail %s\n  recovery %s\n  reserve 32MB\n" % (self.chance.choice(["64KB", "8MB"]), recovery)
+        self.say("seed %d: %s" % (options.seed, " ".join(lines.split())))
+        self.world = World(directory, ["here"] * 3 + ["there"], lines, self.chance)
+        self.cluster = self.world.cluster
+        self.clients = {}
+        self.world_file = os.path.join(directory, "world.json")
+        with open(self.world_file, "w") as file:
+            json.dump(
+                dict(
+                    addresses=self.cluster.addresses,
+                    directory=directory,
+                    seed=options.seed,
+                    writers=WRITERS,
+                    persistent=["w1", "w2", "r2"],
+                    replicas={"r2": [self.cluster.nodes[-1].read_only_address]},
+                    pause=0.03,
+                ),
+                file,
+            )
+
+    def say(self, text):
+        print(text, flush=True)
+
+    # Clients.
+
+    def spawn(self, name):
+        with open(os.path.join(self.directory, name + ".err"), "ab") as errors:
+            self.clients[name] = subprocess.Popen(
+                [*self.world.places.command(CLIENTS), sys.executable, CLIENT, name, self.world_file],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+            )
+
+    def kill_client(self):
+        name = self.chance.choice(WRITERS + READERS)
+        self.clients[name].kill()
+        self.clients[name].wait()
+        self.spawn(name)
+
+    def pack(self):
+        """As an administrator does, who tries again."""
+        command = [*self.world.places.command(CLIENTS), sys.executable, CLIENT, "pack", self.world_file]
+        self.counts["packs"] += 1
+
+        def packed():
+            with open(os.path.join(self.directory, "pack.err"), "ab") as errors:
+                return subprocess.run(command, stdout=errors, stderr=errors, timeout=MEND).returncode == 0
+
+        try:
+            harness.wait_for("a pack", packed, MEND, poll=1)
+        except (AssertionError, subprocess.TimeoutExpired):
+            raise Violation("no pack within %d s while nothing was wrong: see pack.err" % MEND)
+
+    def log_path(self, name):
+        return os.path.join(self.directory, name + ".log")
+
+    def sizes(self):
+        paths = {name: self.log_path(name) for name in self.clients}
+        return {name: os.path.getsize(path) if os.path.exists(path) else 0 for name, path in paths.items()}
+
+    def is_alive(self, name):
+        if self.clients[name].poll() is not None:
+            raise Violation("client %s has ended: see %s.err" % (name, name))
+
+    # Rounds.
+
+    def begin(self):
+        self.cluster.start()
+        subprocess.run(
+            [*self.world.places.command(CLIENTS), sys.executable, CLIENT, "found", self.world_file], check=True
+        )
+        for name in WRITERS + READERS:
+            self.spawn(name)
+        self.wait_for_clients(time.monotonic())
+
+    def trouble(self, seconds):
+        """So long, things go wrong."""
+        started = time.monotonic()
+        kinds = self.chance.choices(list(KINDS), list(KINDS.values()), k=self.chance.randint(2, 6))
+        events = []
+        for number, kind in enumerate(kinds):
+            at = self.chance.random() * seconds * 0.8
+            lasts = self.chance.choice([0.2, 1, 3, 6, 10]) * (0.5 + self.chance.random())
+            events.append((at, number, kind, lasts))
+        if self.chance.random() < 0.3:
+            events.append((self.chance.random() * seconds * 0.8, len(kinds), None, 0))
+        events.sort(key=lambda event: event[:2])
+        names = [kind.__name__ if kind else "kill_client" for _, _, kind, _ in events]
+        self.say("%7.1f  %s" % (time.monotonic() - self.started, " ".join(names)))
+        ends = []
+        while events or ends:
+            now = time.monotonic() - started
+            if events and events[0][0] <= now:
+                _, number, kind, lasts = events.pop(0)
+                if kind is None:
+                    self.counts["client killed"] += 1
+                    self.kill_client()
+                    continue
+                self.counts[kind.__name__] += 1
+                ends.append((now + lasts, number, kind(self.world)))
+                ends.sort(key=lambda end: end[:2])
+            elif ends and ends[0][0] <= now:
+                ends.pop(0)[2]()
+            else:
+                time.sleep(0.02)
+
+    def calm(self):
+        """All is mended: how long until the cluster is whole, and every client has committed."""
+        mended = time.monotonic()
+        for machine in self.world.machines:
+            machine.ensure_running()
+        try:
+            self.cluster.wait_healthy(MEND)
+        except AssertionError as error:
+            raise Violation("the cluster is not whole %d s after all was mended: %s" % (MEND, str(error)[:3000]))
+        whole = time.monotonic() - mended
+        self.wait_for_clients(mended)
+        self.pauses.append((whole, time.monotonic() - mended))
+        self.counts["rounds"] += 1
+
+    def wait_for_clients(self, mended):
+        """Each has done something that began now, and writers have committed."""
+        began = time.monotonic()
+        sizes = self.sizes()
+        for name in self.clients:
+            writes = name in WRITERS
+
+            def done():
+                self.is_alive(name)
+                return has_succeeded(self.log_path(name), sizes[name], began, writes)
+
+            try:
+                harness.wait_for("client %s" % name, done, MEND, poll=0.1)
+            except AssertionError:
+                raise Violation("client %s does nothing %d s after all was mended" % (name, MEND))
+
+    def interrupt(self, *_):
+        """The first time, this round is the last one."""
+        if self.minutes == 0:
+            raise KeyboardInterrupt
+        self.minutes = 0
+
+    def run(self):
+        self.begin()
+        while time.monotonic() < self.started + self.minutes * 60:
+            self.trouble(self.chance.uniform(10, 30))
+            self.calm()
+            if self.counts["rounds"] % 4 == 0:
+                self.pack()
+        self.finish()
+
+    def finish(self):
+        for client in self.clients.values():
+            client.terminate()
+        for name, client in self.clients.items():
+            if client.wait(60) != 0:
+                raise Violation("client %s ended with %s: see %s.err" % (name, client.returncode, name))
+        try:
+            self.cluster.wait_level(MEND)
+        except AssertionError as error:
+            raise Violation("the nodes do not come to the same: %s" % str(error)[:3000])
+        logs = [node.log() for node in self.cluster.nodes]
+        self.counts["times that a node became primary"] = sum(log.count("this node is primary") for log in logs)
+        self.counts["frozen nodes killed by their supervisors"] = sum(
+            log.count("gave no sign of life") for log in logs
+        )
+        self.cluster.stop()
+        clients = []
+        for name in WRITERS + READERS:
+            log = checker.Log(name, self.log_path(name))
+            log.fresh = name in FRESH
+            clients.append(log)
+        wrong = checker.check_all(self.cluster, clients, self.counts)
+        if wrong:
+            raise Violation("\n".join(wrong[:50]))
+
+    def report(self):
+        self.say("\n%-50s %s" % ("minutes", round((time.monotonic() - self.started) / 60, 1)))
+        for name, number in sorted((self.counts + self.world.counts).items()):
+            self.say("%-50s %d" % (name, number))
+        for number, what in enumerate(("cluster whole", "every client has committed")):
+            times = sorted(pause[number] for pause in self.pauses)
+            if times:
+                middle = times[len(times) // 2]
+                self.say("%-50s %.1f s in the middle, %.1f s at worst" % (what + " after all was mended", middle, times[-1]))
+
+    def close(self, keep):
+        for client in self.clients.values():
+            if client.poll() is None:
+                client.kill()
+                client.wait()
+        self.world.close(keep)
+
+
+def has_succeeded(path, offset, began, writes):
+    """Whether the log has, after an offset, something that began after a moment and went well."""
+    if not os.path.exists(path):
+        return False
+    begun = {}
+    with open(path, "rb") as log:
+        log.seek(offset)
+        for line in log:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                line = json.loads(line)
+            except ValueError:
+                # The offset was within a line.
+                continue
+            if line.get("begin", 0) >= began and (not writes or line["kind"] not in checker.READS):
+                begun[line["try"]] = True
+            elif line.get("seq") in begun and line.get("outcome") == "ok":
+                return True
+    return False
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5, help="how long things go wrong (5)")
+    parser.add_argument("--seed", type=int, help="which troubles (by chance)")
+    parser.add_argument("--directory", help="where all files go, and stay (a temporary one)")
+    options = parser.parse_args()
+    if options.seed is None:
+        options.seed = random.randrange(1 << 32)
+    directory = os.path.abspath(options.directory or tempfile.mkdtemp(prefix="chaos"))
+    os.makedirs(directory, exist_ok=True)
+    run = Run(options, directory)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.interrupt)
+    failed = True
+    try:
+        run.world.places.run(OFFICE, run.run)
+        failed = False
+        run.say("\nno violation")
+    except (Violation, AssertionError) as violation:
+        run.say("\nVIOLATION, seed %d: %s\nfiles: %s" % (options.seed, violation, directory))
+    finally:
+        run.report()
+        run.close(keep=failed)
+    if not failed and not options.directory:
+        shutil.rmtree(directory)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
