@@ -9,6 +9,7 @@ from persistent.mapping import PersistentMapping
 from ZODB.utils import z64
 
 import cluster as harness
+from test_blobs import blob_client, files, put, read
 from zeo_client import Client, make_database, transactions
 
 
@@ -141,6 +142,30 @@ def test_a_node_that_was_down_during_a_pack_catches_up(nodes):
     assert reader.root["x"] == 239 and reader.root["kept"]["number"] == 4
     # What was there just before is packed away on the others, and never came; what the replica has is older.
     assert reader.db.storage.loadBefore(z64, current) is None
+    reader.close()
+    client.close()
+
+
+def test_a_node_that_was_down_lacks_a_blob_that_was_packed_away(nodes, tmp_path):
+    """The log that it has missed names a blob that nobody has any more."""
+    cluster = nodes.cluster(blobs=True).start()
+    client = blob_client(cluster.addresses, tmp_path / "cache")
+    client.commit(lambda root: put(root, "blob", b"first"))
+    cluster.wait_level()
+    replica = next(node for node in cluster.nodes if node is not cluster.primary())
+    replica.kill()
+    client.commit(lambda root: put(root, "blob", b"second"))
+    client.commit(lambda root: put(root, "blob", b"third"))
+    client.db.pack()
+    client.commit(lambda root: root.update(x=1))
+    survivors = [node for node in cluster.nodes if node is not replica]
+    for node in survivors:
+        harness.wait_for("packed blobs", lambda: list(files(node.blob_dir).values()) == [b"third"])
+    replica.start()
+    cluster.wait_level()
+    assert "was packed away: catching up instead" in replica.log()
+    reader = blob_client(replica.read_only_address, tmp_path / "reader", read_only=True)
+    assert reader.root["x"] == 1 and read(reader.root, "blob") == b"third"
     reader.close()
     client.close()
 

@@ -39,7 +39,7 @@ use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
 use self::asks::Watch;
-use self::blobs::Blobs;
+use self::blobs::{Blobs, Fetched};
 use self::outgoing::{Outgoing, does_not_follow};
 use self::pack::PackRequest;
 use self::readers::{Freshness, Reader};
@@ -90,8 +90,8 @@ pub enum Internal {
         storage: String,
         /// Its name.
         transfer: Transfer,
-        /// It is durable here.
-        here: bool,
+        /// How.
+        how: Fetched,
     },
     /// The last entries of a timeline are applied, and a checkpoint says that another one begins.
     TimelineBegun(AppliedPoint),
@@ -390,8 +390,8 @@ impl Engine {
                 self.publish_standing();
                 Ok(())
             }
-            Internal::Obtained { from, storage, transfer, here } => {
-                self.obtained(from, &storage, transfer, here)
+            Internal::Obtained { from, storage, transfer, how } => {
+                self.obtained(from, &storage, transfer, how)
             }
             Internal::TimelineBegun(point) => self.timeline_begun(point),
             Internal::Outdated(lineage) => {

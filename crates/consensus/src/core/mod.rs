@@ -96,6 +96,8 @@ pub enum Event {
     PeerLost(NodeId),
     /// The storage holds all that the catch-up up to this index was to bring, durably.
     CaughtUp(LogIndex),
+    /// What entries of the leader's log name is not to be had any more: this node is to catch up instead.
+    CannotFollow,
     /// Tell by [`Output::ReadIndex`] up to where a read must see, to see all that is
     /// acknowledged by now.
     ReadIndex(u64),
@@ -502,6 +504,7 @@ impl Consensus {
                     self.install(message);
                 }
             }
+            Event::CannotFollow => self.ask_for_catch_up(outputs),
             Event::ReadIndex(key) => {
                 // The leader tells requests apart by this, those of all nodes.
                 let context = [self.config.id.to_bytes(), key.to_be_bytes()].concat();
@@ -619,6 +622,27 @@ impl Consensus {
         }
         outputs.push(Output::CatchUp { from: NodeId(message.from), target });
         self.catching_up = Some(message);
+    }
+
+    /// Asks the leader for what it has applied. Raft's own `request_snapshot` asks only if this node's log ends in the
+    /// leader's term, and would refuse all entries until the answer comes.
+    fn ask_for_catch_up(&mut self, outputs: &mut Vec<Output>) {
+        let raft = &self.raft.raft;
+        let (committed, last) = (raft.raft_log.committed, raft.raft_log.last_index());
+        let Ok(last_term) = raft.raft_log.term(last) else { return };
+        if raft.leader_id == 0 || raft.leader_id == raft.id {
+            return;
+        }
+        let mut message = Message::default();
+        message.set_msg_type(MessageType::MsgAppendResponse);
+        (message.from, message.to) = (raft.id, raft.leader_id);
+        message.term = raft.term;
+        message.index = last;
+        message.commit = committed;
+        message.reject = true;
+        (message.reject_hint, message.log_term) = (last, last_term);
+        message.request_snapshot = committed + 1;
+        self.send(vec![message], outputs);
     }
 
     /// Lets Raft begin from where a catch-up has led. That state is committed, so this is right in
@@ -752,6 +776,12 @@ impl Consensus {
 
     fn send(&mut self, messages: Vec<Message>, outputs: &mut Vec<Output>) {
         for message in messages {
+            if message.get_msg_type() == MessageType::MsgSnapshot
+                && let Some(progress) = self.raft.raft.mut_prs().get_mut(message.to)
+            {
+                // Raft would send another one to a follower that has asked for this one and has it.
+                progress.pending_request_snapshot = raft::INVALID_INDEX;
+            }
             if message.get_msg_type() == MessageType::MsgAppend
                 && self.membership.is_witness(NodeId(message.to))
             {

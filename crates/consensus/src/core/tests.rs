@@ -32,6 +32,7 @@ struct Cluster {
     events: VecDeque<(NodeId, Event)>,
     running: bool,
     lose_answers_to_catch_up: bool,
+    takes_no_entries: Option<NodeId>,
 }
 
 const DIR: &str = "/state/log";
@@ -161,7 +162,9 @@ impl Cluster {
                 Output::Send(to, bytes) => {
                     if !self.cut.contains(&(id, to)) {
                         let message = decode_message(bytes).unwrap();
-                        self.event(to, Event::Received(message));
+                        if self.takes_no_entries != Some(to) || !message.is_append() {
+                            self.event(to, Event::Received(message));
+                        }
                     }
                 }
                 Output::Persist(batch) => {
@@ -418,6 +421,34 @@ fn a_lost_answer_to_a_catch_up_does_not_stop_replication() {
     cluster.propose(NodeId(1), b"one").unwrap();
     cluster.ticks(50);
     assert_eq!(cluster.data(3), [b"one"]);
+}
+
+/// It hears the leader, and takes none of its entries, as one that lacks their blobs.
+#[test]
+fn a_follower_that_cannot_use_the_log_catches_up() {
+    for another_leads in [false, true] {
+        let mut cluster = Cluster::of(3);
+        cluster.propose(NodeId(1), b"one").unwrap();
+        cluster.ticks(5);
+        cluster.takes_no_entries = Some(NodeId(3));
+        cluster.propose(NodeId(1), b"two").unwrap();
+        if another_leads {
+            cluster.kill(NodeId(1));
+            cluster.ticks(60);
+        }
+        cluster.ticks(20);
+        assert_eq!(cluster.data(3), [b"one"]);
+        let before = cluster.nodes[&NodeId(3)].caught_up.len();
+        cluster.event(NodeId(3), Event::CannotFollow);
+        cluster.ticks(5);
+        cluster.takes_no_entries = None;
+        cluster.ticks(60);
+        let leader = cluster.primary().unwrap();
+        cluster.propose(leader, b"three").unwrap();
+        cluster.ticks(5);
+        assert_eq!(cluster.data(3), [&b"one"[..], b"two", b"three"]);
+        assert_eq!(cluster.nodes[&NodeId(3)].caught_up.len(), before + 1);
+    }
 }
 
 /// The leader dies while its snapshot is being installed; the follower may be asked to stand for

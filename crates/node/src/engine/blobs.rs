@@ -4,7 +4,8 @@
 //! The primary announces an upload as soon as it is complete, and proposes the transaction when
 //! a majority has said that the upload has arrived: so others need not wait for it behind the
 //! entry. A node that gets an entry without its blobs holds the message back, and those that follow
-//! it, until it has fetched them. It may also drop them: Raft sends again.
+//! it, until it has fetched them. It may also drop them: Raft sends again. If a pack has removed one of them meanwhile,
+//! nobody has it: the node then catches up from the data file, as one for which the log does not reach back.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -12,12 +13,12 @@ use std::time::Duration;
 use standby_consensus::{Committed, Event as Happened, PeerMessage, ending_with_blobs};
 use standby_filestorage::take_meta;
 use standby_types::{BlobSource, NodeId, Tid, Transfer, Upload};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{Engine, Internal, Outgoing};
 use crate::machine;
 use crate::node::StorageShared;
-use crate::peers::{Announcement, Wanted, WantedBlob, obtain};
+use crate::peers::{Announcement, PeerError, Wanted, WantedBlob, obtain};
 use crate::replica::ApplyError;
 
 /// Messages that are held back; more are dropped.
@@ -26,6 +27,16 @@ const HELD: usize = 256;
 const REMEMBERED: usize = 10_000;
 /// Time after a failed fetch before anybody tries again.
 const PAUSE: Duration = Duration::from_millis(500);
+
+/// How the fetch of a blob has ended.
+pub enum Fetched {
+    /// It is durable here.
+    Here,
+    /// It is tried again.
+    Failed,
+    /// A pack has removed its revision where the log comes from.
+    PackedAway,
+}
 
 /// See the module.
 #[derive(Default)]
@@ -138,13 +149,17 @@ impl Engine {
         }
         let shared = self.shared.clone();
         tokio::spawn(async move {
-            let obtained = obtain(&shared, &wanted, &address).await;
-            if let Err(error) = &obtained {
-                warn!(address, storage = wanted.storage, %error, "cannot fetch a blob; it is tried again");
-                tokio::time::sleep(PAUSE).await;
-            }
+            let how = match obtain(&shared, &wanted, &address).await {
+                Ok(()) => Fetched::Here,
+                Err(PeerError::PackedAway) => Fetched::PackedAway,
+                Err(error) => {
+                    warn!(address, storage = wanted.storage, %error, "cannot fetch a blob; it is tried again");
+                    tokio::time::sleep(PAUSE).await;
+                    Fetched::Failed
+                }
+            };
             let storage = wanted.storage;
-            shared.report(Internal::Obtained { from, storage, transfer, here: obtained.is_ok() });
+            shared.report(Internal::Obtained { from, storage, transfer, how });
         });
     }
 
@@ -154,20 +169,28 @@ impl Engine {
         from: NodeId,
         storage: &str,
         transfer: Transfer,
-        here: bool,
+        how: Fetched,
     ) -> anyhow::Result<()> {
         self.blobs.fetching.remove(&transfer);
         if self.blobs.forgotten.remove(&transfer) {
             self.discard(storage, transfer);
-        } else if here {
-            debug!(%transfer, "a blob has arrived");
-            if self.blobs.here.len() >= REMEMBERED {
-                self.blobs.here.clear();
+            return self.let_in();
+        }
+        match how {
+            Fetched::Here => {
+                debug!(%transfer, "a blob has arrived");
+                if self.blobs.here.len() >= REMEMBERED {
+                    self.blobs.here.clear();
+                }
+                self.blobs.here.insert(transfer);
+                self.shared.peers.arrived(from, transfer);
             }
-            self.blobs.here.insert(transfer);
-            self.shared.peers.arrived(from, transfer);
-        } else {
-            self.blobs.held.clear();
+            Fetched::Failed => self.blobs.held.clear(),
+            Fetched::PackedAway => {
+                info!(storage, "a blob that the log names was packed away: catching up instead");
+                self.blobs.held.clear();
+                self.step(Happened::CannotFollow)?;
+            }
         }
         self.let_in()
     }

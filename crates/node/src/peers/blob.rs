@@ -8,7 +8,7 @@
 //! ```text
 //! fetching node                          serving node
 //!    'q' JSON: what is wanted      ─────▶
-//!                                  ◀─────  'x' reason, or: 'c' bytes …
+//!                                  ◀─────  'x' reason, or: 'p' it was packed away, or: 'c' bytes …
 //!                                  ◀─────  'h' SHA-256 of all bytes
 //! ```
 //!
@@ -20,7 +20,7 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use standby_filestorage::{BlobDir, Staged, StorageError};
+use standby_filestorage::{Access, BlobDir, Staged, StorageError};
 use standby_types::{Blob, BlobSource, Oid, Tid, Transfer, Upload};
 use tokio::io::{AsyncWrite, BufReader};
 use tracing::info;
@@ -123,7 +123,7 @@ pub async fn obtain(shared: &Shared, wanted: &Wanted, address: &str) -> Result<(
             for tid in [*of, *by] {
                 match source.place(blobs, storage, *oid, tid).await {
                     // It may have been packed away since.
-                    Err(PeerError::Refused(_)) => {}
+                    Err(PeerError::Refused(_) | PeerError::PackedAway) => {}
                     placed => return placed,
                 }
             }
@@ -206,6 +206,7 @@ impl Source {
         match next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?? {
             (b'c', bytes) => Ok(Piece::Bytes(bytes)),
             (b'h', hash) => Ok(Piece::End(hash)),
+            (b'p', _) => Err(PeerError::PackedAway),
             (b'x', why) => Err(PeerError::Refused(String::from_utf8_lossy(&why).into_owned())),
             (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
         }
@@ -293,6 +294,9 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
                 let revision = revision.map(|(oid, tid)| (Oid(oid), Tid(tid)));
                 match BlobReader::open(blobs, transfer, revision).await {
                     Ok(reader) => send(&mut stream, reader).await?,
+                    Err(_) if is_packed_away(shared, &storage, revision).await? => {
+                        write_frame(&mut stream, b'p', b"").await?;
+                    }
                     Err(error) => {
                         write_frame(&mut stream, b'x', error.to_string().as_bytes()).await?;
                     }
@@ -304,6 +308,21 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
             }
         }
     }
+}
+
+/// True if the storage has come further than the revision, and has it no more.
+async fn is_packed_away(
+    shared: &Shared,
+    storage: &str,
+    revision: Option<(Oid, Tid)>,
+) -> Result<bool, PeerError> {
+    let reader = shared.storages.get(storage).map(|storage| storage.reader().clone());
+    let (Some(reader), Some((oid, tid))) = (reader, revision) else { return Ok(false) };
+    let look = move || {
+        let found = reader.load_serial(oid, tid, Access::Blocking);
+        reader.last_tid() >= tid && matches!(found, Err(StorageError::NoKey(_)))
+    };
+    Ok(machine::spawn_blocking(look).await.map_err(std::io::Error::other)?)
 }
 
 /// Sends the names of the blobs of revisions up to `up_to`: oid 8, tid 8 each.

@@ -49,6 +49,9 @@ pub enum PeerError {
     /// The other side refuses us, and says why.
     #[error("refused: {0}")]
     Refused(String),
+    /// The other side had the blob, until a pack removed its revision.
+    #[error("it was packed away")]
+    PackedAway,
     /// The other side has a history that goes on where this node's was left.
     #[error("the other node is of timeline {}, this one of an older one", .0.timeline())]
     Outdated(Lineage),
