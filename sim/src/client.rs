@@ -22,6 +22,8 @@ pub const ACCOUNTS: u64 = 6;
 pub const BALANCE: i64 = 100;
 /// Each client has a counter at this oid plus its number.
 const COUNTERS: u64 = 50;
+/// Each client that writes has a blob at this oid plus its number.
+pub const BLOBS: u64 = 70;
 /// The first oid that is asked for.
 pub const FIRST_FREE: u64 = 100;
 /// How long a server may take to let a client in.
@@ -61,6 +63,8 @@ pub struct Script {
     pub packs: bool,
     /// Each transaction begins with a `ping`.
     pub syncs: bool,
+    /// So many clients have blobs.
+    pub blobs: u64,
 }
 
 struct Connection {
@@ -82,6 +86,8 @@ pub struct Client {
     number: u64,
     created: Vec<Oid>,
     next_address: usize,
+    /// What has come of a blob.
+    received: Vec<u8>,
 }
 
 impl Client {
@@ -97,6 +103,7 @@ impl Client {
             number: 0,
             created: Vec::new(),
             next_address: 0,
+            received: Vec::new(),
         }
     }
 
@@ -190,6 +197,9 @@ impl Client {
         if self.script.syncs {
             self.sync().await?;
         }
+        if self.script.blobs > 0 && self.random.one_in(6) {
+            return self.blob().await;
+        }
         if !self.script.writes {
             return self.audit().await;
         }
@@ -240,6 +250,29 @@ impl Client {
         let oid = Oid(COUNTERS + u64::from(self.script.client));
         let (old, serial) = self.read(oid, snapshot).await?.unwrap_or((0, Tid::NONE));
         self.commit(vec![(oid, serial, old + 1)]).await
+    }
+
+    /// Writes its blob anew, or reads that of any client.
+    async fn blob(&mut self) -> Result<()> {
+        self.hear().await?;
+        let (client, snapshot) = (self.script.client, self.told);
+        if self.script.writes && self.random.one_in(2) {
+            let oid = Oid(BLOBS + u64::from(client));
+            let serial = self.read(oid, snapshot).await?.map_or(Tid::NONE, |(_, serial)| serial);
+            let amount = self.random.below(1 << 50) as i64;
+            return self.commit_blob(vec![(oid, serial, amount)]).await;
+        }
+        let oid = Oid(BLOBS + self.random.below(self.script.blobs));
+        let Some((amount, serial)) = self.read(oid, snapshot).await? else { return Ok(()) };
+        self.received.clear();
+        let args = vec![oid.to_bytes().into(), serial.to_bytes().into()];
+        let found = match self.call("sendBlob", args).await {
+            Ok(_) => Some(self.received == blob_of(amount)),
+            Err(Trouble::Refused(_)) => None,
+            Err(lost) => return Err(lost),
+        };
+        self.history.add(Event::Blob { client, oid, serial, found });
+        Ok(())
     }
 
     /// Makes new objects.
@@ -326,6 +359,14 @@ impl Client {
     }
 
     async fn commit(&mut self, writes: Vec<(Oid, Tid, i64)>) -> Result<()> {
+        self.commit_with(writes, false).await
+    }
+
+    async fn commit_blob(&mut self, writes: Vec<(Oid, Tid, i64)>) -> Result<()> {
+        self.commit_with(writes, true).await
+    }
+
+    async fn commit_with(&mut self, writes: Vec<(Oid, Tid, i64)>, blobs: bool) -> Result<()> {
         self.number += 1;
         let (client, number) = (self.script.client, self.number);
         let name = Value::Int(number as i64);
@@ -351,14 +392,22 @@ impl Client {
         let mut stored = Vec::new();
         for (oid, serial, amount) in &writes {
             let content = Content { client, number, base: *serial, amount: *amount };
-            let data = Bytes::from(content.encode(padding));
+            let data = Bytes::from(content.encode(padding, blobs));
             let args = vec![
                 oid.to_bytes().into(),
                 serial.to_bytes().into(),
                 data.clone().into(),
                 name.clone(),
             ];
-            out.extend_from_slice(&encoding.notify("storea", args));
+            if blobs {
+                out.extend_from_slice(&encoding.notify("storeBlobStart", vec![]));
+                for chunk in blob_of(*amount).chunks(64_000) {
+                    let chunk = vec![Value::bytes(chunk)];
+                    out.extend_from_slice(&encoding.notify("storeBlobChunk", chunk));
+                }
+            }
+            let method = if blobs { "storeBlobEnd" } else { "storea" };
+            out.extend_from_slice(&encoding.notify(method, args));
             stored.push((*oid, data));
         }
         timeout(self.script.patience, connection.stream.write_all(&out))
@@ -431,6 +480,12 @@ impl Client {
         };
         let incoming = connection.encoding.decode(&frame).map_err(|_| Trouble::Lost)?;
         if let Incoming::Call(call) = &incoming
+            && call.method == "receiveBlobChunk"
+            && let Some([_, _, Value::Bytes(chunk)]) = call.args.items()
+        {
+            self.received.extend_from_slice(chunk);
+        }
+        if let Incoming::Call(call) = &incoming
             && call.method == "invalidateTransaction"
             && let Some([tid, oids]) = call.args.items()
         {
@@ -444,6 +499,13 @@ impl Client {
         }
         Ok(incoming)
     }
+}
+
+/// The blob of an object with this amount.
+pub fn blob_of(amount: i64) -> Vec<u8> {
+    let mut random = Random::new(amount as u64);
+    let words = if random.one_in(10) { 30_000 } else { random.below(500) };
+    (0..words).flat_map(|_| random.below(u64::MAX).to_le_bytes()).collect()
 }
 
 /// Connects, and waits until the server speaks: it may be held for long.

@@ -8,8 +8,8 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use standby_filestorage::{
-    BLOCK, Extent, FileStorage, Magic, Mend, Reader, Record, RecordData, StorageError, Transaction,
-    TransactionMeta, blocks_in,
+    BLOCK, BlobDir, Extent, FileStorage, Magic, Mend, Reader, Record, RecordData, StorageError,
+    Transaction, TransactionMeta, blocks_in,
 };
 use standby_node::Shared;
 use standby_node::ask::{Ask, here, route};
@@ -42,6 +42,8 @@ const CALM: Latency =
 const CALM_AFTER: Duration = Duration::from_secs(4);
 /// Where a node keeps its data.
 const DATA: &str = "/site/Data.fs";
+/// Where it keeps the blobs.
+const BLOB_DIR: &str = "/site/blobs";
 /// Where it keeps the checksums.
 const SUMS: &str = "/site/state/1.sums";
 
@@ -93,6 +95,8 @@ struct Cluster {
     serves: Vec<bool>,
     /// Bits that were flipped: of which node, at which byte.
     flips: Vec<(usize, usize)>,
+    /// The node whose data file was damaged.
+    damaged: Option<usize>,
     /// When something was last wrong.
     troubled: Duration,
     calm: bool,
@@ -113,10 +117,12 @@ fn config(plan: &Plan, node: usize) -> Config {
     let fast = if plan.fast { "  recovery fast\n" } else { "" };
     let NodePlan { group, witness } = &plan.nodes[node];
     let host = address(node);
+    let blobs = if plan.blobs { format!("  blob-dir {BLOB_DIR}\n") } else { String::new() };
     let serves = match witness {
         true => String::new(),
         false => format!(
-            "<zeo>\n  address {host}:8100\n</zeo>\n<filestorage>\n  path {DATA}\n  pack-gc false\n</filestorage>\n"
+            "<zeo>\n  address {host}:8100\n</zeo>\n<filestorage>\n  path {DATA}\n  pack-gc false\n{blobs}\
+             </filestorage>\n"
         ),
     };
     let reads = match witness {
@@ -153,6 +159,7 @@ pub fn run(plan: &Plan) -> Outcome {
         may_fail: vec![false; count],
         serves: vec![false; count],
         flips: Vec::new(),
+        damaged: None,
         troubled: Duration::ZERO,
         calm: false,
         outcome: Outcome::default(),
@@ -174,7 +181,7 @@ impl Cluster {
         let content = |amount| Content { client: 0, number: 0, base: Tid::NONE, amount };
         let record = |oid: u64, amount| Record {
             oid: Oid(oid),
-            data: RecordData::Data(content(amount).encode(0).into()),
+            data: RecordData::Data(content(amount).encode(0, false).into()),
         };
         let meta = TransactionMeta {
             tid: tid_at(
@@ -281,7 +288,8 @@ impl Cluster {
             let pause = Duration::from_millis(self.random.range(1..120));
             let patience = Duration::from_millis(self.random.range(400..4_000));
             let (packs, syncs) = (self.plan.packs, !writes || self.random.one_in(2));
-            let script = Script { client, addresses, writes, pause, patience, packs, syncs };
+            let blobs = if self.plan.blobs { u64::from(self.plan.writers) } else { 0 };
+            let script = Script { client, addresses, writes, pause, patience, packs, syncs, blobs };
             clients.push(Client::new(script, self.random.fork(), self.history.clone()));
         }
         self.clients.start(async move {
@@ -320,6 +328,24 @@ impl Cluster {
         }
     }
 
+    /// Where a node's data file can be damaged so that the others can mend it.
+    fn damage_at(&mut self, node: usize, block: usize) -> Option<usize> {
+        // With another history of packs, recoveries and timelines, the other nodes have other blocks.
+        let others = self.data_nodes().count() > 1;
+        let promotes = |step: &Step| matches!(step.fault, Fault::Promote { .. });
+        let comparable = others
+            && !self.plan.packs
+            && !self.plan.fast
+            && !self.plan.steps.iter().any(promotes)
+            // Nor may the others be damaged at the same place.
+            && self.damaged.is_none_or(|other| other == node);
+        let sums = self.machines[node].disk.bytes(Path::new(SUMS)).filter(|_| comparable)?;
+        let summed = Some(blocks_in(&sums)).filter(|summed| *summed > 0)?;
+        let start = block % summed * BLOCK as usize;
+        self.damaged = Some(node);
+        Some(start + block % BLOCK as usize)
+    }
+
     /// Looks at a node after it has run.
     fn look_at(&mut self, node: usize) {
         let machine = &mut self.machines[node];
@@ -335,9 +361,12 @@ impl Cluster {
             }
             Some(exit) => {
                 machine.kill();
-                if std::mem::take(&mut self.may_fail[node]) {
+                // The others may have it in their logs only, until they are up: whoever watches the node starts it again.
+                let waits = self.damaged == Some(node)
+                    && format!("{exit:?}").contains("no other node has them");
+                if std::mem::take(&mut self.may_fail[node]) || waits {
                     tracing::info!("the program has ended: {exit:?}");
-                    let at = self.now + self.down[node];
+                    let at = self.now + self.down[node].max(TICK);
                     self.later.push((at, Later::Start(node)));
                 } else {
                     let name = &self.machines[node].name;
@@ -464,21 +493,14 @@ impl Cluster {
                 }
             }
             Fault::Flip { node, block } => {
-                // With another history of packs, recoveries and timelines, the other nodes have other blocks.
-                let others = self.data_nodes().count() > 1;
-                let promotes = |step: &Step| matches!(step.fault, Fault::Promote { .. });
-                let comparable = others
-                    && !self.plan.packs
-                    && !self.plan.fast
-                    && !self.plan.steps.iter().any(promotes)
-                    // Nor may the others be damaged at the same place.
-                    && self.flips.iter().all(|(other, _)| other == node);
-                let disk = &self.machines[*node].disk;
-                let summed = disk.bytes(Path::new(SUMS)).map_or(0, |sums| blocks_in(&sums));
-                if comparable && summed > 0 {
-                    let offset = block % summed * BLOCK as usize + block % BLOCK as usize;
-                    disk.flip(Path::new(DATA), offset);
+                if let Some(offset) = self.damage_at(*node, *block) {
+                    self.machines[*node].disk.flip(Path::new(DATA), offset);
                     self.flips.push((*node, offset));
+                }
+            }
+            Fault::BadSector { node, block } => {
+                if let Some(offset) = self.damage_at(*node, *block) {
+                    self.machines[*node].disk.spoil(Path::new(DATA), offset);
                 }
             }
             Fault::Unreliable { one_in, time } => {
@@ -620,6 +642,7 @@ impl Cluster {
             machine.kill();
         }
         self.flip_back();
+        self.machines.iter().for_each(|machine| machine.disk.unspoil());
         let (mut files, mut readers, mut violations) = (Vec::new(), Vec::new(), Vec::new());
         for machine in self.data_nodes() {
             files.push((
@@ -627,7 +650,13 @@ impl Cluster {
                 machine.disk.bytes(Path::new(DATA)).unwrap_or_default(),
             ));
             match open(&machine.disk) {
-                Ok(storage) => readers.push(storage.reader()),
+                Ok(storage) => {
+                    let reader = storage.reader();
+                    if self.plan.blobs {
+                        violations.extend(blobs_are_there(machine, &reader));
+                    }
+                    readers.push(reader);
+                }
                 Err(error) => violations.push(format!("opens: {}: {error}", machine.name)),
             }
         }
@@ -658,6 +687,15 @@ fn open(disk: &SimDisk) -> Result<FileStorage, StorageError> {
     Ok(opened?.0)
 }
 
+fn blobs_are_there(machine: &Machine, reader: &Reader) -> Option<String> {
+    let blobs = match BlobDir::open(Arc::new(machine.disk.clone()), Path::new(BLOB_DIR)) {
+        Ok(blobs) => blobs,
+        Err(error) => return Some(format!("opens: {}: {error}", machine.name)),
+    };
+    let blob = |oid, tid| machine.disk.bytes(&blobs.path(oid, tid));
+    oracle::blobs_are_there(&machine.name, reader, blob)
+}
+
 /// What a machine keeps of timelines that it has left.
 fn lost_files(disk: &SimDisk) -> Vec<Result<Reader, StorageError>> {
     let shared: Arc<dyn Disk> = Arc::new(disk.clone());
@@ -682,6 +720,7 @@ fn name_of(fault: &Fault) -> &'static str {
         Fault::FullDisk { .. } => "full disk",
         Fault::FailSync { .. } => "failing sync",
         Fault::Flip { .. } => "flipped bit",
+        Fault::BadSector { .. } => "unreadable sector",
         Fault::Unreliable { .. } => "unreliable messages",
         Fault::Promote { .. } => "forced promotion",
         Fault::Switchover { .. } => "switchover",
@@ -708,6 +747,6 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         let plans = (0..300).map(Plan::of);
         plans.for_each(|plan| seen.extend(plan.steps.iter().map(|step| name_of(&step.fault))));
-        assert_eq!(seen.len(), 17, "{seen:?}");
+        assert_eq!(seen.len(), 18, "{seen:?}");
     }
 }

@@ -37,6 +37,8 @@ struct Content {
     before: BTreeMap<usize, Vec<u8>>,
     /// Bytes that the device gives back wrong: the system has nothing around them in memory.
     wrong: BTreeSet<usize>,
+    /// Sectors that the device cannot read, until they are written.
+    bad: BTreeSet<usize>,
 }
 
 impl Content {
@@ -136,6 +138,7 @@ impl SimDisk {
         let all: BTreeSet<PathBuf> =
             inner.names.keys().chain(inner.durable_names.keys()).cloned().collect();
         let mut dirs: BTreeMap<PathBuf, bool> = BTreeMap::new();
+        let before = inner.names.clone();
         for path in all {
             // File systems write the names of a directory together, and in order.
             let lost = *dirs
@@ -148,6 +151,7 @@ impl SimDisk {
                 };
             }
         }
+        keep_renamed(&inner.durable_names, &before, &mut inner.names);
         for content in inner.files.values_mut() {
             content.forget(chance.as_deref_mut());
         }
@@ -176,6 +180,19 @@ impl SimDisk {
                 content.wrong.insert(offset);
             }
         }
+    }
+
+    /// A sector of a file cannot be read any more.
+    pub fn spoil(&self, path: &Path, offset: usize) {
+        let inner = &mut *self.lock();
+        if let Some(content) = inner.names.get(path).and_then(|file| inner.files.get_mut(file)) {
+            content.bad.insert(offset / SECTOR);
+        }
+    }
+
+    /// Everything can be read again.
+    pub fn unspoil(&self) {
+        self.lock().files.values_mut().for_each(|content| content.bad.clear());
     }
 
     /// The names of all files.
@@ -216,6 +233,25 @@ impl Inner {
     }
 }
 
+/// File systems with a journal write both ends of a rename together: a file that had a durable name `before`, and has
+/// one `now`, does not lose both.
+fn keep_renamed(
+    before: &BTreeMap<PathBuf, u64>,
+    now: &BTreeMap<PathBuf, u64>,
+    kept: &mut BTreeMap<PathBuf, u64>,
+) {
+    let there: BTreeSet<u64> = kept.values().copied().collect();
+    let had: BTreeSet<u64> =
+        before.values().filter(|file| !there.contains(file)).copied().collect();
+    let renamed = now.iter().filter(|(_, file)| had.contains(file));
+    kept.extend(renamed.map(|(path, file)| (path.clone(), *file)));
+}
+
+/// The sectors of some bytes.
+fn sectors(offset: u64, len: usize) -> std::ops::Range<usize> {
+    offset as usize / SECTOR..(offset as usize + len).div_ceil(SECTOR)
+}
+
 struct SimFile {
     disk: SimDisk,
     file: u64,
@@ -233,16 +269,24 @@ impl SimFile {
 impl File for SimFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.with(|content| {
+            if content.bad.range(sectors(offset, buf.len())).next().is_some() {
+                return Err(io::Error::other("the device cannot read a sector"));
+            }
             let start = (offset as usize).min(content.bytes.len());
             let n = buf.len().min(content.bytes.len() - start);
             buf[..n].copy_from_slice(&content.bytes[start..start + n]);
-            n
-        })
+            Ok(n)
+        })?
     }
 
     fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let bytes = offset as usize..offset as usize + buf.len();
-        if self.with(|content| content.wrong.range(bytes).next().is_some())? {
+        let sectors = sectors(offset, buf.len());
+        let device = |content: &mut Content| {
+            content.wrong.range(bytes).next().is_some()
+                || content.bad.range(sectors).next().is_some()
+        };
+        if self.with(device)? {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         self.read_at(buf, offset)
@@ -258,6 +302,7 @@ impl File for SimFile {
             }
             content.bytes[start..end].copy_from_slice(bytes);
             content.wrong.retain(|at| !(start..end).contains(at));
+            content.bad.retain(|sector| !sectors(offset, bytes.len()).contains(sector));
         })
     }
 
@@ -375,12 +420,14 @@ impl Disk for SimDisk {
             .filter(|path| parent(path) == dir)
             .cloned()
             .collect();
+        let before = inner.durable_names.clone();
         for path in all {
             match inner.names.get(&path) {
                 Some(file) => inner.durable_names.insert(path, *file),
                 None => inner.durable_names.remove(&path),
             };
         }
+        keep_renamed(&before, &inner.names, &mut inner.durable_names);
         Ok(())
     }
 }

@@ -97,6 +97,17 @@ pub enum Event {
         /// The last transaction.
         tid: Tid,
     },
+    /// A blob was asked for.
+    Blob {
+        /// Who.
+        client: u32,
+        /// Of what.
+        oid: Oid,
+        /// The revision.
+        serial: Tid,
+        /// Whether it is what was written; `None` if there is none.
+        found: Option<bool>,
+    },
     /// A pack was asked for.
     Packing,
     /// The cluster was told to begin a timeline.

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use standby_filestorage::{Reader, RecordData, StorageError};
 use standby_types::{Oid, Tid};
 
-use crate::client::{ACCOUNTS, BALANCE, FIRST_FREE};
+use crate::client::{ACCOUNTS, BALANCE, BLOBS, FIRST_FREE, blob_of};
 use crate::history::Event;
 use crate::record::Content;
 
@@ -66,6 +66,7 @@ pub fn judge(
     wrong.extend(no_update_is_lost(&history, &revisions, partly));
     wrong.extend(reads_are_of_their_snapshot(events, &revisions, partly, &left_out));
     wrong.extend(sums_are_constant(events));
+    wrong.extend(blobs_are_what_was_written(events, partly));
     wrong.extend(invalidations_come_before_replies(events));
     wrong.extend(oids_are_fresh(events));
     if events.iter().any(|event| matches!(event, Event::Promoted)) {
@@ -310,6 +311,46 @@ fn sums_are_constant(events: &[Event]) -> Option<String> {
         }
         _ => None,
     })
+}
+
+/// A blob reads as it was written. Where history was removed, or left, it may be gone.
+fn blobs_are_what_was_written(events: &[Event], partly: bool) -> Option<String> {
+    let left = events.iter().any(|event| matches!(event, Event::Promoted));
+    events.iter().find_map(|event| match event {
+        Event::Blob { client, oid, serial, found: Some(false) } => {
+            Some(format!("blobs: client {client} reads a wrong blob of {oid} at {serial}"))
+        }
+        Event::Blob { client, oid, serial, found: None } if !partly && !left => {
+            Some(format!("blobs: client {client} finds no blob of {oid} at {serial}"))
+        }
+        _ => None,
+    })
+}
+
+/// A node has the blob of each revision that its data file has.
+pub fn blobs_are_there(
+    name: &str,
+    reader: &Reader,
+    blob: impl Fn(Oid, Tid) -> Option<Vec<u8>>,
+) -> Option<String> {
+    let history = match transactions(reader) {
+        Ok(history) => history,
+        Err(error) => return Some(format!("opens: {error}")),
+    };
+    for Transaction { tid, records, .. } in history {
+        for (oid, content) in records {
+            let is_blob = BLOBS <= oid.0 && oid.0 < FIRST_FREE - 1;
+            let Some(content) = content.filter(|_| is_blob) else { continue };
+            match blob(oid, tid) {
+                Some(bytes) if bytes == blob_of(content.amount) => {}
+                Some(_) => {
+                    return Some(format!("blobs: that of {oid} at {tid} is wrong on {name}"));
+                }
+                None => return Some(format!("blobs: that of {oid} at {tid} is not on {name}")),
+            }
+        }
+    }
+    None
 }
 
 /// A client that writes never finds a server that knows less than itself.

@@ -97,6 +97,13 @@ pub enum Fault {
         /// Which of the blocks with checksums; counted around.
         block: usize,
     },
+    /// Bytes of a data file cannot be read, where it has checksums, until they are written.
+    BadSector {
+        /// Which node's.
+        node: usize,
+        /// Which of the blocks with checksums; counted around.
+        block: usize,
+    },
     /// Messages of consensus are lost, come twice, or late.
     Unreliable {
         /// One in so many.
@@ -165,6 +172,8 @@ pub struct Plan {
     pub packs: bool,
     /// Nodes that were away recover fast.
     pub fast: bool,
+    /// Clients have blobs.
+    pub blobs: bool,
     /// A write of a log takes so long at most when nothing is wrong.
     pub device: Duration,
     /// How long things go wrong.
@@ -221,6 +230,7 @@ impl Plan {
             packs: random.one_in(4),
             fast: random.one_in(5),
             device: Duration::from_micros(random.below(4_000)),
+            blobs: random.one_in(3),
             duration,
             nodes,
             steps,
@@ -259,6 +269,7 @@ fn fault(random: &mut Random, nodes: &[NodePlan]) -> Fault {
         18 => Fault::FullDisk { node, time: millis(random, 100..4_000) },
         19 => Fault::FailSync { node, down: millis(random, 50..2_000) },
         22 | 23 => Fault::Flip { node, block: random.below(1 << 20) as usize },
+        25 => Fault::BadSector { node, block: random.below(1 << 20) as usize },
         20 => Fault::Unreliable { one_in: random.range(2..40), time: millis(random, 100..4_000) },
         21 if nodes.iter().any(|node| node.group == "there") => match random.below(4) {
             0 => Fault::GroupSet { failover: true },

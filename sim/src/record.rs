@@ -2,6 +2,11 @@
 
 use standby_types::Tid;
 
+/// The class of an object: none.
+const PLAIN: &[u8] = b"\x80\x03N.";
+/// The class of a blob.
+const BLOB: &[u8] = b"\x80\x03cZODB.blob\nBlob\n.";
+
 /// See the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Content {
@@ -16,11 +21,11 @@ pub struct Content {
 }
 
 impl Content {
-    /// As a record of ZODB: the pickle of a class (none) and the pickle of a state (bytes), `padding` bytes longer.
-    pub fn encode(&self, padding: usize) -> Vec<u8> {
+    /// As a record of ZODB: the pickle of a class and the pickle of a state (bytes), `padding` bytes longer.
+    pub fn encode(&self, padding: usize, blob: bool) -> Vec<u8> {
         let Content { client, number, base, amount } = self;
         let text = format!("{client} {number} {} {amount} ", base.0);
-        let mut out = b"\x80\x03N.\x80\x03B".to_vec();
+        let mut out = [if blob { BLOB } else { PLAIN }, b"\x80\x03B"].concat();
         out.extend_from_slice(&((text.len() + padding) as u32).to_le_bytes());
         out.extend_from_slice(text.as_bytes());
         out.resize(out.len() + padding, b'.');
@@ -30,7 +35,8 @@ impl Content {
 
     /// Reads a record.
     pub fn decode(record: &[u8]) -> Option<Content> {
-        let text = std::str::from_utf8(record.get(11..)?).ok()?;
+        let state = record.strip_prefix(PLAIN).or_else(|| record.strip_prefix(BLOB))?;
+        let text = std::str::from_utf8(state.get(7..)?).ok()?;
         let mut words = text.split(' ');
         Some(Content {
             client: words.next()?.parse().ok()?,
@@ -48,8 +54,8 @@ mod tests {
     #[test]
     fn a_record_says_what_was_put_into_it() {
         let content = Content { client: 3, number: 12, base: Tid(77), amount: -5 };
-        for padding in [0, 1, 1000] {
-            assert_eq!(Content::decode(&content.encode(padding)), Some(content));
+        for (padding, blob) in [(0, false), (1, true), (1000, false)] {
+            assert_eq!(Content::decode(&content.encode(padding, blob)), Some(content));
         }
         assert_eq!(Content::decode(b"\x80\x03N."), None);
     }
