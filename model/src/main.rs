@@ -19,7 +19,7 @@ struct Arguments {
     /// Only this one.
     #[arg(long)]
     only: Option<String>,
-    /// Larger clusters, and more of what may happen: an hour and 20 GB.
+    /// One term, one kill, one promotion or transaction more; see docs/testing.md for what that takes.
     #[arg(long)]
     night: bool,
     /// With this bug built in.

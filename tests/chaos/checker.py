@@ -197,7 +197,7 @@ def check_all(cluster, logs, counts):
     for node in cluster.nodes:
         wrong, transactions = check_database(node.data_file, node.blob_dir, logs)
         found += ["%s: %s" % (node.name, one) for one in wrong]
-        counts["transactions in the data file of " + node.name] = transactions
+        counts["transactions in data files"] += transactions
         pictures[node.name] = current(node.data_file)
     first = cluster.nodes[0].name
     for name, picture in pictures.items():
@@ -205,8 +205,8 @@ def check_all(cluster, logs, counts):
                      if picture.get(oid) != pictures[first].get(oid)]
         if different:
             found.append("%s and %s differ in %s" % (first, name, different[:20]))
-    counts["commits that were acknowledged"] = sum(1 for log in logs for _ in log.acknowledged())
+    counts["acknowledged commits"] = sum(1 for log in logs for _ in log.acknowledged())
     ends = [end["outcome"] for log in logs for end in log.ends.values()]
     for outcome, number in collections.Counter(ends).items():
-        counts["transactions with outcome " + outcome] = number
+        counts["transactions of clients: " + outcome] = number
     return found

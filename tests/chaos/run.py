@@ -48,7 +48,7 @@ class Run:
     def __init__(self, options, directory):
         self.options, self.directory = options, directory
         self.chance = random.Random(options.seed)
-        self.counts = collections.Counter()
+        self.faults, self.came, self.checked = (collections.Counter() for _ in range(3))
         self.pauses = []
         self.minutes, self.started = options.minutes, time.monotonic()
         recovery = self.chance.choice(["normal", "fast", "auto"])
@@ -95,7 +95,7 @@ class Run:
     def pack(self):
         """As an administrator does, who tries again."""
         command = [*self.world.places.command(CLIENTS), sys.executable, CLIENT, "pack", self.world_file]
-        self.counts["packs"] += 1
+        self.came["packs"] += 1
 
         def packed():
             with open(os.path.join(self.directory, "pack.err"), "ab") as errors:
@@ -148,10 +148,10 @@ class Run:
             if events and events[0][0] <= now:
                 _, number, kind, lasts = events.pop(0)
                 if kind is None:
-                    self.counts["client killed"] += 1
+                    self.faults["kill_client"] += 1
                     self.kill_client()
                     continue
-                self.counts[kind.__name__] += 1
+                self.faults[kind.__name__] += 1
                 ends.append((now + lasts, number, kind(self.world)))
                 ends.sort(key=lambda end: end[:2])
             elif ends and ends[0][0] <= now:
@@ -171,7 +171,7 @@ class Run:
         whole = time.monotonic() - mended
         self.wait_for_clients(mended)
         self.pauses.append((whole, time.monotonic() - mended))
-        self.counts["rounds"] += 1
+        self.came["rounds"] += 1
 
     def wait_for_clients(self, mended):
         """Each has done something that began now, and writers have committed."""
@@ -200,7 +200,7 @@ class Run:
         while time.monotonic() < self.started + self.minutes * 60:
             self.trouble(self.chance.uniform(10, 30))
             self.calm()
-            if self.counts["rounds"] % 4 == 0:
+            if self.came["rounds"] % 4 == 0:
                 self.pack()
         self.finish()
 
@@ -215,8 +215,8 @@ class Run:
         except AssertionError as error:
             raise Violation("the nodes do not come to the same: %s" % str(error)[:3000])
         logs = [node.log() for node in self.cluster.nodes]
-        self.counts["times that a node became primary"] = sum(log.count("this node is primary") for log in logs)
-        self.counts["frozen nodes killed by their supervisors"] = sum(
+        self.came["times that a node became primary"] = sum(log.count("this node is primary") for log in logs)
+        self.came["frozen nodes killed by their supervisors"] = sum(
             log.count("gave no sign of life") for log in logs
         )
         self.cluster.stop()
@@ -225,19 +225,26 @@ class Run:
             log = checker.Log(name, self.log_path(name))
             log.fresh = name in FRESH
             clients.append(log)
-        wrong = checker.check_all(self.cluster, clients, self.counts)
+        wrong = checker.check_all(self.cluster, clients, self.checked)
         if wrong:
             raise Violation("\n".join(wrong[:50]))
 
     def report(self):
-        self.say("\n%-50s %s" % ("minutes", round((time.monotonic() - self.started) / 60, 1)))
-        for name, number in sorted((self.counts + self.world.counts).items()):
-            self.say("%-50s %d" % (name, number))
-        for number, what in enumerate(("cluster whole", "every client has committed")):
+        minutes = (time.monotonic() - self.started) / 60
+        self.say("\nseed %d, %.1f minutes" % (self.options.seed, minutes))
+        for title, counts in (
+            ("what went wrong", self.faults),
+            ("what came of it", self.came + self.world.counts),
+            ("what was checked", self.checked),
+        ):
+            self.say("\n%s" % title)
+            for name, number in sorted(counts.items()):
+                self.say("  %-45s %8d" % (name, number))
+        self.say("\nafter all was mended, in the middle and at worst")
+        for number, what in enumerate(("the cluster was whole", "every client had committed")):
             times = sorted(pause[number] for pause in self.pauses)
             if times:
-                middle = times[len(times) // 2]
-                self.say("%-50s %.1f s in the middle, %.1f s at worst" % (what + " after all was mended", middle, times[-1]))
+                self.say("  %-45s %6.1f s %6.1f s" % (what, times[len(times) // 2], times[-1]))
 
     def close(self, keep):
         for client in self.clients.values():
@@ -275,6 +282,13 @@ def main():
     parser.add_argument("--seed", type=int, help="which troubles (by chance)")
     parser.add_argument("--directory", help="where all files go, and stay (a temporary one)")
     options = parser.parse_args()
+    if os.geteuid() != 0:
+        parser.error("network namespaces and file systems of its own need root")
+    for tool, package in (("ip", "iproute2"), ("nft", "nftables"), ("cc", "gcc")):
+        if not shutil.which(tool):
+            parser.error("%s is not here: apt install %s" % (tool, package))
+    if not os.path.exists(harness.STANDBY):
+        parser.error("%s is not here: cargo build --release" % harness.STANDBY)
     if options.seed is None:
         options.seed = random.randrange(1 << 32)
     directory = os.path.abspath(options.directory or tempfile.mkdtemp(prefix="chaos"))
@@ -286,11 +300,12 @@ def main():
     try:
         run.world.places.run(OFFICE, run.run)
         failed = False
+        run.report()
         run.say("\nno violation")
     except (Violation, AssertionError) as violation:
+        run.report()
         run.say("\nVIOLATION, seed %d: %s\nfiles: %s" % (options.seed, violation, directory))
     finally:
-        run.report()
         run.close(keep=failed)
     if not failed and not options.directory:
         shutil.rmtree(directory)

@@ -146,17 +146,6 @@ class World:
             return self.primary()
         return self.chance.choice(self.machines)
 
-    def ask(self, *words):
-        """An administrator's command, which may fail."""
-        at = self.chance.choice(self.machines).node
-
-        def run():
-            with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-                at.ask(*words, timeout=20)
-                self.counts[words[0] + " done"] += 1
-
-        threading.Thread(target=run, daemon=True).start()
-
     # The troubles.
 
     def kill(self):
@@ -264,7 +253,15 @@ class World:
         return end
 
     def switchover(self):
-        self.ask("switchover", "--to", self.chance.choice(self.machines).name)
+        """An administrator's; it may fail."""
+        at, to = (self.chance.choice(self.machines).node for _ in range(2))
+
+        def run():
+            with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+                at.ask("switchover", "--to", to.name, timeout=20)
+                self.counts["switchovers"] += 1
+
+        threading.Thread(target=run, daemon=True).start()
         return lambda: None
 
 
