@@ -49,7 +49,7 @@ impl BlobWriter {
 
     /// The error for bytes that cannot be kept.
     pub fn failed(&self, source: io::Error) -> StorageError {
-        StorageError::Io { path: self.blobs.dir().to_owned(), action: "keep a blob", source }
+        StorageError::Io { path: self.blobs.dir().to_owned(), action: "write", source }
     }
 
     /// Adds bytes.

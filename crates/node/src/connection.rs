@@ -448,7 +448,7 @@ impl Connection {
             }
             Err(error) => {
                 error!(%error, "cannot keep a blob");
-                Err(ClientError::storage(error.to_string()))
+                Err(ClientError::storage(format!("cannot keep a blob: {error}")))
             }
         };
         self.session.staged(oid, staged);
