@@ -263,6 +263,9 @@ pub(crate) fn leave(
             }
         }
     }
+    // The checkpoint will count on what has come from the log.
+    replica.storages().try_for_each(|(_, storage)| storage.sync().map(drop))?;
+    replica.blobs().try_for_each(BlobDir::sync)?;
     let mut points = BTreeMap::new();
     for section in &config.storages {
         let name = &section.name;
@@ -589,6 +592,26 @@ mod tests {
         lineage.begin(fork_of("a", 0, 20, "data"));
         node.order(&lineage);
         node.check(2);
+    }
+
+    /// Found by a simulation: the new checkpoint named an end of the data file that was not durable.
+    #[test]
+    fn what_came_from_the_log_is_durable_before_the_checkpoint_counts_on_it() {
+        let text = format!(
+            "<zeo>\naddress localhost:8100\n</zeo>\n<filestorage>\npath /Data.fs\n</filestorage>\n\
+             <standby>\n{NODE}state-dir /state\n</standby>\n"
+        );
+        let config = Config::parse(Path::new("zeo.conf"), &text).unwrap();
+        let memory = MemoryDisk::new();
+        let disk: Arc<dyn Disk> = Arc::new(memory.clone());
+        let state = StateDir(config.state_dir());
+        let start = || prepare(&config, &disk, &state, Beginning::Found, &BTreeMap::new()).unwrap();
+        let mut prepared = start();
+        // As if the log had brought it.
+        add(prepared.storages.get_mut("1").unwrap(), 10, "data");
+        leave(&config, &disk, &state, prepared, &lineage(&[("a", 10)])).unwrap();
+        memory.crash();
+        assert_eq!(start().storages["1"].mark().tid, Tid(10));
     }
 
     #[test]
