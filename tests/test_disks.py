@@ -165,7 +165,7 @@ def test_a_node_alone_refuses_and_goes_on(disks, nodes_on_disks, tmp_path):
         lambda root: root.update(text=os.urandom(20 * MB)),
         lambda root: root.update(blob=Blob(os.urandom(20 * MB))),
     ):
-        with pytest.raises(Exception, match="disk of node alone is nearly full: [78] MB are free"):
+        with pytest.raises(Exception, match=r"disk of node alone is nearly full: \d+ MB are free"):
             client.commit(change, attempts=1)
         client.manager.abort()
     assert client.root["x"] == 0
