@@ -44,13 +44,17 @@ class Violation(Exception):
     pass
 
 
+class Aborted(Exception):
+    pass
+
+
 class Run:
     def __init__(self, options, directory):
         self.options, self.directory = options, directory
         self.chance = random.Random(options.seed)
         self.faults, self.came, self.checked = (collections.Counter() for _ in range(3))
         self.pauses = []
-        self.minutes, self.started = options.minutes, time.monotonic()
+        self.minutes, self.started, self.aborted = options.minutes, time.monotonic(), False
         recovery = self.chance.choice(["normal", "fast", "auto"])
         lines = "  log-tail %s\n  recovery %s\n  reserve 32MB\n" % (self.chance.choice(["64KB", "8MB"]), recovery)
         self.say("seed %d: %s" % (options.seed, " ".join(lines.split())))
@@ -114,6 +118,8 @@ class Run:
         return {name: os.path.getsize(path) if os.path.exists(path) else 0 for name, path in paths.items()}
 
     def is_alive(self, name):
+        if self.aborted:
+            raise Aborted("interrupted")
         if self.clients[name].poll() is not None:
             raise Violation("client %s has ended: see %s.err" % (name, name))
 
@@ -144,6 +150,8 @@ class Run:
         self.say("%7.1f  %s" % (time.monotonic() - self.started, " ".join(names)))
         ends = []
         while events or ends:
+            if self.aborted:
+                raise Aborted("interrupted")
             now = time.monotonic() - started
             if events and events[0][0] <= now:
                 _, number, kind, lasts = events.pop(0)
@@ -190,9 +198,8 @@ class Run:
                 raise Violation("client %s does nothing %d s after all was mended" % (name, MEND))
 
     def interrupt(self, *_):
-        """The first time, this round is the last one."""
-        if self.minutes == 0:
-            raise KeyboardInterrupt
+        """The first time, this round is the last one; the second time, it ends at its next step."""
+        self.aborted = self.minutes == 0
         self.minutes = 0
 
     def run(self):
@@ -305,6 +312,8 @@ def main():
     except (Violation, AssertionError) as violation:
         run.report()
         run.say("\nVIOLATION, seed %d: %s\nfiles: %s" % (options.seed, violation, directory))
+    except Aborted:
+        run.say("\ninterrupted; files: %s" % directory)
     finally:
         run.close(keep=failed)
     if not failed and not options.directory:
