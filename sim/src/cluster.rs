@@ -362,8 +362,10 @@ impl Cluster {
             Some(exit) => {
                 machine.kill();
                 // The others may have it in their logs only, until they are up: whoever watches the node starts it again.
+                let says = format!("{exit:?}");
+                let reasons = ["no other node has them", "cannot read a sector"];
                 let waits = self.damaged == Some(node)
-                    && format!("{exit:?}").contains("no other node has them");
+                    && reasons.iter().any(|reason| says.contains(reason));
                 if std::mem::take(&mut self.may_fail[node]) || waits {
                     tracing::info!("the program has ended: {exit:?}");
                     let at = self.now + self.down[node].max(TICK);
