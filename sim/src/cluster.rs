@@ -361,11 +361,14 @@ impl Cluster {
             }
             Some(exit) => {
                 machine.kill();
+                let (says, is_damaged) = (format!("{exit:?}"), self.damaged == Some(node));
+                // What a start must read before it can ask others; somebody replaces the device.
+                let stuck = is_damaged && says.contains("cannot read a sector");
+                if stuck {
+                    machine.disk.unspoil();
+                }
                 // The others may have it in their logs only, until they are up: whoever watches the node starts it again.
-                let says = format!("{exit:?}");
-                let reasons = ["no other node has them", "cannot read a sector"];
-                let waits = self.damaged == Some(node)
-                    && reasons.iter().any(|reason| says.contains(reason));
+                let waits = stuck || is_damaged && says.contains("no other node has them");
                 if std::mem::take(&mut self.may_fail[node]) || waits {
                     tracing::info!("the program has ended: {exit:?}");
                     let at = self.now + self.down[node].max(TICK);
