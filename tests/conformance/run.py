@@ -396,7 +396,7 @@ def run(chosen):
             layer.setUp()
         for test in tests:
             here = os.getcwd()
-            for attempts_left in reversed(range(5)):
+            for attempts_left in reversed(range(10)):
                 test(result)
                 # A test that fails early stays where it was.
                 os.chdir(here)
