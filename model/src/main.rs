@@ -19,7 +19,7 @@ struct Arguments {
     /// Only this one.
     #[arg(long)]
     only: Option<String>,
-    /// One term, one kill, one promotion or transaction more; see docs/testing.md for what that takes.
+    /// One term, one kill, one promotion or transaction more. It takes long, and much memory.
     #[arg(long)]
     night: bool,
     /// With this bug built in.
