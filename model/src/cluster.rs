@@ -171,8 +171,14 @@ impl Node {
         self.log.iter().map(|entry| entry.tid).max().unwrap_or(0)
     }
 
-    fn last_term(&self) -> u8 {
-        self.log.last().map_or(0, |entry| entry.term)
+    /// How far its log goes, for Raft votes (Raft paper, section 5.4.1).
+    fn position(&self) -> (u8, usize) {
+        (self.log.last().map_or(0, |entry| entry.term), self.log.len())
+    }
+
+    /// The names of the forks behind it.
+    pub fn timeline(&self) -> Vec<u8> {
+        self.lineage.iter().map(|fork| fork.name).collect()
     }
 
     /// True if an entry of its own term is committed: only then does it know what is (Raft paper, section 8).
@@ -296,10 +302,6 @@ pub enum Action {
     CatchUp(usize, usize),
 }
 
-fn names(lineage: &[Fork]) -> Vec<u8> {
-    lineage.iter().map(|fork| fork.name).collect()
-}
-
 impl Cluster {
     /// The first node leads in term 1, and all voters know it.
     pub fn founded(bounds: &Bounds) -> Cluster {
@@ -402,7 +404,7 @@ impl Cluster {
         let mut next = self.clone();
         match action {
             Action::Stand(i) => next.stand(i),
-            Action::Grant(j, i) => next.grant(bounds, j, i)?,
+            Action::Grant(j, i) => next.grant(bounds, j, i),
             Action::Propose(i, above) => {
                 let tid = next.nodes[i].last_tid() + above;
                 next.nodes[i].propose(tid, What::Commit(next.proposed));
@@ -432,21 +434,20 @@ impl Cluster {
         self.tend_election(i);
     }
 
-    fn grant(&mut self, bounds: &Bounds, j: usize, i: usize) -> Option<()> {
+    fn grant(&mut self, bounds: &Bounds, j: usize, i: usize) {
         let (term, last) = (self.nodes[i].term, self.nodes[i].position());
         let voter = &mut self.nodes[j];
         voter.enter(term);
         let free = voter.granted.is_none() || voter.granted == Some(i);
         let enough = last >= voter.position() || bounds.mutation == Some(Mutation::GrantToAnyone);
         if !free || !enough {
-            return Some(());
+            return;
         }
         voter.granted = Some(i);
         if let Role::Candidate(granted) = &mut self.nodes[i].role {
             *granted = granted.with(j);
         }
         self.tend_election(i);
-        Some(())
     }
 
     fn tend_election(&mut self, i: usize) {
@@ -455,7 +456,7 @@ impl Cluster {
         if node.members().is_quorum(granted) {
             node.role = Role::Primary;
             node.propose(0, What::Nothing);
-            let led = (names(&node.lineage), node.term, i);
+            let led = (node.timeline(), node.term, i);
             self.led.push(led);
             self.led.sort();
             self.led.dedup();
@@ -517,9 +518,9 @@ impl Cluster {
         let index = (node.commit as usize..node.log.len()).find(counts)?;
         let node = &mut self.nodes[i];
         let new = &node.log[node.commit as usize..=index];
-        let (names, term) = (names(&node.lineage), node.term);
+        let (timeline, term) = (node.timeline(), node.term);
         for (_, number) in new.iter().filter_map(Entry::transaction) {
-            self.acknowledged.push((number, names.clone(), term));
+            self.acknowledged.push((number, timeline.clone(), term));
         }
         self.acknowledged.sort();
         self.acknowledged.dedup_by_key(|(number, names, _)| (*number, names.clone()));
@@ -615,12 +616,5 @@ impl Cluster {
         node.log = log;
         node.behind = false;
         Some(())
-    }
-}
-
-impl Node {
-    /// Raft paper, section 5.4.1.
-    fn position(&self) -> (u8, usize) {
-        (self.last_term(), self.log.len())
     }
 }

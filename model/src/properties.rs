@@ -16,10 +16,6 @@ pub const ALWAYS: [Named; 7] = [
     ("who comes over is no stranger", |cluster| cluster.nodes.iter().all(|node| !node.stranger)),
 ];
 
-fn names(node: &Node) -> Vec<u8> {
-    node.lineage.iter().map(|fork| fork.name).collect()
-}
-
 fn one_primary_in_a_term(cluster: &Cluster) -> bool {
     let led = &cluster.led;
     led.windows(2).all(|pair| (&pair[0].0, pair[0].1) != (&pair[1].0, pair[1].1))
@@ -31,7 +27,7 @@ fn primaries(cluster: &Cluster) -> impl Iterator<Item = &Node> {
 
 fn acknowledged_is_there(cluster: &Cluster) -> bool {
     primaries(cluster).all(|primary| {
-        let same = |forks: &[u8]| names(primary) == forks;
+        let same = |forks: &[u8]| primary.timeline() == forks;
         let later = cluster
             .acknowledged
             .iter()

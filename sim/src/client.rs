@@ -260,7 +260,7 @@ impl Client {
             let oid = Oid(BLOBS + u64::from(client));
             let serial = self.read(oid, snapshot).await?.map_or(Tid::NONE, |(_, serial)| serial);
             let amount = self.random.below(1 << 50) as i64;
-            return self.commit_blob(vec![(oid, serial, amount)]).await;
+            return self.commit_with(vec![(oid, serial, amount)], true).await;
         }
         let oid = Oid(BLOBS + self.random.below(self.script.blobs));
         let Some((amount, serial)) = self.read(oid, snapshot).await? else { return Ok(()) };
@@ -360,10 +360,6 @@ impl Client {
 
     async fn commit(&mut self, writes: Vec<(Oid, Tid, i64)>) -> Result<()> {
         self.commit_with(writes, false).await
-    }
-
-    async fn commit_blob(&mut self, writes: Vec<(Oid, Tid, i64)>) -> Result<()> {
-        self.commit_with(writes, true).await
     }
 
     async fn commit_with(&mut self, writes: Vec<(Oid, Tid, i64)>, blobs: bool) -> Result<()> {

@@ -18,7 +18,7 @@ class Log:
 
     def __init__(self, name, path):
         self.name = name
-        self.tries, self.ends, self.violations, self.connects = {}, {}, [], 0
+        self.tries, self.ends, self.violations = {}, {}, []
         with open(path) as file:
             for number, line in enumerate(file, 1):
                 line = json.loads(line)

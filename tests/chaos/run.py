@@ -117,7 +117,7 @@ class Run:
         paths = {name: self.log_path(name) for name in self.clients}
         return {name: os.path.getsize(path) if os.path.exists(path) else 0 for name, path in paths.items()}
 
-    def is_alive(self, name):
+    def check_alive(self, name):
         if self.aborted:
             raise Aborted("interrupted")
         if self.clients[name].poll() is not None:
@@ -132,7 +132,7 @@ class Run:
         )
         for name in WRITERS + READERS:
             self.spawn(name)
-        self.wait_for_clients(time.monotonic())
+        self.wait_for_clients()
 
     def trouble(self, seconds):
         """So long, things go wrong."""
@@ -177,11 +177,11 @@ class Run:
         except AssertionError as error:
             raise Violation("the cluster is not whole %d s after all was mended: %s" % (MEND, str(error)[:3000]))
         whole = time.monotonic() - mended
-        self.wait_for_clients(mended)
+        self.wait_for_clients()
         self.pauses.append((whole, time.monotonic() - mended))
         self.came["rounds"] += 1
 
-    def wait_for_clients(self, mended):
+    def wait_for_clients(self):
         """Each has done something that began now, and writers have committed."""
         began = time.monotonic()
         sizes = self.sizes()
@@ -189,7 +189,7 @@ class Run:
             writes = name in WRITERS
 
             def done():
-                self.is_alive(name)
+                self.check_alive(name)
                 return has_succeeded(self.log_path(name), sizes[name], began, writes)
 
             try:

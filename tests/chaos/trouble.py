@@ -23,14 +23,14 @@ OFFICE = "office"
 class Machine:
     """A node, its place, its disk and its faults."""
 
-    def __init__(self, world, node, index):
-        self.world, self.node, self.name, self.index = world, node, node.name, index
+    def __init__(self, directory, node):
+        self.node, self.name = node, node.name
         # So many troubles want it to be down.
         self.held = 0
-        self.shim = Faults(os.path.join(world.directory, self.name + ".machine"))
+        self.shim = Faults(os.path.join(directory, self.name + ".machine"))
         node.within = node.within + self.shim.within
         # Not on the disk that fills up.
-        node.log_path = os.path.join(world.directory, self.name + ".txt")
+        node.log_path = os.path.join(directory, self.name + ".txt")
         self.lines = collections.Counter()
 
     def fault(self, line):
@@ -69,7 +69,7 @@ class World:
     """Machines on a switch, each with a cable of its own; the place of the clients; and the administrator's."""
 
     def __init__(self, directory, groups, options, chance):
-        self.directory, self.chance = directory, chance
+        self.chance = chance
         self.counts = collections.Counter()
         self.stack = contextlib.ExitStack()
         names = ["n%d" % number for number in range(1, len(groups) + 1)]
@@ -86,7 +86,7 @@ class World:
                 options=options,
                 arguments=["--supervise", "--frozen-after", "2"],
             )
-            self.machines = [Machine(self, node, n) for n, node in enumerate(self.cluster.nodes)]
+            self.machines = [Machine(directory, node) for node in self.cluster.nodes]
             # From whom each place takes nothing.
             self.deaf = {name: collections.Counter() for name in [CLIENTS, *names]}
             for name in self.deaf:
