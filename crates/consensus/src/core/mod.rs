@@ -208,11 +208,14 @@ pub struct Consensus {
     catching_up: Option<Message>,
     /// For how many ticks each follower has not been heard to have caught up.
     awaited: BTreeMap<u64, usize>,
-    /// When each peer was last heard, in this term.
+    /// When the last heartbeat was sent that each peer has answered, in this term.
     heard: BTreeMap<NodeId, Duration>,
     last_step: Duration,
-    /// After a pause: answers that come before this may be to heartbeats from before it.
-    deaf_until: Duration,
+    /// The term that this node will know of after a crash, at least.
+    durable_term: u64,
+    /// Ticks for which it votes for nobody, unless a leader is heard before: until it started it may have
+    /// followed one, who still counts on that.
+    quiet: usize,
     /// Ticks until this node stands for election because the primary's process died, or because it
     /// handed the leadership to one that did not take it.
     stand_in: Option<usize>,
@@ -231,6 +234,8 @@ pub struct Consensus {
 struct Unsent {
     number: u64,
     needs_disk: bool,
+    term: u64,
+    since: Duration,
     messages: Vec<Message>,
 }
 
@@ -275,7 +280,6 @@ impl Consensus {
             election_timeout: 0,
             random: config.seed,
             raft,
-            config,
             membership,
             role: Role::default(),
             applied: index,
@@ -285,12 +289,14 @@ impl Consensus {
             awaited: BTreeMap::new(),
             heard: BTreeMap::new(),
             last_step: Duration::ZERO,
-            deaf_until: Duration::ZERO,
+            durable_term: recovered.hard_state.term,
+            quiet: config.election_ticks,
             stand_in: None,
             handing_over: false,
             leader_silence: 0,
             witnesses: Witnesses::default(),
             caution: Caution::None,
+            config,
         };
         consensus.draw_election_timeout();
         if consensus.membership.voters.iter().eq([&consensus.config.id]) {
@@ -377,12 +383,13 @@ impl Consensus {
         })
     }
 
-    /// Until when this node, if it leads, can be sure that nobody else does: a majority has been
-    /// heard of so recently that it does not elect another. `None` if it does not lead.
+    /// Until when this node, if it leads, can be sure that nobody else does: a majority has answered
+    /// heartbeats so young that it does not elect another. `None` if it does not lead.
     ///
-    /// Times are those of messages' arrival, later than the moments at which the followers' own
-    /// clocks began; two heartbeats are taken off for that. Nothing is acknowledged on the
-    /// strength of this: it only limits reads.
+    /// It counts from when a heartbeat was sent, on this node's clock: its answer may have been on its way for any
+    /// time. Followers count from when it came, in ticks of which the first may be short, on clocks that may be
+    /// faster; two heartbeats are taken off for that. Nothing is acknowledged on the strength of this: it only
+    /// limits reads.
     pub fn lease(&self, now: Duration) -> Option<Duration> {
         if !self.role.leads {
             return None;
@@ -482,15 +489,10 @@ impl Consensus {
         event: Event,
         outputs: &mut Vec<Output>,
     ) -> Result<(), LogError> {
-        if now > self.last_step + self.config.tick * self.lease_ticks() {
-            // The process was paused. What waited in the sockets meanwhile proves nothing now.
-            self.heard.clear();
-            self.deaf_until = now + self.config.tick * self.config.heartbeat_ticks as u32;
-        }
         self.last_step = now;
         match event {
             Event::Tick => self.tick(),
-            Event::Received(message) => self.receive(now, message.0, outputs),
+            Event::Received(message) => self.receive(message.0, outputs),
             Event::Persisted(written) => self.persisted(written, outputs),
             Event::Applied(point) => {
                 self.applied = point.index;
@@ -528,6 +530,7 @@ impl Consensus {
     fn tick(&mut self) {
         self.raft.tick();
         self.leader_silence = self.leader_silence.saturating_add(1);
+        self.quiet = self.quiet.saturating_sub(1);
         self.remind();
         if let Some(ticks) = &mut self.stand_in {
             *ticks = ticks.saturating_sub(1);
@@ -561,10 +564,11 @@ impl Consensus {
         }
     }
 
-    fn receive(&mut self, now: Duration, message: Message, outputs: &mut Vec<Output>) {
+    fn receive(&mut self, mut message: Message, outputs: &mut Vec<Output>) {
         let unwanted = match message.get_msg_type() {
             MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => {
-                self.caution == Caution::Abstains
+                let asked_by_leader = message.context == raft::CAMPAIGN_TRANSFER;
+                self.caution == Caution::Abstains || self.quiet > 0 && !asked_by_leader
             }
             // Whoever hands over does not know yet.
             MessageType::MsgTimeoutNow => !self.may_stand(),
@@ -577,9 +581,15 @@ impl Consensus {
             message.get_msg_type(),
             MessageType::MsgHeartbeatResponse | MessageType::MsgAppendResponse
         );
-        if answers && message.term == self.raft.raft.term && now >= self.deaf_until {
-            self.heard.insert(NodeId(message.from), now);
+        if answers && self.role.leads && message.term == self.raft.raft.term {
             self.witnesses.heard(NodeId(message.from));
+        }
+        if message.get_msg_type() == MessageType::MsgHeartbeatResponse {
+            let sent = take_time(&mut message.context).filter(|sent| *sent <= self.last_step);
+            if let Some(sent) = sent.filter(|_| message.term == self.raft.raft.term) {
+                let heard = self.heard.entry(NodeId(message.from)).or_default();
+                *heard = sent.max(*heard);
+            }
         }
         let leads = matches!(
             message.get_msg_type(),
@@ -587,6 +597,7 @@ impl Consensus {
         );
         if leads && message.term >= self.raft.raft.term {
             self.leader_silence = 0;
+            self.quiet = 0;
         }
         if message.get_msg_type() == MessageType::MsgSnapshot
             && message.term >= self.raft.raft.term
@@ -668,6 +679,7 @@ impl Consensus {
                 break;
             }
             number = unsent.number;
+            self.durable_term = unsent.term;
             let Some(unsent) = self.unsent.pop_front() else { break };
             self.send(unsent.messages, outputs);
         }
@@ -752,17 +764,23 @@ impl Consensus {
                     outputs.push(Output::ReadIndex(key, LogIndex(state.index)));
                 }
             }
-            let messages = ready.take_persisted_messages();
+            let mut messages = ready.take_persisted_messages();
+            if self.disk_answers() {
+                let at_once = messages.extract_if(.., |m| self.says_only_that_it_follows(m));
+                let at_once = at_once.collect();
+                self.send(at_once, outputs);
+            }
             let number = ready.number();
+            let (term, since) = (self.raft.raft.term, self.last_step);
             self.raft.advance_append_async(ready);
             if must_sync {
                 outputs.push(Output::Persist(batch));
-                self.unsent.push_back(Unsent { number, needs_disk: true, messages });
+                self.unsent.push_back(Unsent { number, needs_disk: true, term, since, messages });
             } else if self.unsent.is_empty() {
                 self.send(messages, outputs);
                 self.raft.on_persist_ready(number);
             } else {
-                self.unsent.push_back(Unsent { number, needs_disk: false, messages });
+                self.unsent.push_back(Unsent { number, needs_disk: false, term, since, messages });
             }
             if changes || !self.held.is_empty() {
                 self.held.push_back((number, entries));
@@ -774,8 +792,23 @@ impl Consensus {
         self.release_to_witnesses(outputs);
     }
 
+    /// An answer to a heartbeat says nothing of entries. It needs the disk for a new term only; a leader whose
+    /// followers write for long would lose its lease otherwise.
+    fn says_only_that_it_follows(&self, message: &Message) -> bool {
+        message.get_msg_type() == MessageType::MsgHeartbeatResponse
+            && message.term == self.durable_term
+    }
+
+    /// False if the disk hangs: who cannot write is no follower that a leader may count on.
+    fn disk_answers(&self) -> bool {
+        self.unsent.front().is_none_or(|first| self.last_step <= first.since + self.patience())
+    }
+
     fn send(&mut self, messages: Vec<Message>, outputs: &mut Vec<Output>) {
-        for message in messages {
+        for mut message in messages {
+            if message.get_msg_type() == MessageType::MsgHeartbeat {
+                put_time(&mut message.context, self.last_step);
+            }
             if message.get_msg_type() == MessageType::MsgSnapshot
                 && let Some(progress) = self.raft.raft.mut_prs().get_mut(message.to)
             {
@@ -892,6 +925,20 @@ pub(crate) fn said(entry: Entry) -> Committed {
         }
         _ => Committed::Empty(index, term),
     }
+}
+
+/// Followers send a heartbeat's context back. To what Raft has in there the time is added at which it is sent, in
+/// microseconds, 8 bytes.
+fn put_time(context: &mut Bytes, now: Duration) {
+    let now = now.as_micros() as u64;
+    *context = [&context[..], &now.to_be_bytes()].concat().into();
+}
+
+/// Takes the time off again. There is none if a follower answers what was no heartbeat on the wire.
+fn take_time(context: &mut Bytes) -> Option<Duration> {
+    let start = context.len().checked_sub(8)?;
+    let time = context.split_off(start);
+    Some(Duration::from_micros(u64::from_be_bytes(time[..].try_into().ok()?)))
 }
 
 fn send(message: &Message, outputs: &mut Vec<Output>) {

@@ -33,6 +33,9 @@ struct Cluster {
     running: bool,
     lose_answers_to_catch_up: bool,
     takes_no_entries: Option<NodeId>,
+    /// What is sent to these nodes is still on its way.
+    far: BTreeSet<NodeId>,
+    on_the_way: Vec<(NodeId, PeerMessage)>,
 }
 
 const DIR: &str = "/state/log";
@@ -162,7 +165,9 @@ impl Cluster {
                 Output::Send(to, bytes) => {
                     if !self.cut.contains(&(id, to)) {
                         let message = decode_message(bytes).unwrap();
-                        if self.takes_no_entries != Some(to) || !message.is_append() {
+                        if self.far.contains(&to) {
+                            self.on_the_way.push((to, message));
+                        } else if self.takes_no_entries != Some(to) || !message.is_append() {
                             self.event(to, Event::Received(message));
                         }
                     }
@@ -378,6 +383,68 @@ fn the_lease_needs_a_majority() {
     cluster.ticks(14);
     assert!(lease(&cluster) <= cluster.now, "the lease outlives the majority");
     assert_eq!(cluster.nodes[&NodeId(2)].consensus.lease(cluster.now), None);
+}
+
+/// A primary that is reached again after a cut hears answers that are older than the cut.
+#[test]
+fn the_lease_counts_from_the_question_not_from_the_answer() {
+    let mut cluster = Cluster::of(3);
+    cluster.ticks(5);
+    let lease = |cluster: &Cluster| cluster.nodes[&NodeId(1)].consensus.lease(cluster.now);
+    cluster.far.insert(NodeId(1));
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.ticks(2);
+    let before = lease(&cluster).unwrap();
+    cluster.isolate(NodeId(1));
+    cluster.ticks(13);
+    assert!(before <= cluster.now);
+    cluster.far.clear();
+    for (to, message) in std::mem::take(&mut cluster.on_the_way) {
+        cluster.event(to, Event::Received(message));
+    }
+    assert!(lease(&cluster).is_none_or(|until| until <= cluster.now), "renewed by old answers");
+    // New answers renew it.
+    cluster.cut.clear();
+    cluster.ticks(2);
+    assert!(lease(&cluster).unwrap() > cluster.now);
+}
+
+/// A follower forgets, when it restarts, that it has just heard the leader. It gives its vote to nobody for as
+/// long as the leader may count on it.
+#[test]
+fn the_lease_outlives_a_follower_that_restarts() {
+    let mut cluster = Cluster::of(3);
+    cluster.isolate(NodeId(3));
+    // It is about to stand for election.
+    cluster.ticks(15);
+    cluster.isolate(NodeId(1));
+    cluster.cut.retain(|ids| *ids != (NodeId(2), NodeId(3)) && *ids != (NodeId(3), NodeId(2)));
+    let lease = cluster.nodes[&NodeId(1)].consensus.lease(cluster.now).unwrap();
+    assert!(lease > cluster.now);
+    let second = cluster.nodes.remove(&NodeId(2)).unwrap();
+    cluster.restart(NodeId(2), second);
+    while cluster.now < lease {
+        for id in [2, 3] {
+            assert!(!cluster.nodes[&NodeId(id)].consensus.role().leads, "{id} leads too early");
+        }
+        cluster.ticks(1);
+    }
+    cluster.ticks(60);
+    assert!(cluster.primary().is_some_and(|id| id != NodeId(1)));
+}
+
+/// Their answers say that they follow, not what they have.
+#[test]
+fn a_follower_answers_heartbeats_while_its_disk_is_busy_but_not_if_it_hangs() {
+    let mut cluster = Cluster::of(3);
+    cluster.stalled.extend([NodeId(2), NodeId(3)]);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    let lease = |cluster: &Cluster| cluster.nodes[&NodeId(1)].consensus.lease(cluster.now);
+    cluster.ticks(7);
+    assert!(lease(&cluster).unwrap() > cluster.now + 8 * TICK);
+    assert!(cluster.data(1).is_empty(), "an answer to a heartbeat acknowledges no entry");
+    cluster.ticks(16);
+    assert!(lease(&cluster).is_none_or(|until| until <= cluster.now));
 }
 
 #[test]

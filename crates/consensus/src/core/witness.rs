@@ -94,7 +94,7 @@ impl Consensus {
         self.needs_witnesses()
     }
 
-    fn patience(&self) -> Duration {
+    pub(super) fn patience(&self) -> Duration {
         self.config.tick * (self.config.election_ticks / 2) as u32
     }
 
