@@ -599,6 +599,7 @@ impl Cluster {
             let machine = &mut self.machines[node];
             machine.set_skew(0);
             machine.paused = false;
+            machine.disk.mend();
             self.do_later(Later::EmptyDisk(node));
             self.do_later(Later::FastDisk(node));
             self.do_later(Later::Start(node));
