@@ -175,6 +175,8 @@ impl LockFile {
 
 #[cfg(test)]
 mod tests {
+    use standby_types::disk::remove_tree;
+
     use super::*;
 
     #[test]
@@ -201,6 +203,19 @@ mod tests {
         assert!(error.contains("is in use by another program (process"), "{error}");
         drop(lock);
         LockFile::take(&path).unwrap();
+    }
+
+    #[test]
+    fn a_tree_is_removed_and_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        fs::create_dir_all(tree.join("inner/empty")).unwrap();
+        fs::write(tree.join("inner/file"), "x").unwrap();
+        fs::write(dir.path().join("beside"), "x").unwrap();
+        std::os::unix::fs::symlink(dir.path(), tree.join("link")).unwrap();
+        remove_tree(&OsDisk, &tree).unwrap();
+        remove_tree(&OsDisk, &tree).unwrap();
+        assert_eq!(OsDisk.list(dir.path()).unwrap(), [dir.path().join("beside")]);
     }
 
     #[test]

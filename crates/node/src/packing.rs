@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use standby_filestorage::{BlobDir, FileStorage, Job, Outcome, Reader, pack};
+use standby_types::disk::remove_tree;
 use standby_types::time::time_of;
 use standby_types::{Oid, Tid};
 use tracing::{info, warn};
@@ -136,7 +137,8 @@ impl Packs {
         let (to_tell, name) = (shared.clone(), storage.to_owned());
         let work = move || {
             let old = keep.then(|| PathBuf::from(format!("{}.old", blobs.dir().display())));
-            let removed = (old.as_deref().map_or(Ok(()), remove_tree))
+            let former = old.as_deref().map_or(Ok(()), |old| remove_tree(&**blobs.disk(), old));
+            let removed = former
                 .map_err(anyhow::Error::from)
                 .and_then(|()| Ok(blobs.remove_packed(&reader, last, old.as_deref())?));
             match removed {
@@ -194,11 +196,4 @@ fn run(shared: &Shared, name: &str, reader: &Reader, job: Job) -> anyhow::Result
         let _ = shared.disk.remove(&to);
     }
     Ok(packed?)
-}
-
-fn remove_tree(dir: &Path) -> std::io::Result<()> {
-    match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }

@@ -125,6 +125,23 @@ pub fn replace(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> io::Result<()> {
     disk.sync_dir(parent(path))
 }
 
+/// Removes a directory, if it is there, with all that is in it.
+pub fn remove_tree(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+    for path in disk.list(dir)? {
+        match disk.remove(&path).map_err(|error| (error.kind(), error)) {
+            // Disks in memory do not know directories by name.
+            Err((io::ErrorKind::IsADirectory | io::ErrorKind::NotFound, _)) => {
+                remove_tree(disk, &path)?;
+            }
+            removed => removed.map_err(|(_, error)| error)?,
+        }
+    }
+    match disk.remove_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
 /// The directory that holds `path`.
 pub fn parent(path: &Path) -> &Path {
     match path.parent() {

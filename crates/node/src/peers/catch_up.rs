@@ -658,9 +658,11 @@ fn check_beginning(
     };
     let fits = |end: Position| have.sha256.is_none() || end.0 == have.position;
     let known = tid == Tid::NONE || end.is_some_and(fits);
-    let packed_away =
-        || -> Result<bool, StorageError> { Ok(have.sha256.is_none() && is_packed(reader, tid)?) };
-    if !known && !packed_away()? {
+    let may_have_been = || -> Result<bool, StorageError> {
+        let in_a_hole = reader.holes().of(tid).is_some();
+        Ok(have.sha256.is_none() && (in_a_hole || is_packed(reader, tid)?))
+    };
+    if !known && !may_have_been()? {
         return Err(foreign());
     }
     if let Some(theirs) = &have.sha256 {
@@ -677,23 +679,23 @@ fn check_beginning(
 
 #[cfg(test)]
 mod tests {
-    use standby_filestorage::{Extent, FileStorage, Magic, Transaction};
+    use standby_filestorage::{Extent, FileStorage, Holes, Magic, Transaction};
     use standby_types::memory::MemoryDisk;
 
     use super::*;
 
-    /// Found by a simulation: the source was restarted, and took the follower for a stranger.
-    #[test]
-    fn a_follower_that_has_more_is_no_stranger() {
+    const PATH: &str = "/Data.fs";
+
+    fn storage(tids: &[u64]) -> (Arc<dyn Disk>, FileStorage) {
         let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
-        let (path, index) = (Path::new("/Data.fs"), Path::new("/index"));
+        let (path, index) = (Path::new(PATH), Path::new("/index"));
         let whole = Extent::Whole;
         let opened =
             FileStorage::open(disk.clone(), path, index, Magic::Fs30, whole, &mut |_, _| ());
         let mut storage = opened.unwrap().0;
-        for tid in [10, 20] {
+        for tid in tids {
             let meta = standby_filestorage::TransactionMeta {
-                tid: Tid(tid),
+                tid: Tid(*tid),
                 status: b' ',
                 user: Default::default(),
                 description: Default::default(),
@@ -701,14 +703,40 @@ mod tests {
             };
             storage.append(&Transaction { meta, records: Vec::new() }).unwrap();
         }
-        let asks = |tid, sha256: Option<&str>| {
-            let have = Have { tid, position: 0, sha256: sha256.map(Into::into), least: 0 };
-            check_beginning(&*disk, path, &storage.reader(), "1", &have)
-        };
+        (disk, storage)
+    }
+
+    fn asks(
+        disk: &Arc<dyn Disk>,
+        storage: &FileStorage,
+        tid: u64,
+        sha256: Option<&str>,
+    ) -> Result<Option<Position>, SendError> {
+        let have = Have { tid, position: 0, sha256: sha256.map(Into::into), least: 0 };
+        check_beginning(&**disk, Path::new(PATH), &storage.reader(), "1", &have)
+    }
+
+    /// Found by a simulation: the source was restarted, and took the follower for a stranger.
+    #[test]
+    fn a_follower_that_has_more_is_no_stranger() {
+        let (disk, storage) = storage(&[10, 20]);
+        let asks = |tid, sha256| asks(&disk, &storage, tid, sha256);
         assert!(asks(20, None).is_ok() && asks(0, None).is_ok());
         assert!(matches!(asks(30, None), Err(SendError::NotNow(_))));
         assert!(matches!(asks(15, None), Err(SendError::Refused(_))));
         // Nobody knows yet whether that file belongs here.
         assert!(matches!(asks(30, Some("00")), Err(SendError::Refused(_))));
+    }
+
+    /// Found by a simulation: the follower stood where this node, which had caught up over a pack, has a hole.
+    #[test]
+    fn a_follower_whose_last_transaction_is_in_a_hole_is_no_stranger() {
+        let (disk, mut storage) = storage(&[10, 30]);
+        assert!(matches!(asks(&disk, &storage, 20, None), Err(SendError::Refused(_))));
+        let mut holes = Holes::default();
+        holes.add(Hole { after: Tid(10), through: Tid(30) });
+        storage.set_holes(holes);
+        assert!(asks(&disk, &storage, 20, None).is_ok());
+        assert!(matches!(asks(&disk, &storage, 20, Some("00")), Err(SendError::Refused(_))));
     }
 }
