@@ -340,8 +340,13 @@ impl Cluster {
             // Nor may the others be damaged at the same place.
             && self.damaged.is_none_or(|other| other == node);
         let sums = self.machines[node].disk.bytes(Path::new(SUMS)).filter(|_| comparable)?;
-        let summed = Some(blocks_in(&sums)).filter(|summed| *summed > 0)?;
-        let start = block % summed * BLOCK as usize;
+        // What only this node and a witness have acknowledged is nowhere else yet.
+        let data = |machine: &Machine| machine.disk.bytes(Path::new(DATA)).unwrap_or_default();
+        let name = &self.machines[node].name;
+        let others = self.data_nodes().filter(|other| other.name != *name);
+        let there = others.map(|other| data(other).len() / BLOCK as usize).max()?;
+        let blocks = Some(blocks_in(&sums).min(there)).filter(|blocks| *blocks > 0)?;
+        let start = block % blocks * BLOCK as usize;
         self.damaged = Some(node);
         Some(start + block % BLOCK as usize)
     }
