@@ -753,6 +753,21 @@ mod tests {
         }
     }
 
+    /// The primary proposed something while it performed what its election had brought: its log got that first.
+    #[test]
+    fn entries_reach_the_log_in_their_order() {
+        trace::install(tracing::level_filters::LevelFilter::INFO);
+        let at = Duration::from_millis;
+        let steps = [
+            (1671, Fault::GroupMove { home: false }),
+            (2058, Fault::FailSync { node: 3, down: at(1818) }),
+            (3647, Fault::CutAll { torn: false, down: at(721) }),
+        ];
+        let steps = steps.map(|(millis, fault)| Step { at: at(millis), fault });
+        let plan = Plan { steps: steps.to_vec(), ..Plan::of(8868) };
+        assert_eq!(run(&plan).violations, Vec::<String>::new());
+    }
+
     #[test]
     fn every_fault_comes_in_some_plan() {
         let mut seen = std::collections::BTreeSet::new();

@@ -184,6 +184,9 @@ struct Pending {
 pub struct Engine {
     shared: Arc<Shared>,
     consensus: Consensus,
+    /// What consensus wants to be done. Doing one thing may ask consensus for more: that comes after all before it.
+    outputs: VecDeque<Output>,
+    performing: bool,
     log: mpsc::UnboundedSender<LogWork>,
     storages: BTreeMap<String, Committing>,
     ceilings: BTreeMap<String, Oid>,
@@ -279,6 +282,8 @@ impl Engine {
         Engine {
             shared,
             consensus,
+            outputs: VecDeque::new(),
+            performing: false,
             log,
             storages,
             ceilings,
@@ -498,7 +503,11 @@ impl Engine {
     }
 
     fn perform(&mut self, outputs: Vec<Output>) -> anyhow::Result<()> {
-        for output in outputs {
+        self.outputs.extend(outputs);
+        if std::mem::replace(&mut self.performing, true) {
+            return Ok(());
+        }
+        while let Some(output) = self.outputs.pop_front() {
             match output {
                 Output::Send(to, message) => self.shared.peers.send(to, &message),
                 Output::Persist(batch) => self.to_log(LogWork::Persist(batch))?,
@@ -509,6 +518,7 @@ impl Engine {
                 Output::Purge(index) => self.to_log(LogWork::Purge(index))?,
             }
         }
+        self.performing = false;
         Ok(())
     }
 

@@ -69,9 +69,29 @@ pub enum LogError {
         /// What is wrong.
         reason: String,
     },
+    /// The caller has lost or swapped a batch. Nothing was written.
+    #[error("entry {index} was to be written to the log after entry {last}")]
+    OutOfOrder {
+        /// The entry.
+        index: LogIndex,
+        /// The one that is or would be the last.
+        last: LogIndex,
+    },
 }
 
 impl LogError {
+    /// True if something that was durable is lost: it is not what was written, or the device cannot read it.
+    pub fn is_damage(&self) -> bool {
+        const EIO: i32 = 5;
+        match self {
+            LogError::Io { action, source, .. } => {
+                *action == "read" && source.raw_os_error() == Some(EIO)
+            }
+            LogError::Damaged { .. } => true,
+            LogError::OutOfOrder { .. } => false,
+        }
+    }
+
     pub(crate) fn io(
         path: &Path,
         action: &'static str,

@@ -41,6 +41,18 @@ fn contents(memory: &MemoryDisk) -> Vec<(u64, Bytes)> {
 }
 
 #[test]
+fn batches_in_another_order_are_refused() {
+    let memory = MemoryDisk::new();
+    let (mut writer, _) = open(&memory);
+    writer.write(vec![batch(1, 1, vec![entry(1, 1, b"one")])]).unwrap();
+    let (second, third) =
+        (batch(2, 1, vec![entry(2, 1, b"2")]), batch(3, 1, vec![entry(3, 1, b"3")]));
+    let refused = writer.write(vec![third, second]);
+    assert!(matches!(refused, Err(LogError::OutOfOrder { index: LogIndex(3), last: LogIndex(1) })));
+    assert_eq!(contents(&memory).len(), 1);
+}
+
+#[test]
 fn what_was_written_survives_power_failures() {
     let memory = MemoryDisk::new();
     let (mut writer, _) = open(&memory);

@@ -116,6 +116,7 @@ impl LogWriter {
         let mut written = Written { number: 0, entries: Vec::new() };
         let mut frame = empty_frame();
         let mut placed = Vec::new();
+        self.check_order(&batches)?;
         for batch in batches {
             if let Some(point) = batch.reset {
                 self.write_frame(&mut frame, &mut placed, &mut written)?;
@@ -141,6 +142,21 @@ impl LogWriter {
         }
         self.write_frame(&mut frame, &mut placed, &mut written)?;
         Ok(written)
+    }
+
+    /// What is read back must be without a gap: who wrote one would find its log damaged at its next start.
+    fn check_order(&self, batches: &[Batch]) -> Result<(), LogError> {
+        let mut last = self.last.index;
+        for batch in batches {
+            last = batch.reset.map_or(last, |point| point.index);
+            for index in batch.entries.iter().map(|entry| LogIndex(entry.index)) {
+                if index.0 > last.0 + 1 {
+                    return Err(LogError::OutOfOrder { index, last });
+                }
+                last = index;
+            }
+        }
+        Ok(())
     }
 
     /// Removes segments that hold nothing above `index`.
