@@ -681,9 +681,7 @@ impl Cluster {
             violations.extend(oracle::files_are_equal(&files));
         }
         let lost_tails = lost.len();
-        if let Some(reader) = readers.first() {
-            violations.extend(oracle::judge(&events, reader, partly, lost));
-        }
+        violations.extend(oracle::judge(&events, &readers, partly, lost));
         self.outcome.lost_tails = lost_tails;
         violations.into_iter().for_each(|text| self.violation(text));
     }
