@@ -208,7 +208,8 @@ pub struct Consensus {
     catching_up: Option<Message>,
     /// For how many ticks each follower has not been heard to have caught up.
     awaited: BTreeMap<u64, usize>,
-    /// When the last heartbeat was sent that each peer has answered, in this term.
+    /// When the last heartbeat was sent that each peer has answered, in this term; at least when the term began, if it
+    /// has answered anything.
     heard: BTreeMap<NodeId, Duration>,
     last_step: Duration,
     /// The term that this node will know of after a crash, at least.
@@ -577,19 +578,22 @@ impl Consensus {
         if unwanted {
             return;
         }
-        let answers = matches!(
-            message.get_msg_type(),
-            MessageType::MsgHeartbeatResponse | MessageType::MsgAppendResponse
-        );
-        if answers && self.role.leads && message.term == self.raft.raft.term {
-            self.witnesses.heard(NodeId(message.from));
-        }
-        if message.get_msg_type() == MessageType::MsgHeartbeatResponse {
-            let sent = take_time(&mut message.context).filter(|sent| *sent <= self.last_step);
-            if let Some(sent) = sent.filter(|_| message.term == self.raft.raft.term) {
-                let heard = self.heard.entry(NodeId(message.from)).or_default();
-                *heard = sent.max(*heard);
+        let mut asked = None;
+        let follows = match message.get_msg_type() {
+            MessageType::MsgHeartbeatResponse => {
+                asked = take_time(&mut message.context).filter(|sent| *sent <= self.last_step);
+                true
             }
+            // With nothing in it, it is an answer to what is out of date.
+            MessageType::MsgAppendResponse => message.reject || message.index > 0,
+            _ => false,
+        };
+        if follows && self.role.leads && message.term == self.raft.raft.term {
+            self.witnesses.heard(NodeId(message.from));
+            // Whatever it answers otherwise was sent in this term.
+            let asked = asked.unwrap_or(self.witnesses.since);
+            let heard = self.heard.entry(NodeId(message.from)).or_insert(asked);
+            *heard = asked.max(*heard);
         }
         let leads = matches!(
             message.get_msg_type(),

@@ -409,6 +409,18 @@ fn the_lease_counts_from_the_question_not_from_the_answer() {
     assert!(lease(&cluster).unwrap() > cluster.now);
 }
 
+/// Clients that wait for a primary must not be sent away by the new one until its first heartbeat is answered.
+#[test]
+fn who_serves_has_a_lease_at_once() {
+    let mut cluster = Cluster::of(3);
+    cluster.kill(NodeId(1));
+    while cluster.primary().is_none() {
+        cluster.ticks(1);
+    }
+    let primary = cluster.primary().unwrap();
+    assert!(cluster.nodes[&primary].consensus.lease(cluster.now).unwrap() > cluster.now);
+}
+
 /// A follower forgets, when it restarts, that it has just heard the leader. It gives its vote to nobody for as
 /// long as the leader may count on it.
 #[test]

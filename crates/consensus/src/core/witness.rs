@@ -29,7 +29,7 @@ pub(super) struct Witnesses {
     /// Nodes that are there, but for which a message was kept too long; until they are level.
     slow: BTreeSet<NodeId>,
     /// When this node's role in the term began.
-    since: Duration,
+    pub(super) since: Duration,
 }
 
 impl Witnesses {
