@@ -1,15 +1,18 @@
 """Damaged data files: what a disk gives back is not what was written."""
 
+import json
 import os
 import struct
 import time
 
+import pytest
 import ZODB.FileStorage
 from persistent.mapping import PersistentMapping
 
 import cluster as harness
 from faults import Faults
-from test_cluster import Writer, check_histories, transactions
+from test_cluster import Writer, check_histories
+from test_promotion import wait_no_primary
 from zeo_client import Client, make_database
 
 BLOCK = 16 << 10
@@ -170,6 +173,81 @@ def test_row_28_a_damaged_node_neither_leads_nor_votes(nodes):
     harness.wait_for(
         "the other one", lambda: other.status() and other.status()["primary"] == other.name
     )
+
+
+def damage_log(node):
+    """In the middle of what the node wrote last."""
+    directory = os.path.join(node.state_dir, "log")
+    for name in sorted(os.listdir(directory), reverse=True):
+        path = os.path.join(directory, name)
+        used = len(open(path, "rb").read().rstrip(b"\0"))
+        if used > 4096:
+            damage(path, used // 2)
+            return
+    raise AssertionError("the log is empty")
+
+
+def wait_checkpointed(node, voters):
+    """Until its checkpoint knows the cluster as it is now: a new cluster has had none yet."""
+
+    def known():
+        with open(os.path.join(node.state_dir, "checkpoint")) as file:
+            checkpoint, _ = json.JSONDecoder().raw_decode(file.read())
+        return len(checkpoint["voters"]) == voters
+
+    harness.wait_for("a checkpoint", known, timeout=60)
+
+
+@pytest.mark.parametrize("role", ["replica", "primary"])
+def test_row_28_a_node_whose_log_is_damaged_joins_anew(nodes, role):
+    cluster = nodes.cluster().start()
+    fill(cluster)
+    writers = [Writer(cluster.addresses, "w%d" % number) for number in range(2)]
+    for writer in writers:
+        writer.wait_for_more()
+    primary = cluster.primary()
+    victim = next(node for node in cluster.nodes if (node is primary) == (role == "primary"))
+    others = [node for node in cluster.nodes if node is not victim]
+    wait_checkpointed(victim, voters=3)
+    victim.kill()
+    damage_log(victim)
+    for writer in writers:
+        writer.wait_for_more()
+    victim.start()
+    # What others know of it may be from before.
+    anew = lambda: victim.log().partition("The log is put aside")[2]  # noqa: E731
+    harness.wait_for("its vote", lambda: "voters=3" in anew(), timeout=60)
+    cluster.wait_healthy()
+    assert "the log is damaged" in victim.log()
+    assert os.listdir(os.path.join(victim.state_dir, "log.damaged-1"))
+    # It votes again: without one of the others the cluster goes on.
+    others[0].kill()
+    for writer in writers:
+        writer.wait_for_more()
+    others[0].start()
+    cluster.wait_healthy()
+    check_histories(cluster, [pair for writer in writers for pair in writer.finish()])
+
+
+def test_row_28_a_damaged_log_that_the_others_need_is_left_to_a_person(nodes):
+    cluster = nodes.cluster(groups=["here", "here"]).start()
+    fill(cluster)
+    victim = cluster.nodes[1]
+    wait_checkpointed(victim, voters=2)
+    victim.kill()
+    damage_log(victim)
+    assert victim.start().wait() != 0
+    said = victim.log()
+    assert "the log is damaged" in said and "recover-quorum" in said, said
+    # As it says.
+    wait_no_primary(cluster.nodes[0])
+    cluster.nodes[0].ask("recover-quorum", "--yes")
+    harness.wait_for("a primary", lambda: cluster.nodes[0].status()["primary"] == "n1")
+    for path in (victim.state_dir, victim.data_file):
+        os.rename(path, str(path) + ".aside")
+    victim.start()
+    cluster.wait_healthy()
+    check_histories(cluster, [])
 
 
 def test_one_node_alone_gives_an_error_and_no_wrong_data(nodes):

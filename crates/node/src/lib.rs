@@ -33,6 +33,7 @@ mod listener;
 mod log_thread;
 pub mod logging;
 mod look;
+mod lost_log;
 pub mod machine;
 mod metrics;
 mod node;

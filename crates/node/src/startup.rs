@@ -5,6 +5,8 @@
 //!  ───────────────   ─────────────────────────────   ─────────────────────────────────────────────
 //!  has a checkpoint  any                             resumes: the data files count up to the
 //!                                                    checkpoint; the log says what comes after
+//!  has a damaged log  a cluster that can do without  puts it aside and joins anew, with the data file up to
+//!                                                    the checkpoint (`lost_log.rs`)
 //!  has an order to   any                             keeps what only its own timeline has, then resumes
 //!  come over                                         with what the other one has too (`rewind.rs`)
 //!  new               none                            founds a cluster of one
@@ -28,6 +30,7 @@ use tracing::{info, warn};
 
 use crate::config::{Config, StorageSection};
 use crate::lineage::Relation;
+use crate::lost_log::{self, LostLog};
 use crate::rewind;
 use crate::settings::Settings;
 use crate::state::{Checkpoint, Identity, StateDir, StoragePoint, random_hex};
@@ -78,8 +81,18 @@ pub fn prepare(
 ) -> anyhow::Result<Prepared> {
     match (state.identity(&**disk)?, state.checkpoint(&**disk)?) {
         (Some(identity), Some(checkpoint)) => {
+            let resume = |identity: &Identity, checkpoint, cuts| {
+                resume(config, disk, state, menders, identity, checkpoint, cuts)
+            };
             let Some(lineage) = state.coming_over(&**disk)? else {
-                return resume(config, disk, state, menders, &identity, checkpoint, false);
+                let error = match resume(&identity, checkpoint.clone(), false) {
+                    Err(error) => error,
+                    prepared => return prepared,
+                };
+                let lost = error.downcast::<LostLog>()?;
+                let (identity, checkpoint) =
+                    lost_log::begin_anew(config, disk, state, &identity, checkpoint, &lost)?;
+                return resume(&identity, checkpoint, false);
             };
             // Another promotion may have come before this node had come over to the last one.
             if checkpoint.has_left() {
@@ -88,12 +101,16 @@ pub fn prepare(
             let own = &checkpoint.settings.lineage;
             if own.relation(&lineage) != Relation::Same {
                 let cuts = checkpoint.has_left();
-                let prepared = resume(config, disk, state, menders, &identity, checkpoint, cuts)?;
+                // What is lost may be what only the former timeline has: nothing is thrown away.
+                let prepared = resume(&identity, checkpoint, cuts).map_err(|error| {
+                    let lost = error.is::<LostLog>();
+                    if lost { error.context(lost_log::advice(state)) } else { error }
+                })?;
                 rewind::leave(config, disk, state, prepared, &lineage)?;
             }
             let checkpoint = state.checkpoint(&**disk)?.context("the checkpoint is gone")?;
             rewind::cut(config, disk, state, &checkpoint)?;
-            let prepared = resume(config, disk, state, menders, &identity, checkpoint, true)?;
+            let prepared = resume(&identity, checkpoint, true)?;
             state.end_coming_over(&**disk)?;
             Ok(prepared)
         }
@@ -202,18 +219,8 @@ fn resume(
     cuts: bool,
 ) -> anyhow::Result<Prepared> {
     check_identity(config, state, identity)?;
-    let mut recovered = recover(disk, &state.log())?;
+    let mut recovered = lost_log::read(disk, state, &checkpoint)?;
     let interrupted = state.interrupted_catch_up(&**disk)?;
-    if recovered.last_index() < checkpoint.index && !checkpoint.log_begins_here {
-        bail!(
-            "{}: the log ends at entry {}, but entry {} was durable: the disk has lost data. \
-             Move {} and the data files away: the node then fetches everything from the others",
-            state.log().display(),
-            recovered.last_index(),
-            checkpoint.index,
-            state.0.display(),
-        );
-    }
     let mut extents = Vec::new();
     for section in &config.storages {
         let Some(point) = checkpoint.storages.get_mut(&section.name) else {

@@ -67,7 +67,7 @@ pub trait Disk: Send + Sync {
     fn map(&self, path: &Path) -> io::Result<Mapped>;
     /// True if the name exists.
     fn exists(&self, path: &Path) -> io::Result<bool>;
-    /// Renames a file, replacing the target atomically.
+    /// Renames a file, replacing the target atomically; disks of files also a directory.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Gives a file a second name, which must not exist.
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()>;
