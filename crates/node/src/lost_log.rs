@@ -97,8 +97,8 @@ pub fn begin_anew(
 /// What a person can do if the node cannot help itself.
 pub fn advice(state: &StateDir) -> String {
     format!(
-        "When they have a primary (if they cannot elect one, \"standby recover-quorum\" on one of them makes one), move \
-         {} and the data files away and start again: the node then fetches everything from them",
+        "When the others have a primary (if they cannot elect one, \"standby recover-quorum\" on one of them makes one), \
+         move {} and the data files away, keep them, and start again: the node then fetches everything",
         state.0.display()
     )
 }

@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use standby_consensus::{
     Command, LogWriter, Member, Membership, Recovered, ending_with_blobs, recover,
 };
@@ -103,8 +103,14 @@ pub fn prepare(
                 let cuts = checkpoint.has_left();
                 // What is lost may be what only the former timeline has: nothing is thrown away.
                 let prepared = resume(&identity, checkpoint, cuts).map_err(|error| {
-                    let lost = error.is::<LostLog>();
-                    if lost { error.context(lost_log::advice(state)) } else { error }
+                    match error.downcast::<LostLog>() {
+                        Ok(lost) => anyhow!(
+                            "{lost}. This node is to come over to the others' timeline, and cannot say what only its own \
+                             has. {}",
+                            lost_log::advice(state)
+                        ),
+                        Err(error) => error,
+                    }
                 })?;
                 rewind::leave(config, disk, state, prepared, &lineage)?;
             }
