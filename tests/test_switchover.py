@@ -1,5 +1,6 @@
 """Planned changes of the primary, with stock clients."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -74,7 +75,9 @@ def test_no_reply_is_lost(nodes):
             storage.store(oid, serial, data, "", txn)
             storage.tpc_vote(txn)
         except ClientDisconnected:
-            storage.tpc_abort(txn)
+            # A client of ZEO 5 that loses its connection just then says so in its own way.
+            with contextlib.suppress(ClientDisconnected, AttributeError):
+                storage.tpc_abort(txn)
             continue
         serial = storage.tpc_finish(txn)
         done.append(serial)
