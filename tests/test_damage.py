@@ -215,8 +215,11 @@ def test_row_28_a_node_whose_log_is_damaged_joins_anew(nodes, role):
         writer.wait_for_more()
     victim.start()
     # What others know of it may be from before.
-    anew = lambda: victim.log().partition("The log is put aside")[2]  # noqa: E731
-    harness.wait_for("its vote", lambda: "voters=3" in anew(), timeout=60)
+    harness.wait_for(
+        "its vote",
+        lambda: "voters=3" in victim.log().partition("The log is put aside")[2],
+        timeout=60,
+    )
     cluster.wait_healthy()
     assert "the log is damaged" in victim.log()
     assert os.listdir(os.path.join(victim.state_dir, "log.damaged-1"))

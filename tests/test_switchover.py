@@ -262,8 +262,9 @@ def test_row_39_a_flapping_node_stays_back(nodes):
     for times in range(1, 4):
         cluster.make_primary(flapping)
         # The others know it as primary before it serves, and only that can be lost.
-        serves = lambda: flapping.log().count("this node is primary") >= times  # noqa: B023, E731
-        harness.wait_for("it to serve", serves)
+        harness.wait_for(
+            "it to serve", lambda: flapping.log().count("this node is primary") >= times
+        )
         flapping.signal(signal.SIGSTOP)
         harness.wait_for(
             "another primary",

@@ -654,19 +654,18 @@ impl Cluster {
         }
         self.flip_back();
         self.machines.iter().for_each(|machine| machine.disk.unspoil());
-        let (mut files, mut readers, mut violations) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut files, mut histories, mut violations) = (Vec::new(), Vec::new(), Vec::new());
         for machine in self.data_nodes() {
             files.push((
                 machine.name.clone(),
                 machine.disk.bytes(Path::new(DATA)).unwrap_or_default(),
             ));
-            match open(&machine.disk) {
-                Ok(storage) => {
-                    let reader = storage.reader();
+            match open(&machine.disk).and_then(|storage| oracle::transactions(&storage.reader())) {
+                Ok(history) => {
                     if self.plan.blobs {
-                        violations.extend(blobs_are_there(machine, &reader));
+                        violations.extend(blobs_are_there(machine, &history));
                     }
-                    readers.push(reader);
+                    histories.push(history);
                 }
                 Err(error) => violations.push(format!("opens: {}: {error}", machine.name)),
             }
@@ -676,12 +675,12 @@ impl Cluster {
             self.data_nodes().flat_map(|machine| lost_files(&machine.disk)).collect();
         let partly = oracle::is_packed(&events) || self.plan.fast;
         if partly {
-            violations.extend(oracle::current_revisions_are_equal(&readers));
+            violations.extend(oracle::current_revisions_are_equal(&histories));
         } else {
             violations.extend(oracle::files_are_equal(&files));
         }
         let lost_tails = lost.len();
-        violations.extend(oracle::judge(&events, &readers, partly, lost));
+        violations.extend(oracle::judge(&events, &histories, partly, lost));
         self.outcome.lost_tails = lost_tails;
         violations.into_iter().for_each(|text| self.violation(text));
     }
@@ -696,13 +695,13 @@ fn open(disk: &SimDisk) -> Result<FileStorage, StorageError> {
     Ok(opened?.0)
 }
 
-fn blobs_are_there(machine: &Machine, reader: &Reader) -> Option<String> {
+fn blobs_are_there(machine: &Machine, history: &[oracle::Transaction]) -> Option<String> {
     let blobs = match BlobDir::open(Arc::new(machine.disk.clone()), Path::new(BLOB_DIR)) {
         Ok(blobs) => blobs,
         Err(error) => return Some(format!("opens: {}: {error}", machine.name)),
     };
     let blob = |oid, tid| machine.disk.bytes(&blobs.path(oid, tid));
-    oracle::blobs_are_there(&machine.name, reader, blob)
+    oracle::blobs_are_there(&machine.name, history, blob)
 }
 
 /// What a machine keeps of timelines that it has left.

@@ -14,13 +14,14 @@ use crate::record::Content;
 pub const BASE: &str = "base";
 
 /// A transaction of the final history.
-struct Transaction {
+pub struct Transaction {
     tid: Tid,
     description: String,
     records: Vec<(Oid, Option<Content>)>,
 }
 
-fn transactions(reader: &Reader) -> Result<Vec<Transaction>, StorageError> {
+/// What a file has, in order.
+pub fn transactions(reader: &Reader) -> Result<Vec<Transaction>, StorageError> {
     let mut found = Vec::new();
     let mut stored = reader.transactions(Tid::NONE, Tid::MAX)?;
     while let Some(transaction) = stored.advance()? {
@@ -39,19 +40,14 @@ fn transactions(reader: &Reader) -> Result<Vec<Transaction>, StorageError> {
     Ok(found)
 }
 
-/// What is wrong with the history of the first reader. It may be there `partly` only: packed, or recovered fast; `lost`
+/// What is wrong with the first history. It may be there `partly` only: packed, or recovered fast; `lost`
 /// are the files in which nodes keep what they had to leave.
 pub fn judge(
     events: &[Event],
-    readers: &[Reader],
+    histories: &[Vec<Transaction>],
     partly: bool,
     lost: Vec<Result<Reader, StorageError>>,
 ) -> Vec<String> {
-    let histories: Result<Vec<_>, _> = readers.iter().map(transactions).collect();
-    let histories = match histories {
-        Ok(histories) => histories,
-        Err(error) => return vec![format!("opens: {error}")],
-    };
     let Some(history) = histories.first() else { return Vec::new() };
     let mut lost_commits = BTreeSet::new();
     for reader in lost {
@@ -105,17 +101,13 @@ pub fn files_are_equal(files: &[(String, Vec<u8>)]) -> Option<String> {
 }
 
 /// All nodes have the same revision of each object.
-pub fn current_revisions_are_equal(readers: &[Reader]) -> Option<String> {
-    let current = |reader: &Reader| -> Result<BTreeMap<Oid, (Tid, Option<Content>)>, StorageError> {
-        let of = |t: Transaction| t.records.into_iter().map(move |(oid, c)| (oid, (t.tid, c)));
-        Ok(transactions(reader)?.into_iter().flat_map(of).collect())
-    };
+pub fn current_revisions_are_equal(histories: &[Vec<Transaction>]) -> Option<String> {
     let mut first = None;
-    for reader in readers {
-        let found = match current(reader) {
-            Ok(found) => found,
-            Err(error) => return Some(format!("opens: {error}")),
-        };
+    for history in histories {
+        let mut found = BTreeMap::new();
+        for Transaction { tid, records, .. } in history {
+            found.extend(records.iter().map(|(oid, content)| (*oid, (*tid, content))));
+        }
         let first = first.get_or_insert_with(|| found.clone());
         if let Some((oid, there)) = first.iter().find(|(oid, there)| found.get(oid) != Some(there))
         {
@@ -333,18 +325,14 @@ fn blobs_are_what_was_written(events: &[Event], partly: bool) -> Option<String> 
 /// A node has the blob of each revision that its data file has.
 pub fn blobs_are_there(
     name: &str,
-    reader: &Reader,
+    history: &[Transaction],
     blob: impl Fn(Oid, Tid) -> Option<Vec<u8>>,
 ) -> Option<String> {
-    let history = match transactions(reader) {
-        Ok(history) => history,
-        Err(error) => return Some(format!("opens: {error}")),
-    };
     for Transaction { tid, records, .. } in history {
         for (oid, content) in records {
             let is_blob = BLOBS <= oid.0 && oid.0 < FIRST_FREE - 1;
-            let Some(content) = content.filter(|_| is_blob) else { continue };
-            match blob(oid, tid) {
+            let Some(content) = content.as_ref().filter(|_| is_blob) else { continue };
+            match blob(*oid, *tid) {
                 Some(bytes) if bytes == blob_of(content.amount) => {}
                 Some(_) => {
                     return Some(format!("blobs: that of {oid} at {tid} is wrong on {name}"));

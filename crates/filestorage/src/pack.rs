@@ -399,14 +399,7 @@ mod tests {
 
     /// In these tests each byte of an object's data is the oid of an object that it refers to.
     fn append(storage: &mut FileStorage, tid: u64, records: &[(u64, RecordData)]) {
-        let empty = Bytes::new;
-        let meta = TransactionMeta {
-            tid: Tid(tid),
-            status: b' ',
-            user: empty(),
-            description: empty(),
-            extension: empty(),
-        };
+        let meta = TransactionMeta::new(Tid(tid));
         let record =
             |(oid, data): &(u64, RecordData)| Record { oid: Oid(*oid), data: data.clone() };
         let records = records.iter().map(record).collect();

@@ -28,6 +28,14 @@ pub struct TransactionMeta {
     pub extension: Bytes,
 }
 
+impl TransactionMeta {
+    /// An ordinary transaction that says nothing of itself.
+    pub fn new(tid: Tid) -> TransactionMeta {
+        let (user, description, extension) = Default::default();
+        TransactionMeta { tid, status: b' ', user, description, extension }
+    }
+}
+
 /// An object's new revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {

@@ -14,11 +14,11 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use standby_consensus::{Membership, Recovered, recover};
 use standby_types::disk::parent;
-use standby_types::{Disk, LogIndex, NodeId, Term};
+use standby_types::{Disk, NodeId};
 use tracing::warn;
 
 use crate::config::Config;
-use crate::state::{Checkpoint, Identity, StateDir, random_hex};
+use crate::state::{Checkpoint, Identity, StateDir, free_name, random_hex};
 
 /// Something that was durable in the log is lost.
 #[derive(Debug, thiserror::Error)]
@@ -78,13 +78,7 @@ pub fn begin_anew(
     let identity = Identity { id: random_hex(8)?, ..former.clone() };
     state.set_identity(&**disk, &identity)?;
     let kept = put_aside(disk, state)?;
-    let checkpoint = Checkpoint {
-        index: LogIndex(0),
-        term: Term(0),
-        log_begins_here: false,
-        membership: Membership::default(),
-        ..checkpoint
-    };
+    let checkpoint = checkpoint.without_log();
     state.set_checkpoint(&**disk, &checkpoint)?;
     warn!(
         kept = %kept.display(), former = former.id, node = identity.id,
@@ -112,10 +106,7 @@ fn can_do_without(membership: &Membership, name: &str) -> bool {
 
 fn put_aside(disk: &Arc<dyn Disk>, state: &StateDir) -> anyhow::Result<PathBuf> {
     let log = state.log();
-    let kept = (1..)
-        .map(|n| PathBuf::from(format!("{}.damaged-{n}", log.display())))
-        .find(|dir| !disk.exists(dir).unwrap_or(false))
-        .context("no name is free for the damaged log")?;
+    let kept = free_name(&**disk, &log, "damaged")?;
     disk.rename(&log, &kept)
         .with_context(|| format!("cannot move {} to {}", log.display(), kept.display()))?;
     disk.create_dir(&log)?;
@@ -129,7 +120,7 @@ mod tests {
 
     use standby_consensus::Member;
     use standby_filestorage::{Record, RecordData, Transaction, TransactionMeta};
-    use standby_types::{Oid, Tid};
+    use standby_types::{LogIndex, Oid, Tid};
 
     use super::*;
     use crate::disk::OsDisk;
@@ -207,13 +198,7 @@ mod tests {
     }
 
     fn add(storage: &mut standby_filestorage::FileStorage, tid: u64) {
-        let meta = TransactionMeta {
-            tid: Tid(tid),
-            status: b' ',
-            user: Default::default(),
-            description: Default::default(),
-            extension: Default::default(),
-        };
+        let meta = TransactionMeta::new(Tid(tid));
         let data = RecordData::Data("data".into());
         storage.append(&Transaction { meta, records: vec![Record { oid: Oid(1), data }] }).unwrap();
     }

@@ -18,13 +18,12 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
-use standby_consensus::Membership;
 use standby_filestorage::{
     BlobDir, Extent, FileStorage, Holes, Magic, Mark, Reader, StorageError, copy,
 };
 use standby_types::disk::{Open, parent, read_all, replace};
 use standby_types::time::{tid_at, utc};
-use standby_types::{Disk, LogIndex, Oid, Term, Tid};
+use standby_types::{Disk, Oid, Tid};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
@@ -306,15 +305,7 @@ pub(crate) fn leave(
     settings.lineage = lineage.clone();
     state.set_checkpoint(
         &**disk,
-        &Checkpoint {
-            cluster_id: checkpoint.cluster_id.clone(),
-            index: LogIndex(0),
-            term: Term(0),
-            log_begins_here: false,
-            membership: Membership::default(),
-            settings,
-            storages: points,
-        },
+        &Checkpoint { settings, storages: points, ..checkpoint.without_log() },
     )?;
     Ok(())
 }
@@ -434,6 +425,7 @@ pub(crate) fn cut(
 #[cfg(test)]
 mod tests {
     use standby_filestorage::{Record, RecordData, Transaction, TransactionMeta};
+    use standby_types::LogIndex;
     use standby_types::memory::MemoryDisk;
 
     use super::*;
@@ -444,13 +436,7 @@ mod tests {
         "cluster c\nnode n1\ngroup g\npeer-address 127.0.0.1:1\nmember n1 127.0.0.1:1 g\n";
 
     fn add(storage: &mut FileStorage, tid: u64, data: &str) {
-        let meta = TransactionMeta {
-            tid: Tid(tid),
-            status: b' ',
-            user: "somebody".into(),
-            description: Default::default(),
-            extension: Default::default(),
-        };
+        let meta = TransactionMeta { user: "somebody".into(), ..TransactionMeta::new(Tid(tid)) };
         let data = RecordData::Data(format!("{data} {tid}").into());
         storage.append(&Transaction { meta, records: vec![Record { oid: Oid(1), data }] }).unwrap();
     }
@@ -650,13 +636,7 @@ mod tests {
         assert_eq!(mark_of(&storage.reader(), Tid(25)).unwrap().tid, Tid(20));
         assert_eq!(mark_of(&storage.reader(), Tid(30)).unwrap(), storage.mark());
         assert_eq!(mark_of(&storage.reader(), Tid(5)).unwrap(), Mark::START);
-        let meta = TransactionMeta {
-            tid: Tid(40),
-            status: b'p',
-            user: Default::default(),
-            description: Default::default(),
-            extension: Default::default(),
-        };
+        let meta = TransactionMeta { status: b'p', ..TransactionMeta::new(Tid(40)) };
         storage.append(&Transaction { meta, records: Vec::new() }).unwrap();
         assert_eq!(mark_of(&storage.reader(), Tid(25)).unwrap(), Mark::START);
         assert_eq!(mark_of(&storage.reader(), Tid(40)).unwrap(), storage.mark());

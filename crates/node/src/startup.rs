@@ -5,7 +5,7 @@
 //!  ───────────────   ─────────────────────────────   ─────────────────────────────────────────────
 //!  has a checkpoint  any                             resumes: the data files count up to the
 //!                                                    checkpoint; the log says what comes after
-//!  has a damaged log  a cluster that can do without  puts it aside and joins anew, with the data file up to
+//!  log is damaged    a majority without it           puts it aside and joins anew, with the data file up to
 //!                                                    the checkpoint (`lost_log.rs`)
 //!  has an order to   any                             keeps what only its own timeline has, then resumes
 //!  come over                                         with what the other one has too (`rewind.rs`)
@@ -33,7 +33,7 @@ use crate::lineage::Relation;
 use crate::lost_log::{self, LostLog};
 use crate::rewind;
 use crate::settings::Settings;
-use crate::state::{Checkpoint, Identity, StateDir, StoragePoint, random_hex};
+use crate::state::{Checkpoint, Identity, StateDir, StoragePoint, free_name, random_hex};
 
 /// What a new node does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -321,16 +321,13 @@ fn adopt(
             standby.members.first().map_or("the one that founds", |first| &first.name),
         );
     }
-    let kept = (1..)
-        .map(|n| StateDir(format!("{}.replaced-{n}", state.0.display()).into()))
-        .find(|dir| !disk.exists(&dir.0).unwrap_or(false))
-        .context("no name is free for the old state directory")?;
+    let kept = free_name(&**disk, &state.0, "replaced")?;
     warn!(
-        file = %path, reason, kept = %kept.0.display(),
+        file = %path, reason, kept = %kept.display(),
         "the data file was changed by another program while Standby was down; it is taken as it is, \
          and Standby's log of the time before is kept"
     );
-    disk.rename(&state.0, &kept.0)?;
+    disk.rename(&state.0, &kept)?;
     begin(config, disk, state, menders, Some(identity.clone()), Beginning::Found)
 }
 
@@ -484,13 +481,7 @@ mod tests {
         let prepared = prepare(&config, &disk, &state, Beginning::Found, &menders).unwrap();
         let mut storages = prepared.storages;
         let storage = storages.get_mut("1").unwrap();
-        let meta = TransactionMeta {
-            tid: Tid(10),
-            status: b' ',
-            user: Default::default(),
-            description: Default::default(),
-            extension: Default::default(),
-        };
+        let meta = TransactionMeta::new(Tid(10));
         let data = RecordData::Data(vec![7; 3 * BLOCK as usize].into());
         let records = vec![Record { oid: Oid(1), data }];
         storage.append(&Transaction { meta, records }).unwrap();

@@ -96,6 +96,17 @@ impl Checkpoint {
         self.index == LogIndex(0) && !self.settings.lineage.forks().is_empty()
     }
 
+    /// The same data, of a node that has nothing of a log and is no member.
+    pub fn without_log(self) -> Checkpoint {
+        Checkpoint {
+            index: LogIndex(0),
+            term: Term(0),
+            log_begins_here: false,
+            membership: Membership::default(),
+            ..self
+        }
+    }
+
     /// The same as the consensus sees it.
     pub fn applied_point(&self) -> AppliedPoint {
         let ceilings = self.storages.iter().map(|(name, s)| (name.clone(), s.ceiling)).collect();
@@ -229,6 +240,14 @@ impl StateDir {
     pub fn end_catching_up(&self, disk: &dyn Disk) -> io::Result<()> {
         remove(disk, &self.catching_up())
     }
+}
+
+/// A name beside `path` that nothing has: it ends with `why` and a number.
+pub fn free_name(disk: &dyn Disk, path: &Path, why: &str) -> anyhow::Result<PathBuf> {
+    (1..)
+        .map(|n| PathBuf::from(format!("{}.{why}-{n}", path.display())))
+        .find(|name| !disk.exists(name).unwrap_or(false))
+        .with_context(|| format!("no name is free beside {}", path.display()))
 }
 
 /// Removes a file, durably, if it is there.

@@ -777,14 +777,15 @@ impl Consensus {
             let number = ready.number();
             let (term, since) = (self.raft.raft.term, self.last_step);
             self.raft.advance_append_async(ready);
-            if must_sync {
-                outputs.push(Output::Persist(batch));
-                self.unsent.push_back(Unsent { number, needs_disk: true, term, since, messages });
-            } else if self.unsent.is_empty() {
+            if !must_sync && self.unsent.is_empty() {
                 self.send(messages, outputs);
                 self.raft.on_persist_ready(number);
             } else {
-                self.unsent.push_back(Unsent { number, needs_disk: false, term, since, messages });
+                let unsent = Unsent { number, needs_disk: must_sync, term, since, messages };
+                self.unsent.push_back(unsent);
+            }
+            if must_sync {
+                outputs.push(Output::Persist(batch));
             }
             if changes || !self.held.is_empty() {
                 self.held.push_back((number, entries));

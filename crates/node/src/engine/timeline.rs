@@ -201,13 +201,7 @@ impl Engine {
 
     /// Commits an empty transaction, if it can be proposed now.
     fn commit_nothing(&mut self, storage: &str, tid: Tid, text: String) -> anyhow::Result<()> {
-        let meta = TransactionMeta {
-            tid,
-            status: b' ',
-            user: Bytes::new(),
-            description: text.into(),
-            extension: Bytes::new(),
-        };
+        let meta = TransactionMeta { description: text.into(), ..TransactionMeta::new(tid) };
         let mut head = BytesMut::new();
         put_meta(&meta, &mut head);
         let ending = Ending {

@@ -694,13 +694,7 @@ mod tests {
             FileStorage::open(disk.clone(), path, index, Magic::Fs30, whole, &mut |_, _| ());
         let mut storage = opened.unwrap().0;
         for tid in tids {
-            let meta = standby_filestorage::TransactionMeta {
-                tid: Tid(*tid),
-                status: b' ',
-                user: Default::default(),
-                description: Default::default(),
-                extension: Default::default(),
-            };
+            let meta = standby_filestorage::TransactionMeta::new(Tid(*tid));
             storage.append(&Transaction { meta, records: Vec::new() }).unwrap();
         }
         (disk, storage)

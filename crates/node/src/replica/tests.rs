@@ -38,11 +38,7 @@ fn replica(disk: &MemoryDisk) -> Replica {
 
 fn head(tid: u64) -> Bytes {
     let mut out = BytesMut::new();
-    let (user, description, extension) = Default::default();
-    put_meta(
-        &TransactionMeta { tid: Tid(tid), status: b' ', user, description, extension },
-        &mut out,
-    );
+    put_meta(&TransactionMeta::new(Tid(tid)), &mut out);
     out.freeze()
 }
 
