@@ -18,9 +18,9 @@ from zeo_client import Client, Voted, make_database, open_storage, transactions
 class Writer(threading.Thread):
     """Commits numbered notes with one client object until it is told to stop."""
 
-    def __init__(self, addresses, name):
+    def __init__(self, addresses, name, **options):
         super().__init__(daemon=True)
-        self.client = Client(addresses)
+        self.client = Client(addresses, **options)
         self.client.commit(lambda root: root.setdefault("writers", PersistentMapping()))
         self.name = name
         self.acknowledged = []

@@ -268,7 +268,9 @@ impl Client {
         let args = vec![oid.to_bytes().into(), serial.to_bytes().into()];
         let found = match self.call("sendBlob", args).await {
             Ok(_) => Some(self.received == blob_of(amount)),
-            Err(Trouble::Refused(_)) => None,
+            Err(Trouble::Refused(class)) if class.ends_with("POSKeyError") => None,
+            // It is damaged, and who has it does not run at the moment.
+            Err(Trouble::Refused(_)) => return Ok(()),
             Err(lost) => return Err(lost),
         };
         self.history.add(Event::Blob { client, oid, serial, found });

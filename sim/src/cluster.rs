@@ -93,9 +93,9 @@ struct Cluster {
     /// The program may fail: its disk does.
     may_fail: Vec<bool>,
     serves: Vec<bool>,
-    /// Bits that were flipped: of which node, at which byte.
-    flips: Vec<(usize, usize)>,
-    /// The node whose data file was damaged.
+    /// Bits that were flipped: of which node, in which file, at which byte.
+    flips: Vec<(usize, PathBuf, usize)>,
+    /// The node whose data file or blobs were damaged.
     damaged: Option<usize>,
     /// When something was last wrong.
     troubled: Duration,
@@ -250,8 +250,13 @@ impl Cluster {
             self.tick();
         }
         let damaged = |machine: &Machine| machine.node().and_then(|shared| shared.damage());
-        if let Some(damage) = self.machines.iter().find_map(damaged) {
-            self.violation(format!("mends: {damage}"));
+        while self.outcome.violations.is_empty()
+            && let Some(damage) = self.machines.iter().find_map(damaged)
+        {
+            if self.now > deadline {
+                self.violation(format!("mends: {damage}"));
+            }
+            self.tick();
         }
         self.clients.kill();
         let deadline = self.now + CONVERGES;
@@ -328,8 +333,34 @@ impl Cluster {
         }
     }
 
-    /// Where a node's data file can be damaged so that the others can mend it.
-    fn damage_at(&mut self, node: usize, block: usize) -> Option<usize> {
+    /// Where a node's files can be damaged so that the others can mend them.
+    fn damage_at(&mut self, node: usize, at: usize) -> Option<(PathBuf, usize)> {
+        match self.plan.blobs && at % 3 == 0 {
+            true => self.damage_to_blob(node, at / 3),
+            false => Some((PathBuf::from(DATA), self.damage_to_data(node, at)?)),
+        }
+    }
+
+    fn damage_to_blob(&mut self, node: usize, at: usize) -> Option<(PathBuf, usize)> {
+        let here = &self.machines[node];
+        let bytes = |machine: &Machine, path: &PathBuf| machine.disk.bytes(path);
+        let has = |other: &Machine, path: &PathBuf| bytes(other, path) == bytes(here, path);
+        let mendable = |path: &PathBuf| {
+            path.starts_with(BLOB_DIR)
+                && path.extension().is_some_and(|extension| extension == "blob")
+                && bytes(here, path).is_some_and(|bytes| !bytes.is_empty())
+                && self.data_nodes().any(|other| other.name != here.name && has(other, path))
+        };
+        let may = self.damaged.is_none_or(|other| other == node);
+        let blobs: Vec<_> =
+            here.disk.names().into_iter().filter(|_| may).filter(mendable).collect();
+        let path = blobs.get(at % blobs.len().max(1))?.clone();
+        let len = bytes(here, &path)?.len();
+        self.damaged = Some(node);
+        Some((path, at % len))
+    }
+
+    fn damage_to_data(&mut self, node: usize, block: usize) -> Option<usize> {
         // With another history of packs, recoveries and timelines, the other nodes have other blocks.
         let others = self.data_nodes().count() > 1;
         let promotes = |step: &Step| matches!(step.fault, Fault::Promote { .. });
@@ -503,14 +534,14 @@ impl Cluster {
                 }
             }
             Fault::Flip { node, block } => {
-                if let Some(offset) = self.damage_at(*node, *block) {
-                    self.machines[*node].disk.flip(Path::new(DATA), offset);
-                    self.flips.push((*node, offset));
+                if let Some((path, offset)) = self.damage_at(*node, *block) {
+                    self.machines[*node].disk.flip(&path, offset);
+                    self.flips.push((*node, path, offset));
                 }
             }
             Fault::BadSector { node, block } => {
-                if let Some(offset) = self.damage_at(*node, *block) {
-                    self.machines[*node].disk.spoil(Path::new(DATA), offset);
+                if let Some((path, offset)) = self.damage_at(*node, *block) {
+                    self.machines[*node].disk.spoil(&path, offset);
                 }
             }
             Fault::Unreliable { one_in, time } => {
@@ -635,14 +666,14 @@ impl Cluster {
 
     /// What is damaged, and nobody has read since, is still so.
     fn flip_back(&self) {
-        for (node, offset) in &self.flips {
+        for (node, path, offset) in &self.flips {
             let byte = |machine: &Machine| {
-                machine.disk.bytes(Path::new(DATA)).and_then(|bytes| bytes.get(*offset).copied())
+                machine.disk.bytes(path).and_then(|bytes| bytes.get(*offset).copied())
             };
             let here = byte(&self.machines[*node]);
             let others = self.data_nodes().filter(|other| other.name != self.machines[*node].name);
             if others.map(byte).any(|there| there != here && there.is_some()) {
-                self.machines[*node].disk.flip(Path::new(DATA), *offset);
+                self.machines[*node].disk.flip(path, *offset);
             }
         }
     }

@@ -90,14 +90,14 @@ pub enum Fault {
         /// When the process is started again.
         down: Duration,
     },
-    /// A bit of a data file changes, where it has checksums.
+    /// A bit of a data file changes, where it has checksums, or of a blob.
     Flip {
         /// Which node's.
         node: usize,
         /// Which of the blocks with checksums; counted around.
         block: usize,
     },
-    /// Bytes of a data file cannot be read, where it has checksums, until they are written.
+    /// Bytes of a data file cannot be read, where it has checksums, until they are written; or bytes of a blob.
     BadSector {
         /// Which node's.
         node: usize,

@@ -10,6 +10,9 @@
 //! A file is written and synced under its staged name before its transaction may enter the log; when
 //! the transaction is applied it gets its own name. Doing that again changes nothing. The names are
 //! durable after [`BlobDir::sync`], which comes before a checkpoint.
+//!
+//! Damage is found by checksums (see `blob_sums.rs`), if the directory was opened with a file of them: when a blob is
+//! read for the first time, and by whoever goes through all of them ([`BlobDir::checking`]).
 
 use std::collections::BTreeSet;
 use std::io;
@@ -21,6 +24,7 @@ use standby_types::disk::{Open, parent, read_all, read_full, replace};
 use standby_types::{Blob, BlobSource, Disk, File, Oid, Tid, Transfer, Upload};
 
 use crate::StorageError;
+use crate::blob_sums::{BlobDamage, BlobId, BlobSums, sum_of};
 use crate::read::{Access, Reader};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +43,7 @@ struct Inner {
     layout: Layout,
     /// Directories with names that are not durable yet.
     dirty: Mutex<BTreeSet<PathBuf>>,
+    sums: Option<BlobSums>,
 }
 
 /// How many bytes are copied at once.
@@ -46,8 +51,27 @@ const CHUNK: usize = 1 << 20;
 
 impl BlobDir {
     /// Opens a directory; makes it if it does not exist. One that somebody else made keeps its
-    /// layout.
+    /// layout. Nobody looks for damage.
     pub fn open(disk: Arc<dyn Disk>, dir: &Path) -> Result<BlobDir, StorageError> {
+        BlobDir::open_with(disk, dir, None)
+    }
+
+    /// As [`BlobDir::open`]; blobs are compared with the checksums in this file.
+    pub fn open_checked(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        sums: &Path,
+    ) -> Result<BlobDir, StorageError> {
+        let failed = StorageError::io(sums, "use it for the checksums of blobs");
+        let sums = BlobSums::open(disk.clone(), sums).map_err(failed)?;
+        BlobDir::open_with(disk, dir, Some(sums))
+    }
+
+    fn open_with(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        sums: Option<BlobSums>,
+    ) -> Result<BlobDir, StorageError> {
         let failed = StorageError::io(dir, "use it as the directory of blobs");
         let marker = dir.join(".layout");
         let layout = if disk.exists(&marker).map_err(&failed)? {
@@ -79,7 +103,7 @@ impl BlobDir {
         disk.create_dir(&dir.join("tmp")).map_err(&failed)?;
         disk.sync_dir(dir).map_err(&failed)?;
         let dirty = Mutex::default();
-        Ok(BlobDir(Arc::new(Inner { disk, dir: dir.to_owned(), layout, dirty })))
+        Ok(BlobDir(Arc::new(Inner { disk, dir: dir.to_owned(), layout, dirty, sums })))
     }
 
     /// Where it is.
@@ -177,7 +201,7 @@ impl BlobDir {
         let to = self.path(blob.oid, tid);
         let failed = StorageError::io(&to, "put the blob there");
         let there = disk.exists(&to).map_err(&failed)?;
-        let done = match blob.source {
+        let (done, sum) = match blob.source {
             BlobSource::Upload(upload) => {
                 let staged = self.staged(upload.transfer);
                 if !there {
@@ -185,7 +209,7 @@ impl BlobDir {
                 } else if disk.exists(&staged).map_err(&failed)? {
                     disk.remove(&staged).map_err(&failed)?;
                 }
-                true
+                (true, Some(sum_of(&upload.sha256)))
             }
             BlobSource::Copy(of) if !there => {
                 let from = self.path(blob.oid, of);
@@ -194,12 +218,123 @@ impl BlobDir {
                     // Not every file system has links, nor any number of them.
                     self.copy(&from, &to).map_err(&failed)?;
                 }
-                found
+                (found, self.sum((blob.oid, of)).filter(|_| found))
             }
-            BlobSource::Copy(_) => true,
+            BlobSource::Copy(_) => (true, None),
         };
         self.note_dirty(&to);
+        if let Some(sum) = sum {
+            let written = !there && matches!(blob.source, BlobSource::Upload(_));
+            self.note((blob.oid, tid), sum, written);
+        }
         Ok(done)
+    }
+
+    fn note(&self, id: BlobId, sum: u64, seen: bool) {
+        if let Some(sums) = &self.0.sums {
+            sums.note(id, sum, seen);
+        }
+    }
+
+    fn forget(&self, ids: &[BlobId]) {
+        if let Some(sums) = &self.0.sums {
+            sums.forget(ids);
+        }
+    }
+
+    fn write_sums(&self, noted: &BTreeSet<BlobId>) -> Result<(), StorageError> {
+        let Some(sums) = &self.0.sums else { return Ok(()) };
+        sums.write(noted).map_err(StorageError::io(sums.path(), "write"))
+    }
+
+    /// The checksum of a revision's blob, if it is known.
+    fn sum(&self, id: BlobId) -> Option<u64> {
+        self.0.sums.as_ref().and_then(|sums| sums.get(id))
+    }
+
+    /// True if a blob with this SHA-256 may be that of the revision.
+    pub fn may_be(&self, (oid, tid): BlobId, sha256: &[u8; 32]) -> bool {
+        self.sum((oid, tid)).is_none_or(|sum| sum == sum_of(sha256))
+    }
+
+    /// True if the revision is known to have a blob.
+    pub fn should_have(&self, id: BlobId) -> bool {
+        self.sum(id).is_some()
+    }
+
+    /// Looks whether a blob is right before somebody reads it. One that was right since the start is trusted if the
+    /// system has all of it in memory. Where none should be, none is right.
+    pub fn look_at(&self, id: BlobId) -> Found {
+        match &self.0.sums {
+            None => Found::Right,
+            Some(_) if !self.should_have(id) && matches!(self.has(id.0, id.1), Ok(false)) => {
+                Found::Right
+            }
+            Some(sums) if sums.is_seen(id) && self.is_cached(id).unwrap_or(false) => Found::Right,
+            Some(_) => Checking { from_device: false, ..self.checking(id) }.finish(),
+        }
+    }
+
+    fn is_cached(&self, id: BlobId) -> io::Result<bool> {
+        let file = self.0.disk.open(&self.path(id.0, id.1), Open::Read)?;
+        let (mut piece, mut at) = (vec![0; CHUNK], 0);
+        loop {
+            match file.read_cached_at(&mut piece, at) {
+                Ok(0) => return Ok(at == file.len()?),
+                Ok(n) => at += n as u64,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// What is known of damage.
+    pub fn damage(&self) -> BlobDamage {
+        self.0.sums.as_ref().map(BlobSums::damage).unwrap_or_default()
+    }
+
+    /// The blob is not what it should be, and nobody has it.
+    pub fn note_damaged(&self, id: BlobId) {
+        if let Some(sums) = &self.0.sums {
+            sums.note_damaged(id);
+        }
+    }
+
+    /// A revision is in the data file no more: its blob need not be here.
+    pub fn note_gone(&self, id: BlobId) {
+        self.forget(&[id]);
+    }
+
+    /// All blobs that are here, or should be.
+    pub fn ids(&self) -> Result<Vec<BlobId>, StorageError> {
+        let known = self.0.sums.as_ref().map(BlobSums::ids).unwrap_or_default();
+        let mut ids: BTreeSet<BlobId> = known.into_iter().collect();
+        self.walk(&mut |oid, tid, _| {
+            ids.insert((oid, tid));
+            Ok(())
+        })?;
+        Ok(ids.into_iter().collect())
+    }
+
+    /// Begins to compare a blob, as the device gives it, with its checksum.
+    pub fn checking(&self, id: BlobId) -> Checking {
+        let (blobs, hash) = (self.clone(), Sha256::new());
+        Checking { blobs, id, from_device: true, file: None, at: 0, hash }
+    }
+
+    /// Puts an upload in the place of a damaged blob, durably. False if it is not what was there.
+    pub fn mend(&self, upload: &Upload, id: BlobId) -> Result<bool, StorageError> {
+        if !self.may_be(id, &upload.sha256) {
+            return Ok(false);
+        }
+        let (from, to) = (self.staged(upload.transfer), self.path(id.0, id.1));
+        let failed = StorageError::io(&to, "mend");
+        self.name(&to, || self.0.disk.rename(&from, &to)).map_err(&failed)?;
+        self.0.disk.sync_dir(parent(&to)).map_err(&failed)?;
+        if let Some(sums) = &self.0.sums {
+            sums.note_mended(id, sum_of(&upload.sha256));
+        }
+        Ok(true)
     }
 
     /// The name of a blob is not durable yet.
@@ -251,8 +386,9 @@ impl BlobDir {
         remove_if_there(&*self.0.disk, &path).map_err(StorageError::io(&path, "remove"))
     }
 
-    /// Makes the names of all blobs placed so far durable.
+    /// Makes the names of all blobs placed so far durable, and their checksums.
     pub fn sync(&self) -> Result<(), StorageError> {
+        let noted = self.0.sums.as_ref().map(BlobSums::take_pending).unwrap_or_default();
         let dirty =
             std::mem::take(&mut *self.0.dirty.lock().unwrap_or_else(PoisonError::into_inner));
         for dir in dirty {
@@ -262,7 +398,7 @@ impl BlobDir {
                 other => other.map_err(StorageError::io(&dir, "sync"))?,
             }
         }
-        Ok(())
+        self.write_sums(&noted)
     }
 
     /// Removes the uploads of a former run, except those that the log still names.
@@ -299,7 +435,7 @@ impl BlobDir {
             let marker = self.0.dir.join(".layout");
             disk.hard_link(&marker, &old.join(".layout")).map_err(&failed)?;
         }
-        let mut removed = 0;
+        let mut removed = Vec::new();
         self.walk(&mut |oid, tid, path| {
             if tid > last {
                 return Ok(());
@@ -314,7 +450,6 @@ impl BlobDir {
             if let Some(there) = &there {
                 disk.create_dir(parent(there)).map_err(&failed)?;
             }
-            removed += usize::from(!kept);
             match (there, kept) {
                 (Some(there), true) => disk.hard_link(path, &there).map_err(&failed)?,
                 (Some(there), false) => disk.rename(path, &there).map_err(&failed)?,
@@ -322,6 +457,7 @@ impl BlobDir {
                 (None, true) => return Ok(()),
             }
             if !kept {
+                removed.push((oid, tid));
                 // Up to the first one that is not empty.
                 for dir in path.ancestors().skip(1).take_while(|dir| *dir != self.0.dir) {
                     if disk.remove_dir(dir).is_err() {
@@ -331,7 +467,8 @@ impl BlobDir {
             }
             Ok(())
         })?;
-        Ok(removed)
+        self.forget(&removed);
+        Ok(removed.len())
     }
 
     /// Gives the blob of a revision in another directory a second name, or a copy, in this one.
@@ -351,6 +488,12 @@ impl BlobDir {
 
     /// Removes the blobs of revisions after `tid`; returns how many there were.
     pub fn remove_after(&self, last: Tid) -> Result<usize, StorageError> {
+        if let Some(sums) = &self.0.sums {
+            // Durable before others can get these names.
+            let after = sums.ids().into_iter().filter(|(_, tid)| *tid > last);
+            sums.forget(&Vec::from_iter(after));
+            self.write_sums(&BTreeSet::new())?;
+        }
         let mut removed = 0;
         self.walk(&mut |_, tid, path| {
             if tid > last {
@@ -397,6 +540,79 @@ impl BlobDir {
             }
         }
         Ok(())
+    }
+}
+
+/// Whether a blob is what was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// It is.
+    Right,
+    /// It is not, it is not there, or it cannot be read.
+    Damaged,
+}
+
+/// A blob that is being compared with its checksum.
+pub struct Checking {
+    blobs: BlobDir,
+    id: BlobId,
+    from_device: bool,
+    file: Option<Arc<dyn File>>,
+    at: u64,
+    hash: Sha256,
+}
+
+impl Checking {
+    /// The revision.
+    pub fn id(&self) -> BlobId {
+        self.id
+    }
+
+    /// How many bytes were read so far.
+    pub fn bytes(&self) -> u64 {
+        self.at
+    }
+
+    /// Reads the next piece; how the blob is, once all is read. A blob without a checksum gets one.
+    pub fn step(&mut self) -> Option<Found> {
+        let Ok(piece) = self.read() else { return Some(Found::Damaged) };
+        if !piece.is_empty() {
+            self.at += piece.len() as u64;
+            self.hash.update(&piece);
+            return None;
+        }
+        let sha256 = std::mem::take(&mut self.hash).finalize().into();
+        if !self.blobs.may_be(self.id, &sha256) {
+            return Some(Found::Damaged);
+        }
+        self.blobs.note(self.id, sum_of(&sha256), true);
+        Some(Found::Right)
+    }
+
+    /// The same, to the end.
+    pub fn finish(mut self) -> Found {
+        loop {
+            if let Some(found) = self.step() {
+                return found;
+            }
+        }
+    }
+
+    fn read(&mut self) -> io::Result<Vec<u8>> {
+        let file = match &self.file {
+            Some(file) => file,
+            None => {
+                let path = self.blobs.path(self.id.0, self.id.1);
+                self.file.insert(self.blobs.disk().open(&path, Open::Read)?)
+            }
+        };
+        if self.from_device {
+            file.forget_cached(self.at, CHUNK as u64)?;
+        }
+        let mut piece = vec![0; CHUNK];
+        let n = read_full(&**file, &mut piece, self.at)?;
+        piece.truncate(n);
+        Ok(piece)
     }
 }
 
@@ -541,6 +757,84 @@ mod tests {
         assert!(!blobs.place(&blob(1, BlobSource::Copy(Tid(4))), Tid(7)).unwrap());
         let missing = blob(2, BlobSource::Upload(upload));
         assert!(blobs.place(&missing, Tid(8)).is_err());
+    }
+
+    const SUMS: &str = "/1.blobs.sums";
+
+    fn open_checked(disk: &MemoryDisk) -> BlobDir {
+        let disk = Arc::new(disk.clone());
+        BlobDir::open_checked(disk, Path::new("/blobs"), Path::new(SUMS)).unwrap()
+    }
+
+    fn overwrite(disk: &MemoryDisk, path: &Path, bytes: &[u8]) {
+        disk.open(path, Open::Write).unwrap().write_at(bytes, 0).unwrap();
+    }
+
+    #[test]
+    fn row_28_damage_to_blobs_is_found_and_mended() {
+        let disk = MemoryDisk::new();
+        let blobs = open_checked(&disk);
+        let (first, staged) = upload(&blobs, b"some bytes");
+        staged.keep();
+        blobs.place(&blob(1, BlobSource::Upload(first)), Tid(5)).unwrap();
+        blobs.place(&blob(1, BlobSource::Copy(Tid(5))), Tid(6)).unwrap();
+        blobs.sync().unwrap();
+        disk.crash();
+
+        let blobs = open_checked(&disk);
+        let (one, copy) = ((Oid(1), Tid(5)), (Oid(1), Tid(6)));
+        assert_eq!(blobs.ids().unwrap(), [one, copy]);
+        let path = blobs.path(Oid(1), Tid(5));
+        overwrite(&disk, &path, b"s0me");
+        assert_eq!(blobs.look_at(one), Found::Damaged, "it was written before the start");
+        overwrite(&disk, &path, b"some");
+        assert_eq!(blobs.look_at(one), Found::Right);
+        overwrite(&disk, &path, b"s0me");
+        assert_eq!(blobs.look_at(one), Found::Right, "it is in memory, and nobody writes there");
+        assert_eq!(blobs.checking(one).finish(), Found::Damaged);
+        assert_eq!(blobs.checking(copy).finish(), Found::Damaged, "it is the same file");
+        blobs.note_damaged(one);
+        assert_eq!(blobs.look_at(one), Found::Damaged);
+        assert_eq!(blobs.damage().blobs, BTreeSet::from([one]));
+
+        let (wrong, staged) = upload(&blobs, b"other bytes");
+        assert!(!blobs.mend(&wrong, one).unwrap());
+        drop(staged);
+        let (right, _staged) = upload(&blobs, b"some bytes");
+        assert!(blobs.mend(&right, one).unwrap());
+        assert_eq!(blobs.damage(), BlobDamage { blobs: BTreeSet::new(), mended: 1 });
+        assert_eq!(blobs.checking(one).finish(), Found::Right);
+
+        disk.remove(&blobs.path(Oid(1), Tid(6))).unwrap();
+        assert_eq!(blobs.checking(copy).finish(), Found::Damaged);
+        blobs.note_damaged(copy);
+        blobs.note_gone(copy);
+        assert_eq!(blobs.damage().blobs, BTreeSet::new());
+        assert_eq!(blobs.ids().unwrap(), [one]);
+    }
+
+    #[test]
+    fn blobs_of_before_get_their_checksums_when_they_are_read() {
+        let disk = MemoryDisk::new();
+        let before = open(&disk);
+        let (first, staged) = upload(&before, b"some bytes");
+        staged.keep();
+        before.place(&blob(1, BlobSource::Upload(first)), Tid(5)).unwrap();
+        let (one, none) = ((Oid(1), Tid(5)), (Oid(2), Tid(5)));
+        assert!(before.look_at(one) == Found::Right && before.damage() == BlobDamage::default());
+
+        let blobs = open_checked(&disk);
+        assert_eq!(blobs.look_at(none), Found::Right);
+        assert_eq!(blobs.checking(one).finish(), Found::Right);
+        blobs.sync().unwrap();
+        overwrite(&disk, &blobs.path(Oid(1), Tid(5)), b"s0me");
+        assert_eq!(open_checked(&disk).checking(one).finish(), Found::Damaged);
+        // A revision of another timeline, which gets the same name, is another one.
+        blobs.remove_after(Tid(4)).unwrap();
+        let (other, staged) = upload(&blobs, b"others");
+        staged.keep();
+        blobs.place(&blob(1, BlobSource::Upload(other)), Tid(5)).unwrap();
+        assert_eq!(open_checked(&disk).checking(one).finish(), Found::Right);
     }
 
     #[test]

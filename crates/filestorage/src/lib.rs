@@ -6,13 +6,14 @@
 //!
 //! Reading order: `format.rs` (the bytes), `scan.rs` (walking over a file, telling a torn tail
 //! from damage), `index/` (oid → newest position), `storage.rs` (opening), `read.rs`,
-//! `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`, `undo.rs`, `pack.rs`, `blobs.rs`, `transaction.rs` (a transaction as it travels
+//! `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`, `undo.rs`, `pack.rs`, `blobs.rs`, `blob_sums.rs`, `transaction.rs` (a transaction as it travels
 //! between nodes).
 //!
 //! What this crate does not do: it decides nothing about commits. Whoever appends has made sure
 //! that the transaction is committed and that its tid is above the last one.
 
 mod append;
+mod blob_sums;
 mod blobs;
 mod error;
 mod format;
@@ -29,7 +30,8 @@ mod transaction;
 mod undo;
 
 pub use append::Appender;
-pub use blobs::{BlobDir, Staged, Staging, may_be_blob};
+pub use blob_sums::{BlobDamage, BlobId};
+pub use blobs::{BlobDir, Checking, Found, Staged, Staging, may_be_blob};
 pub use error::StorageError;
 pub use format::{Magic, REFERENCE_LIMIT};
 pub use history::{Backwards, PastRevision};

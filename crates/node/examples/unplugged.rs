@@ -4,7 +4,7 @@
 //! directory, is synced. When power fails, everything that is not durable is taken back; or, every second time, a
 //! random half of it: what was not synced may survive in part and in any order.
 //!
-//! `unplugged -C FILE`. Blobs' temporary files, and what a node writes without `Disk`, are not followed.
+//! `unplugged -C FILE`. What a node writes without `Disk` is not followed.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -53,8 +53,9 @@ struct PowerDisk(Arc<Inner>);
 struct Inner {
     /// Written to when power fails: nothing is under way then.
     plugged: RwLock<()>,
-    files: Mutex<HashMap<u64, Arc<Mutex<Unsynced>>>>,
+    /// Never locked while `files` is.
     names: Mutex<Vec<Renaming>>,
+    files: Mutex<HashMap<u64, Arc<Mutex<Unsynced>>>>,
     /// Where files are kept that may come back.
     kept: PathBuf,
     number: std::sync::atomic::AtomicU64,
@@ -220,10 +221,12 @@ impl Disk for PowerDisk {
         let made = !path.exists();
         let file = OsDisk.open(path, open)?;
         let metadata = std::fs::metadata(path)?;
+        if made {
+            self.note(Renaming::Made(path.to_owned()));
+        }
         let mut files = locked(&self.0.files);
         let unsynced = match made {
             true => {
-                self.note(Renaming::Made(path.to_owned()));
                 let unsynced = Arc::<Mutex<Unsynced>>::default();
                 files.insert(metadata.ino(), unsynced.clone());
                 unsynced

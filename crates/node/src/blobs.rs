@@ -1,18 +1,22 @@
 //! Blob files between disk and connections, without blocking a task.
+//!
+//! Before a client gets a blob it is compared with its checksum, unless it was right since the start and still is in
+//! memory; a damaged one is fetched from another node first.
 
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use standby_filestorage::{BlobDir, Staged, Staging, StorageError};
+use standby_filestorage::{Access, BlobDir, BlobId, Found, Staged, Staging, StorageError};
 use standby_types::disk::Open;
 use standby_types::{File, Oid, Tid, Transfer, Upload};
 use standby_zeo::StagedFile;
+use tracing::warn;
 
 use crate::machine;
 use crate::node::Shared;
-use crate::peers::Announcement;
+use crate::peers::{Announcement, fetch_right};
 
 /// Bytes that are read or written at once.
 const CHUNK: usize = 1 << 20;
@@ -130,6 +134,23 @@ impl BlobReader {
         Ok(BlobReader { file: opened.await.map_err(io::Error::other)??, at: 0 })
     }
 
+    /// Opens the blob of a revision for a client, when it is what was written.
+    pub async fn open_right(
+        shared: &Arc<Shared>,
+        storage: &str,
+        blobs: &BlobDir,
+        id: BlobId,
+    ) -> io::Result<BlobReader> {
+        let looking = blobs.clone();
+        let found = machine::spawn_blocking(move || looking.look_at(id));
+        let found = found.await.map_err(io::Error::other)?;
+        if found == Found::Damaged && !mend(shared, storage, id).await {
+            let text = "it is damaged, and no other node that can be reached has it";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        BlobReader::open(blobs, None, Some(id)).await
+    }
+
     /// The next piece; empty at the end.
     pub async fn next(&mut self) -> io::Result<Bytes> {
         let (file, at) = (self.file.clone(), self.at);
@@ -143,6 +164,31 @@ impl BlobReader {
         self.at += bytes.len() as u64;
         Ok(bytes)
     }
+}
+
+/// Fetches a blob that is damaged here from a node that has it. False if none has: then it is known as damage.
+pub async fn mend(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
+    let Some((stored, blobs)) =
+        shared.storages.get(storage).and_then(|s| Some((s, s.blobs.as_ref()?)))
+    else {
+        return false;
+    };
+    let reader = stored.reader();
+    let found = machine::spawn_blocking(move || reader.load_serial(id.0, id.1, Access::Blocking));
+    if let Ok(Err(StorageError::NoKey(_) | StorageError::Hole(_))) = found.await {
+        // A pack has removed it meanwhile, or it is older than what a fast recovery has brought.
+        blobs.note_gone(id);
+        return true;
+    }
+    let mended = fetch_right(shared, storage, blobs, id).await;
+    match &mended {
+        Some(address) => {
+            let (oid, tid) = id;
+            warn!(storage, %oid, %tid, address, "a damaged blob is mended from a node");
+        }
+        None => blobs.note_damaged(id),
+    }
+    mended.is_some()
 }
 
 /// A session's hold on its upload. The other nodes are told of the upload; and if it is given up, of

@@ -409,7 +409,7 @@ impl Connection {
                 return None;
             }
             Effect::SendBlob { id, oid, serial } => {
-                self.send_blob(id, oid, serial).await;
+                self.send_blob(id, oid, serial);
                 return None;
             }
             Effect::Pack { id, time, wait } => Request::Pack { session, storage, id, time, wait },
@@ -455,7 +455,7 @@ impl Connection {
     }
 
     /// Sends a blob beside whatever else the client asks for.
-    async fn send_blob(&self, id: Value, oid: Oid, serial: Tid) {
+    fn send_blob(&self, id: Value, oid: Oid, serial: Tid) {
         self.handle.unanswered.fetch_add(1, Ordering::AcqRel);
         let handle = self.handle.clone();
         let Some(blobs) = self.storage().and_then(|storage| storage.blobs.as_ref()) else {
@@ -463,24 +463,26 @@ impl Connection {
             let error = ClientError::Other("builtins.TypeError", vec![text]);
             return handle.answer(handle.encoding().error(&id, &error));
         };
-        let opened = BlobReader::open(blobs, None, Some((oid, serial))).await;
-        let blob = [Value::from(oid.to_bytes()), Value::from(serial.to_bytes())];
-        let mut reader = match opened {
-            Ok(reader) => reader,
-            Err(error) => {
-                let path = blobs.path(oid, serial).display().to_string();
-                let error = if error.kind() == std::io::ErrorKind::NotFound {
-                    let text = Value::Str(format!("No blob file at {path}"));
-                    let [oid, serial] = blob;
-                    ClientError::Other("ZODB.POSException.POSKeyError", vec![text, oid, serial])
-                } else {
-                    ClientError::storage(format!("cannot read {path}: {error}"))
-                };
-                return handle.answer(handle.encoding().error(&id, &error));
-            }
-        };
+        let (shared, blobs) = (self.shared.clone(), blobs.clone());
+        let storage = self.storage.clone().unwrap_or_default();
         tokio::spawn(async move {
             let encoding = handle.encoding();
+            let opened = BlobReader::open_right(&shared, &storage, &blobs, (oid, serial)).await;
+            let blob = [Value::from(oid.to_bytes()), Value::from(serial.to_bytes())];
+            let mut reader = match opened {
+                Ok(reader) => reader,
+                Err(error) => {
+                    let path = blobs.path(oid, serial).display().to_string();
+                    let error = if error.kind() == std::io::ErrorKind::NotFound {
+                        let text = Value::Str(format!("No blob file at {path}"));
+                        let [oid, serial] = blob;
+                        ClientError::Other("ZODB.POSException.POSKeyError", vec![text, oid, serial])
+                    } else {
+                        ClientError::storage(format!("cannot read {path}: {error}"))
+                    };
+                    return handle.answer(encoding.error(&id, &error));
+                }
+            };
             handle.outbox.push(encoding.notify("receiveBlobStart", blob.to_vec()));
             loop {
                 handle.outbox.room_below(BLOB_QUEUE).await;

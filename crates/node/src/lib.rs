@@ -20,6 +20,7 @@ mod applier;
 pub mod ask;
 mod backfill;
 mod blobs;
+mod causes;
 pub mod client;
 pub mod config;
 mod connection;
@@ -55,6 +56,7 @@ mod sync;
 mod tls;
 pub mod watchdog;
 
+pub use causes::with_causes;
 #[cfg(feature = "simulated")]
 pub use node::Shared;
 pub use node::{Next, Running, start, start_on};

@@ -58,11 +58,7 @@ pub fn begin_anew(
     lost: &LostLog,
 ) -> anyhow::Result<(Identity, Checkpoint)> {
     if config.standby.is_none() {
-        bail!(
-            "{lost}. No other node has what is lost. To go on with what the data files hold, move {} away and start \
-             again: what was committed last may be missing",
-            state.0.display()
-        );
+        bail!("{lost}. No other node has what is lost. {}", advice_to_one_alone(state));
     }
     if !can_do_without(&checkpoint.membership, &former.node) {
         bail!(
@@ -93,6 +89,14 @@ pub fn advice(state: &StateDir) -> String {
     format!(
         "When the others have a primary (if they cannot elect one, \"standby recover-quorum\" on one of them makes one), \
          move {} and the data files away, keep them, and start again: the node then fetches everything",
+        state.0.display()
+    )
+}
+
+/// The same for a node that is alone.
+pub fn advice_to_one_alone(state: &StateDir) -> String {
+    format!(
+        "To go on with what the data files hold, move {} away and start again: what was committed last may be missing",
         state.0.display()
     )
 }

@@ -112,10 +112,14 @@ fn of_storages(page: &mut Page, shared: &Shared) {
         page.gauge(name, help, each(value));
     }
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
-    let counters: [OfStorage<'_>; 6] = [
+    let counters: [OfStorage<'_>; 7] = [
         ("loads", "Reads of objects", &|name| count(&storage(name).stats.loads)),
         ("mended_blocks", "Damaged blocks that were mended from another node", &|name| {
             storage(name).reader().damage().mended as f64
+        }),
+        ("mended_blobs", "Damaged blobs that were mended from another node", &|name| {
+            let blobs = storage(name).blobs.as_ref();
+            blobs.map_or(0.0, |blobs| blobs.damage().mended as f64)
         }),
         ("stores", "Objects stored", &|name| count(&storage(name).stats.stores)),
         ("commits", "Transactions applied", &|name| count(&storage(name).stats.commits)),

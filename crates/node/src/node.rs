@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::applier::{Applier, Work};
+use crate::causes::with_causes;
 use crate::config::{
     Address, Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Standby, ZeoAddress,
 };
@@ -49,6 +50,8 @@ const HEARTBEAT_TICKS: usize = 2;
 const PROBE: Duration = Duration::from_secs(3);
 /// Requests of clients and messages of peers that wait for the engine.
 const EVENTS: usize = 1024;
+/// So many pieces of damage are shown; more are counted.
+const SHOWN: usize = 10;
 /// How often it is looked whether the lease has run out.
 const LEASE_CHECK: Duration = Duration::from_millis(20);
 
@@ -230,21 +233,32 @@ impl Shared {
     pub fn tell_helpers(&self) {
         let mut nodes = self.reports.status().nodes;
         nodes.retain(|node| {
-            node.node != self.member.name && node.role != "witness" && node.state != "down"
+            node.node != self.member.name
+                && !node.peer_address.is_empty()
+                && node.role != "witness"
+                && node.state != "down"
         });
         nodes.sort_by_key(|node| node.role != "primary");
-        let addresses = nodes.into_iter().map(|node| node.peer_address).collect();
-        self.helpers.set(self.introduction(), addresses);
+        let addresses: Vec<_> = nodes.into_iter().map(|node| node.peer_address).collect();
+        // Just after the start nobody has been heard of: those of before may be there.
+        if !addresses.is_empty() {
+            self.helpers.set(self.introduction(), addresses);
+        }
     }
 
-    /// What is damaged in the data files, and has not been mended.
+    /// What is damaged in the data files and among the blobs, and has not been mended.
     pub fn damage(&self) -> Option<String> {
-        let (name, offsets) = self.storages.iter().find_map(|(name, storage)| {
-            let blocks = storage.reader().damage().blocks;
-            (!blocks.is_empty()).then_some((name, blocks))
-        })?;
-        let offsets: Vec<_> = offsets.iter().map(ToString::to_string).collect();
-        Some(format!("storage {name}, at bytes {}", offsets.join(", ")))
+        self.storages.iter().find_map(|(name, storage)| {
+            let blocks = storage.reader().damage().blocks.into_iter();
+            let blocks = blocks.map(|offset| format!("at byte {offset}"));
+            let blobs = storage.blobs.as_ref().map(BlobDir::damage).unwrap_or_default().blobs;
+            let blobs = blobs.into_iter().map(|(oid, tid)| format!("the blob of {oid} at {tid}"));
+            let all: Vec<_> = blocks.chain(blobs).collect();
+            let more = all.len().saturating_sub(SHOWN);
+            let shown = all[..all.len() - more].join(", ");
+            let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+            (!all.is_empty()).then(|| format!("storage {name}, {shown}{more}"))
+        })
     }
 
     /// Since when the data files are not those of the primary, if they are not.
@@ -403,6 +417,11 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
 
 /// Starts a node whose files are on this disk. What it only reads for others, and temporary files, are the machine's.
 pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running> {
+    let as_configured = config.clone();
+    begin_on(config, disk).await.map_err(|error| startup::explain(error, &as_configured))
+}
+
+async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running> {
     for note in &config.notes {
         info!("{note}");
     }
@@ -751,7 +770,7 @@ impl Running {
                     Next::Again
                 }
                 Err(error) => {
-                    error!("stopping: {error:#}");
+                    error!("stopping: {}", with_causes(&error));
                     return Err(error);
                 }
             },

@@ -415,7 +415,9 @@ pub(crate) fn cut(
         if let Some(dir) = &section.blob_dir
             && disk.exists(dir)?
         {
-            let removed = BlobDir::open(disk.clone(), dir)?.remove_after(point.mark.tid)?;
+            let sums = state.blob_sums(&section.name);
+            let blobs = BlobDir::open_checked(disk.clone(), dir, &sums)?;
+            let removed = blobs.remove_after(point.mark.tid)?;
             info!(dir = %dir.display(), removed, "removed the blobs of lost transactions");
         }
     }

@@ -1,23 +1,27 @@
-//! Damage to data files: found by their checksums, mended with what other nodes have.
+//! Damage to data files and blobs: found by their checksums, mended with what other nodes have.
 //!
-//! A thread takes the checksums of what has become durable, and goes through each data file, again and again and
-//! slowly, comparing what the device gives with them. Whatever is damaged, found here or when it is read,
+//! A thread takes the checksums of what has become durable, and goes through each data file and its blobs, again and
+//! again and slowly, comparing what the device gives with them. Whatever is damaged, found here or when it is read,
 //! is fetched from another node before the reader gets an answer. A node that has damage which nobody can mend
 //! neither leads nor votes.
 //!
-//! When it has been through the file, the thread of a replica compares it with the primary's, transaction by transaction: a
+//! When it has been through all, the thread of a replica compares it with the primary's, transaction by transaction: a
 //! difference is told, for nobody can say which of the two is right.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use standby_filestorage::{BLOCK, Damage, Mend, Reader};
+use standby_filestorage::{
+    BLOCK, BlobDamage, BlobDir, BlobId, Checking, Damage, Found, Mend, Reader,
+};
 use standby_types::Tid;
 use standby_types::time::utc;
 use tokio::runtime::Handle;
 use tracing::{error, info, warn};
 
+use crate::blobs;
 use crate::machine::Instant;
 use crate::node::Shared;
 use crate::peers::{Comparison, Digest, Introduction, digests, fetch_block, fetch_digests};
@@ -44,6 +48,11 @@ impl Helpers {
     /// Says who they are; the first is asked first.
     pub fn set(&self, me: Introduction, addresses: Vec<String>) {
         *lock(&self.0) = (Some(Arc::new(me)), addresses);
+    }
+
+    /// Where they are.
+    pub fn addresses(&self) -> Vec<String> {
+        lock(&self.0).1.clone()
     }
 
     /// Gets blocks of a storage from them. To be called within the runtime.
@@ -88,8 +97,8 @@ pub async fn run(shared: &Arc<Shared>, storage: &str) {
     let rate = shared.scrub_rate();
     let (mut next, mut begun, mut tried) = (0, Instant::now(), Instant::now());
     let mut taken: Option<Instant> = None;
-    let mut comparing = Comparing::default();
-    let mut told = Damage::default();
+    let (mut going, mut comparing) = (BlobRound::default(), Comparing::default());
+    let (mut told, mut told_blobs) = (Damage::default(), BlobDamage::default());
     loop {
         let reader = stored.reader();
         if taken.is_none_or(|at| at.elapsed() >= PAUSE) {
@@ -101,7 +110,8 @@ pub async fn run(shared: &Arc<Shared>, storage: &str) {
         }
         let blocks = reader.summed_blocks();
         if next >= blocks && begun.elapsed() > ROUND {
-            (next, begun, comparing) = (0, Instant::now(), Comparing::default());
+            (next, begun) = (0, Instant::now());
+            (going, comparing) = (BlobRound::default(), Comparing::default());
         }
         let step = next..(next + STEP).min(blocks);
         let pause = match rate {
@@ -111,27 +121,77 @@ pub async fn run(shared: &Arc<Shared>, storage: &str) {
                 compare(&reader, step);
                 at_rate(bytes, rate).min(PAUSE)
             }
+            Some(rate) if let Some(blobs) = stored.blobs.as_ref().filter(|_| !going.done) => {
+                at_rate(going.go_on(shared, storage, blobs).await, rate).min(PAUSE)
+            }
             Some(rate) if !comparing.done => {
                 at_rate(comparing.go_on(shared, storage, &reader).await, rate).max(PAUSE)
             }
             _ => PAUSE,
         };
         let damage = reader.damage();
-        if !damage.blocks.is_empty() && tried.elapsed() > AGAIN {
+        let damaged_blobs = stored.blobs.as_ref().map(BlobDir::damage).unwrap_or_default();
+        if tried.elapsed() > AGAIN {
             tried = Instant::now();
             for offset in &damage.blocks {
                 let block = (offset / BLOCK) as usize;
                 compare(&reader, block..block + 1);
             }
+            for id in &damaged_blobs.blobs {
+                blobs::mend(shared, storage, *id).await;
+            }
         }
         tell(storage, &told, &damage);
-        told = damage;
+        tell_blobs(storage, &told_blobs, &damaged_blobs);
+        (told, told_blobs) = (damage, damaged_blobs);
         tokio::time::sleep(pause).await;
     }
 }
 
 fn at_rate(bytes: u64, rate: u64) -> Duration {
     Duration::from_secs_f64(bytes as f64 / rate as f64)
+}
+
+/// How far the scrub of the blobs is.
+#[derive(Default)]
+struct BlobRound {
+    /// Those that are to be looked at; `None` until it is known which.
+    left: Option<VecDeque<BlobId>>,
+    checking: Option<Checking>,
+    done: bool,
+}
+
+impl BlobRound {
+    /// Reads some more of the blobs; how many bytes.
+    async fn go_on(&mut self, shared: &Arc<Shared>, storage: &str, blobs: &BlobDir) -> u64 {
+        let left = match &mut self.left {
+            Some(left) => left,
+            None => match blobs.ids() {
+                Ok(ids) => self.left.insert(ids.into()),
+                Err(error) => {
+                    warn!(storage, %error, "cannot compare the blobs with their checksums");
+                    self.done = true;
+                    return 0;
+                }
+            },
+        };
+        let next = || left.pop_front().map(|id| blobs.checking(id));
+        let Some(mut checking) = self.checking.take().or_else(next) else {
+            self.done = true;
+            return 0;
+        };
+        let before = checking.bytes();
+        let found = checking.step();
+        let bytes = checking.bytes() - before;
+        match found {
+            Some(Found::Right) => {}
+            Some(Found::Damaged) => {
+                blobs::mend(shared, storage, checking.id()).await;
+            }
+            None => self.checking = Some(checking),
+        }
+        bytes
+    }
 }
 
 /// How far the comparison with the primary's data file is.
@@ -212,5 +272,17 @@ fn tell(storage: &str, before: &Damage, now: &Damage) {
     }
     if now.blocks.is_empty() && !before.blocks.is_empty() {
         info!(storage, "all damage is mended");
+    }
+}
+
+fn tell_blobs(storage: &str, before: &BlobDamage, now: &BlobDamage) {
+    for (oid, tid) in now.blobs.difference(&before.blobs) {
+        error!(
+            storage, %oid, %tid,
+            "this blob is damaged or missing, and no node that can be reached has it"
+        );
+    }
+    if now.blobs.is_empty() && !before.blobs.is_empty() {
+        info!(storage, "all damaged blobs are mended");
     }
 }

@@ -24,16 +24,21 @@ use anyhow::{Context, anyhow, bail};
 use standby_consensus::{
     Command, LogWriter, Member, Membership, Recovered, ending_with_blobs, recover,
 };
-use standby_filestorage::{BlobDir, Extent, FileStorage, Magic, Mark, Mend, Tail, take_meta};
+use standby_filestorage::{
+    BlobDir, Extent, FileStorage, Magic, Mark, Mend, StorageError, Tail, take_meta,
+};
 use standby_types::{Disk, LogIndex, Mutation, NodeId, Oid, Term, Tid, Transfer, mutation};
 use tracing::{info, warn};
 
+use crate::causes::with_causes;
 use crate::config::{Config, StorageSection};
 use crate::lineage::Relation;
 use crate::lost_log::{self, LostLog};
 use crate::rewind;
 use crate::settings::Settings;
-use crate::state::{Checkpoint, Identity, StateDir, StoragePoint, free_name, random_hex};
+use crate::state::{
+    Checkpoint, DamagedFile, Identity, StateDir, StoragePoint, free_name, random_hex,
+};
 
 /// What a new node does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,7 +150,7 @@ fn open_blobs(
         // As Python makes it: blobs are nobody else's business.
         disk.create_private_dir(dir)
             .with_context(|| format!("cannot make blob-dir {}", dir.display()))?;
-        let blobs = BlobDir::open(disk.clone(), dir)?;
+        let blobs = BlobDir::open_checked(disk.clone(), dir, &state.blob_sums(&section.name))?;
         let removed =
             blobs.remove_staged_except(needed.get(&section.name).unwrap_or(&BTreeSet::new()))?;
         if removed > 0 {
@@ -212,6 +217,31 @@ fn begin(
     let unconfirmed = unconfirmed && !found;
     let blobs = open_blobs(config, disk, state, &recovered, checkpoint.index)?;
     Ok(Prepared { id, checkpoint, storages, blobs, recovered, writer, unconfirmed })
+}
+
+/// Says what a person can do about a file that a start must read and cannot: what has no checksum, or is needed before
+/// the other nodes can be asked, is not mended.
+pub fn explain(error: anyhow::Error, config: &Config) -> anyhow::Error {
+    let state = StateDir(config.state_dir());
+    let unreadable = |cause: &(dyn std::error::Error + 'static)| {
+        let number = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        number == Some(rustix::io::Errno::IO.raw_os_error())
+    };
+    let in_state = error.chain().any(|cause| cause.is::<DamagedFile>());
+    let in_data = error
+        .chain()
+        .any(|cause| matches!(cause.downcast_ref(), Some(StorageError::Damaged { .. })));
+    if !in_state && !in_data && !error.chain().any(unreadable) {
+        return error;
+    }
+    let advice = match &config.standby {
+        Some(_) => lost_log::advice(&state),
+        None if in_state => lost_log::advice_to_one_alone(&state),
+        None => "No other node has it: restore the file from a backup, or get out of it what can be read, with \
+                 python -m ZODB.fsrecover"
+            .to_owned(),
+    };
+    anyhow!("{}. {advice}", with_causes(&error))
 }
 
 /// Opens what a former run left; with `cuts`, what the data files hold beyond the checkpoint goes.

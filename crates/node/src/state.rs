@@ -5,6 +5,8 @@
 //! STATE-DIR/checkpoint    JSON, a line feed, its CRC-32C in hexadecimal; replaced atomically
 //! STATE-DIR/log/          the replicated log
 //! STATE-DIR/NAME.index    the index of storage NAME
+//! STATE-DIR/NAME.sums     the checksums of its data file (see `filestorage/src/sums.rs`)
+//! STATE-DIR/NAME.blobs.sums   the checksums of its blobs (see `filestorage/src/blob_sums.rs`)
 //! STATE-DIR/coming-over   JSON: the lineage (see `lineage.rs`) that the node comes over to at its start
 //! STATE-DIR/accepted      the name of a timeline for which this node leaves its own: `standby lineage accept`
 //! STATE-DIR/catching-up   JSON: the holes of each storage; exists while transactions come from a peer
@@ -120,6 +122,20 @@ impl Checkpoint {
     }
 }
 
+/// A file of the state directory that is not what was written.
+#[derive(Debug, thiserror::Error)]
+#[error("{} is damaged: {reason}", path.display())]
+pub struct DamagedFile {
+    path: PathBuf,
+    reason: String,
+}
+
+impl DamagedFile {
+    fn at<E: std::fmt::Display>(path: &Path) -> impl Fn(E) -> DamagedFile {
+        move |error| DamagedFile { path: path.to_owned(), reason: error.to_string() }
+    }
+}
+
 /// Paths in a state directory.
 #[derive(Debug, Clone)]
 pub struct StateDir(pub PathBuf);
@@ -135,6 +151,11 @@ impl StateDir {
         self.0.join(format!("{storage}.index"))
     }
 
+    /// The checksums of a storage's blobs.
+    pub fn blob_sums(&self, storage: &str) -> PathBuf {
+        self.0.join(format!("{storage}.blobs.sums"))
+    }
+
     /// Exists while transactions come from a peer.
     pub fn catching_up(&self) -> PathBuf {
         self.0.join("catching-up")
@@ -148,9 +169,7 @@ impl StateDir {
         }
         let bytes =
             read_all(disk, &path).with_context(|| format!("cannot read {}", path.display()))?;
-        let identity = serde_json::from_slice(&bytes)
-            .with_context(|| format!("{} is damaged", path.display()))?;
-        Ok(Some(identity))
+        Ok(Some(serde_json::from_slice(&bytes).map_err(DamagedFile::at(&path))?))
     }
 
     /// Writes who this node is.
@@ -170,7 +189,7 @@ impl StateDir {
         }
         let bytes =
             read_all(disk, &path).with_context(|| format!("cannot read {}", path.display()))?;
-        decode(&bytes).map(Some).with_context(|| format!("{} is damaged", path.display()))
+        Ok(Some(decode(&bytes).map_err(DamagedFile::at(&path))?))
     }
 
     /// Replaces the last checkpoint, durably.
@@ -190,7 +209,7 @@ impl StateDir {
             return Ok(None);
         }
         let lineage = serde_json::from_slice(&read_all(disk, &path)?);
-        lineage.map(Some).with_context(|| format!("{} is damaged", path.display()))
+        Ok(Some(lineage.map_err(DamagedFile::at(&path))?))
     }
 
     /// This node has come over.
@@ -230,8 +249,8 @@ impl StateDir {
             // It comes from a version without holes.
             return Ok(Some(BTreeMap::new()));
         }
-        let files: BTreeMap<String, Vec<HoleFile>> = serde_json::from_slice(&bytes)
-            .with_context(|| format!("{} is damaged", path.display()))?;
+        let files: BTreeMap<String, Vec<HoleFile>> =
+            serde_json::from_slice(&bytes).map_err(DamagedFile::at(&path))?;
         let read = |(name, files): (String, Vec<HoleFile>)| Ok((name, holes_of(&files)?));
         files.into_iter().map(read).collect::<anyhow::Result<_>>().map(Some)
     }

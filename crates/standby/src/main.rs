@@ -150,7 +150,7 @@ fn main() -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("standby: {error:#}");
+            eprintln!("standby: {}", standby_node::with_causes(&error));
             ExitCode::FAILURE
         }
     }

@@ -20,13 +20,13 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use standby_filestorage::{Access, BlobDir, Staged, StorageError};
+use standby_filestorage::{Access, BlobDir, BlobId, Staged, StorageError};
 use standby_types::{Blob, BlobSource, Oid, Tid, Transfer, Upload};
 use tokio::io::{AsyncWrite, BufReader};
 use tracing::info;
 
 use super::{PeerError, Purpose, connect, read_frame, write_frame};
-use crate::blobs::{BlobReader, BlobWriter, new_transfer};
+use crate::blobs::{BlobReader, BlobWriter, mend, new_transfer};
 use crate::hex::{hex, unhex};
 use crate::machine;
 use crate::node::Shared;
@@ -177,6 +177,33 @@ pub async fn obtain_old(
     Ok(())
 }
 
+/// Fetches the blob of a revision from the first node that has it as it was written, to the place of the damaged
+/// one; returns that node's address.
+pub async fn fetch_right(
+    shared: &Shared,
+    storage: &str,
+    blobs: &BlobDir,
+    id: BlobId,
+) -> Option<String> {
+    for address in shared.helpers.addresses() {
+        let fetched = async {
+            shared.room.check()?;
+            let mut source = Source::connect(shared, &address).await?;
+            let to = new_transfer()?;
+            let (upload, _staged) = source.fetch(blobs, storage, None, to, Some(id)).await?;
+            let blobs = blobs.clone();
+            let mended = machine::spawn_blocking(move || blobs.mend(&upload, id));
+            Ok::<_, PeerError>(mended.await.map_err(std::io::Error::other)??)
+        };
+        match fetched.await {
+            Ok(true) => return Some(address),
+            Ok(false) => info!(address, "the blob of that node is not the same there"),
+            Err(error) => info!(address, %error, "cannot get a damaged blob from a node"),
+        }
+    }
+    None
+}
+
 fn damaged() -> PeerError {
     PeerError::Protocol("a blob has arrived damaged".into())
 }
@@ -293,7 +320,20 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
                 let transfer = transfer.as_deref().and_then(Transfer::parse);
                 let revision = revision.map(|(oid, tid)| (Oid(oid), Tid(tid)));
                 match BlobReader::open(blobs, transfer, revision).await {
-                    Ok(reader) => send(&mut stream, reader).await?,
+                    Ok(reader) => {
+                        let right = |sha256: &[u8; 32]| {
+                            revision.is_none_or(|revision| blobs.may_be(revision, sha256))
+                        };
+                        let sent = send(&mut stream, reader, right).await;
+                        if let Err(PeerError::Damaged) = sent
+                            && let Some(revision) = revision
+                        {
+                            let (shared, storage) = (shared.clone(), storage.clone());
+                            tokio::spawn(async move { mend(&shared, &storage, revision).await });
+                        } else {
+                            sent?;
+                        }
+                    }
                     Err(_) if is_packed_away(shared, &storage, revision).await? => {
                         write_frame(&mut stream, b'p', b"").await?;
                     }
@@ -356,18 +396,25 @@ async fn send_list(
     write_frame(stream, b'h', b"").await
 }
 
-/// Sends the pieces of a blob.
+/// Sends the pieces of a blob. If it is not `right`, or cannot be read, who fetches it is told so.
 async fn send(
     stream: &mut (impl AsyncWrite + Unpin),
     mut reader: BlobReader,
+    right: impl Fn(&[u8; 32]) -> bool,
 ) -> Result<(), PeerError> {
     let mut hash = Sha256::new();
     loop {
-        let bytes = reader.next().await?;
+        let Ok(bytes) = reader.next().await else { break };
         if bytes.is_empty() {
-            return write_frame(stream, b'h', &hash.finalize()).await;
+            let sha256 = std::mem::take(&mut hash).finalize().into();
+            if !right(&sha256) {
+                break;
+            }
+            return write_frame(stream, b'h', &sha256).await;
         }
         hash.update(&bytes);
         write_frame(stream, b'c', &bytes).await?;
     }
+    write_frame(stream, b'x', b"the blob is damaged on that node").await?;
+    Err(PeerError::Damaged)
 }

@@ -25,6 +25,7 @@
 //! the source's, only the records come that are current at the source's, which itself always comes.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -601,10 +602,14 @@ fn may_have_blob(record: &Record) -> bool {
 fn send_blob(blobs: &BlobDir, oid: Oid, tid: Tid, frames: &mut Frames) -> Result<(), SendError> {
     let path = blobs.path(oid, tid);
     let failed = |source| {
+        // The scrub mends it; then the other node tries again.
+        blobs.note_damaged((oid, tid));
         SendError::Storage(StorageError::Io { path: path.clone(), action: "read", source })
     };
     let file = match blobs.disk().open(&path, Open::Read) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound && !blobs.should_have((oid, tid)) => {
+            return Ok(());
+        }
         other => other.map_err(failed)?,
     };
     frames.send(b'b', &oid.to_bytes())?;
@@ -612,7 +617,12 @@ fn send_blob(blobs: &BlobDir, oid: Oid, tid: Tid, frames: &mut Frames) -> Result
     loop {
         let n = read_full(&*file, &mut buffer, at).map_err(failed)?;
         if n == 0 {
-            return frames.send(b'h', &hash.finalize());
+            let sha256 = hash.finalize().into();
+            if !blobs.may_be((oid, tid), &sha256) {
+                let damaged = "it is damaged: its checksum is wrong";
+                return Err(failed(std::io::Error::new(ErrorKind::InvalidData, damaged)));
+            }
+            return frames.send(b'h', &sha256);
         }
         hash.update(&buffer[..n]);
         frames.send(b'c', &buffer[..n])?;

@@ -15,7 +15,7 @@ mod hello;
 mod link;
 
 pub use ask::ask;
-pub use blob::{Announcement, Wanted, WantedBlob, obtain, obtain_old};
+pub use blob::{Announcement, Wanted, WantedBlob, fetch_right, obtain, obtain_old};
 pub use block::fetch_block;
 pub use catch_up::{CatchUp, fetch, fetch_history};
 pub use compare::{Comparison, Digest, digests, fetch_digests};
@@ -52,6 +52,9 @@ pub enum PeerError {
     /// The other side had the blob, until a pack removed its revision.
     #[error("it was packed away")]
     PackedAway,
+    /// A blob is not what it should be.
+    #[error("the blob is damaged")]
+    Damaged,
     /// The other side has a history that goes on where this node's was left.
     #[error("the other node is of timeline {}, this one of an older one", .0.timeline())]
     Outdated(Lineage),
