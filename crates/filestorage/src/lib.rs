@@ -40,7 +40,7 @@ pub use iterate::{Records, StoredTransaction, Transactions};
 pub use pack::{Job, Outcome, copy, copy_most, copy_rest, pack};
 pub use read::{Access, Reader, Revision};
 pub use storage::{Extent, FileStorage, Mark, Opened, Source, Tail};
-pub use sums::{BLOCK, Damage, DamagedBlock, Mend, blocks_in};
+pub use sums::{BLOCK, Damage, DamagedBlock, LostBlock, Mend, blocks_in};
 pub use transaction::{
     DecodeError, Record, RecordData, Transaction, TransactionMeta, put_meta, put_record,
     record_len, take_meta, take_record,

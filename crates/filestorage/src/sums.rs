@@ -46,6 +46,23 @@ pub struct DamagedBlock {
     pub sum: u32,
 }
 
+/// The error for a read of bytes that are damaged and cannot be mended now; inside of an [`io::Error`].
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error(
+    "damaged: the {BLOCK} bytes at {offset} are not what was written, and no other node that can be reached has them"
+)]
+pub struct LostBlock {
+    /// Where they begin.
+    pub offset: u64,
+}
+
+impl LostBlock {
+    /// True if this is why something could not be read.
+    pub fn is_cause(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<LostBlock>())
+    }
+}
+
 /// Gets the right bytes of a block from elsewhere, if it can. It may block.
 pub type Mend = Arc<dyn Fn(DamagedBlock) -> Option<Vec<u8>> + Send + Sync>;
 
@@ -355,10 +372,7 @@ impl Checked {
         let mended = self.mend.as_ref().and_then(|mend| mend(damaged)).filter(right);
         let Some(bytes) = mended else {
             locked(&self.damage).blocks.insert(offset);
-            let text = format!(
-                "damaged: the {BLOCK} bytes at {offset} are not what was written, and no other node has them"
-            );
-            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, LostBlock { offset }));
         };
         // Also if another data file has taken this one's place: readers of before go on with this one.
         self.file.write_at(&bytes, offset)?;

@@ -39,6 +39,8 @@ const STEP: usize = 16;
 const ROUND: Duration = Duration::from_secs(24 * 3600);
 /// Time between two attempts to mend what could not be mended.
 const AGAIN: Duration = Duration::from_secs(5);
+/// The same for blobs, which are fetched whole.
+const BLOBS_AGAIN: Duration = Duration::from_secs(10);
 
 /// The nodes that may have what is damaged here, and how to introduce this node to them.
 #[derive(Default)]
@@ -95,7 +97,8 @@ impl Helpers {
 pub async fn run(shared: &Arc<Shared>, storage: &str) {
     let Some(stored) = shared.storages.get(storage) else { return };
     let rate = shared.scrub_rate();
-    let (mut next, mut begun, mut tried) = (0, Instant::now(), Instant::now());
+    let (mut next, mut begun) = (0, Instant::now());
+    let (mut tried, mut tried_blobs) = (Instant::now(), Instant::now());
     let mut taken: Option<Instant> = None;
     let (mut going, mut comparing) = (BlobRound::default(), Comparing::default());
     let (mut told, mut told_blobs) = (Damage::default(), BlobDamage::default());
@@ -137,8 +140,16 @@ pub async fn run(shared: &Arc<Shared>, storage: &str) {
                 let block = (offset / BLOCK) as usize;
                 compare(&reader, block..block + 1);
             }
+        }
+        if let Some(blobs) = &stored.blobs
+            && tried_blobs.elapsed() > BLOBS_AGAIN
+        {
+            tried_blobs = Instant::now();
             for id in &damaged_blobs.blobs {
-                blobs::mend(shared, storage, *id).await;
+                // Somebody may have put it back.
+                if blobs.checking(*id).finish() == Found::Damaged {
+                    blobs::mend(shared, storage, *id).await;
+                }
             }
         }
         tell(storage, &told, &damage);

@@ -25,7 +25,7 @@ use standby_consensus::{
     Command, LogWriter, Member, Membership, Recovered, ending_with_blobs, recover,
 };
 use standby_filestorage::{
-    BlobDir, Extent, FileStorage, Magic, Mark, Mend, StorageError, Tail, take_meta,
+    BlobDir, Extent, FileStorage, LostBlock, Magic, Mark, Mend, StorageError, Tail, take_meta,
 };
 use standby_types::{Disk, LogIndex, Mutation, NodeId, Oid, Term, Tid, Transfer, mutation};
 use tracing::{info, warn};
@@ -223,18 +223,21 @@ fn begin(
 /// the other nodes can be asked, is not mended.
 pub fn explain(error: anyhow::Error, config: &Config) -> anyhow::Error {
     let state = StateDir(config.state_dir());
-    let unreadable = |cause: &(dyn std::error::Error + 'static)| {
-        let number = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
-        number == Some(rustix::io::Errno::IO.raw_os_error())
-    };
+    let io_errors = || error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    let eio = Some(rustix::io::Errno::IO.raw_os_error());
+    let lost_block = io_errors().any(LostBlock::is_cause);
     let in_state = error.chain().any(|cause| cause.is::<DamagedFile>());
     let in_data = error
         .chain()
         .any(|cause| matches!(cause.downcast_ref(), Some(StorageError::Damaged { .. })));
-    if !in_state && !in_data && !error.chain().any(unreadable) {
+    if !in_state && !in_data && !lost_block && !io_errors().any(|e| e.raw_os_error() == eio) {
         return error;
     }
     let advice = match &config.standby {
+        Some(_) if lost_block => format!(
+            "Start the other nodes first: this one asks them for these bytes. If they do not have them: {}",
+            lost_log::advice(&state)
+        ),
         Some(_) => lost_log::advice(&state),
         None if in_state => lost_log::advice_to_one_alone(&state),
         None => "No other node has it: restore the file from a backup, or get out of it what can be read, with \

@@ -31,11 +31,13 @@ pub enum Mutation {
     CheckpointBeforeSync,
     /// A client that comes again is not told of what it has missed.
     ForgetMissed,
+    /// A blob is not compared with its checksum before a client gets it.
+    GiveOutDamagedBlobs,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 13] = [
+    pub const ALL: [Mutation; 14] = [
         Mutation::AcknowledgeBeforeMajority,
         Mutation::ForgetVote,
         Mutation::SkipLogSync,
@@ -49,6 +51,7 @@ impl Mutation {
         Mutation::ReadWithoutAsking,
         Mutation::CheckpointBeforeSync,
         Mutation::ForgetMissed,
+        Mutation::GiveOutDamagedBlobs,
     ];
 }
 

@@ -319,27 +319,29 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
                 let blobs = blobs_of(shared, &storage)?;
                 let transfer = transfer.as_deref().and_then(Transfer::parse);
                 let revision = revision.map(|(oid, tid)| (Oid(oid), Tid(tid)));
-                match BlobReader::open(blobs, transfer, revision).await {
+                let found = BlobReader::open(blobs, transfer, revision).await;
+                let sent = match found {
                     Ok(reader) => {
                         let right = |sha256: &[u8; 32]| {
                             revision.is_none_or(|revision| blobs.may_be(revision, sha256))
                         };
-                        let sent = send(&mut stream, reader, right).await;
-                        if let Err(PeerError::Damaged) = sent
-                            && let Some(revision) = revision
-                        {
-                            let (shared, storage) = (shared.clone(), storage.clone());
-                            tokio::spawn(async move { mend(&shared, &storage, revision).await });
-                        } else {
-                            sent?;
-                        }
+                        send(&mut stream, reader, right).await
                     }
                     Err(_) if is_packed_away(shared, &storage, revision).await? => {
-                        write_frame(&mut stream, b'p', b"").await?;
+                        write_frame(&mut stream, b'p', b"").await
                     }
                     Err(error) => {
                         write_frame(&mut stream, b'x', error.to_string().as_bytes()).await?;
+                        let lacks = revision.is_some_and(|revision| blobs.should_have(revision));
+                        if lacks { Err(PeerError::Damaged) } else { Ok(()) }
                     }
+                };
+                match sent {
+                    Err(PeerError::Damaged) if let Some(revision) = revision => {
+                        let shared = shared.clone();
+                        tokio::spawn(async move { mend(&shared, &storage, revision).await });
+                    }
+                    sent => sent?,
                 }
             }
             Request::List { storage, up_to } => {

@@ -35,8 +35,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use standby_consensus::AppliedPoint;
 use standby_filestorage::{
-    BlobDir, Hole, Mark, Reader, Record, RecordData, StorageError, StoredTransaction, Transactions,
-    may_be_blob, put_meta, put_record, take_meta, take_record,
+    BlobDir, BlobId, Hole, Mark, Reader, Record, RecordData, StorageError, StoredTransaction,
+    Transactions, may_be_blob, put_meta, put_record, take_meta, take_record,
 };
 use standby_types::disk::{Open, read_full};
 use standby_types::{Blob, BlobSource, Disk, NodeId, Oid, Position, Tid};
@@ -47,7 +47,7 @@ use tracing::{info, warn};
 use super::blob::obtain_old;
 use super::{PeerError, Purpose, blocking, connect, frame, read_frame, write_frame};
 use crate::applier::{CatchUpItem, CatchUpItems, Work};
-use crate::blobs::{BlobWriter, new_transfer};
+use crate::blobs::{BlobWriter, mend, new_transfer};
 use crate::config::Recovery;
 use crate::engine::Internal;
 use crate::hex::hex;
@@ -366,9 +366,10 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
             _ => return Err(PeerError::Protocol("no request for a catch-up".into())),
         };
         let (frames, mut queue) = machine::queue(QUEUE);
+        let reading_from = shared.clone();
         let reading = machine::spawn_blocking(move || {
             let mut frames = Frames { together: BytesMut::new(), queue: frames, sent: 0 };
-            send_all(&shared, &request, &mut frames)?;
+            send_all(&reading_from, &request, &mut frames)?;
             frames.flush()
         });
         while let Some(frame) = queue.recv().await {
@@ -384,6 +385,11 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
             }
             Ok(Err(SendError::NotNow(reason))) => Err(PeerError::Protocol(reason)),
             Ok(Err(SendError::Storage(error))) => Err(PeerError::Protocol(error.to_string())),
+            Ok(Err(SendError::Blob(storage, blob, error))) => {
+                // The other node tries again.
+                mend(&shared, &storage, blob).await;
+                Err(PeerError::Protocol(error.to_string()))
+            }
             Ok(Err(SendError::Gone)) => Ok(()),
             Err(error) => Err(PeerError::Protocol(error.to_string())),
         }
@@ -399,6 +405,8 @@ enum SendError {
     /// It may go later, or from another node.
     NotNow(String),
     Storage(StorageError),
+    /// A blob of a storage is damaged.
+    Blob(String, BlobId, StorageError),
     Gone,
 }
 
@@ -460,7 +468,7 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
         } && request.holes;
         send_holes(&reader, &transactions, (request, have, known), fast, frames)?;
         let blobs = storage.blobs.as_ref().filter(|_| !request.without_blobs);
-        Sending { transactions, blobs, fast }.run(frames)?;
+        Sending { storage: name, transactions, blobs, fast }.run(frames)?;
     }
     frames.send(b'z', b"")
 }
@@ -520,6 +528,7 @@ fn packed_since(
 
 /// The transactions of a storage on their way to a follower.
 struct Sending<'a> {
+    storage: &'a str,
     transactions: Transactions,
     blobs: Option<&'a BlobDir>,
     fast: bool,
@@ -583,7 +592,7 @@ impl Sending<'_> {
         if let Some(blobs) = self.blobs
             && may_have_blob(&record)
         {
-            send_blob(blobs, record.oid, stored.meta.tid, frames)?;
+            send_blob(self.storage, blobs, (record.oid, stored.meta.tid), frames)?;
         }
         let mut out = BytesMut::new();
         put_record(&record, &mut out);
@@ -599,12 +608,16 @@ fn may_have_blob(record: &Record) -> bool {
 }
 
 /// Sends the blob of a revision, if it has one.
-fn send_blob(blobs: &BlobDir, oid: Oid, tid: Tid, frames: &mut Frames) -> Result<(), SendError> {
+fn send_blob(
+    storage: &str,
+    blobs: &BlobDir,
+    (oid, tid): BlobId,
+    frames: &mut Frames,
+) -> Result<(), SendError> {
     let path = blobs.path(oid, tid);
     let failed = |source| {
-        // The scrub mends it; then the other node tries again.
-        blobs.note_damaged((oid, tid));
-        SendError::Storage(StorageError::Io { path: path.clone(), action: "read", source })
+        let error = StorageError::Io { path: path.clone(), action: "read", source };
+        SendError::Blob(storage.to_owned(), (oid, tid), error)
     };
     let file = match blobs.disk().open(&path, Open::Read) {
         Err(error) if error.kind() == ErrorKind::NotFound && !blobs.should_have((oid, tid)) => {
