@@ -234,7 +234,7 @@ def test_row_28_damaged_blobs_are_mended_from_another_node(nodes, tmp_path, read
 
 
 def test_row_28_a_damaged_blob_does_not_spread(nodes, tmp_path):
-    """A new node gets its blobs from one on which one is damaged."""
+    """A new node gets its blobs from one on which they are damaged."""
     cluster = nodes.cluster(options="  scrub-rate 0\n", blobs=True).start()
     client = Client(cluster.addresses, blob_dir=str(tmp_path / "writer"))
     for number in range(3):
