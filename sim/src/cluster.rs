@@ -404,7 +404,8 @@ impl Cluster {
                     machine.disk.unspoil();
                 }
                 // The others may have it in their logs only, until they are up: whoever watches the node starts it again.
-                let waits = stuck || is_damaged && says.contains("no other node that can be reached has them");
+                let waits = stuck
+                    || is_damaged && says.contains("no other node that can be reached has them");
                 if std::mem::take(&mut self.may_fail[node]) || waits {
                     tracing::info!("the program has ended: {exit:?}");
                     let at = self.now + self.down[node].max(TICK);
