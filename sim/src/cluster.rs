@@ -335,7 +335,7 @@ impl Cluster {
 
     /// Where a node's files can be damaged so that the others can mend them.
     fn damage_at(&mut self, node: usize, at: usize) -> Option<(PathBuf, usize)> {
-        match self.plan.blobs && at % 3 == 0 {
+        match self.plan.blobs && at.is_multiple_of(3) {
             true => self.damage_to_blob(node, at / 3),
             false => Some((PathBuf::from(DATA), self.damage_to_data(node, at)?)),
         }
