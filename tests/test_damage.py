@@ -281,6 +281,48 @@ def test_row_28_a_blob_that_nobody_has_is_told(nodes, tmp_path):
     client.close()
 
 
+def test_row_28_a_blob_that_no_node_has_stops_nothing_else(nodes, tmp_path):
+    cluster = nodes.cluster(
+        groups=["here", "here", "witness"], options="  scrub-rate 100MB\n", blobs=True
+    ).start()
+    client = Client(cluster.addresses, blob_dir=str(tmp_path / "writer"))
+    client.commit(lambda root: put(root, "blob", content(1, 20_000)))
+    client.close()
+    cluster.wait_level()
+    with_data = cluster.nodes[:2]
+    paths = []
+    for node in with_data:
+        node.stop()
+        (name,) = blob_files(node)
+        paths.append(os.path.join(node.blob_dir, name))
+        os.chmod(paths[-1], 0o600)
+        damage(paths[-1], 50)
+    for node in with_data:
+        node.start()
+    for node in with_data:
+        told = "this blob is damaged or missing"
+        harness.wait_for("the damage to be told", lambda: told in node.log())
+    cluster.primary()
+    client = Client(cluster.addresses, blob_dir=str(tmp_path / "reader"))
+    client.commit(lambda root: root.update(number=1))
+    with pytest.raises(Exception, match="it is damaged, and no other node"):
+        read(client.root, "blob")
+    assert {cluster.seen(node)["state"] for node in with_data} == {"damaged"}
+    # They do not ask each other again and again.
+    for node in with_data:
+        assert node.log().count("cannot get a damaged blob") < 20
+    # One gets it back from a backup, and the other one from there.
+    damage(paths[0], 50)
+    for node in with_data:
+        healed = "all damaged blobs are mended"
+        harness.wait_for("the blob", lambda: healed in node.log(), timeout=60)
+    client.db.cacheMinimize()
+    assert read(client.root, "blob") == content(1, 20_000)
+    client.close()
+    cluster.wait_healthy()
+    check_histories(cluster, [])
+
+
 def damage_log(node):
     """In the middle of what the node wrote last."""
     directory = os.path.join(node.state_dir, "log")

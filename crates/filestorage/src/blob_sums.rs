@@ -61,6 +61,8 @@ struct State {
     /// Where the next record is written.
     end: u64,
     damage: BlobDamage,
+    /// Those that are being fetched.
+    mending: BTreeSet<BlobId>,
 }
 
 #[derive(Clone, Copy)]
@@ -160,6 +162,18 @@ impl BlobSums {
         if let Some(known) = state.known.get_mut(&id) {
             known.seen = false;
         }
+    }
+
+    /// True if nobody has tried to mend the blob, nor tries at the moment.
+    pub fn is_news(&self, id: BlobId) -> bool {
+        let state = self.state();
+        !state.mending.contains(&id) && !state.damage.blobs.contains(&id)
+    }
+
+    /// The blob is being fetched, or is not any more.
+    pub fn note_mending(&self, id: BlobId, begins: bool) {
+        let mending = &mut self.state().mending;
+        let _ = if begins { mending.insert(id) } else { mending.remove(&id) };
     }
 
     /// The blob was damaged.

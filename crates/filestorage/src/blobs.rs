@@ -301,6 +301,18 @@ impl BlobDir {
         }
     }
 
+    /// True if a blob is not known to be damaged, and nobody is mending it.
+    pub fn is_news(&self, id: BlobId) -> bool {
+        self.0.sums.as_ref().is_some_and(|sums| sums.is_news(id))
+    }
+
+    /// A blob is being fetched to mend it, or is not any more.
+    pub fn note_mending(&self, id: BlobId, begins: bool) {
+        if let Some(sums) = &self.0.sums {
+            sums.note_mending(id, begins);
+        }
+    }
+
     /// A revision is in the data file no more: its blob need not be here.
     pub fn note_gone(&self, id: BlobId) {
         self.forget(&[id]);
@@ -794,7 +806,12 @@ mod tests {
         assert_eq!(blobs.look_at(one), Found::Right, "it is in memory, and nobody writes there");
         assert_eq!(blobs.checking(one).finish(), Found::Damaged);
         assert_eq!(blobs.checking(copy).finish(), Found::Damaged, "it is the same file");
+        blobs.note_mending(one, true);
+        assert!(!blobs.is_news(one) && blobs.is_news(copy));
+        blobs.note_mending(one, false);
+        assert!(blobs.is_news(one));
         blobs.note_damaged(one);
+        assert!(!blobs.is_news(one));
         assert_eq!(blobs.look_at(one), Found::Damaged);
         assert_eq!(blobs.damage().blobs, BTreeSet::from([one]));
 

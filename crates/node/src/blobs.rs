@@ -180,7 +180,9 @@ pub async fn mend(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
         blobs.note_gone(id);
         return true;
     }
+    blobs.note_mending(id, true);
     let mended = fetch_right(shared, storage, blobs, id).await;
+    blobs.note_mending(id, false);
     match &mended {
         Some(address) => {
             let (oid, tid) = id;
@@ -189,6 +191,15 @@ pub async fn mend(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
         None => blobs.note_damaged(id),
     }
     mended.is_some()
+}
+
+/// Mends a blob that another node has asked for. What is known already the scrub tries again: two nodes on which the same
+/// blob is damaged would ask each other for ever.
+pub async fn mend_for_another(shared: &Arc<Shared>, storage: &str, id: BlobId) {
+    let blobs = shared.storages.get(storage).and_then(|stored| stored.blobs.as_ref());
+    if blobs.is_some_and(|blobs| blobs.is_news(id)) {
+        mend(shared, storage, id).await;
+    }
 }
 
 /// A session's hold on its upload. The other nodes are told of the upload; and if it is given up, of

@@ -212,7 +212,10 @@ pub struct Engine {
     /// When a write of the log last took too long.
     slow_at: Option<Duration>,
     /// Something in a data file is damaged, and could not be mended.
+    /// Something is damaged, and nobody has it: another node would be a better primary.
     is_damaged: bool,
+    /// That is true of a data file.
+    lacks_data: bool,
     /// The process had crashed again and again before it was started.
     crashes: bool,
     /// When this node has lost the leadership.
@@ -304,6 +307,7 @@ impl Engine {
             moved_for_disks: None,
             slow_at: None,
             is_damaged: false,
+            lacks_data: false,
             crashes,
             losses: VecDeque::new(),
             primary_known_at: Duration::ZERO,

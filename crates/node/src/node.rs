@@ -261,6 +261,11 @@ impl Shared {
         })
     }
 
+    /// True if some of what the data files held is lost. A blob that is lost is not needed to commit, nor to vote.
+    pub fn lacks_data(&self) -> bool {
+        self.storages.values().any(|storage| !storage.reader().damage().blocks.is_empty())
+    }
+
     /// Since when the data files are not those of the primary, if they are not.
     fn differences(&self) -> BTreeMap<String, String> {
         let since = |(name, storage): (&String, &StorageShared)| {

@@ -12,7 +12,7 @@ use crate::crashes;
 const LOSSES: usize = 3;
 /// How long a loss counts.
 const FLAPPING_FOR: Duration = Duration::from_secs(60);
-/// Without a primary for so long, one that flaps is better than none.
+/// Without a primary for so long, one that flaps, or lacks a blob, is better than none.
 const NO_PRIMARY: Duration = Duration::from_secs(5);
 
 impl Engine {
@@ -40,12 +40,13 @@ impl Engine {
         }
         let alone = self.consensus.membership().voters.len() <= 1;
         let crashes = self.crashes && now < crashes::REMEMBERED;
-        let flaps = self.is_flapping() && now < self.primary_known_at + NO_PRIMARY;
+        let waits =
+            (self.is_flapping() || self.is_damaged) && now < self.primary_known_at + NO_PRIMARY;
         let caution = match () {
             // Nobody else could be primary.
             () if alone => Caution::None,
-            () if self.is_damaged => Caution::Abstains,
-            () if crashes || flaps => Caution::DoesNotStand,
+            () if self.lacks_data => Caution::Abstains,
+            () if crashes || waits => Caution::DoesNotStand,
             () => Caution::None,
         };
         if caution != self.caution {

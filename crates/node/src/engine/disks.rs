@@ -76,6 +76,7 @@ impl Engine {
             self.slow_at = Some(now);
         }
         self.is_damaged = self.shared.damage().is_some();
+        self.lacks_data = self.shared.lacks_data();
         let rests = self.moved_for_disks.is_some_and(|at| now < at + PAUSE);
         let moving = self.switchover.is_some() || self.settings.moving_to.is_some();
         if self.has_good_disks(self.shared.id) || !self.serves() || moving || rests {

@@ -26,7 +26,7 @@ use tokio::io::{AsyncWrite, BufReader};
 use tracing::info;
 
 use super::{PeerError, Purpose, connect, read_frame, write_frame};
-use crate::blobs::{BlobReader, BlobWriter, mend, new_transfer};
+use crate::blobs::{BlobReader, BlobWriter, mend_for_another, new_transfer};
 use crate::hex::{hex, unhex};
 use crate::machine;
 use crate::node::Shared;
@@ -339,7 +339,9 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
                 match sent {
                     Err(PeerError::Damaged) if let Some(revision) = revision => {
                         let shared = shared.clone();
-                        tokio::spawn(async move { mend(&shared, &storage, revision).await });
+                        tokio::spawn(async move {
+                            mend_for_another(&shared, &storage, revision).await;
+                        });
                     }
                     sent => sent?,
                 }

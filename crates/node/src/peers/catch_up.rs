@@ -47,7 +47,7 @@ use tracing::{info, warn};
 use super::blob::obtain_old;
 use super::{PeerError, Purpose, blocking, connect, frame, read_frame, write_frame};
 use crate::applier::{CatchUpItem, CatchUpItems, Work};
-use crate::blobs::{BlobWriter, mend, new_transfer};
+use crate::blobs::{BlobWriter, mend_for_another, new_transfer};
 use crate::config::Recovery;
 use crate::engine::Internal;
 use crate::hex::hex;
@@ -387,7 +387,7 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
             Ok(Err(SendError::Storage(error))) => Err(PeerError::Protocol(error.to_string())),
             Ok(Err(SendError::Blob(storage, blob, error))) => {
                 // The other node tries again.
-                mend(&shared, &storage, blob).await;
+                mend_for_another(&shared, &storage, blob).await;
                 Err(PeerError::Protocol(error.to_string()))
             }
             Ok(Err(SendError::Gone)) => Ok(()),
