@@ -208,8 +208,7 @@ impl BlobSums {
             return Ok(());
         }
         let is_written = |id: &BlobId| !state.pending.contains(id);
-        let known =
-            |(id, known): (&BlobId, &Known)| (is_written(id)).then(|| record(*id, known.sum));
+        let known = |(id, known): (&BlobId, &Known)| is_written(id).then(|| record(*id, known.sum));
         if state.stale || state.file.is_none() {
             let records = state.known.iter().filter_map(known);
             let bytes = [MAGIC.to_vec(), records.flatten().collect()].concat();

@@ -725,6 +725,13 @@ mod tests {
         Blob { oid: Oid(oid), source }
     }
 
+    /// Object 1 has this blob at transaction 5.
+    fn put(blobs: &BlobDir, bytes: &[u8]) {
+        let (upload, staged) = upload(blobs, bytes);
+        staged.keep();
+        assert!(blobs.place(&blob(1, BlobSource::Upload(upload)), Tid(5)).unwrap());
+    }
+
     #[test]
     fn paths_are_those_of_zodb() {
         let disk = MemoryDisk::new();
@@ -787,9 +794,7 @@ mod tests {
     fn row_28_damage_to_blobs_is_found_and_mended() {
         let disk = MemoryDisk::new();
         let blobs = open_checked(&disk);
-        let (first, staged) = upload(&blobs, b"some bytes");
-        staged.keep();
-        blobs.place(&blob(1, BlobSource::Upload(first)), Tid(5)).unwrap();
+        put(&blobs, b"some bytes");
         blobs.place(&blob(1, BlobSource::Copy(Tid(5))), Tid(6)).unwrap();
         blobs.sync().unwrap();
         disk.crash();
@@ -835,9 +840,7 @@ mod tests {
     fn blobs_of_before_get_their_checksums_when_they_are_read() {
         let disk = MemoryDisk::new();
         let before = open(&disk);
-        let (first, staged) = upload(&before, b"some bytes");
-        staged.keep();
-        before.place(&blob(1, BlobSource::Upload(first)), Tid(5)).unwrap();
+        put(&before, b"some bytes");
         let (one, none) = ((Oid(1), Tid(5)), (Oid(2), Tid(5)));
         assert!(before.look_at(one) == Found::Right && before.damage() == BlobDamage::default());
 
@@ -849,9 +852,7 @@ mod tests {
         assert_eq!(open_checked(&disk).checking(one).finish(), Found::Damaged);
         // A revision of another timeline, which gets the same name, is another one.
         blobs.remove_after(Tid(4)).unwrap();
-        let (other, staged) = upload(&blobs, b"others");
-        staged.keep();
-        blobs.place(&blob(1, BlobSource::Upload(other)), Tid(5)).unwrap();
+        put(&blobs, b"others");
         assert_eq!(open_checked(&disk).checking(one).finish(), Found::Right);
     }
 
@@ -859,9 +860,7 @@ mod tests {
     fn without_links_a_blob_is_copied() {
         let disk = MemoryDisk::new();
         let blobs = open(&disk);
-        let (upload, staged) = upload(&blobs, &vec![7; CHUNK + 5]);
-        staged.keep();
-        blobs.place(&blob(1, BlobSource::Upload(upload)), Tid(5)).unwrap();
+        put(&blobs, &vec![7; CHUNK + 5]);
         blobs.copy(&blobs.path(Oid(1), Tid(5)), &blobs.path(Oid(1), Tid(6))).unwrap();
         assert_eq!(read_all(&disk, &blobs.path(Oid(1), Tid(6))).unwrap(), vec![7; CHUNK + 5]);
         assert!(blobs.has(Oid(1), Tid(5)).unwrap());
