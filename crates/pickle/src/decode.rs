@@ -32,6 +32,12 @@ pub enum DecodeError {
         /// Where it stands.
         at: usize,
     },
+    /// What the opcode at this byte takes as a persistent id has no form that ZODB knows.
+    #[error(
+        "the persistent id that byte {0} takes is neither an oid, nor a tuple that begins with one, nor a list \
+         for a weak or cross-database reference"
+    )]
+    PersistentId(usize),
     /// A class that the caller does not allow.
     #[error("the global {0} is not allowed")]
     Forbidden(String),

@@ -5,13 +5,14 @@
 //! name and a call is a node, never executed. [`encode`] writes protocol 3 without memo, as ZEO
 //! does. [`class_name`] tells the class of a ZODB record, [`references`] which objects it refers to.
 //!
-//! Reading order: [`Value`], `decode.rs`, `encode.rs`, `references.rs`.
+//! Reading order: [`Value`], `decode.rs`, `encode.rs`, `references.rs` with `persistent.rs`.
 //!
 //! Bounds: nesting is at most [`MAX_DEPTH`], and what a pickle expands to is bounded by its
 //! length, so no input can exhaust the stack or the memory.
 
 mod decode;
 mod encode;
+mod persistent;
 mod references;
 
 pub use decode::{DecodeError, MAX_DEPTH, class_name, decode, decode_first};

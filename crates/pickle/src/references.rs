@@ -1,39 +1,69 @@
 //! Which objects a record refers to: the set that `ZODB.serialize.referencesf` gives.
 //!
-//! A record is two pickles, the class and the state. References are *persistent ids*; of their
-//! forms, an oid and a tuple `(oid, class)` are references, a list (weak and cross-database
-//! references) is not. So it is enough to follow, on the stack, which values are byte strings,
-//! tuples and lists; everything else is opaque.
+//! A record is two pickles, the class and the state. References are *persistent ids*: an oid or a tuple
+//! `(oid, class)`; a list is a weak or a cross-database reference. `persistent.rs` has their forms. What stands
+//! as a persistent id and has none of them is an error: whoever removes what is not referred to must not go on.
 //!
 //! Bounds: work and memory are proportional to the record's length.
 
 use std::collections::HashMap;
 
 use crate::DecodeError;
-
-/// A value on the stack, as far as it can be a persistent id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Item {
-    /// A string of eight bytes.
-    Oid([u8; 8]),
-    /// A tuple that begins with one.
-    Tuple([u8; 8]),
-    /// Anything else.
-    Other,
-}
+use crate::persistent::{Item, Target, Values};
 
 struct Scanner<'a> {
     bytes: &'a [u8],
     at: usize,
+    values: Values<'a>,
     stack: Vec<Item>,
     marks: Vec<usize>,
-    memo: HashMap<u32, Item>,
+    memo: Memo,
 }
+
+/// What the memo holds, as far as it matters: of most values only that they are there.
+#[derive(Default)]
+struct Memo {
+    items: HashMap<u32, Item>,
+    /// One bit for each number.
+    known: Vec<u64>,
+    len: u32,
+}
+
+impl Memo {
+    /// `most`: numbers above it, which no pickler gives, are refused.
+    fn put(&mut self, number: u32, item: Item, most: usize) -> bool {
+        let (word, bit) = (number as usize / 64, 1 << (number % 64));
+        if number as usize > most {
+            return false;
+        }
+        if self.known.len() <= word {
+            self.known.resize(word + 1, 0);
+        }
+        self.len += u32::from(self.known[word] & bit == 0);
+        self.known[word] |= bit;
+        if item != Item::Other {
+            self.items.insert(number, item);
+        } else if !self.items.is_empty() {
+            self.items.remove(&number);
+        }
+        true
+    }
+
+    fn get(&self, number: u32) -> Option<Item> {
+        let known = self.known.get(number as usize / 64)?;
+        let known = known & 1 << (number % 64) != 0;
+        known.then(|| self.items.get(&number).copied().unwrap_or(Item::Other))
+    }
+}
+
+/// Picklers number the memo from 0 on; some have written other records before and did not forget them.
+const NUMBERS_BEFORE: usize = 1 << 24;
 
 /// Gives the oid of each reference in a record to `each`, as often as it occurs.
 pub fn references(record: &[u8], mut each: impl FnMut([u8; 8])) -> Result<(), DecodeError> {
     let (stack, marks, memo) = Default::default();
-    let mut scanner = Scanner { bytes: record, at: 0, stack, marks, memo };
+    let values = Values::new(record);
+    let mut scanner = Scanner { bytes: record, at: 0, values, stack, marks, memo };
     for _ in 0..2 {
         // The state may refer to what the class has put into the memo.
         scanner.stack.clear();
@@ -43,7 +73,7 @@ pub fn references(record: &[u8], mut each: impl FnMut([u8; 8])) -> Result<(), De
     Ok(())
 }
 
-impl Scanner<'_> {
+impl<'a> Scanner<'a> {
     fn run(&mut self, each: &mut dyn FnMut([u8; 8])) -> Result<(), DecodeError> {
         loop {
             let at = self.at;
@@ -53,20 +83,15 @@ impl Scanner<'_> {
                 b'.' => return Ok(()),
                 b'Q' => {
                     let id = self.pop(malformed)?;
-                    if let Item::Oid(oid) | Item::Tuple(oid) = id {
-                        each(oid);
-                    }
-                    self.stack.push(Item::Other);
+                    self.refer(self.values.target(id), at, each)?;
                 }
                 b'P' => {
                     let line = self.line(malformed)?;
-                    if let Ok(oid) = line.try_into() {
-                        each(oid);
-                    }
-                    self.stack.push(Item::Other);
+                    self.refer(Values::target_of_line(line), at, each)?;
                 }
-                b'N' | b')' | b']' | b'}' | 0x88 | 0x89 | 0x8f => self.stack.push(Item::Other),
+                b'N' | b')' | b'}' | 0x88 | 0x89 | 0x8f => self.stack.push(Item::Other),
                 b'(' => self.marks.push(self.stack.len()),
+                b'0' if self.marks.last() == Some(&self.stack.len()) => drop(self.marks.pop()),
                 b'0' => drop(self.pop(malformed)?),
                 b'1' => {
                     let start = self.mark(malformed)?;
@@ -77,12 +102,25 @@ impl Scanner<'_> {
                     self.stack.push(top);
                 }
                 // Strings.
-                b'X' | b'B' | b'T' => self.string(4)?,
-                0x8c | b'C' | b'U' => self.string(1)?,
-                0x8d | 0x8e | 0x96 => self.string(8)?,
-                b'V' | b'S' => {
-                    let text = unescaped(self.line(malformed)?, code == b'S');
-                    self.stack.push(text.try_into().map_or(Item::Other, Item::Oid));
+                b'X' => self.string(4, true)?,
+                0x8c => self.string(1, true)?,
+                0x8d => self.string(8, true)?,
+                b'B' | b'T' => self.string(4, false)?,
+                b'C' | b'U' => self.string(1, false)?,
+                0x8e => self.string(8, false)?,
+                0x96 => {
+                    let len = self.length(8)?;
+                    self.opaque(len)?;
+                }
+                b'V' => {
+                    let text = raw_unicode(self.line(malformed)?);
+                    let item = self.values.made(text.as_bytes(), true);
+                    self.stack.push(item);
+                }
+                b'S' => {
+                    let bytes = literal(self.line(malformed)?);
+                    let item = self.values.made(&bytes, false);
+                    self.stack.push(item);
                 }
                 // Numbers.
                 b'K' => self.opaque(1)?,
@@ -107,7 +145,17 @@ impl Scanner<'_> {
                     let start = self.mark(malformed)?;
                     self.tuple(start);
                 }
-                b'l' | b'd' | b'o' | b'i' | 0x91 => {
+                b']' => {
+                    let list = self.values.list(&[]);
+                    self.stack.push(list);
+                }
+                b'l' => {
+                    let start = self.mark(malformed)?;
+                    let list = self.values.list(&self.stack[start..]);
+                    self.stack.truncate(start);
+                    self.stack.push(list);
+                }
+                b'd' | b'o' | b'i' | 0x91 => {
                     if code == b'i' {
                         self.line(malformed.clone())?;
                         self.line(malformed.clone())?;
@@ -116,28 +164,45 @@ impl Scanner<'_> {
                     self.stack.truncate(start);
                     self.stack.push(Item::Other);
                 }
-                b'e' | b'u' | 0x90 => {
+                b'e' => {
+                    let start = self.mark(malformed.clone())?;
+                    let list = self.stack[..start].last().copied().ok_or(malformed)?;
+                    let list = self.values.extended(list, &self.stack[start..]);
+                    self.stack.truncate(start);
+                    self.replace_top(list);
+                }
+                b'a' => {
+                    let item = self.pop(malformed.clone())?;
+                    let list = self.stack.last().copied().ok_or(malformed)?;
+                    let list = self.values.extended(list, &[item]);
+                    self.replace_top(list);
+                }
+                b'u' | 0x90 => {
                     let start = self.mark(malformed)?;
                     self.stack.truncate(start);
                 }
-                b'a' | b'b' => drop(self.pop(malformed)?),
+                b'b' => drop(self.pop(malformed)?),
                 b's' => {
                     self.pop(malformed.clone())?;
                     self.pop(malformed)?;
                 }
                 // Classes and calls.
                 b'c' => {
-                    self.line(malformed.clone())?;
-                    self.line(malformed)?;
-                    self.stack.push(Item::Other);
+                    let module = self.line(malformed.clone())?;
+                    let name = self.line(malformed)?;
+                    self.stack.push(Values::global(module, name));
                 }
                 0x82 => self.opaque(1)?,
                 0x83 => self.opaque(2)?,
                 0x84 => self.opaque(4)?,
                 b'R' | 0x81 | 0x93 => {
-                    self.pop(malformed.clone())?;
-                    self.pop(malformed)?;
-                    self.stack.push(Item::Other);
+                    let second = self.pop(malformed.clone())?;
+                    let first = self.pop(malformed)?;
+                    let made = match code {
+                        0x93 => self.values.named(first, second),
+                        _ => self.values.call(first, second),
+                    };
+                    self.stack.push(made);
                 }
                 0x92 => {
                     for _ in 0..3 {
@@ -153,10 +218,14 @@ impl Scanner<'_> {
                         b'q' => u32::from(self.take(1)?[0]),
                         b'r' => self.length(4)? as u32,
                         b'p' => self.number(malformed.clone())?,
-                        _ => self.memo.len() as u32,
+                        _ => self.memo.len,
                     };
-                    let top = *self.stack.last().ok_or(malformed)?;
-                    self.memo.insert(key, top);
+                    let top = *self.stack.last().ok_or(malformed.clone())?;
+                    let top = self.values.shared(top);
+                    self.replace_top(top);
+                    if !self.memo.put(key, top, self.bytes.len().saturating_add(NUMBERS_BEFORE)) {
+                        return Err(malformed);
+                    }
                 }
                 b'h' | b'j' | b'g' => {
                     let key = match code {
@@ -164,7 +233,7 @@ impl Scanner<'_> {
                         b'j' => self.length(4)? as u32,
                         _ => self.number(malformed.clone())?,
                     };
-                    let kept = *self.memo.get(&key).ok_or(malformed)?;
+                    let kept = self.memo.get(key).ok_or(malformed)?;
                     self.stack.push(kept);
                 }
                 0x80 => drop(self.take(1)?),
@@ -174,7 +243,20 @@ impl Scanner<'_> {
         }
     }
 
-    fn take(&mut self, n: usize) -> Result<&[u8], DecodeError> {
+    fn refer(
+        &mut self,
+        target: Option<Target>,
+        at: usize,
+        each: &mut dyn FnMut([u8; 8]),
+    ) -> Result<(), DecodeError> {
+        if let Target::Strong(oid) = target.ok_or(DecodeError::PersistentId(at))? {
+            each(oid);
+        }
+        self.stack.push(Item::Other);
+        Ok(())
+    }
+
+    fn take(&mut self, n: usize) -> Result<&'a [u8], DecodeError> {
         let end = self.at.checked_add(n).filter(|end| *end <= self.bytes.len());
         let end = end.ok_or(DecodeError::Truncated(self.at))?;
         let taken = &self.bytes[self.at..end];
@@ -189,10 +271,11 @@ impl Scanner<'_> {
         usize::try_from(length).map_err(|_| DecodeError::Truncated(self.at))
     }
 
-    fn string(&mut self, length_of_length: usize) -> Result<(), DecodeError> {
+    fn string(&mut self, length_of_length: usize, is_text: bool) -> Result<(), DecodeError> {
         let len = self.length(length_of_length)?;
-        let item = self.take(len)?.try_into().map_or(Item::Other, Item::Oid);
-        self.stack.push(item);
+        let start = self.at;
+        self.take(len)?;
+        self.stack.push(Values::string(start, len, is_text));
         Ok(())
     }
 
@@ -203,12 +286,15 @@ impl Scanner<'_> {
     }
 
     fn tuple(&mut self, start: usize) {
-        let first = self.stack.get(start).copied();
+        let tuple = self.values.tuple(&self.stack[start..]);
         self.stack.truncate(start);
-        self.stack.push(match first {
-            Some(Item::Oid(oid)) => Item::Tuple(oid),
-            _ => Item::Other,
-        });
+        self.stack.push(tuple);
+    }
+
+    fn replace_top(&mut self, item: Item) {
+        if let Some(top) = self.stack.last_mut() {
+            *top = item;
+        }
     }
 
     fn pop(&mut self, malformed: DecodeError) -> Result<Item, DecodeError> {
@@ -220,7 +306,7 @@ impl Scanner<'_> {
         self.marks.pop().filter(|start| *start <= self.stack.len()).ok_or(malformed)
     }
 
-    fn line(&mut self, malformed: DecodeError) -> Result<&[u8], DecodeError> {
+    fn line(&mut self, malformed: DecodeError) -> Result<&'a [u8], DecodeError> {
         let rest = &self.bytes[self.at..];
         let len = rest.iter().position(|byte| *byte == b'\n').ok_or(malformed)?;
         self.at += len + 1;
@@ -233,45 +319,86 @@ impl Scanner<'_> {
     }
 }
 
-/// The text of a line of protocol 0: quoted, with the escapes of a Python literal, or bare, with
-/// those of `raw-unicode-escape`.
-fn unescaped(line: &[u8], quoted: bool) -> Vec<u8> {
+/// The byte string of a literal of protocol 0. Source: `codecs.escape_decode`.
+fn literal(line: &[u8]) -> Vec<u8> {
     let mut rest = match line {
-        [b'\'', inner @ .., b'\''] | [b'"', inner @ .., b'"'] if quoted => inner,
+        [b'\'', inner @ .., b'\''] | [b'"', inner @ .., b'"'] => inner,
         other => other,
     };
-    let mut text = Vec::new();
+    let mut bytes = Vec::new();
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        let [code, after @ ..] = tail else {
+            bytes.push(*first);
+            continue;
+        };
+        if *first != b'\\' {
+            bytes.push(*first);
+            continue;
+        }
+        rest = after;
+        match code {
+            b'x' => match hexadecimal(after, 2).and_then(|code| u8::try_from(code).ok()) {
+                Some(byte) => {
+                    bytes.push(byte);
+                    rest = &after[2..];
+                }
+                None => bytes.extend_from_slice(b"\\x"),
+            },
+            b'0'..=b'7' => {
+                let digits = tail.iter().take(3).take_while(|byte| (b'0'..=b'7').contains(byte));
+                let (len, octal) = digits.fold((0, 0u32), |(len, code), byte| {
+                    (len + 1, code * 8 + u32::from(byte - b'0'))
+                });
+                bytes.push(octal as u8);
+                rest = &tail[len..];
+            }
+            b'\\' | b'\'' | b'"' => bytes.push(*code),
+            b'a' => bytes.push(7),
+            b'b' => bytes.push(8),
+            b't' => bytes.push(b'\t'),
+            b'n' => bytes.push(b'\n'),
+            b'v' => bytes.push(11),
+            b'f' => bytes.push(12),
+            b'r' => bytes.push(b'\r'),
+            other => bytes.extend([b'\\', *other]),
+        }
+    }
+    bytes
+}
+
+/// The text of a line of protocol 0: Latin-1 with the escapes of `raw-unicode-escape`.
+fn raw_unicode(line: &[u8]) -> String {
+    let mut rest = line;
+    let mut text = String::new();
     while let [first, tail @ ..] = rest {
         rest = tail;
         let digits = match (first, tail) {
-            (b'\\', [b'x', ..]) if quoted => 2,
-            (b'\\', [b'u', ..]) if !quoted => 4,
-            (b'\\', [escaped, after @ ..]) if quoted => {
+            (b'\\', [b'u', ..]) => 4,
+            (b'\\', [b'U', ..]) => 8,
+            // An escaped backslash stays as it is, and escapes nothing.
+            (b'\\', [b'\\', after @ ..]) => {
+                text.push('\\');
                 rest = after;
-                text.push(match escaped {
-                    b'n' => b'\n',
-                    b't' => b'\t',
-                    b'r' => b'\r',
-                    other => *other,
-                });
-                continue;
+                0
             }
             _ => 0,
         };
-        let code = tail
-            .get(1..1 + digits)
-            .filter(|_| digits > 0)
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u32::from_str_radix(digits, 16).ok());
-        match code.map(u8::try_from) {
-            Some(Ok(byte)) => {
-                text.push(byte);
+        let code = if digits > 0 { hexadecimal(&tail[1..], digits) } else { None };
+        match code.and_then(char::from_u32) {
+            Some(char) => {
+                text.push(char);
                 rest = &tail[1 + digits..];
             }
-            _ => text.push(*first),
+            None => text.push(char::from(*first)),
         }
     }
     text
+}
+
+fn hexadecimal(bytes: &[u8], digits: usize) -> Option<u32> {
+    let text = std::str::from_utf8(bytes.get(..digits)?).ok()?;
+    u32::from_str_radix(text, 16).ok()
 }
 
 #[cfg(test)]
@@ -353,6 +480,55 @@ mod tests {
         assert_eq!(found(b"C\x08\0\0\0\0\0\0\0\x01q\x01.h\x01Q."), Ok(vec![ONE]));
         assert!(state(b"Q.").is_err());
         assert!(found(b"N.").is_err());
+    }
+
+    #[test]
+    fn oids_that_are_made_by_a_call() {
+        let class = b"(Vm\nVC\nt.";
+        let state = |pickle: &[u8]| found(&[&class[..], pickle, b"Q."].concat());
+        let high = [0, 0, 0, 0, 0, 0, 0x48, 0xe7];
+        // Python 3 at protocols 1 and 2.
+        let made = b"c_codecs\nencode\n(X\x09\0\0\0\0\0\0\0\0\0H\xc3\xa7U\x06latin1tR".as_slice();
+        assert_eq!(state(made), Ok(vec![high]));
+        assert_eq!(state(&[b"(", made, b"cm\nC\nt"].concat()), Ok(vec![high]));
+        assert_eq!(state(&[b"(", made, b"l"].concat()), Ok(vec![]));
+        assert_eq!(
+            state(b"\x8c\x07_codecs\x8c\x06encode\x93X\x08\0\0\0ABCDEFGHX\x07\0\0\0latin-1\x86R"),
+            Ok(vec![*b"ABCDEFGH"])
+        );
+        // zodbpickle of Python 2.
+        let made = b"(ccopy_reg\n_reconstructor\n(czodbpickle\nbinary\nc__builtin__\nstr\n\
+            U\x08\0\0\0\0\0\0H\xe7tRcm\nC\nt";
+        assert_eq!(state(made), Ok(vec![high]));
+        assert_eq!(state(b"czodbpickle\nbinary\nU\x08ABCDEFGH\x85\x81"), Ok(vec![*b"ABCDEFGH"]));
+        // Lists that are filled later.
+        assert_eq!(state(b"]q\x01U\x01wa(U\x08ABCDEFGHtaU\x010h\x01"), Ok(vec![]));
+    }
+
+    #[test]
+    fn what_is_no_persistent_id_is_an_error() {
+        let class = b"(Vm\nVC\nt.";
+        let state = |pickle: &[u8]| found(&[&class[..], pickle, b"."].concat());
+        let cases = [
+            b"NQ".as_slice(),
+            b"(NtQ",
+            b")Q",
+            b"(cm\nC\ntQ",
+            b"U\x07ABCDEFGQ",
+            b"PABCDEFG\n",
+            b"X\x09\0\0\0\0\0\0\0\0\0H\xc3\xa7Q",
+            b"c_codecs\nencode\n(X\x08\0\0\0ABCDEFGHU\x05rot13tRQ",
+            b"cm\nf\n(U\x08ABCDEFGHtRQ",
+            b"]Q",
+            b"(U\x01xl(U\x08ABCDEFGHtaQ",
+            b"(U\x01x(U\x08ABCDEFGHtlQ",
+            b"(U\x01wU\x08ABCDEFGHlQ",
+            b"}Q",
+        ];
+        for case in cases {
+            let told = state(case);
+            assert!(matches!(told, Err(DecodeError::PersistentId(_))), "{case:?} {told:?}");
+        }
     }
 
     proptest! {

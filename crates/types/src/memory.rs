@@ -71,6 +71,18 @@ impl MemoryDisk {
         }
     }
 
+    /// Another disk that holds what is durable on this one: a snapshot.
+    pub fn copy(&self) -> MemoryDisk {
+        let names = locked(&self.names);
+        let copied = |(path, file): (&PathBuf, &Arc<MemoryFile>)| {
+            let durable = locked(&file.bytes).durable.clone();
+            let content = Content { current: durable.clone(), durable, ..Content::default() };
+            (path.clone(), Arc::new(MemoryFile { bytes: Mutex::new(content) }))
+        };
+        let durable: BTreeMap<_, _> = names.durable.iter().map(copied).collect();
+        MemoryDisk { names: Arc::new(Mutex::new(Names { current: durable.clone(), durable })) }
+    }
+
     /// From now on `sync` of this file fails, as a broken device makes it.
     pub fn fail_sync(&self, path: &Path) {
         if let Some(file) = locked(&self.names).current.get(path) {

@@ -24,14 +24,28 @@ pub fn tid_at(since_epoch: Duration) -> Tid {
 
 /// The moment of a tid as the time since the Unix epoch; zero for tids before 1970.
 pub fn time_of(tid: Tid) -> Duration {
+    let (minute, second) = minute_and_second(tid);
+    Duration::from_secs(minute.max(0) as u64) + Duration::from_secs_f64(second)
+}
+
+/// The same number, to the last bit, as `TimeStamp(tid).timeTime()`, which is rounded in that function's own calendar.
+pub fn seconds_of(tid: Tid) -> f64 {
+    // `gmoff` of `_timestamp.c`.
+    const EPOCH: i64 = 25_202 * SECONDS_PER_DAY as i64;
+    let (minute, second) = minute_and_second(tid);
+    (minute + EPOCH) as f64 + second - EPOCH as f64
+}
+
+/// The beginning of the minute in seconds since the Unix epoch, and the seconds in the minute.
+fn minute_and_second(tid: Tid) -> (i64, f64) {
     let minutes = tid.0 >> 32;
     let second = (tid.0 & 0xffff_ffff) as f64 * MINUTE_SCALE;
     let (days, minute_of_day) = (minutes / 1440, minutes % 1440);
     let (months, day) = (days / 31, days % 31 + 1);
     let (year, month) = ((months / 12) as i64 + 1900, months % 12 + 1);
-    let seconds =
+    let minute =
         days_from_civil(year, month, day) * SECONDS_PER_DAY as i64 + minute_of_day as i64 * 60;
-    Duration::from_secs(seconds.max(0) as u64) + Duration::from_secs_f64(second)
+    (minute, second)
 }
 
 /// Year, month (1–12) and day (1–31) of a moment, in UTC.
@@ -101,6 +115,23 @@ mod tests {
             assert!(tid.0.abs_diff(raw) < 72, "{seconds}: {tid} instead of {raw:016x}");
             let back = time_of(tid).as_secs_f64();
             assert!((back - seconds).abs() < 1e-6, "{seconds} -> {tid} -> {back}");
+        }
+    }
+
+    /// What `persistent.TimeStamp.TimeStamp(raw).timeTime()` gives.
+    #[test]
+    fn seconds_agree_with_python_to_the_last_bit() {
+        for (raw, seconds) in [
+            (0x03a6_6363_8b52_9b4a, 1_398_388_052.653_753_8),
+            (0x03fe_5b92_9a9a_80fd, 1_738_163_676.235_202_3),
+            (0x03b6_1624_3bfd_1d33, 1_458_992_894.059_857_8),
+            (0x040f_7d43_7863_3074, 1_804_059_088.215_810_3),
+            (0x03ab_d0b9_a286_3a7f, 1_419_382_658.091_64),
+            (0x0388_e0a8_bdc2_ae99, 1_284_507_404.475_111_5),
+            (0x03ad_ce6f_1064_5d51, 1_426_952_583.841_886_5),
+            (0x038f_f438_9752_4d6a, 1_311_728_195.465_975_3_f64),
+        ] {
+            assert_eq!(seconds_of(Tid(raw)).to_bits(), seconds.to_bits(), "{raw:016x}");
         }
     }
 

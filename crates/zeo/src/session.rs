@@ -297,6 +297,11 @@ impl Session {
         self.transaction.is_some() || self.uploading
     }
 
+    /// True until `register` is called.
+    pub fn is_stranger(&self) -> bool {
+        matches!(self.state, State::AwaitingVersion | State::Unregistered)
+    }
+
     /// True once `register` has succeeded, with write access.
     pub fn is_read_write(&self) -> bool {
         matches!(self.state, State::Registered { read_only: false })
