@@ -40,6 +40,8 @@ const CALM: Latency =
     Latency { least: Duration::from_micros(200), most: Duration::from_millis(3), lost_one_in: 0 };
 /// Nothing has gone wrong for so long: every node knows the primary.
 const CALM_AFTER: Duration = Duration::from_secs(4);
+/// Links over which nothing comes are closed within this time, whatever the clocks, and dialled anew.
+const SWALLOWED: Duration = Duration::from_secs(4);
 /// Where a node keeps its data.
 const DATA: &str = "/site/Data.fs";
 /// Where it keeps the blobs.
@@ -93,8 +95,8 @@ struct Cluster {
     /// The program may fail: its disk does.
     may_fail: Vec<bool>,
     serves: Vec<bool>,
-    /// Bits that were flipped: of which node, in which file, at which byte.
-    flips: Vec<(usize, PathBuf, usize)>,
+    /// Bits that were flipped: of which node, in which file, at which byte, and what that was.
+    flips: Vec<(usize, PathBuf, usize, u8)>,
     /// The node whose data file or blobs were damaged.
     damaged: Option<usize>,
     /// When something was last wrong.
@@ -325,7 +327,7 @@ impl Cluster {
         self.clients.step(TICK);
         trace::set_machine("");
         if !self.later.is_empty() || self.machines.iter().any(|machine| !machine.runs()) {
-            self.troubled = self.now;
+            self.troubled = self.troubled.max(self.now);
         }
         if (self.now > self.troubled + CALM_AFTER) != self.calm {
             self.calm = !self.calm;
@@ -510,6 +512,13 @@ impl Cluster {
                 }
                 self.later.push((self.now + *time, Later::OpenNetwork));
             }
+            Fault::Swallow { all } => {
+                let nodes: Vec<IpAddr> = (0..self.machines.len()).map(address).collect();
+                let random = &mut self.random;
+                self.network.swallow(&nodes, || *all || random.one_in(2));
+                // Until then nobody need have noticed.
+                self.troubled = self.now + SWALLOWED;
+            }
             Fault::SlowNetwork { most, lost_one_in, time } => {
                 let latency = Latency { most: *most, lost_one_in: *lost_one_in, ..CALM };
                 self.network.set_latency(latency);
@@ -520,8 +529,12 @@ impl Cluster {
             }
             Fault::SlowDisk { node, most, time } => {
                 let micros = most.as_micros() as u64;
-                self.machines[*node].host.device.store(micros, Ordering::Relaxed);
-                self.later.push((self.now + *time, Later::FastDisk(*node)));
+                for machine in 0..self.machines.len() {
+                    if node.is_none_or(|node| node == machine) {
+                        self.machines[machine].host.device.store(micros, Ordering::Relaxed);
+                        self.later.push((self.now + *time, Later::FastDisk(machine)));
+                    }
+                }
             }
             Fault::FullDisk { node, time } => {
                 self.machines[*node].host.free.store(1 << 20, Ordering::Relaxed);
@@ -536,8 +549,10 @@ impl Cluster {
             }
             Fault::Flip { node, block } => {
                 if let Some((path, offset)) = self.damage_at(*node, *block) {
-                    self.machines[*node].disk.flip(&path, offset);
-                    self.flips.push((*node, path, offset));
+                    let disk = &self.machines[*node].disk;
+                    let byte = disk.bytes(&path).map_or(0, |bytes| bytes[offset]);
+                    disk.flip(&path, offset);
+                    self.flips.push((*node, path, offset, byte));
                 }
             }
             Fault::BadSector { node, block } => {
@@ -667,11 +682,18 @@ impl Cluster {
 
     /// What is damaged, and nobody has read since, is still so.
     fn flip_back(&self) {
-        for (node, path, offset) in &self.flips {
+        for (node, path, offset, before) in &self.flips {
             let byte = |machine: &Machine| {
                 machine.disk.bytes(path).and_then(|bytes| bytes.get(*offset).copied())
             };
             let here = byte(&self.machines[*node]);
+            if path.starts_with(BLOB_DIR) {
+                // The others may have packed it away meanwhile; the file of a blob never changes.
+                if here.is_some_and(|here| here != *before) {
+                    self.machines[*node].disk.flip(path, *offset);
+                }
+                continue;
+            }
             let others = self.data_nodes().filter(|other| other.name != self.machines[*node].name);
             if others.map(byte).any(|there| there != here && there.is_some()) {
                 self.machines[*node].disk.flip(path, *offset);
@@ -754,6 +776,7 @@ fn name_of(fault: &Fault) -> &'static str {
         Fault::Pause { .. } => "pause",
         Fault::Isolate { .. } => "primary cut off",
         Fault::Block { .. } => "partition",
+        Fault::Swallow { .. } => "black hole",
         Fault::SlowNetwork { .. } => "slow network",
         Fault::Skew { .. } => "clock jump",
         Fault::SlowDisk { .. } => "slow disk",
@@ -802,6 +825,6 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         let plans = (0..300).map(Plan::of);
         plans.for_each(|plan| seen.extend(plan.steps.iter().map(|step| name_of(&step.fault))));
-        assert_eq!(seen.len(), 18, "{seen:?}");
+        assert_eq!(seen.len(), 19, "{seen:?}");
     }
 }

@@ -51,6 +51,11 @@ pub enum Fault {
         /// For how long.
         time: Duration,
     },
+    /// The connections between the nodes that are open at this moment deliver nothing any more; new ones work.
+    Swallow {
+        /// All of them, or each by chance.
+        all: bool,
+    },
     /// The network is slow, and loses packets.
     SlowNetwork {
         /// A packet takes so long, at most.
@@ -69,8 +74,8 @@ pub enum Fault {
     },
     /// Writes of the log take long.
     SlowDisk {
-        /// Which node's.
-        node: usize,
+        /// Which node's; `None` for those of all nodes, which stall together.
+        node: Option<usize>,
         /// So long, at most.
         most: Duration,
         /// For how long.
@@ -221,6 +226,12 @@ impl Plan {
             };
             steps.push(Step { at: millis(random, 1_500..duration.as_millis() as u64), fault });
         }
+        // From randomness of its own: the rest of a seed's plan stays what it was.
+        let later = &mut Random::new(seed ^ 0x0073_7761_6c6c_6f77);
+        if later.one_in(4) {
+            let fault = Fault::Swallow { all: later.one_in(2) };
+            steps.push(Step { at: millis(later, 1_500..duration.as_millis() as u64), fault });
+        }
         steps.sort_by_key(|step| step.at);
         Plan {
             seed,
@@ -262,7 +273,7 @@ fn fault(random: &mut Random, nodes: &[NodePlan]) -> Fault {
         },
         15 | 16 => Fault::Skew { node, seconds: random.below(200_000) as i64 - 100_000 },
         17 => Fault::SlowDisk {
-            node,
+            node: (!random.one_in(3)).then_some(node),
             most: millis(random, 10..1_500),
             time: millis(random, 100..4_000),
         },

@@ -22,7 +22,8 @@ mod message;
 pub use codec::Malformed;
 pub use command::{Command, Ending, PART_LEN, ending_with_blobs};
 pub use core::{
-    AppliedPoint, Caution, Committed, Config, Consensus, Event, NotLeader, Output, Progress, Role,
+    AppliedPoint, Broken, Caution, Committed, Config, Consensus, Event, NotLeader, Output,
+    Progress, Role,
 };
 pub use log::{Batch, LogError, LogWriter, PlacedEntry, Recovered, SEGMENT_LEN, Written, recover};
 pub use membership::{Change, Member, Membership};

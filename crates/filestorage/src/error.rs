@@ -36,6 +36,30 @@ pub enum StorageError {
         /// What is wrong with it.
         reason: String,
     },
+    /// What a record refers to cannot be told, so nothing may be removed.
+    #[error("{}: not packed: {record}. What it refers to would be removed. Let the application store the object again, \
+        or delete what refers to it, and pack to a later time; or pack without garbage collection (\"pack-gc false\" \
+        in <filestorage>)", path.display())]
+    References {
+        /// The file.
+        path: PathBuf,
+        /// The record.
+        record: Unreadable,
+    },
+    /// A pack would have removed an object that is referred to.
+    #[error("{}: not packed: object {from}, written by transaction {tid}, refers to object {to}, which was garbage at \
+        the pack time and would be gone. If {from} was written while the pack was under way, pack again; if this comes \
+        again, pack without garbage collection (\"pack-gc false\" in <filestorage>), and report it", path.display())]
+    StillReferred {
+        /// The file.
+        path: PathBuf,
+        /// The object that refers to it.
+        from: Oid,
+        /// Who wrote that.
+        tid: Tid,
+        /// The object that would be gone.
+        to: Oid,
+    },
     /// The file does not begin with `FS30` or `FS21`.
     #[error("{}: not a FileStorage file: it begins with {found:?} instead of \"FS30\" or \"FS21\"", path.display())]
     NotFileStorage {
@@ -63,6 +87,22 @@ pub enum StorageError {
     /// User, description or extension of more than 65 535 bytes.
     #[error("the {0} of a transaction may have at most 65535 bytes")]
     MetaTooLong(&'static str),
+}
+
+/// A record whose references cannot be told.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "what object {oid} refers to cannot be told (written by transaction {tid}, record at byte {position}): {reason}"
+)]
+pub struct Unreadable {
+    /// The object.
+    pub oid: Oid,
+    /// The transaction that wrote it.
+    pub tid: Tid,
+    /// Where the record begins.
+    pub position: Position,
+    /// Why.
+    pub reason: String,
 }
 
 impl StorageError {

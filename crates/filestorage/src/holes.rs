@@ -96,8 +96,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        Access, Extent, FileStorage, Job, Magic, Outcome, Reader, Record, RecordData, StorageError,
-        Transaction, TransactionMeta, UndoError, Undone, copy, copy_rest, pack,
+        Access, Extent, FileStorage, Job, Magic, Outcome, Packed, Reader, Record, RecordData,
+        StorageError, Transaction, TransactionMeta, UndoError, Undone, copy, copy_rest, pack,
     };
 
     fn holes(ranges: &[(u64, u64)]) -> Holes {
@@ -218,7 +218,7 @@ mod tests {
         target.set_holes(holes);
         // What the source sees when it begins, at the end of the hole.
         let mut before = open("before");
-        copy(full, &mut before, Tid::NONE, hole.through).unwrap();
+        copy(full, &mut before, Tid::NONE, hole.through, &|_| Ok(())).unwrap();
         let mut transactions = before.reader().transactions(Tid::NONE, Tid::MAX).unwrap();
         while let Some(stored) = transactions.advance().unwrap() {
             let inside = hole.contains(stored.meta.tid);
@@ -248,8 +248,8 @@ mod tests {
             Ok(())
         };
         let reader = storage.reader();
-        match pack(&reader, job, Path::new(to), &references, &mut |_, _| ()).unwrap() {
-            Outcome::Packed { mut target, last } => {
+        match pack(&reader, job, Path::new(to), &references, &|_| Ok(()), &mut |_, _| ()).unwrap() {
+            Outcome::Packed(Packed { mut target, last, .. }) => {
                 copy_rest(&reader, &mut target, last).unwrap();
                 target
             }

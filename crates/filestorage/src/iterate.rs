@@ -39,6 +39,11 @@ impl StoredTransaction {
         self.end - 8 - self.position.0
     }
 
+    /// Bytes that it takes beside its records.
+    pub(crate) fn overhead(&self) -> u64 {
+        self.records - self.position.0 + 8
+    }
+
     /// The byte after it.
     pub fn end(&self) -> Position {
         Position(self.end)

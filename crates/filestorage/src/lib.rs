@@ -32,12 +32,14 @@ mod undo;
 pub use append::Appender;
 pub use blob_sums::{BlobDamage, BlobId};
 pub use blobs::{BlobDir, Checking, Found, Staged, Staging, may_be_blob};
-pub use error::StorageError;
+pub use error::{StorageError, Unreadable};
 pub use format::{Magic, REFERENCE_LIMIT};
 pub use history::{Backwards, PastRevision};
 pub use holes::{Hole, Holes};
 pub use iterate::{Records, StoredTransaction, Transactions};
-pub use pack::{Job, Outcome, copy, copy_most, copy_rest, pack};
+pub use pack::{
+    Job, Need, Outcome, Packed, References, Removed, Room, copy, copy_most, copy_rest, pack,
+};
 pub use read::{Access, Reader, Revision};
 pub use storage::{Extent, FileStorage, Mark, Opened, Source, Tail};
 pub use sums::{BLOCK, Damage, DamagedBlock, LostBlock, Mend, blocks_in};

@@ -4,7 +4,12 @@
 //! Up to the pack time, only revisions that were current then are kept, and with garbage
 //! collection only of objects that can be reached from the root, or from what was committed later.
 //! (fspack looks at later transactions only where they point back; to follow all of them costs little,
-//! and never leaves a reference without an object.) What is committed later is copied as it is. The packed part has no back pointers, and its records no predecessors.
+//! and never leaves a reference without an object.) What is committed later is copied as it is. The packed part has
+//! no back pointers, and its records no predecessors.
+//!
+//! A record whose references cannot be told stops the pack, but for one that was committed later and that nothing
+//! refers to. Beside that there is a net ([`Removed::check`]): before the new file is put in place, nothing in it may
+//! refer to what was removed; also what was committed while the pack was under way.
 //!
 //! [`pack`] does nearly all of the work beside commits, on a thread of its own; then the writer
 //! of the storage copies what is left ([`copy_rest`]) and puts the new file in place
@@ -15,11 +20,12 @@
 //!
 //! Memory: 16 bytes for each object and a bit, twice that while the file is scanned.
 
+use std::io;
 use std::path::Path;
 
 use standby_types::{Oid, Position, Tid};
 
-use crate::StorageError;
+use crate::error::{StorageError, Unreadable};
 use crate::format::{DATA_HEADER, DataHeader};
 use crate::iterate::shared_data;
 use crate::read::{Access, Reader};
@@ -42,27 +48,96 @@ pub enum Outcome {
     Nothing,
     /// The new file, durable as far as it goes: up to the transaction `last` of the old one, which
     /// need not be in it.
-    Packed {
-        /// The new file.
-        target: FileStorage,
-        /// The last transaction that was looked at.
-        last: Tid,
-    },
+    Packed(Packed),
+}
+
+/// A new file that is nearly complete.
+pub struct Packed {
+    /// The new file.
+    pub target: FileStorage,
+    /// The last transaction that was looked at.
+    pub last: Tid,
+    /// The objects that are not in it.
+    pub removed: Removed,
+    /// Records committed after the pack time whose references cannot be told. Nothing refers to their objects.
+    pub unreadable: Vec<Unreadable>,
+}
+
+impl Packed {
+    /// A new file from which nothing was removed.
+    pub fn whole(target: FileStorage, last: Tid) -> Packed {
+        Packed { target, last, removed: Removed::default(), unreadable: Vec::new() }
+    }
+}
+
+/// The objects that a pack has removed as garbage.
+#[derive(Debug, Default)]
+pub struct Removed(Vec<Oid>);
+
+impl Removed {
+    /// Looks at what the new file has of the transactions after `after`: nothing there may refer to an object
+    /// that was removed (and was not brought back since).
+    pub fn check(
+        &self,
+        target: &Reader,
+        after: Tid,
+        references: References<'_>,
+    ) -> Result<(), StorageError> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let mut transactions = target.transactions(after.next(), Tid::MAX)?;
+        while let Some(stored) = transactions.advance()? {
+            for (from, position) in target.records_of(&stored)? {
+                let mut gone = None;
+                let seen = refer(target, from, position, references, &mut |to| {
+                    if self.0.binary_search(&to).is_ok()
+                        && target.shared.read().index.get(to).is_none()
+                    {
+                        gone = Some(to);
+                    }
+                });
+                match (seen, gone) {
+                    // Whether that matters was told when the pack was planned.
+                    (Ok(()) | Err(StorageError::References { .. }), None) => {}
+                    (Err(error), None) => return Err(error),
+                    (_, Some(to)) => {
+                        let (path, tid) = (target.shared.path.clone(), stored.meta.tid);
+                        return Err(StorageError::StillReferred { path, from, tid, to });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Finds the references of a record's data; an error is the reason why it cannot be read.
 pub type References<'a> = &'a dyn Fn(&[u8], &mut dyn FnMut(Oid)) -> Result<(), String>;
 
+/// What is about to be written of a second file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// So many bytes in all.
+    All(u64),
+    /// The next transaction.
+    Next,
+}
+
+/// Says whether there is room for it. An error ends the copying; what was written stays, for the caller to remove.
+pub type Room<'a> = &'a dyn Fn(Need) -> io::Result<()>;
+
 /// Remaining bytes that [`copy_most`] leaves to [`copy_rest`].
 const REST: u64 = 1 << 20;
 
 /// Packs what `reader` reads into a new file `to`. `progress(done, total)` is called now and then,
-/// in bytes.
+/// in bytes. `room` is asked before anything is written, and before each transaction.
 pub fn pack(
     reader: &Reader,
     job: Job,
     to: &Path,
     references: References<'_>,
+    room: Room<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Outcome, StorageError> {
     let job = match reader.hole_of(job.time) {
@@ -79,19 +154,22 @@ pub fn pack(
     } else {
         plan.reached = vec![true; plan.current.len()];
     }
+    room(Need::All(plan.needed(reader)?)).map_err(StorageError::io(to, "write"))?;
     let mut target = FileStorage::successor(reader, to)?;
     let mut holes = reader.holes();
     holes.packed(job.time);
     target.set_holes(holes);
-    plan.copy(reader, &mut target, &mut |done| progress(total / 2 + done, total))?;
+    plan.copy(reader, &mut target, room, &mut |done| progress(total / 2 + done, total))?;
     if target.mark().position == plan.end {
         drop(target);
         let io = |action| StorageError::io(to, action);
         reader.shared.disk.remove(to).map_err(io("remove"))?;
         return Ok(Outcome::Nothing);
     }
-    let last = copy_most(reader, &mut target, plan.last)?;
-    Ok(Outcome::Packed { target, last })
+    let last = copy_most(reader, &mut target, plan.last, room)?;
+    let removed = plan.removed();
+    removed.check(&target.reader(), Tid::NONE, references)?;
+    Ok(Outcome::Packed(Packed { target, last, removed, unreadable: plan.unreadable }))
 }
 
 /// Copies the transactions after `last` into a new file while more are committed, until little is left to
@@ -100,10 +178,11 @@ pub fn copy_most(
     reader: &Reader,
     target: &mut FileStorage,
     last: Tid,
+    room: Room<'_>,
 ) -> Result<Tid, StorageError> {
     let mut last = last;
     loop {
-        last = copy_rest(reader, target, last)?;
+        last = copy(reader, target, last, Tid::MAX, room)?;
         target.sync()?;
         if reader.transactions(last.next(), Tid::MAX)?.bytes_left() < REST {
             return Ok(last);
@@ -117,7 +196,7 @@ pub fn copy_rest(
     target: &mut FileStorage,
     last: Tid,
 ) -> Result<Tid, StorageError> {
-    copy(reader, target, last, Tid::MAX)
+    copy(reader, target, last, Tid::MAX, &|_| Ok(()))
 }
 
 /// Copies the transactions after `after` up to `through` into a new file; returns the last one.
@@ -126,10 +205,12 @@ pub fn copy(
     target: &mut FileStorage,
     after: Tid,
     through: Tid,
+    room: Room<'_>,
 ) -> Result<Tid, StorageError> {
     let mut last = after;
     let mut transactions = reader.transactions(after.next(), through)?;
     while let Some(stored) = transactions.advance()? {
+        room(Need::Next).map_err(StorageError::io(&target.shared.path, "write"))?;
         let mut appender = target.begin(&stored.meta)?;
         transactions.records(&stored, |record| appender.record(&record))?;
         appender.finish()?;
@@ -147,6 +228,8 @@ struct Plan {
     /// The end of the last transaction at or before the pack time.
     end: Position,
     last: Tid,
+    /// Later records whose references cannot be told, and do not matter.
+    unreadable: Vec<Unreadable>,
     /// The file is packed already, to this time or a later one.
     redundant: bool,
 }
@@ -164,6 +247,7 @@ impl Plan {
             reached: Vec::new(),
             end: Mark::START.position,
             last: Tid::NONE,
+            unreadable: Vec::new(),
             redundant: false,
         };
         let (mut unpacked, mut compact_at) = (false, 1 << 16);
@@ -229,11 +313,59 @@ impl Plan {
         while let Some(stored) = later.advance()? {
             for (oid, position) in reader.records_of(&stored)? {
                 let mut todo = Vec::new();
-                refer(reader, oid, position, references, &mut |oid| todo.push(oid))?;
-                self.reach_from(reader, references, todo)?;
+                match refer(reader, oid, position, references, &mut |oid| todo.push(oid)) {
+                    Ok(()) => self.reach_from(reader, references, todo)?,
+                    Err(StorageError::References { record, .. }) => self.unreadable.push(record),
+                    Err(error) => return Err(error),
+                }
             }
         }
-        Ok(())
+        self.check_unreadable(reader, references)
+    }
+
+    /// A later record whose references cannot be told is an error if anything refers to its object.
+    fn check_unreadable(
+        &self,
+        reader: &Reader,
+        references: References<'_>,
+    ) -> Result<(), StorageError> {
+        if self.unreadable.is_empty() {
+            return Ok(());
+        }
+        let mut matters = self.unreadable.iter().find(|record| record.oid == Oid(0));
+        let mut look = |oid, position| {
+            let found = refer(reader, oid, position, references, &mut |to| {
+                let here = |record: &&Unreadable| record.oid == to && to != oid;
+                matters = matters.or_else(|| self.unreadable.iter().find(here));
+            });
+            match found {
+                Err(StorageError::References { .. }) => Ok(()),
+                other => other,
+            }
+        };
+        let kept = self.current.iter().zip(&self.reached).filter(|(_, reached)| **reached);
+        for ((oid, position), _) in kept {
+            look(*oid, *position)?;
+        }
+        let mut later = reader.transactions(self.last.next(), Tid::MAX)?;
+        while let Some(stored) = later.advance()? {
+            for (oid, position) in reader.records_of(&stored)? {
+                look(oid, position)?;
+            }
+        }
+        match matters {
+            None => Ok(()),
+            Some(record) => Err(StorageError::References {
+                path: reader.shared.path.clone(),
+                record: record.clone(),
+            }),
+        }
+    }
+
+    /// What existed at the pack time and cannot be reached.
+    fn removed(&self) -> Removed {
+        let all = self.current.iter().zip(&self.reached);
+        Removed(all.filter(|(_, reached)| !**reached).map(|((oid, _), _)| *oid).collect())
     }
 
     fn reach_from(
@@ -263,11 +395,38 @@ impl Plan {
             .is_some_and(|place| self.reached[place] && self.current[place].1 == position)
     }
 
+    /// Bytes that the new file takes: what is kept, and what was committed later.
+    fn needed(&self, reader: &Reader) -> Result<u64, StorageError> {
+        let mut transactions = reader.transactions(Tid::NONE, self.last)?;
+        let mut window = Window::new(&reader.shared.path, reader.shared.file.clone());
+        let mut needed = Mark::START.position.0 + reader.size().saturating_sub(self.end.0);
+        while let Some(stored) = transactions.advance()? {
+            let mut kept = 0;
+            for (oid, position) in reader.records_of(&stored)? {
+                if self.keeps(oid, position) {
+                    kept += match window.data_header(position.0)? {
+                        Some(header) if header.data_len > 0 => header.full_len(),
+                        // The packed file has no back pointers.
+                        _ => {
+                            let data = data_at(&mut window, oid, position)?;
+                            DATA_HEADER + data.map_or(8, |data| data.len() as u64)
+                        }
+                    };
+                }
+            }
+            if kept > 0 {
+                needed += kept + stored.overhead();
+            }
+        }
+        Ok(needed)
+    }
+
     /// Copies what is kept.
     fn copy(
         &self,
         reader: &Reader,
         target: &mut FileStorage,
+        room: Room<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), StorageError> {
         let mut transactions = reader.transactions(Tid::NONE, self.last)?;
@@ -277,6 +436,7 @@ impl Plan {
             let mut kept = reader.records_of(&stored)?;
             kept.retain(|(oid, position)| self.keeps(*oid, *position));
             if !kept.is_empty() {
+                room(Need::Next).map_err(StorageError::io(&target.shared.path, "write"))?;
                 let mut meta = stored.meta.clone();
                 meta.status = b'p';
                 let mut appender = target.begin_packed(&meta)?;
@@ -360,14 +520,9 @@ fn refer(
         Err(StorageError::NoKey(_)) => return Ok(()),
         Err(error) => return Err(error),
     };
-    references(&data, each).or_else(|reason| {
-        reader.damaged(
-            position,
-            format!(
-                "the references of object {oid}, written by {}, cannot be read: {reason}",
-                header.serial
-            ),
-        )
+    references(&data, each).map_err(|reason| StorageError::References {
+        path: reader.shared.path.clone(),
+        record: Unreadable { oid, tid: header.serial, position, reason },
     })
 }
 
@@ -378,7 +533,7 @@ mod tests {
     use bytes::Bytes;
     use proptest::prelude::*;
     use standby_types::Disk;
-    use standby_types::disk::read_all;
+    use standby_types::disk::{Open, read_all};
     use standby_types::memory::MemoryDisk;
 
     use super::*;
@@ -388,6 +543,46 @@ mod tests {
 
     const DATA: &str = "/db/Data.fs";
     const NEW: &str = "/db/Data.fs.pack";
+    const PLENTY: Room<'static> = &|_| Ok(());
+
+    #[test]
+    fn row_50_room_is_asked_for_before_anything_is_written() {
+        let disk = MemoryDisk::new();
+        let mut storage = open(&disk);
+        for tid in 1..=100 {
+            append(&mut storage, tid, &[(0, data(&[1])), (1, data(&[2; 1000]))]);
+        }
+        let references = |data: &[u8], each: &mut dyn FnMut(Oid)| {
+            data.iter().for_each(|byte| each(Oid(u64::from(*byte))));
+            Ok(())
+        };
+        let full = || Err(io::Error::from(io::ErrorKind::StorageFull));
+        let packed_if = |room: Room<'_>| {
+            let job = Job { time: Tid(50), gc: true };
+            pack(&storage.reader(), job, Path::new(NEW), &references, room, &mut |_, _| ())
+        };
+        let asked = std::cell::Cell::new(0);
+        let refuses = |need| match need {
+            Need::All(bytes) => {
+                asked.set(bytes);
+                full()
+            }
+            Need::Next => Ok(()),
+        };
+        assert!(packed_if(&refuses).is_err() && !disk.exists(Path::new(NEW)).unwrap());
+        // What was asked for is what it takes.
+        let Outcome::Packed(packed) = packed_if(PLENTY).unwrap() else { panic!() };
+        let size = packed.target.reader().size();
+        assert!(asked.get() >= size && asked.get() < size + 100, "{} {size}", asked.get());
+        drop(packed);
+        let times = std::cell::Cell::new(0);
+        let later = |need| {
+            times.set(times.get() + 1);
+            if need == Need::Next && times.get() > 20 { full() } else { Ok(()) }
+        };
+        assert!(packed_if(&later).is_err());
+        assert_eq!(times.get(), 21);
+    }
 
     fn open(disk: &MemoryDisk) -> FileStorage {
         let (path, index) = (Path::new(DATA), Path::new("/state/1.index"));
@@ -420,8 +615,10 @@ mod tests {
             Ok(())
         };
         let job = Job { time: Tid(time), gc };
-        match pack(&storage.reader(), job, Path::new(NEW), &references, &mut |_, _| ()).unwrap() {
-            Outcome::Packed { target, last } => Some((target, last)),
+        match pack(&storage.reader(), job, Path::new(NEW), &references, PLENTY, &mut |_, _| ())
+            .unwrap()
+        {
+            Outcome::Packed(packed) => Some((packed.target, packed.last)),
             Outcome::Nothing => None,
         }
     }
@@ -450,6 +647,8 @@ mod tests {
         append(&mut storage, 40, &[(1, data(&[3, 9]))]);
         storage.reader().merge_index(1).unwrap();
         let before = read_all(&disk, Path::new(DATA)).unwrap();
+        let python_index = Path::new("/db/Data.fs.index");
+        disk.open(python_index, Open::Create).unwrap();
 
         // Without collection, what nobody refers to stays.
         let all = packed(&storage, 30, false).unwrap();
@@ -477,10 +676,82 @@ mod tests {
         assert_eq!(source.reader().len(), 3);
         assert_eq!(old_reader.len(), 5);
         assert!(!disk.exists(Path::new("/state/1.index")).unwrap());
+        assert!(!disk.exists(python_index).unwrap());
         let old = read_all(&disk, Path::new("/db/Data.fs.old")).unwrap();
         assert!(old.starts_with(&before));
         append(&mut storage, 60, &[(1, data(&[]))]);
         assert_eq!(tids(&open(&disk)), tids(&storage));
+    }
+
+    const UNREADABLE: u8 = 255;
+    type Commit<'a> = (u64, &'a [(u64, RecordData)]);
+
+    /// As in the other tests; a record with 255 in it cannot be read.
+    fn or_unreadable(data: &[u8], each: &mut dyn FnMut(Oid)) -> Result<(), String> {
+        if data.contains(&UNREADABLE) {
+            return Err("255".into());
+        }
+        data.iter().for_each(|byte| each(Oid(u64::from(*byte))));
+        Ok(())
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_stops_a_pack_if_it_matters() {
+        let bad = || data(&[UNREADABLE]);
+        let job = Job { time: Tid(25), gc: true };
+        let packed = |commits: &[Commit<'_>]| {
+            let disk = MemoryDisk::new();
+            let mut storage = open(&disk);
+            append(&mut storage, 10, &[(0, data(&[1])), (1, data(&[]))]);
+            commits.iter().for_each(|(tid, records)| append(&mut storage, *tid, records));
+            pack(&storage.reader(), job, Path::new(NEW), &or_unreadable, PLENTY, &mut |_, _| ())
+        };
+        // Garbage at the pack time: nobody looks.
+        let Ok(Outcome::Packed(done)) = packed(&[(20, &[(2, bad())])]) else { panic!() };
+        assert!(done.unreadable.is_empty() && load(&done.target, 2, 99).is_none());
+        // Written later, and nothing refers to it: kept, and told.
+        let Ok(Outcome::Packed(done)) = packed(&[(20, &[(1, data(&[1]))]), (30, &[(2, bad())])])
+        else {
+            panic!()
+        };
+        assert_eq!((done.unreadable.len(), done.unreadable[0].oid), (1, Oid(2)));
+        assert_eq!(load(&done.target, 2, 99), Some(vec![UNREADABLE]));
+        // Reachable at the pack time; referred to later only; the root; reachable, and changed later.
+        let cases: [&[Commit<'_>]; 4] = [
+            &[(20, &[(2, bad()), (0, data(&[1, 2]))])],
+            &[(20, &[(1, data(&[1]))]), (30, &[(2, bad())]), (40, &[(0, data(&[1, 2]))])],
+            &[(20, &[(1, data(&[1]))]), (30, &[(0, bad())])],
+            &[(20, &[(2, data(&[1])), (0, data(&[1, 2]))]), (30, &[(2, bad())])],
+        ];
+        for commits in cases {
+            let Err(error) = packed(commits) else { panic!() };
+            let told = error.to_string();
+            assert!(matches!(error, StorageError::References { .. }), "{told}");
+            assert!(told.contains("written by transaction") && told.contains("pack-gc false"));
+        }
+    }
+
+    #[test]
+    fn what_is_committed_meanwhile_may_not_refer_to_garbage() {
+        let disk = MemoryDisk::new();
+        let mut storage = open(&disk);
+        append(&mut storage, 10, &[(0, data(&[1])), (1, data(&[1])), (2, data(&[1]))]);
+        append(&mut storage, 20, &[(1, data(&[1]))]);
+        let job = Job { time: Tid(15), gc: true };
+        let path = Path::new(NEW);
+        let outcome =
+            pack(&storage.reader(), job, path, &or_unreadable, PLENTY, &mut |_, _| ()).unwrap();
+        let Outcome::Packed(Packed { mut target, last, removed, .. }) = outcome else { panic!() };
+        removed.check(&target.reader(), Tid::NONE, &or_unreadable).unwrap();
+        // A client had seen object 2, and refers to it again.
+        append(&mut storage, 30, &[(1, data(&[2]))]);
+        copy_rest(&storage.reader(), &mut target, last).unwrap();
+        let error = removed.check(&target.reader(), last, &or_unreadable).unwrap_err();
+        assert!(matches!(error, StorageError::StillReferred { to: Oid(2), .. }), "{error}");
+        // It is there again if it was written anew.
+        append(&mut storage, 40, &[(2, data(&[1]))]);
+        copy_rest(&storage.reader(), &mut target, Tid(30)).unwrap();
+        removed.check(&target.reader(), last, &or_unreadable).unwrap();
     }
 
     #[test]

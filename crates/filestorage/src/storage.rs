@@ -137,7 +137,14 @@ impl FileStorage {
     ) -> Result<(FileStorage, Opened), StorageError> {
         let io = |action| StorageError::io(path, action);
         let mut opened = Opened::default();
-        if !disk.exists(path).map_err(io("look for it"))? {
+        let extent_is_whole = extent == Extent::Whole;
+        let is_empty = || {
+            let file = disk.open(path, Open::Read).map_err(io("open"))?;
+            Ok(file.len().map_err(io("read the length of"))? == 0)
+        };
+        // Without a byte a file is a new one, unless it is known to have had some.
+        if !disk.exists(path).map_err(io("look for it"))? || extent_is_whole && is_empty()? {
+            forget_python_index(&*disk, path)?;
             let file = disk.open(path, Open::Create).map_err(io("create"))?;
             file.write_at(magic.bytes(), 0).map_err(io("write"))?;
             file.sync().map_err(io("sync"))?;
@@ -147,13 +154,13 @@ impl FileStorage {
         let file = disk.open(path, Open::Write).map_err(io("open"))?;
         let magic = read_magic(path, &*file)?;
         let len = file.len().map_err(io("read the length of"))?;
-        let extent_is_whole = extent == Extent::Whole;
         let (limit, again) = match extent {
             Extent::Whole => (len, Vec::new()),
             Extent::UpTo { mark, again } => {
                 check_mark(path, file.clone(), mark)?;
                 let end = again.last().unwrap_or(&mark).position.0;
                 if end < len {
+                    forget_python_index(&*disk, path)?;
                     file.set_len(end).map_err(io("cut"))?;
                     file.sync().map_err(io("sync"))?;
                 }
@@ -249,6 +256,7 @@ impl FileStorage {
             disk.remove(index_path).map_err(io("remove the index of"))?;
             disk.sync_dir(parent(index_path)).map_err(io("sync the directory of the index of"))?;
         }
+        forget_python_index(&**disk, path)?;
         self.shared.file.retire().map_err(io("remove the checksums of"))?;
         if keep {
             let old = PathBuf::from(format!("{}.old", path.display()));
@@ -322,11 +330,23 @@ impl FileStorage {
             })?;
             mark = mark_at(&mut window, start)?;
         }
+        forget_python_index(&*shared.disk, &shared.path)?;
         shared.file.set_len(mark.position.0).map_err(io("cut"))?;
         shared.file.sync().map_err(io("sync"))?;
         state.mark = mark;
         Ok(mark)
     }
+}
+
+/// Python's index (`PATH.index`) does not describe the data file any more: it names positions that another one had.
+fn forget_python_index(disk: &dyn Disk, path: &Path) -> Result<(), StorageError> {
+    let io = |action| StorageError::io(path, action);
+    let index = PathBuf::from(format!("{}.index", path.display()));
+    if disk.exists(&index).map_err(io("look for Python's index of"))? {
+        disk.remove(&index).map_err(io("remove Python's index of"))?;
+        disk.sync_dir(parent(path)).map_err(io("sync the directory of"))?;
+    }
+    Ok(())
 }
 
 /// Where the checksums are of the data file that has this index.

@@ -105,6 +105,14 @@ fn iterated(reader: &Reader, start: u64, stop: u64) -> Vec<Transaction> {
 }
 
 #[test]
+fn a_file_without_a_byte_is_a_new_one() {
+    let disk = MemoryDisk::new();
+    disk.open(Path::new(DATA), Open::Create).unwrap();
+    assert_eq!(open(&disk).reader().len(), 0);
+    assert_eq!(read_all(&disk, Path::new(DATA)).unwrap(), b"FS30");
+}
+
+#[test]
 fn append_load_and_reopen() {
     let disk = MemoryDisk::new();
     let mut storage = open(&disk);

@@ -9,12 +9,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use standby_node::config::Config;
 use standby_node::disk::OsDisk;
-use standby_node::{logging, start_on};
+use standby_node::{Next, logging, start_on};
 use standby_types::disk::{Disk, File, Mapped, Open, parent, read_full};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -355,7 +357,11 @@ async fn main() -> anyhow::Result<()> {
     let stop = async move {
         let _ = terminate.recv().await;
     };
-    node.run_until(stop).await?;
+    if node.run_until(stop).await? == Next::Again {
+        // What this process knows of unsynced bytes goes with it: what a node writes before it begins anew is synced.
+        let again = Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).exec();
+        return Err(again.into());
+    }
     // The node's threads wait for the runtime's clock: they go with the process, not before it.
     std::process::exit(0)
 }

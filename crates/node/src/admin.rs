@@ -10,17 +10,25 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tracing::error;
 
 use crate::ask::{Answer, Ask, route};
+use crate::gate::Gate;
 use crate::metrics;
 use crate::node::Shared;
 use crate::status::Status;
 
 /// How long a node may take to do what it is asked for.
 const ASK_PATIENCE: Duration = Duration::from_secs(130);
+
+/// Connections of administrators at a time.
+const CONNECTIONS: usize = 32;
+/// How long a request's head may take.
+const HEADER: Duration = Duration::from_secs(10);
+/// How long a connection may be open, whatever it is used for.
+const CONNECTION: Duration = Duration::from_secs(600);
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -49,8 +57,26 @@ pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
         )
         .route("/health", get(|| async { "ok\n" }))
         .with_state(shared);
-    if let Err(error) = axum::serve(listener, app).await {
-        error!(%error, "the admin address is not served any more");
+    let gate = Gate::new("administrators", CONNECTIONS);
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER);
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                gate.failed(&error);
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Some(pass) = gate.enter() else { continue };
+        let service = TowerToHyperService::new(app.clone());
+        let served = http.serve_connection(TokioIo::new(stream), service);
+        tokio::spawn(async move {
+            // How it ends is the other side's business.
+            let _ = tokio::time::timeout(CONNECTION, served).await;
+            drop(pass);
+        });
     }
 }
 

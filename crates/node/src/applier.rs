@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Context;
 use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Committed};
-use standby_filestorage::{Hole, Outcome, Reader, Record, Staged, TransactionMeta};
+use standby_filestorage::{Hole, Outcome, Packed, Reader, Record, Staged, TransactionMeta};
 use standby_types::time::{tid_at, utc};
 use standby_types::{Blob, Disk, LogIndex, Mutation, Oid, Tid, mutation};
 use standby_zeo::{ClientError, Encoding, History, SessionId, Value};
@@ -20,12 +20,13 @@ use tokio::time::timeout;
 use tracing::{debug, error, info, warn};
 
 use crate::backfill;
+use crate::causes::with_causes;
 use crate::engine::Internal;
 use crate::hidden::Hidden;
 use crate::lineage::Promotion;
 use crate::machine::{self, Instant, Job};
 use crate::node::Shared;
-use crate::packing::{Cause, Packs, pack_path};
+use crate::packing::{Cause, Packs, pack_path, references};
 use crate::replica::{Applied, ApplyError, Done, Replica};
 use crate::sessions::{Mail, SessionHandle};
 use crate::state::Checkpoint;
@@ -35,6 +36,8 @@ const CHECKPOINT_BYTES: u64 = 64 << 20;
 /// Time after which a checkpoint is made if anything was applied.
 const CHECKPOINT_EVERY: Duration =
     if cfg!(feature = "simulated") { Duration::from_secs(1) } else { Duration::from_secs(10) };
+/// How often a checkpoint that something waits for is tried, once a second.
+const CHECKPOINT_ATTEMPTS: u32 = 60;
 /// Objects in the index's memory above which it is written to its file.
 const INDEX_OVERLAY: usize = 200_000;
 /// During a catch-up, bytes after which the progress is made durable.
@@ -98,6 +101,8 @@ pub enum Work {
         /// The file.
         packed: anyhow::Result<Outcome>,
     },
+    /// The data file of a storage is not where it was.
+    Missing(String),
     /// The blobs that a pack has made needless are gone.
     BlobsRemoved(String),
     /// Make a last checkpoint and end.
@@ -247,8 +252,8 @@ impl Applier {
                     self.begin_timeline(entries, &promotion).await?;
                 }
                 Ok(Some(Work::Packed { storage, cause, packed })) => match (packed, cause) {
-                    (Ok(Outcome::Packed { target, last }), cause) => {
-                        self.packs.ready(&storage, target, last, cause);
+                    (Ok(Outcome::Packed(packed)), cause) => {
+                        self.packs.ready(&storage, packed, cause);
                     }
                     (Ok(Outcome::Nothing), Cause::Pack(job)) => {
                         info!(storage, "packed: there was nothing to remove");
@@ -258,19 +263,13 @@ impl Applier {
                         self.replica.pack_ended(&storage);
                         self.remove_packed_blobs(&storage, false);
                     }
-                    (Err(error), Cause::Pack(_)) => {
-                        error!(storage, "the pack failed: {error:#}");
-                        self.replica.pack_ended(&storage);
-                        self.pack_answered(&storage, Some(format!("{error:#}")));
-                    }
                     (Ok(Outcome::Nothing), Cause::Backfill { .. }) => {
                         self.backfill_ended(&storage);
                     }
-                    (Err(error), Cause::Backfill { .. }) => {
-                        error!(storage, "the hole in the history cannot be filled: {error:#}");
-                        self.backfill_ended(&storage);
-                    }
+                    (Ok(Outcome::Nothing), Cause::Missing) => self.written_anew(&storage),
+                    (Err(error), cause) => self.new_file_failed(&storage, cause, &error),
                 },
+                Ok(Some(Work::Missing(storage))) => self.missing(&storage),
                 Ok(Some(Work::BlobsRemoved(storage))) => self.pack_answered(&storage, None),
                 Ok(Some(Work::Stop(done))) => {
                     self.last_checkpoint().await?;
@@ -301,10 +300,16 @@ impl Applier {
         }
     }
 
+    /// What the storages hold now, with what this node knows of the others.
+    fn checkpoint(&self) -> Option<Checkpoint> {
+        let acknowledged = self.shared.all_acknowledged();
+        self.replica.checkpoint().map(|checkpoint| Checkpoint { acknowledged, ..checkpoint })
+    }
+
     async fn backfill(&mut self, storage: &str) -> anyhow::Result<()> {
         self.replica.set_backfill(storage, true);
         // A restart goes on with it.
-        if let Some(checkpoint) = self.replica.checkpoint() {
+        if let Some(checkpoint) = self.checkpoint() {
             self.write_checkpoint(&checkpoint).await?;
         }
         self.start_next(storage);
@@ -320,24 +325,35 @@ impl Applier {
             return Ok(());
         }
         // Without a checkpoint now there is one later.
-        if self.replica.checkpoint().is_none() {
+        if self.checkpoint().is_none() {
             return Ok(());
         }
-        let Some((name, mut packed, last, cause)) = self.packs.take_ready() else {
+        let Some((name, mut packed, cause)) = self.packs.take_ready() else {
             return Ok(());
         };
         let started = Instant::now();
         let shared = self.shared.clone();
         let Some(storage) = shared.storages.get(&name) else { return Ok(()) };
         let before = storage.reader().size();
-        self.replica.copy_rest(&name, &mut packed, last)?;
-        if let Cause::Backfill { through } = cause {
-            let mut holes = self.replica.holes(&name);
-            holes.filled(through);
-            packed.set_holes(holes);
+        let complete = |packed: &mut Packed| -> anyhow::Result<()> {
+            self.replica.copy_rest(&name, packed, &references)?;
+            if let Cause::Backfill { through } = cause {
+                let mut holes = self.replica.holes(&name);
+                holes.filled(through);
+                packed.target.set_holes(holes);
+            }
+            packed.target.sync()?;
+            Ok(())
+        };
+        if let Err(error) = complete(&mut packed) {
+            // Nobody reads the new file yet: it is given up, and the old one stays in place.
+            drop(packed);
+            let _ = self.disk.remove(&pack_path(&storage.path));
+            self.new_file_failed(&name, cause, &error);
+            return Ok(());
         }
-        packed.sync()?;
-        let mut checkpoint = self.replica.checkpoint().context("no checkpoint for a pack")?;
+        let packed = packed.target;
+        let mut checkpoint = self.checkpoint().context("no checkpoint for a pack")?;
         if let Some(point) = checkpoint.storages.get_mut(&name) {
             point.packed = Some(packed.mark());
         }
@@ -346,17 +362,20 @@ impl Applier {
         let section = shared.config.storages.iter().find(|section| section.name == name);
         let keep_old = section.is_some_and(|section| section.pack_keep_old);
         let keep_old = keep_old && matches!(cause, Cause::Pack(_));
+        // Somebody may have removed it meanwhile.
+        let keep_old = keep_old && self.disk.exists(&storage.path).unwrap_or(false);
         self.replica.replace(&name, packed, &pack_path(&storage.path), keep_old)?;
         if let Cause::Pack(_) = cause {
             self.replica.pack_ended(&name);
         }
-        let checkpoint = self.replica.checkpoint().context("no checkpoint after a pack")?;
+        let checkpoint = self.checkpoint().context("no checkpoint after a pack")?;
         self.write_checkpoint(&checkpoint).await?;
         let after = storage.reader().size();
         let commits_waited_ms = started.elapsed().as_millis();
         let done = match cause {
             Cause::Pack(_) => "packed",
             Cause::Backfill { .. } => "the hole in the history is filled",
+            Cause::Missing => "the data file is in its place again",
         };
         info!(storage = name, before, after, commits_waited_ms, "{done}");
         for session in shared.sessions.of(&name) {
@@ -368,6 +387,7 @@ impl Applier {
                 self.remove_packed_blobs(&name, keep_old);
             }
             Cause::Backfill { .. } => self.backfill_ended(&name),
+            Cause::Missing => self.written_anew(&name),
         }
         // The packed file has no index file yet; commits do not wait for it.
         let reader = storage.reader();
@@ -377,6 +397,26 @@ impl Applier {
             }
         })?);
         Ok(())
+    }
+
+    /// A new data file was not completed: everything else goes on.
+    fn new_file_failed(&mut self, storage: &str, cause: Cause, error: &anyhow::Error) {
+        let reason = with_causes(error);
+        match cause {
+            Cause::Pack(_) => {
+                error!(storage, "the pack failed: {reason}");
+                self.replica.pack_ended(storage);
+                self.pack_answered(storage, Some(reason));
+            }
+            Cause::Backfill { .. } => {
+                error!(storage, "the hole in the history cannot be filled: {reason}");
+                self.backfill_ended(storage);
+            }
+            Cause::Missing => {
+                error!(storage, "the data file that was removed cannot be written anew: {reason}");
+                self.written_anew(storage);
+            }
+        }
     }
 
     /// The data file is packed: the blobs follow, then whoever waits is answered.
@@ -396,11 +436,27 @@ impl Applier {
         }
         for Origin { session, id } in self.packs.ended(storage) {
             let encoding = session.encoding();
-            session.outbox.push(match &failed {
+            session.packs.store(false, Ordering::Release);
+            session.answer(match &failed {
                 None => encoding.reply(&id, Value::None),
                 Some(reason) => encoding.error(&id, &ClientError::file_storage(reason.clone())),
             });
         }
+        self.start_next(storage);
+    }
+
+    /// Whoever removed the data file has not removed what this process has open.
+    fn missing(&mut self, storage: &str) {
+        let Some(stored) = self.replica.storage(storage) else { return };
+        let Some(shared) = self.shared.storages.get(storage) else { return };
+        // It may have been put in place since.
+        if let Ok(false) = self.disk.exists(&shared.path) {
+            self.packs.start_anew(&self.shared, storage, stored.reader());
+        }
+    }
+
+    fn written_anew(&mut self, storage: &str) {
+        self.packs.release(storage);
         self.start_next(storage);
     }
 
@@ -461,7 +517,9 @@ impl Applier {
         let certain = self.replica.last_tids();
         self.entries(entries.into_iter().map(|entry| (entry, None)).collect())?;
         self.replica.begin_timeline(promotion, &certain)?;
-        let checkpoint = self.replica.checkpoint().context("parts are open in a new timeline")?;
+        // What was acknowledged of the former timeline's log says nothing of this one's.
+        self.shared.forget_acknowledged();
+        let checkpoint = self.checkpoint().context("parts are open in a new timeline")?;
         self.write_checkpoint(&checkpoint).await?;
         self.report(Vec::new());
         self.shared.report(Internal::TimelineBegun(self.replica.point()));
@@ -528,17 +586,21 @@ impl Applier {
             .clone()
         };
         let own = origin.as_ref().map(|origin| origin.session.id);
+        let (told, all_told) = oneshot::channel();
+        let told = Arc::new(told);
         for session in self.shared.sessions.of(&applied.storage) {
             if Some(session.id) != own {
                 let frame = invalidation(session.encoding());
-                session.outbox.push_transaction(applied.tid, [frame]);
+                session.outbox.push_invalidation(applied.tid, frame, &told);
             }
         }
+        drop(told);
         if let Some(Origin { session, id }) = origin {
             let encoding = session.encoding();
             let info = encoding.notify("info", vec![self.shared.short_info(&applied.storage)]);
             let reply = encoding.reply(&id, applied.tid.to_bytes().into());
-            session.outbox.push_transaction(applied.tid, [info, reply]);
+            let both = [info, reply].concat().into();
+            session.outbox.push_committed(applied.tid, both, all_told);
             session.answered();
         }
     }
@@ -553,7 +615,7 @@ impl Applier {
         // Its own task first, so that it knows before the client can say anything more.
         let _ = session.mailbox.send(Mail::Registered(true));
         self.shared.sessions.register(storage, session.clone());
-        session.outbox.push_transaction(tid, [reply]);
+        session.outbox.push_transaction(tid, reply);
         session.answered();
     }
 
@@ -619,7 +681,7 @@ impl Applier {
         }
         self.replica.caught_up(target)?;
         self.shared.set_cluster_id(self.replica.cluster_id());
-        let checkpoint = self.replica.checkpoint().context("parts are open after a catch-up")?;
+        let checkpoint = self.checkpoint().context("parts are open after a catch-up")?;
         self.write_checkpoint(&checkpoint).await?;
         self.shared.state.end_catching_up(&*self.disk)?;
         self.merge_indexes();
@@ -680,17 +742,32 @@ impl Applier {
             // It has reported its own errors.
             thread.join().await;
         }
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            match self.try_checkpoint(checkpoint) {
+                Err(error) if is_passing(&error) && attempts < CHECKPOINT_ATTEMPTS => {
+                    warn!("cannot make a checkpoint now, and tries again: {}", with_causes(&error));
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                Err(error) => return Err(error),
+                Ok(()) => break,
+            }
+        }
+        for (name, storage) in self.replica.storages() {
+            note_durable(&storage.reader(), name, checkpoint);
+        }
+        Ok(())
+    }
+
+    fn try_checkpoint(&self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
         for (_, storage) in self.replica.storages() {
             storage.sync()?;
         }
         for blobs in self.replica.blobs() {
             blobs.sync()?;
         }
-        self.shared.state.set_checkpoint(&*self.disk, checkpoint)?;
-        for (name, storage) in self.replica.storages() {
-            note_durable(&storage.reader(), name, checkpoint);
-        }
-        Ok(())
+        Ok(self.shared.state.set_checkpoint(&*self.disk, checkpoint)?)
     }
 
     fn merge_indexes(&self) {
@@ -716,7 +793,7 @@ impl Applier {
         if self.checkpoint_thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return;
         }
-        let Some(checkpoint) = self.replica.checkpoint() else { return };
+        let Some(checkpoint) = self.checkpoint() else { return };
         self.checkpointed = (checkpoint.index, Instant::now(), 0);
         let (shared, disk) = (self.shared.clone(), self.disk.clone());
         let readers: Vec<_> =
@@ -735,6 +812,9 @@ impl Applier {
                 Ok(())
             };
             match made() {
+                Err(error) if is_passing(&error) => {
+                    warn!("cannot make a checkpoint now, and tries again: {}", with_causes(&error));
+                }
                 Err(error) => shared.report(Internal::Fatal(error.context("checkpoint"))),
                 Ok(()) => {
                     debug!(applied = %checkpoint.index, "checkpoint");
@@ -756,12 +836,20 @@ impl Applier {
     }
 
     async fn last_checkpoint(&mut self) -> anyhow::Result<()> {
-        if let Some(checkpoint) = self.replica.checkpoint() {
+        if let Some(checkpoint) = self.checkpoint() {
             self.write_checkpoint(&checkpoint).await?;
         }
         self.merge_indexes();
         Ok(())
     }
+}
+
+/// True if a file could not be opened for a reason that passes. A sync that has failed is never tried again.
+fn is_passing(error: &anyhow::Error) -> bool {
+    use rustix::io::Errno;
+    let passing = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error()));
+    let io_errors = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io_errors.into_iter().any(|error| passing.contains(&error.raw_os_error()))
 }
 
 /// A restart begins at the checkpoint: what is before will not be changed.

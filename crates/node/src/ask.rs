@@ -18,7 +18,7 @@ pub enum Ask {
     Switchover {
         /// Which; `None` for the one that is best placed.
         to: Option<String>,
-        /// Seconds for which transactions that have voted, and uploads, are waited for.
+        /// Seconds for which transactions that have voted, uploads, and packs are waited for.
         grace: f64,
     },
     /// A node may join.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use standby_filestorage::{FileStorage, Outcome, StorageError, copy, copy_most};
+use standby_filestorage::{FileStorage, Need, Outcome, Packed, StorageError, copy, copy_most};
 use standby_types::Tid;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -19,6 +19,7 @@ use crate::machine;
 use crate::node::{Shared, StorageShared};
 use crate::packing::pack_path;
 use crate::peers::{PeerError, fetch_history, obtain_old};
+use crate::room::room_for;
 
 /// Batches between the socket and the file.
 const QUEUE: usize = 16;
@@ -56,7 +57,7 @@ async fn fill(
     let Some(first) = storage.reader().holes().iter().next().copied() else {
         return Ok((Outcome::Nothing, Tid::NONE));
     };
-    let mut target = begin(storage, first.after).await?;
+    let mut target = begin(shared, name, first.after).await?;
     let mut told = false;
     loop {
         let Some((node, address)) = source(shared, name) else {
@@ -70,13 +71,13 @@ async fn fill(
         let (file, got) = attempt(shared, name, &address, target).await?;
         target = match got {
             Got::All => match obtain_old(shared, name, file.mark().tid, &address).await {
-                Ok(()) => return finish(storage, file).await,
+                Ok(()) => return finish(shared, name, file).await,
                 Err(error) => {
                     warn!(storage = name, address, %error, "not all blobs have come; trying again");
                     file
                 }
             },
-            Got::Packed => begin(storage, Tid::NONE).await?,
+            Got::Packed => begin(shared, name, Tid::NONE).await?,
             Got::Part => file,
         };
         tokio::time::sleep(AGAIN).await;
@@ -98,12 +99,16 @@ fn source(shared: &Shared, storage: &str) -> Option<(String, String)> {
 }
 
 /// A new file with the transactions of the old one up to `last`.
-async fn begin(storage: &StorageShared, last: Tid) -> anyhow::Result<FileStorage> {
+async fn begin(shared: &Arc<Shared>, name: &str, last: Tid) -> anyhow::Result<FileStorage> {
+    let storage = shared.storages.get(name).context("no such storage")?;
     let (reader, path) = (storage.reader(), pack_path(&storage.path));
+    let room = room_for(shared, &storage.path, "filling the hole in its history");
+    // What comes from elsewhere is more than that, by as much as is missing.
+    room(Need::All(reader.size()))?;
     let made = machine::spawn_blocking(move || -> Result<_, StorageError> {
         let mut target = FileStorage::successor(&reader, &path)?;
         target.set_holes(Default::default());
-        copy(&reader, &mut target, Tid::NONE, last)?;
+        copy(&reader, &mut target, Tid::NONE, last, &room)?;
         Ok(target)
     });
     Ok(made.await??)
@@ -120,10 +125,11 @@ async fn attempt(
     // Where the last hole ends, whatever happens meanwhile.
     let reader = shared.storages.get(name).context("no such storage")?.reader();
     let least = reader.holes().iter().last().map_or(Tid::NONE, |hole| hole.through);
+    let writing_to = shared.clone();
     let writing = machine::apart(async move {
         let mut target = target;
-        let got = write(&mut target, CatchUpItems::new(receiver), after).await?;
-        Ok::<_, StorageError>((target, got))
+        let got = write(&writing_to, &mut target, CatchUpItems::new(receiver), after).await?;
+        Ok::<_, anyhow::Error>((target, got))
     });
     let percent = |got: u64, of: u64| (got * 100 / of.max(1)).min(99) as u32;
     let show = |progress: &crate::peers::CatchUp| {
@@ -146,10 +152,11 @@ async fn attempt(
 }
 
 async fn write(
+    shared: &Shared,
     target: &mut FileStorage,
     mut items: CatchUpItems,
     after: Tid,
-) -> Result<Got, StorageError> {
+) -> anyhow::Result<Got> {
     while let Some(item) = items.next().await {
         let meta = match item {
             CatchUpItem::Begin(_, meta) => meta,
@@ -159,6 +166,7 @@ async fn write(
         if meta.status == b'p' && after > Tid::NONE {
             return Ok(Got::Packed);
         }
+        shared.room.check()?;
         // Dropped unless it is finished: it leaves nothing then.
         let mut appender = target.begin(&meta)?;
         loop {
@@ -175,9 +183,12 @@ async fn write(
 
 /// Adds what has been committed meanwhile.
 async fn finish(
-    storage: &StorageShared,
+    shared: &Arc<Shared>,
+    name: &str,
     mut target: FileStorage,
 ) -> anyhow::Result<(Outcome, Tid)> {
+    let storage = shared.storages.get(name).context("no such storage")?;
+    let room = room_for(shared, &storage.path, "filling the hole in its history");
     let through = target.mark().tid;
     // What the log brings later is told to clients when this node applies it, not before.
     while storage.reader().last_tid() < through {
@@ -185,8 +196,8 @@ async fn finish(
     }
     let reader = storage.reader();
     let done = machine::spawn_blocking(move || -> Result<_, StorageError> {
-        let last = copy_most(&reader, &mut target, through)?;
-        Ok(Outcome::Packed { target, last })
+        let last = copy_most(&reader, &mut target, through, &room)?;
+        Ok(Outcome::Packed(Packed::whole(target, last)))
     });
     Ok((done.await??, through))
 }

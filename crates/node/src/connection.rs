@@ -1,6 +1,5 @@
 //! One client's connection: frames in, effects performed, replies out.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,17 +11,18 @@ use standby_zeo::{
     ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, StagedFile, Value,
     VoteAnswer, VoteOutcome, VoteRequest, frame,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, join};
 use tokio::sync::mpsc;
 use tracing::{debug, error, info, warn};
 
 use crate::blobs::{self, BlobReader, BlobWriter, StagedBlob};
 use crate::engine::{Event, Request, read_failed};
 use crate::look::{self, Iterators};
-use crate::machine;
+use crate::machine::{self, Instant};
 use crate::node::{Shared, StorageShared};
 use crate::room;
 use crate::sessions::{Mail, SessionHandle};
+use crate::socket::{Cutter, split};
 use crate::stream::Stream;
 
 /// Bytes of a blob in one message to a client, as the Python server sends them.
@@ -33,36 +33,26 @@ const BLOB_QUEUE: usize = 2 << 20;
 const NO_BLOBS: &str = "the client stores a blob, but the storage has no blob-dir";
 /// How long a client whose session has ended may take to read what is queued for it.
 const LEAVING: Duration = Duration::from_secs(2);
+/// Calls of a client that the engine has to answer; beyond it no more are read.
+const UNANSWERED: usize = 1000;
 /// How long a client that is to leave must have said nothing.
 const QUIET: Duration = Duration::from_millis(2);
-/// How long a client may take to agree on TLS.
-const TLS_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a client may take to agree on TLS, and then to ask for a storage. Stock clients do both at once.
+const HELLO: Duration = Duration::from_secs(20);
 
 /// Serves a client until one side closes.
 pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool) {
     stream.set_nodelay();
-    let (peer, socket) = (stream.peer(), stream.duplicate());
+    let peer = stream.peer();
+    let (read, write, cutter) = split(stream);
     let Some(tls) = &shared.tls else {
-        return match stream {
-            Stream::Tcp(tcp) => {
-                let (read, write) = tcp.into_split();
-                talk(shared, peer, socket, read, write, read_only).await;
-            }
-            Stream::Unix(unix) => {
-                let (read, write) = unix.into_split();
-                talk(shared, peer, socket, read, write, read_only).await;
-            }
-            Stream::Tls(tls) => {
-                let (read, write) = tokio::io::split(tls);
-                talk(shared, peer, socket, read, write, read_only).await;
-            }
-        };
+        return talk(shared, peer, cutter, read, write, read_only).await;
     };
-    let agreed = tokio::time::timeout(TLS_PATIENCE, tls.acceptor().accept(stream)).await;
+    let agreed = tokio::time::timeout(HELLO, tls.acceptor().accept(join(read, write))).await;
     match agreed.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
         Ok(stream) => {
             let (read, write) = tokio::io::split(stream);
-            talk(shared, peer, socket, read, write, read_only).await;
+            talk(shared, peer, cutter, read, write, read_only).await;
         }
         Err(error) => warn!(client = peer, %error, "no TLS with a client"),
     }
@@ -71,14 +61,14 @@ pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool) {
 async fn talk(
     shared: Arc<Shared>,
     peer: String,
-    socket: Option<OwnedFd>,
+    cutter: Option<Cutter>,
     read: impl AsyncRead + Unpin,
     write: impl AsyncWrite + Send + Unpin + 'static,
     read_only: bool,
 ) {
     let (mailbox, mail) = mpsc::unbounded_channel();
     let id = shared.sessions.next_id();
-    let handle = Arc::new(SessionHandle::new(id, peer.clone(), mailbox, socket));
+    let handle = Arc::new(SessionHandle::new(id, peer.clone(), mailbox, cutter));
     shared.sessions.add(handle.clone());
     // What may come to write must be cut off with the lease even before it has registered.
     handle.read_write.store(!read_only, Ordering::Release);
@@ -102,7 +92,10 @@ async fn talk(
     let sending = {
         let handle = handle.clone();
         tokio::spawn(async move {
-            let _ = handle.outbox.send_to(write).await;
+            if handle.outbox.send_to(write).await.is_err() {
+                // Whoever waits for room in the queue must not wait for a client that is gone.
+                handle.cut("the client cannot be reached any more");
+            }
         })
     };
     let ended = connection.run(read, mail).await;
@@ -151,6 +144,7 @@ impl Connection {
     ) -> Option<String> {
         let mut frames = FrameReader::default();
         let mut effects = Vec::new();
+        let hello = Instant::now() + HELLO;
         loop {
             loop {
                 while let Ok(mail) = mail.try_recv() {
@@ -178,6 +172,7 @@ impl Connection {
                     self.handle.uploads.store(false, Ordering::Release);
                 }
                 self.handle.outbox.room().await;
+                self.handle.few_unanswered(UNANSWERED).await;
             }
             tokio::select! {
                 biased;
@@ -192,6 +187,10 @@ impl Connection {
                     Ok(_) => {}
                 },
                 () = tokio::time::sleep(QUIET), if self.may_leave() => return None,
+                () = tokio::time::sleep_until(hello), if self.session.is_stranger() => {
+                    let seconds = HELLO.as_secs();
+                    return Some(format!("it has not asked for a storage within {seconds} seconds"));
+                }
             }
         }
     }
@@ -299,8 +298,11 @@ impl Connection {
                 return answer(Err(look::undo_disabled()));
             }
             // It may read the whole file; the client's other threads do not wait for it.
+            let handle = self.handle.clone();
+            handle.unanswered.fetch_add(1, Ordering::AcqRel);
             drop(machine::spawn_blocking(move || {
                 answer(look::look(&reader, &mut Iterators::default(), look));
+                handle.answered();
             }));
             return;
         }

@@ -5,49 +5,90 @@ use std::io::{self, IoSliceMut, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use rustix::io::ReadWriteFlags;
 use standby_types::disk::{Disk, File, Mapped, Open};
 
+/// Memory is faster, devices are slower.
+const SLOW_READ: Duration = Duration::from_micros(500);
+/// Reads that go to the blocking pool after a slow one.
+const AFTER_SLOW_READ: u32 = 256;
+
 /// The file system of the machine.
 pub struct OsDisk;
 
-struct OsFile(fs::File);
+struct OsFile {
+    file: fs::File,
+    /// The file system cannot say whether bytes are in memory (`RWF_NOWAIT`): overlayfs, older tmpfs.
+    cannot_say: AtomicBool,
+    /// So many reads are left to the blocking pool, since one took long.
+    to_pool: AtomicU32,
+}
+
+impl OsFile {
+    fn new(file: fs::File) -> OsFile {
+        OsFile { file, cannot_say: AtomicBool::new(false), to_pool: AtomicU32::new(0) }
+    }
+
+    /// Where nobody can say whether bytes are in memory, they are taken to be there as long as reads are fast. One read
+    /// in some hundreds may wait for the device; a hop to the blocking pool for each would cost more than all loads.
+    fn read_probably_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let left = self.to_pool.load(Ordering::Relaxed);
+        if left > 0 {
+            // Lost updates do not matter: it ends all the same.
+            self.to_pool.store(left - 1, Ordering::Relaxed);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let started = Instant::now();
+        let read = self.file.read_at(buf, offset);
+        if started.elapsed() > SLOW_READ {
+            self.to_pool.store(AFTER_SLOW_READ, Ordering::Relaxed);
+        }
+        read
+    }
+}
 
 impl File for OsFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.0.read_at(buf, offset)
+        self.file.read_at(buf, offset)
     }
 
     fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        if self.cannot_say.load(Ordering::Relaxed) {
+            return self.read_probably_cached_at(buf, offset);
+        }
         let mut slices = [IoSliceMut::new(buf)];
-        match rustix::io::preadv2(&self.0, &mut slices, offset, ReadWriteFlags::NOWAIT) {
-            // A file system without RWF_NOWAIT reads on the blocking pool.
-            Err(rustix::io::Errno::OPNOTSUPP) => Err(io::ErrorKind::WouldBlock.into()),
+        match rustix::io::preadv2(&self.file, &mut slices, offset, ReadWriteFlags::NOWAIT) {
+            Err(rustix::io::Errno::OPNOTSUPP) => {
+                self.cannot_say.store(true, Ordering::Relaxed);
+                Err(io::ErrorKind::WouldBlock.into())
+            }
             other => Ok(other?),
         }
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_all_at(bytes, offset)
+        self.file.write_all_at(bytes, offset)
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.0.metadata()?.len())
+        Ok(self.file.metadata()?.len())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        self.file.set_len(len)
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
+        self.file.sync_data()
     }
 
     fn forget_cached(&self, offset: u64, len: u64) -> io::Result<()> {
         let advice = rustix::fs::Advice::DontNeed;
-        Ok(rustix::fs::fadvise(&self.0, offset, std::num::NonZeroU64::new(len), advice)?)
+        Ok(rustix::fs::fadvise(&self.file, offset, std::num::NonZeroU64::new(len), advice)?)
     }
 }
 
@@ -66,7 +107,7 @@ impl Disk for OsDisk {
         if open == Open::Create {
             options.create(true).truncate(false);
         }
-        Ok(Arc::new(OsFile(options.open(path)?)))
+        Ok(Arc::new(OsFile::new(options.open(path)?)))
     }
 
     #[allow(unsafe_code)]
@@ -136,7 +177,7 @@ pub fn temporary_file(dir: &Path) -> io::Result<Arc<dyn File>> {
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::TMPFILE | rustix::fs::OFlags::CLOEXEC;
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
     let file = rustix::fs::open(dir, flags, mode)?;
-    Ok(Arc::new(OsFile(file.into())))
+    Ok(Arc::new(OsFile::new(file.into())))
 }
 
 /// FileStorage's lock on a data file: an exclusive `flock` on `PATH.lock`, with the process id in

@@ -8,9 +8,11 @@
 //! `outgoing` → the tid and an entry of the log → durable on a majority → the applier, which makes it
 //! visible and replies → `Internal::Applied` frees the locks.
 
+mod alarms;
 mod asks;
 mod blobs;
 mod caution;
+mod clock;
 mod disks;
 mod membership;
 mod outgoing;
@@ -40,9 +42,11 @@ use tracing::{error, info, warn};
 
 use self::asks::Watch;
 use self::blobs::{Blobs, Fetched};
-use self::outgoing::{Outgoing, does_not_follow};
+use self::clock::Clock;
+use self::disks::SlowestWrite;
+use self::outgoing::Outgoing;
 use self::pack::PackRequest;
-use self::readers::{Freshness, Reader};
+use self::readers::{Freshness, Readers};
 use self::switchover::Switchover;
 use self::timeline::Turn;
 use crate::applier::{CatchUpItems, Origin, Work, unknown_storage};
@@ -51,10 +55,11 @@ use crate::crashes;
 use crate::lineage::Lineage;
 use crate::log_thread::LogWork;
 use crate::node::{Shared, Standing};
-use crate::oids::Oids;
+use crate::oids::{Exhausted, Oids, exhausted};
 use crate::peers::{Announcement, PeerInfo, Peers, fetch};
 use crate::sessions::{Mail, SessionHandle};
 use crate::settings::Settings;
+use crate::state::Note;
 use crate::status::Moment;
 
 /// Ticks after which a starting node serves readers although it has not heard of a primary: two
@@ -97,6 +102,22 @@ pub enum Internal {
     TimelineBegun(AppliedPoint),
     /// Another node has a history that goes on where this node's was left.
     Outdated(Lineage),
+    /// A majority of the listed members has promised itself to this node's founding.
+    Founds,
+    /// Another node knows that this one has acknowledged an entry that it does not have.
+    RolledBack {
+        /// The entry.
+        acknowledged: u64,
+        /// That node's name.
+        by: String,
+    },
+    /// A node belongs to another cluster of the same name.
+    OtherCluster {
+        /// Its name.
+        node: String,
+        /// When that cluster was founded, in seconds since 1970; 0 if that was before it was noted.
+        founded: u64,
+    },
     /// A checkpoint is durable: the log up to there is not needed for a restart.
     Checkpointed(LogIndex),
     /// This process must stop.
@@ -160,6 +181,7 @@ impl Request {
                 | Request::Sync { .. }
                 | Request::NewOids { .. }
                 | Request::Finish { .. }
+                | Request::Pack { id: Some(_), .. }
         )
     }
 }
@@ -194,8 +216,7 @@ pub struct Engine {
     pending: BTreeMap<LogIndex, Pending>,
     in_flight: usize,
     outgoing: VecDeque<Outgoing>,
-    readers: BTreeMap<u64, Reader>,
-    next_reader: u64,
+    readers: Readers,
     freshness: Freshness,
     role: Role,
     settings: Arc<Settings>,
@@ -209,8 +230,8 @@ pub struct Engine {
     switchover_failed_at: Option<Duration>,
     /// When a better place for the primary was last looked for.
     moved_for_disks: Option<Duration>,
-    /// When a write of the log last took too long.
-    slow_at: Option<Duration>,
+    /// How long the log takes.
+    slowest_write: SlowestWrite,
     /// Something in a data file is damaged, and could not be mended.
     /// Something is damaged, and nobody has it: another node would be a better primary.
     is_damaged: bool,
@@ -223,8 +244,7 @@ pub struct Engine {
     /// When a primary was last known.
     primary_known_at: Duration,
     caution: Caution,
-    /// When it was last said that the clock is behind.
-    told_of_clock: Option<Duration>,
+    clock: Clock,
     /// A primary has been heard of since the start, or enough time has passed to give up on one:
     /// what this node has is as good as can be had.
     oriented: bool,
@@ -242,8 +262,16 @@ pub struct Engine {
     turn: Option<Turn>,
     /// This primary has not committed its timeline's first transactions yet.
     opening: bool,
-    /// The history that this node leaves its own for.
-    comes_over: Option<Lineage>,
+    /// Why the engine is to end.
+    ends: Option<Ended>,
+    /// Why this node does not serve: there is an older cluster of the same name.
+    superseded: Option<String>,
+    /// Commits that were acknowledged are lost on some node.
+    alarm: Option<String>,
+    /// Since when this node leads without a lease.
+    lease_lost_at: Option<Duration>,
+    /// When the log last spoke of that.
+    lease_told_at: Option<Duration>,
 }
 
 /// Why the engine has ended.
@@ -252,6 +280,10 @@ pub enum Ended {
     Stopped,
     /// This node's timeline is over; to be started again, for another one.
     ComesOver(Lineage),
+    /// To be started again, to found the cluster.
+    Founds,
+    /// This node's disk was put back to an earlier state, and how that is known; to be started again, as a new one.
+    RolledBack(String),
 }
 
 impl Engine {
@@ -273,9 +305,16 @@ impl Engine {
             (name.clone(), committing)
         };
         let storages = shared.storages.keys().map(committing).collect();
-        // Answers to questions of a former run of this node must not be taken for new ones.
-        let next_reader = shared.wall_clock().as_nanos() as u64;
+        let first_question = shared.wall_clock().as_nanos() as u64;
         let settings = shared.settings();
+        let superseded =
+            shared.state.note(&*shared.disk, Note::Superseded).unwrap_or_else(|error| {
+                error!("cannot read whether this node serves: {error:#}");
+                None
+            });
+        if let Some(text) = &superseded {
+            error!("{text}");
+        }
         let crashes = crashes::are_many(&*shared.disk, &shared.state.0);
         if crashes {
             warn!(
@@ -294,8 +333,7 @@ impl Engine {
             pending: BTreeMap::new(),
             in_flight: 0,
             outgoing: VecDeque::new(),
-            readers: BTreeMap::new(),
-            next_reader,
+            readers: Readers::new(first_question),
             freshness: Freshness::default(),
             role: Role::default(),
             settings,
@@ -305,14 +343,14 @@ impl Engine {
             switchover: None,
             switchover_failed_at: None,
             moved_for_disks: None,
-            slow_at: None,
+            slowest_write: SlowestWrite::default(),
             is_damaged: false,
             lacks_data: false,
             crashes,
             losses: VecDeque::new(),
             primary_known_at: Duration::ZERO,
             caution: Caution::None,
-            told_of_clock: None,
+            clock: Clock::default(),
             oriented: false,
             catch_up: None,
             present: BTreeMap::new(),
@@ -323,7 +361,11 @@ impl Engine {
             blobs: Blobs::default(),
             turn: None,
             opening: false,
-            comes_over: None,
+            ends: None,
+            superseded,
+            alarm: None,
+            lease_lost_at: None,
+            lease_told_at: None,
         }
     }
 
@@ -358,8 +400,8 @@ impl Engine {
                     return Ok(Ended::Stopped);
                 }
             }
-            if let Some(lineage) = self.comes_over.take() {
-                return Ok(Ended::ComesOver(lineage));
+            if let Some(ended) = self.ends.take() {
+                return Ok(ended);
             }
             self.pump()?;
             self.tend_switchover()?;
@@ -407,6 +449,18 @@ impl Engine {
                 self.outdated(lineage);
                 Ok(())
             }
+            Internal::Founds => {
+                self.founds();
+                Ok(())
+            }
+            Internal::RolledBack { acknowledged, by } => {
+                self.rolled_back(LogIndex(acknowledged), &by);
+                Ok(())
+            }
+            Internal::OtherCluster { node, founded } => {
+                self.note_other_cluster(&node, founded);
+                Ok(())
+            }
             Internal::Checkpointed(index) => self.compact(index),
             Internal::Fatal(error) => Err(error),
         }
@@ -429,12 +483,16 @@ impl Engine {
             Event::PeerLost(peer) => {
                 self.present.remove(&peer);
                 self.refused.remove(&peer);
+                self.shared.peers.let_in(peer);
                 self.shared.reports.lost(peer);
                 self.step(Happened::PeerLost(peer))?;
             }
             Event::Client(request) => self.request(request)?,
             Event::Ask(ask, asker) => self.ask(ask, asker)?,
-            Event::Stop => return Ok(false),
+            Event::Stop => {
+                self.tick_acknowledged();
+                return Ok(false);
+            }
         }
         Ok(true)
     }
@@ -462,7 +520,7 @@ impl Engine {
                 self.end_transaction(name, session, "its transaction took too long");
             }
         }
-        self.give_up_on_primary();
+        self.give_up_on_primary()?;
         if self.lets_clients_go() {
             // Those too that have come since.
             self.shared.sessions.let_writers_leave();
@@ -470,6 +528,7 @@ impl Engine {
         self.switchover_lost();
         self.tend_disks();
         self.tend_caution();
+        self.tick_lease();
         if self.opening {
             self.open_timeline()?;
         }
@@ -482,6 +541,8 @@ impl Engine {
             self.tend_blobs()?;
             self.tend_freshness()?;
             self.tend_lost()?;
+            self.tick_acknowledged();
+            self.tick_clock();
             self.publish_standing();
             self.report_status();
         }
@@ -503,6 +564,8 @@ impl Engine {
         }
         let mut outputs = Vec::new();
         self.consensus.step(self.shared.now(), event, &mut outputs)?;
+        // Before anything is acknowledged.
+        self.shared.set_log_end(self.consensus.persisted_index());
         self.perform(outputs)
     }
 
@@ -518,8 +581,9 @@ impl Engine {
                 Output::Commit(entries) => self.committed(entries),
                 Output::Role(role) => self.role_changed(role)?,
                 Output::CatchUp { from, target } => self.begin_catch_up(from, target),
-                Output::ReadIndex(key, index) => self.read_index(key, index),
+                Output::ReadIndex(number, index) => self.read_index(number, index)?,
                 Output::Purge(index) => self.to_log(LogWork::Purge(index))?,
+                Output::Broken(broken) => self.broken(broken),
             }
         }
         self.performing = false;
@@ -547,9 +611,9 @@ impl Engine {
             });
             if let Committed::Membership(_, _, membership) = &entry {
                 changes = true;
-                for member in membership.members.values() {
-                    Peers::dial(&self.shared, &member.peer_address);
-                }
+                let addresses = membership.members.values().map(|m| m.peer_address.clone());
+                Peers::learn(&self.shared, addresses, true);
+                self.shared.retain_acknowledged(|id| membership.contains(id));
                 info!(
                     voters = membership.voters.len(), learners = membership.learners.len(),
                     members = ?membership.members.values().map(|m| &m.name).collect::<Vec<_>>(),
@@ -635,8 +699,9 @@ impl Engine {
             // It has no data to fetch.
             return self.shared.apply(Work::CatchUp { items: CatchUpItems::nothing(), target });
         }
-        let address = target.membership.members.get(&from).map(|m| m.peer_address.clone());
-        let address = address.or_else(|| self.present.get(&from).map(|p| p.peer_address.clone()));
+        let address = self.address_of(from);
+        let address = address
+            .or_else(|| target.membership.members.get(&from).map(|m| m.peer_address.clone()));
         let Some(address) = address else {
             return warn!(node = %from, "a catch-up is asked for, but its source has no address");
         };
@@ -691,14 +756,11 @@ impl Engine {
                     session.cut("this node is not primary");
                     return Ok(());
                 }
-                let last = self.storages.get(&storage).map_or(Tid::NONE, |s| s.last_tid);
-                let refused = match request.tid {
-                    Some(tid) if tid <= last => Some(does_not_follow(tid, last)),
-                    _ => self
-                        .no_room()
-                        .or_else(|| self.refuse_undo(&storage, &request))
-                        .or_else(|| self.over_quota(&storage, &request)),
-                };
+                let refused = self
+                    .refuse_tid(&storage, request.tid)
+                    .or_else(|| self.no_room())
+                    .or_else(|| self.refuse_undo(&storage, &request))
+                    .or_else(|| self.over_quota(&storage, &request));
                 if let Some(error) = refused {
                     // Without its own task the session is ending.
                     let _ = session.mailbox.send(Mail::Voted(VoteOutcome::Failed(error)));
@@ -830,8 +892,14 @@ impl Engine {
             };
             oids.committed(committed, used);
             while let Some(((session, id), granted)) = oids.grant() {
-                let list = granted.iter().map(|oid| oid.to_bytes().into()).collect();
-                session.answer(session.encoding().reply(&id, Value::List(list)));
+                let encoding = session.encoding();
+                session.answer(match granted {
+                    Ok(oids) => {
+                        let list = oids.iter().map(|oid| oid.to_bytes().into()).collect();
+                        encoding.reply(&id, Value::List(list))
+                    }
+                    Err(Exhausted) => encoding.error(&id, &exhausted()),
+                });
             }
             if let Some(ceiling) = oids.proposal() {
                 let command = Command::OidCeiling { storage: name.clone(), ceiling };
@@ -857,7 +925,7 @@ impl Engine {
         self.publish_lease();
         let leader = self.role.leader.filter(|id| *id != self.shared.id);
         let members = &self.consensus.membership().members;
-        let address = leader.and_then(|id| members.get(&id)).map(|m| m.peer_address.clone());
+        let address = leader.and_then(|id| self.address_of(id));
         let standing = Standing {
             serves: self.serves() && !self.lets_clients_go(),
             other_primary: address,
@@ -865,6 +933,7 @@ impl Engine {
                 && !members.is_empty()
                 && self.oriented
                 && self.shared.is_whole()
+                && self.superseded.is_none()
                 && !self.freshness.refuses,
         };
         self.shared.standing.send_if_modified(|old| {
@@ -888,19 +957,31 @@ impl Engine {
 
     fn report_status(&self) {
         let role = Role { serves: self.serves(), ..self.role };
-        self.shared.reports.note_own(self.shared.own_report(Moment {
-            role: &role,
-            membership: self.consensus.membership(),
-            applied: self.applied,
-            catching_up: self.catch_up.is_some(),
-            primary: self.name_of(self.role.leader.unwrap_or_default()),
-            staleness: self.staleness(),
-            slow_disk: self.is_slow(),
-            settings: &self.settings,
-            log: (self.consensus.last_term(), self.consensus.last_index()),
-            flapping: self.is_flapping(),
-            crashes: self.crashes,
-        }));
+        self.shared.reports.note_own(
+            self.shared.own_report(Moment {
+                role: &role,
+                membership: self.consensus.membership(),
+                applied: self.applied,
+                catching_up: self.catch_up.is_some(),
+                primary: self.name_of(self.role.leader.unwrap_or_default()),
+                staleness: self.staleness(),
+                slowest_write: self.slowest_write(),
+                slow_disk: self.is_slow(),
+                settings: &self.settings,
+                log: (self.consensus.last_term(), self.consensus.last_index()),
+                flapping: self.is_flapping(),
+                crashes: self.crashes,
+                waits: (!self.consensus.membership().contains(self.shared.id))
+                    .then(|| self.shared.waits())
+                    .flatten(),
+                stopped: self.superseded.clone(),
+                alarm: self.alarm.clone(),
+                no_lease: self
+                    .lease_lost_at
+                    .is_some_and(|at| self.shared.now() > at + alarms::NO_LEASE),
+                not_let_in: self.shared.peers.refusals(),
+            }),
+        );
         self.shared.reports.forget_removed(&self.settings.removed);
         self.shared.peers.broadcast(&self.shared.reports.own());
     }

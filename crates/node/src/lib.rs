@@ -27,6 +27,8 @@ mod connection;
 mod crashes;
 pub mod disk;
 mod engine;
+mod founding;
+mod gate;
 mod hex;
 mod hidden;
 pub mod lineage;
@@ -48,6 +50,11 @@ mod room;
 mod scrub;
 mod sessions;
 pub mod settings;
+#[cfg(not(feature = "simulated"))]
+mod socket;
+#[cfg(feature = "simulated")]
+#[path = "machine/simulated/socket.rs"]
+mod socket;
 mod startup;
 mod state;
 pub mod status;

@@ -10,9 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::copy_bidirectional;
-use tracing::{debug, warn};
+use tokio::sync::watch;
+use tracing::debug;
 
 use crate::connection;
+use crate::gate::{Gate, Pass};
 use crate::machine::Instant;
 use crate::node::{Shared, Standing};
 use crate::peers::{Purpose, connect};
@@ -21,35 +23,49 @@ use crate::stream::{Listener, Stream};
 /// How long a client is held although another node is primary: most clients try all nodes at the
 /// same time and find that one by themselves.
 const HOLD: Duration = Duration::from_secs(1);
+/// A client whose machine has acknowledged nothing for so long is gone, and its locks with it. A client that takes
+/// nothing for so long, while something is to be sent to it, counts as gone too.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How long a client stays with a primary that this node does not hear of any more.
+const LOST_PRIMARY: Duration = Duration::from_secs(2);
 
 /// Accepts clients that may write.
 pub async fn read_write(shared: Arc<Shared>, listener: Listener) {
     loop {
-        let stream = accept(&listener).await;
-        tokio::spawn(hold(shared.clone(), stream));
+        let (stream, pass) = accept(&shared.clients, &listener).await;
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            hold(shared, stream).await;
+            drop(pass);
+        });
     }
 }
 
 /// Accepts clients that only read.
 pub async fn read_only(shared: Arc<Shared>, listener: Listener) {
     loop {
-        let stream = accept(&listener).await;
+        let (stream, pass) = accept(&shared.clients, &listener).await;
         let shared = shared.clone();
         tokio::spawn(async move {
             // A node that has nothing yet, or is far behind, holds its readers too.
             if wait_for(&shared, &stream, |standing| standing.ready || standing.serves).await {
                 connection::serve(shared, stream, true).await;
             }
+            drop(pass);
         });
     }
 }
 
-async fn accept(listener: &Listener) -> Stream {
+async fn accept(gate: &Arc<Gate>, listener: &Listener) -> (Stream, Pass) {
     loop {
-        match listener.accept().await {
-            Ok(stream) => return stream,
+        match listener.accept(SILENCE).await {
+            Ok(stream) => {
+                if let Some(pass) = gate.enter() {
+                    return (stream, pass);
+                }
+            }
             Err(error) => {
-                warn!(%error, "cannot accept a client's connection");
+                gate.failed(&error);
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -58,6 +74,7 @@ async fn accept(listener: &Listener) -> Stream {
 
 /// A client that another node has passed on.
 pub async fn passed_on(shared: Arc<Shared>, stream: Stream) {
+    let Some(_pass) = shared.clients.enter() else { return };
     // If this node is not primary (any more), the other one finds out by the closed connection.
     if shared.standing.borrow().serves {
         connection::serve(shared, stream, false).await;
@@ -91,6 +108,12 @@ async fn hold(shared: Arc<Shared>, stream: Stream) {
             () = stream.gone() => return,
             () = due => {
                 let Some((address, _)) = &primary_since else { continue };
+                let later = |address: &String| Some((address.clone(), Instant::now()));
+                // The connection to the primary takes a descriptor, too.
+                let Some(_pass) = shared.clients.enter() else {
+                    primary_since = later(address);
+                    continue;
+                };
                 let introduction = shared.introduction();
                 // The primary may be frozen: its successor must not wait for an answer from it.
                 let connected = tokio::select! {
@@ -102,10 +125,10 @@ async fn hold(shared: Arc<Shared>, stream: Stream) {
                     connected = connect(&introduction, address, Purpose::Client) => connected,
                 };
                 match connected {
-                    Ok((primary, _)) => return pass_on(stream, primary).await,
+                    Ok((primary, _)) => return pass_on(stream, primary, address, standing).await,
                     Err(error) => {
                         debug!(address, %error, "cannot pass a client on");
-                        primary_since = Some((address.clone(), Instant::now()));
+                        primary_since = later(address);
                     }
                 }
             }
@@ -113,11 +136,41 @@ async fn hold(shared: Arc<Shared>, stream: Stream) {
     }
 }
 
-async fn pass_on(mut client: Stream, mut primary: Stream) {
+/// Passes on what a client and the primary say to each other, as long as that node is primary. When either side
+/// ends, both do: the client looks for a primary anew.
+async fn pass_on(
+    mut client: Stream,
+    mut primary: Stream,
+    address: &str,
+    standing: watch::Receiver<Standing>,
+) {
     debug!(client = client.peer(), "passing a client on to the primary");
     client.set_nodelay();
-    // When either side ends, both do: the client looks for a primary anew.
-    let _ = copy_bidirectional(&mut client, &mut primary).await;
+    tokio::select! {
+        _ = copy_bidirectional(&mut client, &mut primary) => {}
+        () = is_lost(address, standing) => {
+            debug!(client = client.peer(), address, "that node is not primary any more");
+        }
+    }
+}
+
+/// Returns when this node serves, when another one than that at `address` is primary, or when none has been heard of
+/// for [`LOST_PRIMARY`].
+async fn is_lost(address: &str, mut standing: watch::Receiver<Standing>) {
+    let is_primary = |standing: &Standing| {
+        !standing.serves && standing.other_primary.as_deref() == Some(address)
+    };
+    let changed = |standing: &Standing| standing.serves || standing.other_primary.is_some();
+    loop {
+        if standing.wait_for(|standing| !is_primary(standing)).await.is_err() {
+            return;
+        }
+        let known = tokio::time::timeout(LOST_PRIMARY, standing.wait_for(changed)).await;
+        match known {
+            Ok(Ok(standing)) if is_primary(&standing) => {}
+            _ => return,
+        }
+    }
 }
 
 /// Waits until the node stands as wanted; false if the client leaves before.
@@ -127,5 +180,46 @@ async fn wait_for(shared: &Shared, stream: &Stream, wanted: impl Fn(&Standing) -
         biased;
         found = standing.wait_for(wanted) => found.is_ok(),
         () = stream.gone() => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standing(serves: bool, other_primary: Option<&str>) -> Standing {
+        Standing { serves, other_primary: other_primary.map(Into::into), ready: true }
+    }
+
+    /// For how long a client stays with the primary at "a", when these are heard of, each after so many seconds.
+    async fn stays(heard: &[(u64, Standing)]) -> Duration {
+        let begun = Instant::now();
+        let (told, hears) = watch::channel(standing(false, Some("a")));
+        let ended = tokio::spawn(async move {
+            is_lost("a", hears).await;
+            begun.elapsed()
+        });
+        for (after, standing) in heard {
+            tokio::time::sleep_until(begun + Duration::from_secs(*after)).await;
+            told.send_replace(standing.clone());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let ended = ended.await.unwrap();
+        drop(told);
+        Duration::from_secs(ended.as_secs())
+    }
+
+    #[tokio::test]
+    async fn row_49_a_client_that_is_passed_on_goes_with_the_primary() {
+        tokio::time::pause();
+        let seconds = Duration::from_secs;
+        assert_eq!(stays(&[(5, standing(true, None))]).await, seconds(5), "this node serves");
+        assert_eq!(stays(&[(5, standing(false, Some("b")))]).await, seconds(5), "another serves");
+        assert_eq!(stays(&[(5, standing(false, None))]).await, seconds(7), "nobody is heard of");
+        let comes_back = [(5, standing(false, None)), (6, standing(false, Some("a")))];
+        let and_goes = [&comes_back[..], &[(20, standing(false, None))]].concat();
+        assert_eq!(stays(&and_goes).await, seconds(22), "it was there again");
+        let another = [(5, standing(false, None)), (6, standing(false, Some("b")))];
+        assert_eq!(stays(&another).await, seconds(6));
     }
 }

@@ -9,7 +9,7 @@ use standby_filestorage::{
     Access, BlobDir, Reader, RecordData, Records, StorageError, StoredTransaction, TransactionMeta,
     Transactions, UndoError, Undone, may_be_blob,
 };
-use standby_types::time::time_of;
+use standby_types::time::seconds_of;
 use standby_types::{BlobSource, Oid, Tid};
 use standby_zeo::{ClientError, Content, Later, Look, Value, WorkedOut};
 
@@ -244,7 +244,7 @@ fn set(entry: &mut Vec<(Value, Value)>, key: Value, value: Value) {
 }
 
 fn seconds(tid: Tid) -> Value {
-    Value::Float(time_of(tid).as_secs_f64())
+    Value::Float(seconds_of(tid))
 }
 
 fn failed(error: StorageError) -> ClientError {

@@ -25,6 +25,13 @@ use crate::state::{Checkpoint, Identity, StateDir, free_name, random_hex};
 #[error("{0}")]
 pub struct LostLog(String);
 
+impl LostLog {
+    /// It was found out in another way than by reading it.
+    pub fn because(reason: String) -> LostLog {
+        LostLog(reason)
+    }
+}
+
 /// Reads the log, which must reach as far as the checkpoint; otherwise the error is a [`LostLog`].
 pub fn read(
     disk: &Arc<dyn Disk>,

@@ -37,6 +37,12 @@ pub fn page(shared: &Shared) -> String {
     page.gauge("voters", "Nodes that vote", [(vec![], voters as f64)]);
     let help = "Voters that may be lost before writes stop; below 0 they have stopped";
     page.gauge("survivable_failures", help, [(vec![], survivable)]);
+    let clients = [(vec![], shared.clients.inside() as f64)];
+    page.gauge("client_connections", "Connections of clients, held ones included", clients);
+    let limit = [(vec![], shared.clients.limit() as f64)];
+    page.gauge("client_connections_limit", "The one that is too many is refused", limit);
+    let refused = [(vec![], shared.clients.refused() as f64)];
+    page.counter("client_connections_refused", "Connections that were too many", refused);
     of_storages(&mut page, shared);
     let mut text = String::new();
     // Writing to a string cannot fail.
@@ -78,6 +84,13 @@ fn of_node(page: &mut Page, own: &NodeStatus, term: u64) {
         "1 if a data file of this node is damaged and no other node can mend it",
         [(vec![], damaged)],
     );
+    let future = [(vec![], own.future_seconds.unwrap_or(0) as f64)];
+    let help =
+        "By how much the last transaction is ahead of this node's clock, if that is over a minute";
+    page.gauge("future_seconds", help, future);
+    let stopped = of(own.stopped.is_some());
+    let help = "1 if this node does not serve because there is an older cluster of the same name";
+    page.gauge("second_cluster", help, [(vec![], stopped)]);
     let differs = of(!own.differs.is_empty());
     let help = "1 if a data file differed from the primary's when they were compared";
     page.gauge("differs", help, [(vec![], differs)]);

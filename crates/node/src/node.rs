@@ -9,19 +9,22 @@ use std::time::Duration;
 use anyhow::Context;
 use standby_consensus::{Config as RaftConfig, Consensus, LogWriter, Member};
 use standby_filestorage::{BlobDir, Reader, Source};
-use standby_types::{Disk, Mutation, NodeId, Tid, mutation};
+use standby_types::{Disk, LogIndex, Mutation, NodeId, Tid, mutation};
 use standby_zeo::{MakeSpill, Retention, Value};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::applier::{Applier, Work};
+use crate::ask::{Ask, here};
 use crate::causes::with_causes;
 use crate::config::{
-    Address, Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Standby, ZeoAddress,
+    Address, Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Secrets, Standby, ZeoAddress,
 };
 use crate::crashes;
 use crate::disk::OsDisk;
 use crate::engine::{Ended, Engine, Event, Internal};
+use crate::founding;
+use crate::gate::{self, Gate};
 use crate::lineage::Lineage;
 use crate::listener;
 use crate::log_thread::{self, Busy};
@@ -35,9 +38,9 @@ use crate::scrub::{self, Helpers};
 use crate::sessions::Sessions;
 use crate::settings::Settings;
 use crate::startup::{self, Beginning};
-use crate::state::{StateDir, random_hex};
+use crate::state::{Note, StateDir, random_hex};
 use crate::status::{MissingHistory, Moment, NodeReport, Reports};
-use crate::stream::Listener;
+use crate::stream::{Listener, listen};
 use crate::sync::lock;
 use crate::tls::Tls;
 use crate::watchdog::Pulse;
@@ -46,8 +49,10 @@ use crate::watchdog::Pulse;
 const ELECTION_TICKS: usize = 16;
 /// Ticks between heartbeats.
 const HEARTBEAT_TICKS: usize = 2;
-/// How long a founder asks the other members whether the cluster exists already.
-const PROBE: Duration = Duration::from_secs(3);
+/// How long a primary that is to end waits for transactions that have voted.
+const STOPPING_GRACE: Duration = Duration::from_secs(5);
+/// Ticks without a word after which a link is closed.
+const SILENT_TICKS: u32 = 60;
 /// Requests of clients and messages of peers that wait for the engine.
 const EVENTS: usize = 1024;
 /// So many pieces of damage are shown; more are counted.
@@ -173,6 +178,12 @@ pub struct Shared {
     pub make_spill: MakeSpill,
     /// How long the log's disk takes.
     pub log_busy: Busy,
+    /// Clients' connections, held and passed on ones included.
+    pub clients: Arc<Gate>,
+    /// Connections to the peer address of which nobody knows yet who they are from.
+    pub strangers: Arc<Gate>,
+    /// Taken by who is about to promise this node to a founding.
+    pub promising: tokio::sync::Mutex<()>,
     /// Room on the disks.
     pub room: Room,
     /// Beats while the engine works.
@@ -188,6 +199,14 @@ pub struct Shared {
     cluster_id: Mutex<String>,
     settings: Mutex<Arc<Settings>>,
     catch_up: Mutex<Option<CatchUp>>,
+    /// What the nodes prove to each other that they know.
+    secrets: Mutex<Secrets>,
+    /// What a founding waits for.
+    founding: Mutex<Option<String>>,
+    /// Up to where each node has acknowledged what is committed.
+    acknowledged: Mutex<BTreeMap<NodeId, LogIndex>>,
+    /// The last entry of the log that is durable.
+    log_end: AtomicU64,
     unconfirmed: AtomicBool,
     internal: mpsc::UnboundedSender<Internal>,
     events: mpsc::Sender<Event>,
@@ -208,6 +227,76 @@ impl Shared {
     /// The length of a tick.
     pub fn tick(&self) -> Duration {
         self.config.standby.as_ref().map_or(Profile::Lan, |s| s.profile).tick()
+    }
+
+    /// After how long without a word another node, or its machine, counts as gone.
+    pub fn peer_silence(&self) -> Duration {
+        silence_at(self.tick())
+    }
+
+    /// The log is durable up to here.
+    pub fn set_log_end(&self, index: LogIndex) {
+        self.log_end.store(index.0, Ordering::Release);
+    }
+
+    /// A founding waits for this; `None` if there is none.
+    pub fn set_founding(&self, waits: Option<String>) {
+        let mut founding = lock(&self.founding);
+        if let Some(text) = waits.as_ref().filter(|_| *founding != waits) {
+            info!("{text}");
+        }
+        *founding = waits;
+    }
+
+    /// Up to where a node has acknowledged what is committed, as far as this one knows.
+    pub fn acknowledged(&self, node: NodeId) -> LogIndex {
+        lock(&self.acknowledged).get(&node).copied().unwrap_or(LogIndex(0))
+    }
+
+    /// The same of all nodes.
+    pub fn all_acknowledged(&self) -> BTreeMap<NodeId, LogIndex> {
+        lock(&self.acknowledged).clone()
+    }
+
+    /// Another timeline begins, with a log of its own.
+    pub fn forget_acknowledged(&self) {
+        lock(&self.acknowledged).clear();
+    }
+
+    /// Who is no member any more has no promises to keep.
+    pub fn retain_acknowledged(&self, is_member: impl Fn(NodeId) -> bool) {
+        lock(&self.acknowledged).retain(|id, _| is_member(*id));
+    }
+
+    /// The primary, or this node itself, knows this of the members.
+    pub fn add_acknowledged(&self, found: impl IntoIterator<Item = (NodeId, LogIndex)>) {
+        let mut known = lock(&self.acknowledged);
+        for (node, index) in found {
+            let entry = known.entry(node).or_default();
+            *entry = index.max(*entry);
+        }
+    }
+
+    /// Takes what another node says of the same log.
+    pub fn note_acknowledged(&self, report: &NodeReport) {
+        if report.lineage() == &self.settings().lineage {
+            self.add_acknowledged(report.acknowledged());
+        }
+    }
+
+    /// What this node waits for to become a member, if it is none.
+    pub fn waits(&self) -> Option<String> {
+        self.config.standby.as_ref()?;
+        if let Some(founding) = lock(&self.founding).clone() {
+            return Some(founding);
+        }
+        let troubles = self.peers.troubles();
+        let troubles = troubles.iter().map(|(address, trouble)| format!("{address}: {trouble}"));
+        let troubles: Vec<_> = troubles.collect();
+        Some(match troubles.is_empty() {
+            true => "it waits for a primary that takes it in".to_owned(),
+            false => format!("it waits for a primary that takes it in; {}", troubles.join("; ")),
+        })
     }
 
     /// What is remembered to answer `getInvalidations`. One node alone does what its zeo.conf says;
@@ -286,17 +375,25 @@ impl Shared {
             member: self.member.clone(),
             cluster: self.cluster_name().into(),
             cluster_id: lock(&self.cluster_id).clone(),
-            secret: standby.map_or_else(Vec::new, |s| s.secret.clone()),
+            secrets: lock(&self.secrets).clone(),
             tls: self.peer_tls.clone(),
             join_token: standby.map_or_else(String::new, |s| s.join_token.clone()),
             lineage: self.settings().lineage.clone(),
             run: self.run.clone(),
+            founded: Some(self.settings().founded),
+            log_end: Some(LogIndex(self.log_end.load(Ordering::Acquire))),
+            silence: self.peer_silence(),
         }
     }
 
     /// The cluster's name.
     pub fn cluster_name(&self) -> &str {
         self.config.standby.as_ref().map_or("alone", |s| &s.cluster)
+    }
+
+    /// True if this node belongs to a cluster.
+    pub fn belongs(&self) -> bool {
+        !lock(&self.cluster_id).is_empty()
     }
 
     /// This node belongs to that cluster from now on.
@@ -373,6 +470,7 @@ impl Shared {
         NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster)
             .under_way(self.percents(|storage| &storage.packing), lock(&self.catch_up).clone())
             .room(self.room.reason())
+            .acknowledging(self.all_acknowledged())
             .history(self.holes(), self.percents(|storage| &storage.backfilling))
             .lost(self.lost.clone())
             .damage(self.damage(), self.differences())
@@ -467,7 +565,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
             format!("cannot use {} (from {})", storage.path.display(), config.file.display())
         })?);
     }
-    let beginning = beginning(&config, &disk, &state, peer_tls.clone()).await?;
+    let beginning = beginning(&config);
     let opening = {
         let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
         let menders = config.storages.iter().map(|s| (s.name.clone(), helpers.mender(&s.name)));
@@ -502,6 +600,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         Some((section.name.clone(), shared))
     });
     let member = startup::self_as_member(&config, prepared.id);
+    let (most_clients, most_strangers) = gate::limits()?;
     let shared = Arc::new(Shared {
         id: prepared.id,
         member,
@@ -519,6 +618,9 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         peer_tls,
         make_spill: make_spill.clone(),
         log_busy: Busy::default(),
+        clients: Gate::new("clients", most_clients),
+        strangers: Gate::new("strangers at the peer address", most_strangers),
+        promising: tokio::sync::Mutex::default(),
         room: Room::default(),
         pulse: Arc::default(),
         helpers,
@@ -529,6 +631,10 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         cluster_id: Mutex::new(prepared.checkpoint.cluster_id.clone()),
         settings: Mutex::new(Arc::new(prepared.checkpoint.settings.clone())),
         catch_up: Mutex::default(),
+        secrets: Mutex::new(standby.map_or_else(Secrets::none, |s| s.secrets.clone())),
+        founding: Mutex::default(),
+        acknowledged: Mutex::new(prepared.checkpoint.acknowledged.clone()),
+        log_end: AtomicU64::new(prepared.recovered.last_index().0),
         unconfirmed: AtomicBool::new(prepared.unconfirmed),
         internal,
         events,
@@ -556,13 +662,16 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     if let Some(peer) = peer {
         tokio::spawn(peers::listen(shared.clone(), peer));
     }
+    let members = prepared.checkpoint.membership.members.values();
+    let members = members.map(|member| member.peer_address.clone());
+    Peers::learn(&shared, members.chain(shared.state.peers(&*disk)), false);
     if let Some(standby) = &shared.config.standby {
-        for address in standby.members.iter().map(|member| &member.address).chain(&standby.join) {
+        for address in standby.named_addresses() {
             Peers::dial(&shared, &address.to_string());
         }
     }
-    for member in prepared.checkpoint.membership.members.values() {
-        Peers::dial(&shared, &member.peer_address);
+    if founding::is_founder(&shared) && prepared.checkpoint.cluster_id.is_empty() {
+        tokio::spawn(founding::run(shared.clone()));
     }
     if let Some(read_only) = read_only {
         tokio::spawn(listener::read_only(shared.clone(), read_only));
@@ -600,9 +709,7 @@ pub fn raft_config(shared: &Shared) -> RaftConfig {
 }
 
 async fn bind(address: &Address, key: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address.to_string())
-        .await
-        .with_context(|| format!("cannot listen on {key} {address}"))
+    listen(address).await.with_context(|| format!("cannot listen on {key} {address}"))
 }
 
 /// How a node introduces itself before it takes part in anything.
@@ -611,12 +718,20 @@ fn asker(config: &Config, standby: &Standby, id: NodeId, tls: Option<Arc<Tls>>) 
         member: startup::self_as_member(config, id),
         cluster: standby.cluster.clone(),
         cluster_id: String::new(),
-        secret: standby.secret.clone(),
+        secrets: standby.secrets.clone(),
         tls,
         join_token: String::new(),
         lineage: Lineage::default(),
         run: String::new(),
+        founded: None,
+        log_end: None,
+        silence: silence_at(standby.profile.tick()),
     }
+}
+
+/// After how long without a word a node counts as gone: long after its election timeout.
+fn silence_at(tick: Duration) -> Duration {
+    tick * SILENT_TICKS
 }
 
 /// The other nodes, if this one was a member before: finds out whether it has been left behind by a forced
@@ -634,47 +749,24 @@ async fn find_others(
     let me = Introduction {
         cluster_id: checkpoint.cluster_id.clone(),
         lineage: checkpoint.settings.lineage.clone(),
+        founded: Some(checkpoint.settings.founded),
         ..asker(config, standby, identity.node_id()?, peer_tls)
     };
-    let lines = standby.members.iter().map(|member| &member.address).chain(&standby.join);
-    let members = checkpoint.membership.members.values().map(|member| &member.peer_address);
-    let mut addresses: BTreeSet<String> =
-        lines.map(ToString::to_string).chain(members.cloned()).collect();
+    let lines = standby.named_addresses().map(ToString::to_string);
+    let members = checkpoint.membership.members.values();
+    let members = members.map(|member| member.peer_address.clone()).chain(state.peers(disk));
+    let mut addresses: BTreeSet<String> = lines.chain(members).collect();
     addresses.remove(&standby.peer_address.to_string());
     rewind::ask_around(disk, state, &checkpoint, me.clone(), addresses.clone()).await?;
     helpers.set(me, addresses.into_iter().collect());
     Ok(helpers)
 }
 
-/// What a new node does: the first member founds the cluster, unless another knows one already.
-async fn beginning(
-    config: &Config,
-    disk: &Arc<dyn Disk>,
-    state: &StateDir,
-    peer_tls: Option<Arc<Tls>>,
-) -> anyhow::Result<Beginning> {
-    let Some(standby) = &config.standby else { return Ok(Beginning::Found) };
-    if standby.members.first().is_none_or(|first| first.name != standby.node) {
-        return Ok(Beginning::Join);
-    }
-    if !startup::is_new(&**disk, state)? {
-        return Ok(Beginning::Found);
-    }
-    let others: Vec<String> =
-        standby.members[1..].iter().map(|member| member.address.to_string()).collect();
-    // Only a name to ask with; the identity is drawn when the node begins.
-    let id = NodeId(u64::from_str_radix(&random_hex(8)?, 16)?);
-    let me = asker(config, standby, id, peer_tls);
-    match peers::probe(&me, &others, PROBE).await {
-        Some(node) => {
-            warn!(
-                member = node,
-                "the cluster exists already: this node, though the first member, joins it"
-            );
-            Ok(Beginning::Join)
-        }
-        None => Ok(Beginning::Found),
-    }
+/// What a new node does: among several listed members, even the first one waits for the others.
+fn beginning(config: &Config) -> Beginning {
+    let Some(standby) = &config.standby else { return Beginning::Found };
+    let alone = standby.members.len() == 1 && standby.members[0].name == standby.node;
+    if alone { Beginning::Found } else { Beginning::Join }
 }
 
 fn start_threads(
@@ -744,8 +836,17 @@ fn guard_lease(shared: &Shared) {
 }
 
 impl Shared {
-    /// Reads the certificates again; connections that are open keep theirs.
+    /// Reads the certificates and the secrets again; connections that are open keep theirs.
     pub fn reload_certificates(&self) {
+        let file = self.config.standby.as_ref().and_then(|standby| standby.secret_file.as_ref());
+        match file.map(|file| Secrets::read(file)) {
+            Some(Ok(secrets)) => {
+                info!(secrets = secrets.all().count(), "the secret-file was read again");
+                *lock(&self.secrets) = secrets;
+            }
+            Some(Err(error)) => error!("the former secrets stay in use: {error}"),
+            None => {}
+        }
         for tls in self.tls.iter().chain(self.peer_tls.as_deref()) {
             match tls.reload() {
                 Ok(()) => info!("the certificates were read again"),
@@ -761,6 +862,20 @@ impl Running {
         &self.shared
     }
 
+    /// A primary that is to end makes another node primary first: clients do not notice then. Without another one it
+    /// just ends.
+    async fn hand_over(&self) {
+        if self.shared.config.standby.is_none() || !self.shared.standing.borrow().serves {
+            return;
+        }
+        let ask = Ask::Switchover { to: None, grace: STOPPING_GRACE.as_secs_f64() };
+        match tokio::time::timeout(2 * STOPPING_GRACE, here(&self.shared, ask)).await {
+            Ok(Ok(done)) => info!("{}", done.text),
+            Ok(Err(reason)) => info!(reason, "no other node takes over in an orderly way"),
+            Err(_) => warn!("the switchover takes too long: this node ends without it"),
+        }
+    }
+
     /// Waits until the node fails or `stop` says to end; then ends it in an orderly way. The process is to begin
     /// anew if the node has left its timeline.
     pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<Next> {
@@ -768,6 +883,16 @@ impl Running {
             biased;
             ended = &mut self.engine => match ended.inspect_err(|_| crashes::note(&*self.shared.disk, &self.shared.state.0))? {
                 Ok(Ended::Stopped) => return Ok(Next::End),
+                Ok(Ended::Founds) => {
+                    info!("a majority of the listed members agrees: this node founds the cluster");
+                    self.shared.state.set_note(&*self.shared.disk, Note::Founds, "")?;
+                    Next::Again
+                }
+                Ok(Ended::RolledBack(reason)) => {
+                    error!("{reason}: it gives up its vote, and joins anew");
+                    self.shared.state.set_note(&*self.shared.disk, Note::RolledBack, &reason)?;
+                    Next::Again
+                }
                 Ok(Ended::ComesOver(lineage)) => {
                     let timeline = lineage.timeline();
                     warn!(timeline, "the timeline of this node is over: it begins anew, on another one");
@@ -782,6 +907,9 @@ impl Running {
             () = stop => Next::End,
         };
         info!("stopping");
+        if next == Next::End {
+            self.hand_over().await;
+        }
         self.shared.lease.set(false, Duration::ZERO);
         self.shared.sessions.cut("the server stops", |_| true);
         self.shared.tell(Event::Stop).await;

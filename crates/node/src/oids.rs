@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 
 use standby_types::Oid;
+use standby_zeo::ClientError;
 
 /// Oids reserved at a time.
 const BLOCK: u64 = 10_000;
@@ -17,10 +18,22 @@ pub struct Wanted<T> {
     pub count: usize,
 }
 
-/// Invariants: `next - 1 <= ceiling <= proposed`; what is handed out is at or below `ceiling`, which
-/// is committed.
+/// No oids are left: the highest one is in use.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Exhausted;
+
+/// What the asker is told.
+pub fn exhausted() -> ClientError {
+    ClientError::storage(format!(
+        "no new oids are left: object {} is there, or one near it",
+        Oid(u64::MAX)
+    ))
+}
+
+/// Invariants: `used <= ceiling <= proposed`; what is handed out is at or below `ceiling`, which is committed.
 pub struct Oids<T> {
-    next: u64,
+    /// The highest one that is in use or was handed out.
+    used: u64,
     ceiling: u64,
     proposed: u64,
     waiting: VecDeque<Wanted<T>>,
@@ -29,7 +42,7 @@ pub struct Oids<T> {
 impl<T> Oids<T> {
     /// A new primary's: nothing at or below `used` is handed out, and nothing is reserved yet.
     pub fn above(used: Oid) -> Oids<T> {
-        Oids { next: used.0 + 1, ceiling: used.0, proposed: used.0, waiting: VecDeque::new() }
+        Oids { used: used.0, ceiling: used.0, proposed: used.0, waiting: VecDeque::new() }
     }
 
     /// Somebody wants oids; they come from [`Oids::grant`].
@@ -39,17 +52,19 @@ impl<T> Oids<T> {
 
     /// Oids up to `ceiling` are reserved, or in use.
     pub fn committed(&mut self, ceiling: Oid, used: Oid) {
-        self.ceiling = self.ceiling.max(ceiling.0);
-        self.next = self.next.max(used.0 + 1);
+        self.used = self.used.max(used.0);
+        self.ceiling = self.ceiling.max(ceiling.0).max(self.used);
+        self.proposed = self.proposed.max(self.ceiling);
     }
 
     /// A ceiling to propose, if it is time to.
     pub fn proposal(&mut self) -> Option<Oid> {
-        let wanted: u64 = self.waiting.iter().map(|wanted| wanted.count as u64).sum();
-        if self.proposed + 1 >= self.next + wanted + BLOCK / 4 {
+        let counts = self.waiting.iter().map(|wanted| wanted.count as u64);
+        let needed = counts.fold(self.used, u64::saturating_add);
+        if self.proposed >= needed.saturating_add(BLOCK / 4) {
             return None;
         }
-        self.proposed = self.next + wanted + BLOCK;
+        self.proposed = needed.saturating_add(BLOCK);
         Some(Oid(self.proposed))
     }
 
@@ -58,16 +73,17 @@ impl<T> Oids<T> {
         self.proposed = self.ceiling;
     }
 
-    /// The next one who can be served.
-    pub fn grant(&mut self) -> Option<(T, Vec<Oid>)> {
-        let count = self.waiting.front()?.count as u64;
-        if self.next + count - 1 > self.ceiling {
+    /// The next one who can be served, or refused.
+    pub fn grant(&mut self) -> Option<(T, Result<Vec<Oid>, Exhausted>)> {
+        let last = self.used.checked_add(self.waiting.front()?.count as u64);
+        if last.is_some_and(|last| last > self.ceiling) {
             return None;
         }
-        let wanted = self.waiting.pop_front()?;
-        let oids = (self.next..self.next + count).map(Oid).collect();
-        self.next += count;
-        Some((wanted.asker, oids))
+        let asker = self.waiting.pop_front()?.asker;
+        let Some(last) = last else { return Some((asker, Err(Exhausted))) };
+        let oids = (self.used..last).map(|before| Oid(before + 1)).collect();
+        self.used = last;
+        Some((asker, Ok(oids)))
     }
 }
 
@@ -94,7 +110,7 @@ mod tests {
                     }
                 }
                 while let Some((_, granted)) = oids.grant() {
-                    for oid in granted {
+                    for oid in granted.unwrap() {
                         assert!(oid <= committed && oid > Oid(5));
                         assert!(seen.insert(oid), "{oid} twice");
                     }
@@ -110,6 +126,30 @@ mod tests {
         oids.want((), 1);
         let ceiling = oids.proposal().unwrap();
         oids.committed(ceiling, Oid(70));
-        assert_eq!(oids.grant(), Some(((), vec![Oid(71)])));
+        assert_eq!(oids.grant(), Some(((), Ok(vec![Oid(71)]))));
+    }
+
+    #[test]
+    fn there_is_a_last_oid() {
+        let mut oids = Oids::above(Oid(u64::MAX - 3));
+        oids.want("some", 2);
+        oids.want("more", 2);
+        oids.want("one", 1);
+        oids.want("too late", 1);
+        let ceiling = oids.proposal().unwrap();
+        assert_eq!(ceiling, Oid(u64::MAX));
+        oids.committed(ceiling, Oid(7));
+        assert_eq!(oids.proposal(), None);
+        let some = vec![Oid(u64::MAX - 2), Oid(u64::MAX - 1)];
+        assert_eq!(oids.grant(), Some(("some", Ok(some))));
+        assert_eq!(oids.grant(), Some(("more", Err(Exhausted))));
+        assert_eq!(oids.grant(), Some(("one", Ok(vec![Oid(u64::MAX)]))));
+        assert_eq!(oids.grant(), Some(("too late", Err(Exhausted))));
+        assert_eq!((oids.grant(), oids.proposal()), (None, None));
+        // A client has chosen it itself.
+        let mut oids = Oids::above(Oid(1));
+        oids.committed(Oid(1), Oid(u64::MAX));
+        oids.want("late", 1);
+        assert_eq!((oids.proposal(), oids.grant()), (None, Some(("late", Err(Exhausted)))));
     }
 }

@@ -3,19 +3,23 @@
 //! begins anew at the next start: what is to be done stands in the checkpoint.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use standby_filestorage::{BlobDir, FileStorage, Job, Outcome, Reader, pack};
+use standby_filestorage::{
+    BlobDir, FileStorage, Job, Need, Outcome, Packed, Reader, StorageError, copy_most, pack,
+};
 use standby_types::disk::remove_tree;
 use standby_types::time::time_of;
 use standby_types::{Oid, Tid};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::applier::{Origin, Work};
 use crate::machine;
 use crate::node::Shared;
+use crate::room::room_for;
 use crate::status::ctime;
 
 /// How far a pack is, for people.
@@ -58,11 +62,13 @@ pub enum Cause {
         /// Up to here, what was missing is in the new file.
         through: Tid,
     },
+    /// Somebody has removed it; this process has it open still.
+    Missing,
 }
 
 enum Stage {
     Working,
-    Ready(Box<FileStorage>, Tid, Cause),
+    Ready(Box<Packed>, Cause),
     /// The packed file is in place; the blobs that it does not need are being removed.
     Blobs,
 }
@@ -103,9 +109,34 @@ impl Packs {
         }
     }
 
+    /// Starts to write a data file anew that somebody has removed, from the file that is open; unless a new one is
+    /// being made already.
+    pub fn start_anew(&mut self, shared: &Arc<Shared>, storage: &str, reader: Reader) {
+        let Some(path) = shared.storages.get(storage).map(|storage| storage.path.clone()) else {
+            return;
+        };
+        if !self.claim(storage) {
+            return;
+        }
+        error!(
+            storage,
+            "somebody has removed {}; it is written anew from what this process has open",
+            path.display()
+        );
+        let (shared, name) = (shared.clone(), storage.to_owned());
+        let started = machine::background("anew", move || {
+            let packed = write_anew(&shared, &path, &reader).map_err(anyhow::Error::from);
+            shared.apply(Work::Packed { storage: name, cause: Cause::Missing, packed });
+        });
+        if let Err(error) = started {
+            warn!(storage, %error, "cannot write the data file anew now");
+            self.running.remove(storage);
+        }
+    }
+
     /// The thread has ended.
-    pub fn ready(&mut self, storage: &str, packed: FileStorage, last: Tid, cause: Cause) {
-        self.running.insert(storage.into(), Stage::Ready(Box::new(packed), last, cause));
+    pub fn ready(&mut self, storage: &str, packed: Packed, cause: Cause) {
+        self.running.insert(storage.into(), Stage::Ready(Box::new(packed), cause));
     }
 
     /// True if a packed file is to be put in place.
@@ -113,12 +144,12 @@ impl Packs {
         self.running.values().any(|stage| matches!(stage, Stage::Ready(..)))
     }
 
-    /// A new file that is to be put in place, the last transaction that it has seen, and its cause.
-    pub fn take_ready(&mut self) -> Option<(String, FileStorage, Tid, Cause)> {
+    /// A new file that is to be put in place, and its cause.
+    pub fn take_ready(&mut self) -> Option<(String, Packed, Cause)> {
         let ready = |stage: &Stage| matches!(stage, Stage::Ready(..));
         let name = self.running.iter().find(|(_, stage)| ready(stage))?.0.clone();
         match self.running.remove(&name)? {
-            Stage::Ready(packed, last, cause) => Some((name, *packed, last, cause)),
+            Stage::Ready(packed, cause) => Some((name, *packed, cause)),
             Stage::Working | Stage::Blobs => None,
         }
     }
@@ -173,7 +204,7 @@ pub fn pack_path(data: &Path) -> PathBuf {
     PathBuf::from(format!("{}.pack", data.display()))
 }
 
-fn run(shared: &Shared, name: &str, reader: &Reader, job: Job) -> anyhow::Result<Outcome> {
+fn run(shared: &Arc<Shared>, name: &str, reader: &Reader, job: Job) -> anyhow::Result<Outcome> {
     let Some(storage) = shared.storages.get(name) else { return Ok(Outcome::Nothing) };
     info!(storage = name, to = ctime(time_of(job.time)), gc = job.gc, "packing");
     let mut told = 0;
@@ -185,15 +216,81 @@ fn run(shared: &Shared, name: &str, reader: &Reader, job: Job) -> anyhow::Result
             info!(storage = name, percent, "packing");
         }
     };
-    let references = |data: &[u8], each: &mut dyn FnMut(Oid)| {
-        standby_zeo::references(data, |oid| each(Oid(u64::from_be_bytes(oid))))
-            .map_err(|error| error.to_string())
-    };
     let to = pack_path(&storage.path);
-    let packed = pack(reader, job, &to, &references, &mut progress);
-    if packed.is_err() {
+    let room = room_for(shared, &storage.path, "a pack");
+    let packed = pack(reader, job, &to, &references, &room, &mut progress);
+    match &packed {
         // The disk may be full: what has been written so far must not keep it so.
-        let _ = shared.disk.remove(&to);
+        Err(_) => drop(shared.disk.remove(&to)),
+        Ok(Outcome::Packed(packed)) => {
+            for record in &packed.unreadable {
+                warn!(storage = name, "{record}. Nothing refers to that object");
+            }
+        }
+        Ok(Outcome::Nothing) => {}
     }
     Ok(packed?)
+}
+
+fn write_anew(shared: &Arc<Shared>, path: &Path, reader: &Reader) -> Result<Outcome, StorageError> {
+    let to = pack_path(path);
+    let room = room_for(shared, path, "the data file, written anew,");
+    let write = || {
+        room(Need::All(reader.size())).map_err(|source| StorageError::Io {
+            path: to.clone(),
+            action: "write",
+            source,
+        })?;
+        let mut target = FileStorage::successor(reader, &to)?;
+        let last = copy_most(reader, &mut target, Tid::NONE, &room)?;
+        Ok(Outcome::Packed(Packed::whole(target, last)))
+    };
+    write().inspect_err(|_| drop(shared.disk.remove(&to)))
+}
+
+/// A compressed record is read up to this size.
+const INFLATED_LIMIT: u64 = 1 << 30;
+
+/// What the record of an object refers to, for a pack. A record that begins with `.z` was compressed by a client, with
+/// `zc.zlibstorage`.
+pub fn references(data: &[u8], each: &mut dyn FnMut(Oid)) -> Result<(), String> {
+    let mut inflated = Vec::new();
+    let data = match data.strip_prefix(b".z") {
+        None => data,
+        Some(compressed) => {
+            flate2::read::ZlibDecoder::new(compressed)
+                .take(INFLATED_LIMIT + 1)
+                .read_to_end(&mut inflated)
+                .map_err(|error| format!("it begins with .z and cannot be inflated: {error}"))?;
+            if inflated.len() as u64 > INFLATED_LIMIT {
+                return Err(format!("it inflates to more than {INFLATED_LIMIT} bytes"));
+            }
+            &inflated
+        }
+    };
+    standby_zeo::references(data, |oid| each(Oid(u64::from_be_bytes(oid))))
+        .map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn compressed_records_are_read() {
+        let record = b"cm\nC\n.C\x08\0\0\0\0\0\0\x01\x02Q.".as_slice();
+        let mut compressed = flate2::write::ZlibEncoder::new(b".z".to_vec(), Default::default());
+        compressed.write_all(record).unwrap();
+        let compressed = compressed.finish().unwrap();
+        let found = |data: &[u8]| {
+            let mut oids = Vec::new();
+            references(data, &mut |oid| oids.push(oid)).map(|()| oids)
+        };
+        assert_eq!(found(record), Ok(vec![Oid(0x102)]));
+        assert_eq!(found(&compressed), Ok(vec![Oid(0x102)]));
+        assert!(found(&compressed[..compressed.len() - 6]).is_err());
+        assert!(found(b".z").is_err());
+    }
 }

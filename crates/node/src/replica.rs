@@ -12,8 +12,8 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{AppliedPoint, Command, Committed, Ending, Membership};
 use standby_filestorage::{
-    Appender, BlobDir, FileStorage, Holes, Job, Record, StorageError, TransactionMeta, copy_rest,
-    record_len, take_meta, take_record,
+    Appender, BlobDir, FileStorage, Holes, Job, Packed, Record, References, StorageError,
+    TransactionMeta, copy_rest, record_len, take_meta, take_record,
 };
 use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
@@ -178,6 +178,7 @@ impl Replica {
     /// closing entry needs them. True only once the data files are synced.
     pub fn checkpoint(&self) -> Option<Checkpoint> {
         self.parts.is_empty().then(|| Checkpoint {
+            acknowledged: BTreeMap::new(),
             cluster_id: self.cluster_id.clone(),
             index: self.index,
             term: self.term,
@@ -418,15 +419,17 @@ impl Replica {
         }
     }
 
-    /// Copies to a packed file what has come after the transaction `last`.
+    /// Copies to a packed file what has come since it was made; nothing of that may refer to what the pack removed.
     pub fn copy_rest(
         &self,
         name: &str,
-        packed: &mut FileStorage,
-        last: Tid,
+        packed: &mut Packed,
+        references: References<'_>,
     ) -> Result<(), StorageError> {
         if let Some(stored) = self.storages.get(name) {
-            copy_rest(&stored.storage.reader(), packed, last)?;
+            let seen = packed.last;
+            packed.last = copy_rest(&stored.storage.reader(), &mut packed.target, seen)?;
+            packed.removed.check(&packed.target.reader(), seen, references)?;
         }
         Ok(())
     }

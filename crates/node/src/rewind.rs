@@ -340,7 +340,7 @@ fn keep(
     let part = path.with_extension("part");
     let written = FileStorage::successor(reader, &part).and_then(|mut kept| {
         kept.set_holes(Holes::default());
-        copy(reader, &mut kept, common, Tid::MAX)?;
+        copy(reader, &mut kept, common, Tid::MAX, &|_| Ok(()))?;
         kept.sync()
     });
     if written.is_err() {

@@ -1,15 +1,15 @@
 //! The clients' sessions, as the engine and the applier see them.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
 use standby_zeo::{Encoding, SessionId, VoteOutcome};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::outbox::Outbox;
+use crate::socket::Cutter;
 use crate::sync::lock;
 
 /// Something that the session's own task must know.
@@ -42,14 +42,16 @@ pub struct SessionHandle {
     pub settled: AtomicBool,
     /// Its transaction has uploads.
     pub uploads: AtomicBool,
+    /// It waits for a pack to end.
+    pub packs: AtomicBool,
     /// Calls that the engine or the applier is to answer.
     pub unanswered: AtomicUsize,
+    one_answered: Notify,
     /// It ends when nothing of it is under way.
     pub leaving: AtomicBool,
     /// It ends as soon as what is queued has been sent.
     pub departing: AtomicBool,
-    /// Its socket once more, to cut it off from any thread.
-    socket: Option<OwnedFd>,
+    cutter: Option<Cutter>,
 }
 
 impl SessionHandle {
@@ -58,7 +60,7 @@ impl SessionHandle {
         id: SessionId,
         peer: String,
         mailbox: mpsc::UnboundedSender<Mail>,
-        socket: Option<OwnedFd>,
+        cutter: Option<Cutter>,
     ) -> SessionHandle {
         SessionHandle {
             id,
@@ -69,10 +71,12 @@ impl SessionHandle {
             read_write: AtomicBool::new(false),
             settled: AtomicBool::new(false),
             uploads: AtomicBool::new(false),
+            packs: AtomicBool::new(false),
             unanswered: AtomicUsize::new(0),
+            one_answered: Notify::new(),
             leaving: AtomicBool::new(false),
             departing: AtomicBool::new(false),
-            socket,
+            cutter,
         }
     }
 
@@ -85,9 +89,21 @@ impl SessionHandle {
     /// A call that was counted as unanswered is answered.
     pub fn answered(&self) {
         self.unanswered.fetch_sub(1, Ordering::AcqRel);
+        self.one_answered.notify_one();
         if self.leaving.load(Ordering::Acquire) {
             // Without its own task it is ending.
             let _ = self.mailbox.send(Mail::Leave);
+        }
+    }
+
+    /// Returns when no more than `most` calls are unanswered, or the session is to end.
+    pub async fn few_unanswered(&self, most: usize) {
+        let many = || self.unanswered.load(Ordering::Acquire) > most;
+        while many() && !self.departing.load(Ordering::Acquire) {
+            tokio::select! {
+                () = self.one_answered.notified() => {}
+                () = self.outbox.closed() => return,
+            }
         }
     }
 
@@ -109,9 +125,8 @@ impl SessionHandle {
     /// Ends the session at once, from any thread; nothing that is queued is sent any more.
     pub fn cut(&self, reason: &str) {
         self.outbox.close(reason);
-        if let Some(socket) = &self.socket {
-            // The other side may be gone already.
-            let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+        if let Some(cutter) = &self.cutter {
+            cutter.cut();
         }
     }
 }
@@ -171,9 +186,12 @@ impl Sessions {
         chosen.len()
     }
 
-    /// True if an upload is under way, or its transaction.
-    pub fn any_upload(&self) -> bool {
-        lock(&self.all).values().any(|session| session.uploads.load(Ordering::Acquire))
+    /// True if an upload is under way, or its transaction, or a pack that its client waits for.
+    pub fn any_long_call(&self) -> bool {
+        let long = |session: &SessionHandle| {
+            session.uploads.load(Ordering::Acquire) || session.packs.load(Ordering::Acquire)
+        };
+        lock(&self.all).values().any(|session| long(session))
     }
 
     /// Cuts off all sessions that may write, but those that are departing.
@@ -201,6 +219,7 @@ impl Sessions {
         let writers = self.writers();
         for session in &writers {
             session.departing.store(true, Ordering::Release);
+            session.one_answered.notify_one();
             let _ = session.mailbox.send(Mail::LeaveNow);
         }
         writers.len()

@@ -37,6 +37,10 @@ pub struct Settings {
     /// The forced promotions so far.
     #[serde(default)]
     pub lineage: Lineage,
+    /// When the cluster was founded, in seconds since 1970; 0 if that was before it was noted. Tells two clusters of one name
+    /// apart.
+    #[serde(default)]
+    pub founded: u64,
 }
 
 /// A node may join.

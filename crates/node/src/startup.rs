@@ -10,10 +10,12 @@
 //!  has an order to   any                             keeps what only its own timeline has, then resumes
 //!  come over                                         with what the other one has too (`rewind.rs`)
 //!  new               none                            founds a cluster of one
-//!  new               first member, no other knows    founds the cluster, alone at first
-//!                    a cluster yet
+//!  new               the only member                 founds the cluster
 //!  new               otherwise                       joins: empty, or with a data file that must be
 //!                                                    the beginning of the cluster's history
+//!  `founds`          first member                    founds the cluster: a majority of the members has
+//!                                                    promised itself (`founding.rs`)
+//!  `rolled-back`     a majority without it           as with a damaged log: what it had promised is lost
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,10 +36,11 @@ use crate::causes::with_causes;
 use crate::config::{Config, StorageSection};
 use crate::lineage::Relation;
 use crate::lost_log::{self, LostLog};
+use crate::machine;
 use crate::rewind;
 use crate::settings::Settings;
 use crate::state::{
-    Checkpoint, DamagedFile, Identity, StateDir, StoragePoint, free_name, random_hex,
+    Checkpoint, DamagedFile, Identity, Note, StateDir, StoragePoint, free_name, random_hex,
 };
 
 /// What a new node does.
@@ -68,11 +71,6 @@ pub struct Prepared {
     pub unconfirmed: bool,
 }
 
-/// True if the state directory does not say where the node stands.
-pub fn is_new(disk: &dyn Disk, state: &StateDir) -> anyhow::Result<bool> {
-    Ok(state.identity(disk)?.is_none() || state.checkpoint(disk)?.is_none())
-}
-
 /// Who mends damaged blocks of each storage.
 pub type Menders = BTreeMap<String, Mend>;
 
@@ -84,8 +82,22 @@ pub fn prepare(
     beginning: Beginning,
     menders: &Menders,
 ) -> anyhow::Result<Prepared> {
+    let founds = state.note(&**disk, Note::Founds)?.is_some();
     match (state.identity(&**disk)?, state.checkpoint(&**disk)?) {
-        (Some(identity), Some(checkpoint)) => {
+        (Some(identity), Some(checkpoint)) if founds && checkpoint.is_blank() => {
+            begin(config, disk, state, menders, Some(identity), Beginning::Found)
+        }
+        (Some(mut identity), Some(mut checkpoint)) => {
+            state.end_note(&**disk, Note::Founds)?;
+            if let Some(reason) = state.note(&**disk, Note::RolledBack)? {
+                // Without members it has begun anew already, and was interrupted.
+                if !checkpoint.membership.members.is_empty() {
+                    let lost = LostLog::because(reason);
+                    (identity, checkpoint) =
+                        lost_log::begin_anew(config, disk, state, &identity, checkpoint, &lost)?;
+                }
+                state.end_note(&**disk, Note::RolledBack)?;
+            }
             let resume = |identity: &Identity, checkpoint, cuts| {
                 resume(config, disk, state, menders, identity, checkpoint, cuts)
             };
@@ -178,6 +190,10 @@ fn begin(
         },
     };
     check_identity(config, state, &identity)?;
+    if state.identity(&**disk)?.is_none() {
+        // A founder comes here twice; the second time the file is its own.
+        config.storages.iter().try_for_each(|section| check_create(&**disk, section))?;
+    }
     state.set_identity(&**disk, &identity)?;
     // A log without a checkpoint is what an interrupted beginning left.
     for path in disk.list(&state.log())? {
@@ -195,6 +211,7 @@ fn begin(
         storages.insert(section.name.clone(), storage);
     }
     let found = beginning == Beginning::Found;
+    let now = machine::wall_clock().as_secs();
     let mut recovered = recover(disk, &state.log())?;
     // A new cluster's log begins after an entry that never was, so that every other node gets
     // what this one has by catching up.
@@ -202,7 +219,11 @@ fn begin(
     let writer = LogWriter::open(disk.clone(), &state.log(), &mut recovered, Some(start))?;
     let me = self_as_member(config, id);
     let checkpoint = Checkpoint {
-        settings: if found { Settings::founded_in(&me.group) } else { Settings::default() },
+        settings: match found {
+            true => Settings { founded: now, ..Settings::founded_in(&me.group) },
+            false => Settings::default(),
+        },
+        acknowledged: BTreeMap::new(),
         cluster_id: if found { random_hex(16)? } else { String::new() },
         index: start.0,
         term: start.1,
@@ -240,7 +261,7 @@ pub fn explain(error: anyhow::Error, config: &Config) -> anyhow::Error {
         ),
         Some(_) => lost_log::advice(&state),
         None if in_state => lost_log::advice_to_one_alone(&state),
-        None => "No other node has it: restore the file from a backup, or get out of it what can be read, with \
+        None => "Restore the file from a backup, or get out of it what can be read, with \
                  python -m ZODB.fsrecover"
             .to_owned(),
     };
@@ -258,6 +279,15 @@ fn resume(
     cuts: bool,
 ) -> anyhow::Result<Prepared> {
     check_identity(config, state, identity)?;
+    let listed = |name: &String| config.storages.iter().any(|section| section.name == *name);
+    let gone = checkpoint.storages.keys().find(|name| !listed(name));
+    if let Some(name) = gone.filter(|_| config.standby.is_some()) {
+        bail!(
+            "{} has no section for storage {name:?}, which the cluster has and this node holds: write it back (a member \
+             without one of the storages must not become primary)",
+            config.file.display()
+        );
+    }
     let mut recovered = lost_log::read(disk, state, &checkpoint)?;
     let interrupted = state.interrupted_catch_up(&**disk)?;
     let mut extents = Vec::new();
@@ -420,6 +450,17 @@ pub fn self_as_member(config: &Config, id: NodeId) -> Member {
     }
 }
 
+/// `create true` asks for a new file.
+fn check_create(disk: &dyn Disk, section: &StorageSection) -> anyhow::Result<()> {
+    if section.create && disk.exists(&section.path)? {
+        bail!(
+            "{} exists, but \"create true\" asks for a new file; remove the line or the file",
+            section.path.display()
+        );
+    }
+    Ok(())
+}
+
 /// Opens a data file that no checkpoint knows; also returns its highest oid.
 fn open_whole(
     disk: &Arc<dyn Disk>,
@@ -427,12 +468,6 @@ fn open_whole(
     section: &StorageSection,
     menders: &Menders,
 ) -> anyhow::Result<(FileStorage, Oid)> {
-    if section.create && disk.exists(&section.path)? {
-        bail!(
-            "{} exists, but \"create true\" asks for a new file; remove the line or the file",
-            section.path.display()
-        );
-    }
     let index = state.index(&section.name);
     if disk.exists(&index)? {
         disk.remove(&index)?;

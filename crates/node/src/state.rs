@@ -7,6 +7,11 @@
 //! STATE-DIR/NAME.index    the index of storage NAME
 //! STATE-DIR/NAME.sums     the checksums of its data file (see `filestorage/src/sums.rs`)
 //! STATE-DIR/NAME.blobs.sums   the checksums of its blobs (see `filestorage/src/blob_sums.rs`)
+//! STATE-DIR/promise       JSON: to whose founding this node has promised itself (see `founding.rs`)
+//! STATE-DIR/founds        exists from when a majority agrees to this node's founding until it has founded
+//! STATE-DIR/peers         JSON: the peer addresses of the members, as they were last heard of
+//! STATE-DIR/superseded    text: why this node does not serve any more (see `Engine::note_other_cluster`)
+//! STATE-DIR/rolled-back   text: why this node gives up its vote and joins anew at its next start
 //! STATE-DIR/coming-over   JSON: the lineage (see `lineage.rs`) that the node comes over to at its start
 //! STATE-DIR/accepted      the name of a timeline for which this node leaves its own: `standby lineage accept`
 //! STATE-DIR/catching-up   JSON: the holes of each storage; exists while transactions come from a peer
@@ -19,12 +24,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use standby_consensus::{AppliedPoint, Member, Membership};
 use standby_filestorage::{Hole, Holes, Job, Mark};
 use standby_types::disk::{parent, read_all, replace};
 use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
+use tracing::warn;
 
+use crate::founding::Promise;
 use crate::hex::hex;
 use crate::lineage::Lineage;
 use crate::machine;
@@ -65,6 +73,9 @@ pub struct Checkpoint {
     pub settings: Settings,
     /// The storages, by name.
     pub storages: BTreeMap<String, StoragePoint>,
+    /// Up to where each node has acknowledged the log, as far as this one knows, and the log was committed: what the
+    /// node had then, it must always have.
+    pub acknowledged: BTreeMap<NodeId, LogIndex>,
 }
 
 /// A storage's part of a checkpoint.
@@ -93,6 +104,11 @@ impl StoragePoint {
 }
 
 impl Checkpoint {
+    /// True if the node has never belonged to a cluster.
+    pub fn is_blank(&self) -> bool {
+        self.cluster_id.is_empty() && self.index == LogIndex(0)
+    }
+
     /// True if the node has left a timeline, and has nothing of another one's log yet.
     pub fn has_left(&self) -> bool {
         self.index == LogIndex(0) && !self.settings.lineage.forks().is_empty()
@@ -105,6 +121,7 @@ impl Checkpoint {
             term: Term(0),
             log_begins_here: false,
             membership: Membership::default(),
+            acknowledged: BTreeMap::new(),
             ..self
         }
     }
@@ -136,6 +153,27 @@ impl DamagedFile {
     }
 }
 
+/// Something that the next start must know. Each is a file with a text for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Note {
+    /// A majority of the listed members agrees to this node's founding.
+    Founds,
+    /// This node's cluster is the younger one of two: it does not serve.
+    Superseded,
+    /// This node's disk was put back to an earlier state: it gives up its vote and joins anew.
+    RolledBack,
+}
+
+impl Note {
+    fn name(self) -> &'static str {
+        match self {
+            Note::Founds => "founds",
+            Note::Superseded => "superseded",
+            Note::RolledBack => "rolled-back",
+        }
+    }
+}
+
 /// Paths in a state directory.
 #[derive(Debug, Clone)]
 pub struct StateDir(pub PathBuf);
@@ -163,13 +201,7 @@ impl StateDir {
 
     /// Reads who this node is; `None` if it is new.
     pub fn identity(&self, disk: &dyn Disk) -> anyhow::Result<Option<Identity>> {
-        let path = self.0.join("identity");
-        if !disk.exists(&path)? {
-            return Ok(None);
-        }
-        let bytes =
-            read_all(disk, &path).with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(Some(serde_json::from_slice(&bytes).map_err(DamagedFile::at(&path))?))
+        self.read_json(disk, "identity")
     }
 
     /// Writes who this node is.
@@ -195,6 +227,67 @@ impl StateDir {
     /// Replaces the last checkpoint, durably.
     pub fn set_checkpoint(&self, disk: &dyn Disk, checkpoint: &Checkpoint) -> io::Result<()> {
         replace(disk, &self.0.join("checkpoint"), &encode(checkpoint)?)
+    }
+
+    /// To whose founding this node has promised itself, if it has.
+    pub fn promise(&self, disk: &dyn Disk) -> anyhow::Result<Option<Promise>> {
+        self.read_json(disk, "promise")
+    }
+
+    /// Promises durably.
+    pub fn set_promise(&self, disk: &dyn Disk, promise: &Promise) -> io::Result<()> {
+        replace(disk, &self.0.join("promise"), &serde_json::to_vec_pretty(promise)?)
+    }
+
+    /// The peer addresses of the members, as they were last heard of. They only help to find the others: without them
+    /// a start goes on.
+    pub fn peers(&self, disk: &dyn Disk) -> BTreeSet<String> {
+        self.read_json(disk, "peers")
+            .unwrap_or_else(|error| {
+                warn!("cannot read the addresses of the other nodes: {error:#}");
+                None
+            })
+            .unwrap_or_default()
+    }
+
+    /// Remembers them.
+    pub fn set_peers(&self, disk: &dyn Disk, addresses: &BTreeSet<String>) -> io::Result<()> {
+        replace(disk, &self.0.join("peers"), &serde_json::to_vec_pretty(addresses)?)
+    }
+
+    fn read_json<T: DeserializeOwned>(
+        &self,
+        disk: &dyn Disk,
+        name: &str,
+    ) -> anyhow::Result<Option<T>> {
+        let path = self.0.join(name);
+        if !disk.exists(&path)? {
+            return Ok(None);
+        }
+        let bytes =
+            read_all(disk, &path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Some(serde_json::from_slice(&bytes).map_err(DamagedFile::at(&path))?))
+    }
+
+    /// A note that survives the process; the name is one of [`Note`].
+    pub fn note(&self, disk: &dyn Disk, note: Note) -> anyhow::Result<Option<String>> {
+        let path = self.0.join(note.name());
+        if !disk.exists(&path)? {
+            return Ok(None);
+        }
+        let bytes =
+            read_all(disk, &path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    /// Writes a note, durably.
+    pub fn set_note(&self, disk: &dyn Disk, note: Note, text: &str) -> io::Result<()> {
+        replace(disk, &self.0.join(note.name()), text.as_bytes())
+    }
+
+    /// Removes a note, durably.
+    pub fn end_note(&self, disk: &dyn Disk, note: Note) -> io::Result<()> {
+        remove(disk, &self.0.join(note.name()))
     }
 
     /// Says durably that this node leaves its timeline for another one at its next start.
@@ -294,6 +387,8 @@ struct CheckpointFile {
     #[serde(default)]
     settings: Settings,
     storages: BTreeMap<String, StorageFile>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    acknowledged: BTreeMap<String, u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -405,6 +500,9 @@ fn encode(checkpoint: &Checkpoint) -> io::Result<Vec<u8>> {
         members: members.collect(),
         settings: checkpoint.settings.clone(),
         storages: storages.collect(),
+        acknowledged: (checkpoint.acknowledged.iter())
+            .map(|(id, index)| (id.to_string(), index.0))
+            .collect(),
     };
     let mut bytes = serde_json::to_vec_pretty(&file)?;
     let sum = crc32c::crc32c(&bytes);
@@ -462,6 +560,9 @@ fn decode(bytes: &[u8]) -> anyhow::Result<Checkpoint> {
         membership,
         settings: file.settings,
         storages,
+        acknowledged: (file.acknowledged.into_iter())
+            .map(|(id, index)| Ok((NodeId(parse_hex(&id)?), LogIndex(index))))
+            .collect::<anyhow::Result<_>>()?,
     })
 }
 
@@ -540,6 +641,7 @@ mod tests {
                     backfill: true,
                 },
             )]),
+            acknowledged: BTreeMap::from([(NodeId(8), LogIndex(4))]),
         }
     }
 

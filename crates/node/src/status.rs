@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use standby_consensus::{Member, Membership, Role};
 use standby_filestorage::Hole;
-use standby_types::time::utc;
+use standby_types::time::{time_of, utc};
 use standby_types::{LogIndex, NodeId, Term, Tid};
 use tracing::warn;
 
@@ -22,6 +22,9 @@ use crate::sync::lock;
 const SILENCE: Duration = Duration::from_millis(2500);
 /// Lag above which a node counts as catching up.
 const BEHIND: Duration = Duration::from_secs(5);
+
+/// Seconds by which a transaction may be ahead of the clock before that is shown.
+const FUTURE: u64 = 60;
 
 /// Silence after which another process may have a node's identity: it reports twice a second.
 const IDENTITY_SILENCE: Duration = Duration::from_millis(1500);
@@ -44,12 +47,24 @@ pub struct Moment<'a> {
     pub settings: &'a Settings,
     /// Writes of the log take too long.
     pub slow_disk: bool,
+    /// How long a write of the log took of late, at worst.
+    pub slowest_write: Duration,
     /// The term and the index of the log's last entry.
     pub log: (Term, LogIndex),
     /// It has lost the leadership again and again.
     pub flapping: bool,
     /// Its process has crashed again and again.
     pub crashes: bool,
+    /// What it waits for to become a member, if it is none.
+    pub waits: Option<String>,
+    /// Why it does not serve, if there is an older cluster of the same name.
+    pub stopped: Option<String>,
+    /// Commits that were acknowledged are lost on some node.
+    pub alarm: Option<String>,
+    /// It leads, and a majority answers too late for it to serve.
+    pub no_lease: bool,
+    /// Nodes that it does not let in, and why.
+    pub not_let_in: BTreeMap<String, String>,
 }
 
 /// A node's report of itself.
@@ -96,6 +111,9 @@ pub struct NodeReport {
     no_room: Option<String>,
     #[serde(default)]
     slow_disk: bool,
+    /// How long a write of its log took of late, at worst.
+    #[serde(default)]
+    slowest_write_seconds: f64,
     /// Its clock when it reported, in seconds since 1970; 0 if it did not say.
     #[serde(default)]
     clock: f64,
@@ -121,6 +139,19 @@ pub struct NodeReport {
     /// Its process.
     #[serde(default)]
     run: String,
+    /// Up to where the members have acknowledged what is committed, by identity, as far as it knows.
+    #[serde(default)]
+    acknowledged: BTreeMap<String, u64>,
+    #[serde(default)]
+    waits: Option<String>,
+    #[serde(default)]
+    stopped: Option<String>,
+    #[serde(default)]
+    alarm: Option<String>,
+    #[serde(default)]
+    no_lease: bool,
+    #[serde(default)]
+    not_let_in: BTreeMap<String, String>,
 }
 
 /// A part of the history that a node does not have: see [`standby_filestorage::Hole`].
@@ -195,6 +226,7 @@ impl NodeReport {
             moving_to: settings.moving_to.clone(),
             no_room: None,
             slow_disk: moment.slow_disk,
+            slowest_write_seconds: moment.slowest_write.as_secs_f64(),
             clock: machine::wall_clock().as_secs_f64(),
             holes: BTreeMap::new(),
             backfilling: BTreeMap::new(),
@@ -206,6 +238,12 @@ impl NodeReport {
             flapping: moment.flapping,
             crashes: moment.crashes,
             run: run.into(),
+            acknowledged: BTreeMap::new(),
+            waits: moment.waits,
+            stopped: moment.stopped,
+            alarm: moment.alarm,
+            no_lease: moment.no_lease,
+            not_let_in: moment.not_let_in,
         }
     }
 
@@ -227,6 +265,31 @@ impl NodeReport {
         catch_up: Option<CatchUp>,
     ) -> NodeReport {
         NodeReport { packing, catch_up, ..self }
+    }
+
+    /// The same, with what it knows that the members have acknowledged.
+    pub fn acknowledging(self, known: BTreeMap<NodeId, LogIndex>) -> NodeReport {
+        let acknowledged = known.into_iter().map(|(id, index)| (id.to_string(), index.0));
+        NodeReport { acknowledged: acknowledged.collect(), ..self }
+    }
+
+    /// What it knows that the members have acknowledged.
+    pub fn acknowledged(&self) -> impl Iterator<Item = (NodeId, LogIndex)> {
+        self.acknowledged.iter().filter_map(|(id, index)| {
+            Some((NodeId(u64::from_str_radix(id, 16).ok()?), LogIndex(*index)))
+        })
+    }
+
+    /// By how many seconds the last transaction is ahead of the node's clock, if that is much.
+    fn future_seconds(&self) -> Option<u64> {
+        let last = latest(self.last_tid.iter()).into_values().max()?;
+        let ahead = time_of(last).as_secs().checked_sub(self.clock as u64)?;
+        (self.clock > 0.0 && ahead > FUTURE).then_some(ahead)
+    }
+
+    /// Which history the node has.
+    pub fn lineage(&self) -> &Lineage {
+        &self.lineage
     }
 
     /// The same, with the disk that is full, if one is.
@@ -262,7 +325,6 @@ pub struct Reports {
 }
 
 /// What others have said.
-#[derive(Default)]
 struct Heard {
     /// With the moment; `None` once the node's connection has closed.
     others: BTreeMap<NodeId, (NodeReport, Option<Instant>)>,
@@ -271,6 +333,23 @@ struct Heard {
     skews: BTreeMap<String, Skew>,
     /// Nodes that have gone on by themselves, and their histories.
     diverged: BTreeMap<String, Lineage>,
+    /// When each node was last heard, whatever became of its connection.
+    last_heard: BTreeMap<NodeId, Instant>,
+    /// When this node began to listen.
+    begun: Instant,
+}
+
+impl Default for Heard {
+    fn default() -> Heard {
+        Heard {
+            others: BTreeMap::new(),
+            progress: Progress::default(),
+            skews: BTreeMap::new(),
+            diverged: BTreeMap::new(),
+            last_heard: BTreeMap::new(),
+            begun: Instant::now(),
+        }
+    }
 }
 
 /// By how much a node's clock differs from this one's, as far as reports tell that take some time to come.
@@ -286,6 +365,8 @@ impl Skew {
     const AGREEING: usize = 4;
     /// A difference in seconds that is too much.
     const MUCH: f64 = 0.5;
+    /// One with which a clock is not used any more.
+    const TOO_MUCH: f64 = 3600.0;
 
     fn note(&mut self, node: &str, ahead: f64) {
         self.last.push_back(ahead);
@@ -347,12 +428,15 @@ impl Reports {
             let ahead = report.clock - machine::wall_clock().as_secs_f64();
             heard.skews.entry(report.id.clone()).or_default().note(&report.node, ahead);
         }
+        heard.last_heard.insert(from, Instant::now());
         heard.others.insert(from, (report, Some(Instant::now())));
     }
 
     /// A peer does not belong to the cluster any more.
     pub fn forget(&self, peer: NodeId) {
-        lock(&self.heard).others.remove(&peer);
+        let mut heard = lock(&self.heard);
+        heard.others.remove(&peer);
+        heard.last_heard.remove(&peer);
     }
 
     /// Nodes that were removed and are no members any more are not shown.
@@ -413,6 +497,26 @@ impl Reports {
         latest(lost.map(|tail| (&tail.storage, &tail.last)))
     }
 
+    /// For how long a node has not been heard, or since when this one listens, if it never was. That a connection has
+    /// closed does not matter here.
+    pub fn silence_of(&self, id: NodeId) -> Duration {
+        let heard = lock(&self.heard);
+        heard.last_heard.get(&id).unwrap_or(&heard.begun).elapsed()
+    }
+
+    /// By how much this node's clock is ahead of those of a majority of the voters, if that is an hour or more: by the
+    /// least of these.
+    pub fn ahead_of_majority(&self, voters: &BTreeSet<NodeId>) -> Option<Duration> {
+        let heard = lock(&self.heard);
+        let behind = |voter: &NodeId| {
+            let ahead = heard.skews.get(&voter.to_string())?.ahead()?;
+            (ahead <= -Skew::TOO_MUCH).then_some(-ahead)
+        };
+        let behind: Vec<f64> = voters.iter().filter_map(behind).collect();
+        let least = behind.iter().copied().min_by(f64::total_cmp)?;
+        (behind.len() * 2 > voters.len()).then(|| Duration::from_secs_f64(least))
+    }
+
     /// True if another node has been heard a moment ago.
     pub fn is_up(&self, id: NodeId) -> bool {
         let heard = lock(&self.heard);
@@ -431,6 +535,13 @@ impl Reports {
     /// True if a node has said that its log's disk is slow.
     pub fn is_slow(&self, id: NodeId) -> bool {
         lock(&self.heard).others.get(&id).is_some_and(|(report, _)| report.slow_disk)
+    }
+
+    /// How long a write of a node's log took of late, at worst; nothing if it has not said so.
+    pub fn slowest_write(&self, id: NodeId) -> Duration {
+        let heard = lock(&self.heard);
+        let seconds = heard.others.get(&id).map_or(0.0, |(report, _)| report.slowest_write_seconds);
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
     /// True if a node has said that its data file is damaged.
@@ -521,16 +632,22 @@ pub struct Status {
     /// The same of nodes that have gone on by themselves.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub diverged: BTreeMap<String, Vec<Fork>>,
+    /// Nodes that the primary does not let in, and why.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub not_let_in: BTreeMap<String, String>,
     /// All nodes.
     pub nodes: Vec<NodeStatus>,
 }
 
 impl Status {
-    /// How many voters there are, how many of them are up, and how many a majority is.
+    /// How many voters there are, how many of them count when another one is lost, and how many a majority is. A
+    /// voter that is full, behind, cut off or damaged counts for nothing; none does without a primary that may serve.
     pub fn voters(&self) -> (usize, usize, usize) {
-        let voters = self.nodes.iter().filter(|node| node.voter).count();
-        let up = self.nodes.iter().filter(|node| node.voter && node.state != "down").count();
-        (voters, up, voters / 2 + 1)
+        let voters = || self.nodes.iter().filter(|node| node.voter);
+        let able = voters().filter(|node| node.state == "up" && node.no_room.is_none());
+        let serves = self.nodes.iter().any(|node| node.role == "primary" && !node.no_lease);
+        let able = if serves { able.count() } else { 0 };
+        (voters().count(), able, voters().count() / 2 + 1)
     }
 }
 
@@ -599,6 +716,19 @@ pub struct NodeStatus {
     /// What is damaged on its disk, and no node that it reaches has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,
+    /// What it waits for to become a member, if it is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waits: Option<String>,
+    /// Why it does not serve any more: there is an older cluster of the same name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
+    /// It leads, and a majority answers too late for it to serve.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_lease: bool,
+    /// By how many seconds the last transaction is ahead of the node's clock, if that is more than a minute: a pack to
+    /// the present removes nothing that was committed since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub future_seconds: Option<u64>,
     /// The storages that differed from the primary's when they were compared, and from which transaction on.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub differs: BTreeMap<String, String>,
@@ -639,8 +769,10 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
             let is_primary = primary.is_some_and(|p| p.id == report.id);
             let state = if !fresh(&one) {
                 "down"
-            } else if report.damage.is_some() {
+            } else if report.damage.is_some() || report.alarm.is_some() {
                 "damaged"
+            } else if report.stopped.is_some() {
+                "cut-off"
             } else if report.catching_up || one.lag > BEHIND {
                 "catching-up"
             } else if report.primary.is_none() {
@@ -682,7 +814,11 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 log: report.log,
                 heard: report.clock,
                 lost: report.lost.clone(),
-                damage: report.damage.clone(),
+                damage: report.damage.clone().or_else(|| report.alarm.clone()),
+                waits: report.waits.clone(),
+                stopped: report.stopped.clone(),
+                no_lease: report.no_lease,
+                future_seconds: report.future_seconds(),
                 differs: report.differs.clone(),
                 flapping: report.flapping,
                 crashes: report.crashes,
@@ -721,6 +857,10 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 heard: 0.0,
                 lost: Vec::new(),
                 damage: None,
+                waits: None,
+                stopped: None,
+                no_lease: false,
+                future_seconds: None,
                 differs: BTreeMap::new(),
                 flapping: false,
                 crashes: false,
@@ -738,6 +878,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
         moving_to: primary.unwrap_or(own).moving_to.clone(),
         forks: own.lineage.forks().to_vec(),
         diverged: BTreeMap::new(),
+        not_let_in: primary.map_or_else(BTreeMap::new, |primary| primary.not_let_in.clone()),
         nodes,
     }
 }
@@ -760,136 +901,4 @@ pub fn ctime(since_epoch: Duration) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn report(node: &str, serves: bool, tid: u64) -> NodeReport {
-        NodeReport {
-            cluster: "c".into(),
-            node: node.into(),
-            id: node.into(),
-            group: "g".into(),
-            serves,
-            primary: Some("n1".into()),
-            term: 3,
-            last_tid: BTreeMap::from([("1".into(), Tid(tid).to_string())]),
-            members: vec![
-                ("n1".into(), "g".into(), true),
-                ("n2".into(), "g".into(), true),
-                ("n3".into(), "g".into(), false),
-            ],
-            ..NodeReport::default()
-        }
-    }
-
-    fn seen(report: &NodeReport, age: u64) -> Seen {
-        let (age, lag) = (Duration::from_secs(age), Duration::ZERO);
-        Seen { report: report.clone(), age, lag, clock_ahead: None }
-    }
-
-    #[test]
-    fn the_picture_has_every_member() {
-        let (n1, n2) = (report("n1", true, 9), report("n2", false, 8));
-        let status = compose(&n2, &[seen(&n1, 1), seen(&n2, 0)]);
-        assert_eq!(status.primary.as_deref(), Some("n1"));
-        let states: Vec<_> = status.nodes.iter().map(|n| (n.state.as_str(), n.voter)).collect();
-        assert_eq!(states, [("up", true), ("up", true), ("down", false)]);
-    }
-
-    #[test]
-    fn a_silent_primary_is_down() {
-        let (n1, mut n2) = (report("n1", true, 0), report("n2", false, 0));
-        n2.primary = None;
-        let status = compose(&n2, &[seen(&n1, 9), seen(&n2, 0)]);
-        assert_eq!(status.primary, None);
-        let states: Vec<_> = status.nodes.iter().map(|n| n.state.as_str()).collect();
-        assert_eq!(states, ["down", "cut-off", "down"]);
-    }
-
-    #[test]
-    fn lag_is_the_time_since_the_primary_had_more() {
-        let start = Instant::now();
-        let at = |seconds| start + Duration::from_secs(seconds);
-        let mut progress = Progress::default();
-        for (seconds, index) in [(0, 10), (1, 10), (3600, 11), (3601, 15)] {
-            progress.note(at(seconds), index);
-        }
-        assert_eq!(progress.lag(at(3602), 15), Duration::ZERO);
-        assert_eq!(progress.lag(at(3602), 12), Duration::from_secs(1));
-        assert_eq!(progress.lag(at(3602), 10), Duration::from_secs(2));
-        assert_eq!(progress.lag(at(3602), 0), Duration::from_secs(3602));
-    }
-
-    #[test]
-    fn a_clock_is_wrong_if_all_reports_say_so() {
-        let mut skew = Skew::default();
-        for ahead in [86_400.0, 3.0, -0.1, 5.0] {
-            skew.note("n2", ahead);
-            assert_eq!(skew.ahead(), None);
-        }
-        for ahead in [-2.0, -2.1, -2.04, -3.0] {
-            skew.note("n2", ahead);
-        }
-        assert_eq!(skew.ahead(), Some(-2.0));
-    }
-
-    #[test]
-    fn reports_come_while_the_status_is_looked_at() {
-        let reports = Reports::default();
-        reports.note_own(report("n1", true, 0));
-        std::thread::scope(|scope| {
-            scope.spawn(|| (0..20_000).for_each(|_| drop(reports.status())));
-            for _ in 0..20_000 {
-                reports.note(NodeId(2), report("n2", true, 0));
-            }
-        });
-        assert_eq!(reports.status().nodes.len(), 3);
-    }
-
-    #[test]
-    fn a_closed_connection_is_noticed_at_once() {
-        let reports = Reports::default();
-        reports.note_own(report("n1", true, 0));
-        reports.note(NodeId(2), report("n2", false, 0));
-        assert_eq!(reports.status().nodes[1].state, "up");
-        reports.lost(NodeId(2));
-        assert_eq!(reports.status().nodes[1].state, "down");
-    }
-
-    #[test]
-    fn a_removed_node_is_shown_until_it_is_no_member() {
-        let reports = Reports::default();
-        reports.note_own(report("n1", true, 0));
-        reports.note(NodeId(2), report("n2", false, 0));
-        reports.note(NodeId(4), report("n4", false, 0));
-        let removed = ["n2", "n4"].map(String::from).into();
-        let shown = |reports: &Reports| -> Vec<String> {
-            reports.status().nodes.into_iter().map(|node| node.node).collect()
-        };
-        reports.forget_removed(&removed);
-        assert_eq!(shown(&reports), ["n1", "n2", "n3"]);
-        let mut own = report("n1", true, 0);
-        own.members.retain(|(name, _, _)| name != "n2");
-        reports.note_own(own);
-        reports.forget_removed(&removed);
-        assert_eq!(shown(&reports), ["n1", "n3"]);
-    }
-
-    #[test]
-    fn row_31_an_identity_belongs_to_one_process_at_a_time() {
-        let reports = Reports::default();
-        let of = |run: &str| NodeReport { run: run.into(), ..report("n2", false, 0) };
-        reports.note(NodeId(2), of("first"));
-        assert!(reports.is_taken(NodeId(2), "second"));
-        assert!(!reports.is_taken(NodeId(2), "first"));
-        assert!(!reports.is_taken(NodeId(3), "second"));
-        reports.lost(NodeId(2));
-        assert!(!reports.is_taken(NodeId(2), "second"), "a restart comes back at once");
-    }
-
-    #[test]
-    fn ctime_is_pythons() {
-        assert_eq!(ctime(Duration::from_secs(0)), "Thu Jan  1 00:00:00 1970");
-        assert_eq!(ctime(Duration::from_secs(1_795_489_799)), "Tue Nov 24 03:09:59 2026");
-    }
-}
+mod tests;

@@ -1,20 +1,20 @@
 //! A connection, over TCP or a Unix socket, perhaps with TLS.
 
 use std::io;
-use std::os::fd::OwnedFd;
 #[cfg(not(feature = "simulated"))]
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_rustls::TlsStream;
 
-use crate::config::ZeoAddress;
-use crate::machine::{TcpListener, TcpStream};
+use crate::config::{Address, ZeoAddress};
+use crate::machine::{TcpListener, TcpStream, end_when_silent, listen_everywhere};
 
 /// See the module.
 pub enum Stream {
@@ -38,18 +38,30 @@ impl Listener {
     /// Listens on the address of `<zeo>`.
     pub async fn bind(address: &ZeoAddress) -> anyhow::Result<Listener> {
         let listener = match address {
-            ZeoAddress::Tcp(tcp) => TcpListener::bind(tcp.to_string()).await.map(Listener::Tcp),
+            ZeoAddress::Tcp(tcp) => listen(tcp).await.map(Listener::Tcp),
             ZeoAddress::Unix(path) => bind_unix(path).await.map(Listener::Unix),
         };
         listener.with_context(|| format!("cannot listen on address {address}"))
     }
 
-    /// The next client.
-    pub async fn accept(&self) -> io::Result<Stream> {
+    /// The next client. Its connection ends when its machine has acknowledged nothing for `silence`.
+    pub async fn accept(&self, silence: Duration) -> io::Result<Stream> {
         match self {
-            Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, _)| Stream::Tcp(stream)),
+            Listener::Tcp(tcp) => {
+                let (stream, _) = tcp.accept().await?;
+                end_when_silent(&stream, silence)?;
+                Ok(Stream::Tcp(stream))
+            }
             Listener::Unix(unix) => unix.accept().await.map(|(stream, _)| Stream::Unix(stream)),
         }
+    }
+}
+
+/// Listens on an address of the configuration.
+pub async fn listen(address: &Address) -> io::Result<TcpListener> {
+    match address.host.as_str() {
+        "" => listen_everywhere(address.port).await,
+        _ => TcpListener::bind(address.to_string()).await,
     }
 }
 
@@ -92,12 +104,6 @@ impl Stream {
         };
     }
 
-    /// The socket once more, to shut it down from any thread.
-    #[cfg(feature = "simulated")]
-    pub fn duplicate(&self) -> Option<OwnedFd> {
-        None
-    }
-
     /// Returns when the other side has closed.
     #[cfg(feature = "simulated")]
     pub async fn gone(&self) {
@@ -106,12 +112,6 @@ impl Stream {
             Stream::Tls(tls) => tls.get_ref().0.gone().await,
             Stream::Unix(_) => std::future::pending().await,
         }
-    }
-
-    /// The socket once more, to shut it down from any thread.
-    #[cfg(not(feature = "simulated"))]
-    pub fn duplicate(&self) -> Option<OwnedFd> {
-        rustix::io::fcntl_dupfd_cloexec(self.fd(), 3).ok()
     }
 
     /// Returns when the other side has closed. One that speaks although nothing was said to it is no

@@ -207,10 +207,24 @@ pub async fn lost(command: Lost) -> anyhow::Result<()> {
             let lost: Vec<(&str, &LostTail)> = (status.nodes.iter())
                 .flat_map(|node| node.lost.iter().map(|tail| (node.node.as_str(), tail)))
                 .collect();
+            let holds_data = |node: &&NodeStatus| node.role != "witness";
+            let silent = status.nodes.iter().filter(holds_data).filter(|node| node.state == "down");
+            let silent: Vec<_> = silent.map(|node| node.node.as_str()).collect();
             match json {
                 true => println!("{}", serde_json::to_string(&lost)?),
-                false if lost.is_empty() => println!("no node has lost anything"),
+                false if lost.is_empty() && silent.is_empty() => {
+                    println!("no node has lost anything");
+                }
+                false if lost.is_empty() => {
+                    println!("no node that could be asked has lost anything")
+                }
                 false => println!("{}", table_of(&lost)),
+            }
+            if !silent.is_empty() {
+                eprintln!(
+                    "not asked, for they are down: {}. What they have lost is shown when they are back",
+                    silent.join(", ")
+                );
             }
             Ok(())
         }

@@ -62,6 +62,26 @@ pub async fn run(at: &At, json: bool, watch: bool) -> anyhow::Result<()> {
 /// Seconds from which the age of a replica's data is shown.
 const STALE: f64 = 3.0;
 
+/// Characters of a line in the column of a node's state.
+const WIDTH: usize = 60;
+
+/// A long text in several lines.
+fn folded(text: &str) -> String {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        if lines.last().is_some_and(|line| !line.is_empty() && line.len() + word.len() > WIDTH) {
+            lines.push(String::new());
+        }
+        if let Some(line) = lines.last_mut() {
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(word);
+        }
+    }
+    lines.join("\n")
+}
+
 /// The cluster as a table for people.
 pub fn table(status: &Status) -> String {
     let mut table = Table::new();
@@ -109,16 +129,22 @@ pub fn table(status: &Status) -> String {
         let holes = holes.map(|hole| format!("\nno history from\n{}\nto {}", hole.from, hole.to));
         let full = node.no_room.iter().map(|_| "\ndisk nearly full".to_owned());
         let slow = node.slow_disk.then(|| "\ndisk slow".to_owned());
+        let future = node
+            .future_seconds
+            .map(|seconds| format!("\nthe last commit is {seconds} s\nin the future"));
+        let lease = "\nno lease: a majority answers too late (profile wan?)".to_owned();
+        let slow = slow.into_iter().chain(node.no_lease.then_some(lease)).chain(future);
         let clock = node.clock_ahead_seconds.map(|ahead| format!("\nclock off by {ahead} s"));
         let lost: u64 = node.lost.iter().map(|tail| tail.transactions).sum();
         let lost = (lost > 0).then(|| format!("\nkeeps {lost} lost\ntransactions"));
-        let damage = node.damage.as_ref().map(|damage| format!("\n{damage}"));
+        let damage = node.damage.iter().chain(&node.stopped).chain(&node.waits);
+        let damage: String = damage.map(|text| format!("\n{}", folded(text))).collect();
         let flaps = node.flapping.then(|| "\nflapping".to_owned());
         let crashes = node.crashes.then(|| "\ncrashes".to_owned());
         let differs = node.differs.iter();
         let differs =
             differs.map(|(name, tid)| format!("\ndiffers in storage {name}\nfrom {tid} on"));
-        let damage = damage.into_iter().chain(flaps).chain(crashes).chain(differs);
+        let damage = Some(damage).into_iter().chain(flaps).chain(crashes).chain(differs);
         let full = full.chain(slow).chain(clock).chain(lost).chain(damage);
         let under_way: String = full.chain(packing).chain(filling).chain(holes).collect();
         table.add_row([
@@ -143,7 +169,11 @@ pub fn table(status: &Status) -> String {
         "no fault tolerance: with fewer than three voters, writes stop when one is lost; a witness is \
          enough (standby node add NAME --witness)"
             .to_owned()
-    } else if alive <= majority {
+    } else if alive < majority {
+        format!(
+            "only {alive} of {voters} voters are up, level and have room: writes stop, or have stopped"
+        )
+    } else if alive == majority {
         "the next failure stops writes".to_owned()
     } else {
         format!("{} more failure(s) can be survived", alive - majority)
@@ -158,6 +188,9 @@ pub fn table(status: &Status) -> String {
             format!("\n{node} has gone on by itself, on another timeline: standby lineage show")
         })
         .collect();
+    let refused: String = (status.not_let_in.iter())
+        .map(|(node, reason)| format!("\n{node} is there, and not let in: {reason}"))
+        .collect();
     let moving =
         status.moving_to.as_ref().map(|to| format!("\nthe primary is being moved to group {to}"));
     let groups = match status.failover_groups.is_empty() {
@@ -165,7 +198,7 @@ pub fn table(status: &Status) -> String {
         false => format!(", fail-over in {}", status.failover_groups.join(", ")),
     };
     format!(
-        "cluster {}{timeline}{groups}, primary {primary}, {advice}{}{diverged}\n{table}",
+        "cluster {}{timeline}{groups}, primary {primary}, {advice}{}{diverged}{refused}\n{table}",
         status.cluster,
         moving.unwrap_or_default()
     )

@@ -12,6 +12,7 @@
 //! committed changes ahead, and does not stand for election before it has taken them. Otherwise the
 //! founder of a cluster, restarted with the membership of its founding, would elect itself alone.
 
+mod broken;
 mod witness;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -29,6 +30,7 @@ use crate::log::{Batch, LogError, LogView, Point, Recovered, Written};
 use crate::membership::{Change, Membership, decode_changes, encode_changes, to_raft};
 use crate::message::{PeerMessage, encode_message};
 
+pub use self::broken::Broken;
 use self::witness::Witnesses;
 
 /// Bytes of proposed entries that may be without a majority; then proposals are refused.
@@ -126,6 +128,8 @@ pub enum Output {
     ReadIndex(u64, LogIndex),
     /// Entries up to this index may be removed from disk.
     Purge(LogIndex),
+    /// Something is wrong that Raft rules out: a disk has forgotten what was durable on it.
+    Broken(Broken),
 }
 
 /// A committed entry.
@@ -214,6 +218,8 @@ pub struct Consensus {
     last_step: Duration,
     /// The term that this node will know of after a crash, at least.
     durable_term: u64,
+    /// How long the last sync took.
+    last_sync: Duration,
     /// Ticks for which it votes for nobody, unless a leader is heard before: until it started it may have
     /// followed one, who still counts on that.
     quiet: usize,
@@ -228,7 +234,8 @@ pub struct Consensus {
     caution: Caution,
     /// What Raft draws its timeout for; another one means a new draw.
     drawn_for: (u64, StateRole, u64),
-    election_timeout: usize,
+    /// What was drawn, as a part of 2^32.
+    drawn: u32,
     random: u64,
 }
 
@@ -277,8 +284,8 @@ impl Consensus {
                 reason: format!("the log does not fit the checkpoint: {error}"),
             })?;
         let mut consensus = Consensus {
-            drawn_for: (0, StateRole::Follower, 0),
-            election_timeout: 0,
+            drawn_for: (u64::MAX, StateRole::Follower, 0),
+            drawn: 0,
             random: config.seed,
             raft,
             membership,
@@ -291,6 +298,7 @@ impl Consensus {
             heard: BTreeMap::new(),
             last_step: Duration::ZERO,
             durable_term: recovered.hard_state.term,
+            last_sync: Duration::ZERO,
             quiet: config.election_ticks,
             stand_in: None,
             handing_over: false,
@@ -357,6 +365,11 @@ impl Consensus {
         LogIndex(self.raft.raft.raft_log.committed)
     }
 
+    /// The index of the last entry that is durable here.
+    pub fn persisted_index(&self) -> LogIndex {
+        LogIndex(self.raft.raft.raft_log.persisted)
+    }
+
     /// The term of the last entry.
     pub fn last_term(&self) -> Term {
         Term(self.raft.raft.raft_log.last_term())
@@ -404,10 +417,15 @@ impl Consensus {
         for (at, id) in times {
             quorum.insert(id);
             if self.raft.raft.prs().has_quorum(&quorum) {
-                return Some(at + self.config.tick * self.lease_ticks());
+                return Some(at + self.lease_length());
             }
         }
         Some(Duration::ZERO)
+    }
+
+    /// How old the heartbeat may be that a majority has answered.
+    pub fn lease_length(&self) -> Duration {
+        self.config.tick * self.lease_ticks()
     }
 
     fn lease_ticks(&self) -> u32 {
@@ -464,8 +482,6 @@ impl Consensus {
         if !self.may_stand() {
             self.stand_in = None;
         }
-        // A new one is drawn.
-        self.drawn_for.0 = u64::MAX;
     }
 
     fn may_stand(&self) -> bool {
@@ -578,6 +594,10 @@ impl Consensus {
         if unwanted {
             return;
         }
+        if let Some(broken) = self.is_broken(&message) {
+            outputs.push(Output::Broken(broken));
+            return;
+        }
         let mut asked = None;
         let follows = match message.get_msg_type() {
             MessageType::MsgHeartbeatResponse => {
@@ -684,6 +704,9 @@ impl Consensus {
             }
             number = unsent.number;
             self.durable_term = unsent.term;
+            if unsent.needs_disk {
+                self.last_sync = self.last_step.saturating_sub(unsent.since);
+            }
             let Some(unsent) = self.unsent.pop_front() else { break };
             self.send(unsent.messages, outputs);
         }
@@ -769,11 +792,9 @@ impl Consensus {
                 }
             }
             let mut messages = ready.take_persisted_messages();
-            if self.disk_answers() {
-                let at_once = messages.extract_if(.., |m| self.says_only_that_it_follows(m));
-                let at_once = at_once.collect();
-                self.send(at_once, outputs);
-            }
+            let at_once = messages.extract_if(.., |m| self.says_only_that_it_follows(m));
+            let at_once = at_once.collect();
+            self.send(at_once, outputs);
             let number = ready.number();
             let (term, since) = (self.raft.raft.term, self.last_step);
             self.raft.advance_append_async(ready);
@@ -798,15 +819,18 @@ impl Consensus {
     }
 
     /// An answer to a heartbeat says nothing of entries. It needs the disk for a new term only; a leader whose
-    /// followers write for long would lose its lease otherwise.
+    /// followers write for long would lose its lease otherwise, and no other leader could do without their disks.
     fn says_only_that_it_follows(&self, message: &Message) -> bool {
         message.get_msg_type() == MessageType::MsgHeartbeatResponse
             && message.term == self.durable_term
     }
 
-    /// False if the disk hangs: who cannot write is no follower that a leader may count on.
-    fn disk_answers(&self) -> bool {
-        self.unsent.front().is_none_or(|first| self.last_step <= first.since + self.patience())
+    /// How long the disk takes for a sync: the last one, or the one that it is at.
+    fn sync_time(&self) -> Duration {
+        let running = self.unsent.iter().find(|unsent| unsent.needs_disk);
+        let running =
+            running.map_or(Duration::ZERO, |first| self.last_step.saturating_sub(first.since));
+        running.max(self.last_sync)
     }
 
     fn send(&mut self, messages: Vec<Message>, outputs: &mut Vec<Output>) {
@@ -890,27 +914,41 @@ impl Consensus {
         outputs.push(Output::Role(role));
     }
 
+    /// While nobody leads an election timeout is longer by what three syncs take: an election is one of the candidate
+    /// and one of its voters, and who leads has to sync an entry. Who began anew before that would never be elected if
+    /// all disks are slow at the same time.
+    fn ticks_of_syncs(&self) -> usize {
+        match self.raft.raft.leader_id {
+            0 => (3 * self.sync_time().as_micros() / self.config.tick.as_micros().max(1)) as usize,
+            _ => 0,
+        }
+    }
+
     /// Raft draws its election timeout from the system's randomness. Here it comes from the seed:
     /// a new one whenever role, term or leader change.
     fn draw_election_timeout(&mut self) {
-        let may_stand = self.may_stand();
-        let raft = &mut self.raft.raft;
+        let raft = &self.raft.raft;
         let drawn_for = (raft.term, raft.state, raft.leader_id);
-        if drawn_for != self.drawn_for || self.election_timeout == 0 {
+        if drawn_for != self.drawn_for {
             self.drawn_for = drawn_for;
             // SplitMix64 (Steele, Lea, Flood 2014).
             self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let mut z = self.random;
             z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            let ticks = self.config.election_ticks as u64;
-            self.election_timeout = match may_stand {
-                false => usize::MAX - 1,
-                true => (ticks + (z ^ (z >> 31)) % ticks) as usize,
-            };
+            self.drawn = (z ^ (z >> 31)) as u32;
         }
-        if raft.randomized_election_timeout() != self.election_timeout {
-            raft.set_randomized_election_timeout(self.election_timeout);
+        let timeout = match self.may_stand() {
+            false => usize::MAX - 1,
+            true => {
+                let ticks = self.config.election_ticks + self.ticks_of_syncs();
+                // Between once and twice that.
+                ticks + ((ticks as u64 * u64::from(self.drawn)) >> 32) as usize
+            }
+        };
+        let raft = &mut self.raft.raft;
+        if raft.randomized_election_timeout() != timeout {
+            raft.set_randomized_election_timeout(timeout);
         }
     }
 

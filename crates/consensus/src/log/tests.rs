@@ -53,6 +53,19 @@ fn batches_in_another_order_are_refused() {
 }
 
 #[test]
+fn the_next_segment_is_wanted_once() {
+    let memory = MemoryDisk::new();
+    let (mut writer, _) = open(&memory);
+    let (mut wanted, mut segments) = (0, 1);
+    for number in 1..=48 {
+        writer.write(vec![batch(number, 1, vec![entry(number, 1, &vec![0; 1 << 20])])]).unwrap();
+        wanted += usize::from(writer.wants_next()) + usize::from(writer.wants_next());
+        segments = memory.list(Path::new(DIR)).unwrap().len();
+    }
+    assert!(segments > 1 && wanted.abs_diff(segments) <= 1, "{wanted} {segments}");
+}
+
+#[test]
 fn what_was_written_survives_power_failures() {
     let memory = MemoryDisk::new();
     let (mut writer, _) = open(&memory);

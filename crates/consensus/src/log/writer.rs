@@ -68,6 +68,8 @@ pub struct LogWriter {
     hard_state: HardState,
     last: Point,
     segments: VecDeque<SegmentInfo>,
+    /// The segment for which [`LogWriter::wants_next`] has been true.
+    prepared_after: u64,
 }
 
 impl LogWriter {
@@ -103,6 +105,7 @@ impl LogWriter {
             file,
             offset: 0,
             next_frame: recovered.next_frame,
+            prepared_after: 0,
             hard_state: recovered.hard_state.clone(),
             last: recovered.last(),
             segments: recovered.segments.drain(..).collect(),
@@ -183,9 +186,15 @@ impl LogWriter {
         disk.rename(&temporary, &path).map_err(LogError::io(&path, "rename"))
     }
 
-    /// True if the current segment is more than half full: time to prepare the next one.
-    pub fn wants_next(&self) -> bool {
-        self.offset > SEGMENT_LEN / 2
+    /// True once for each segment, when it is more than half full: time to prepare the next one. (A next one that is
+    /// not there is made when it is needed.)
+    pub fn wants_next(&mut self) -> bool {
+        let current = self.segments.back().map_or(0, |segment| segment.number);
+        let wants = self.offset > SEGMENT_LEN / 2 && self.prepared_after != current;
+        if wants {
+            self.prepared_after = current;
+        }
+        wants
     }
 
     fn write_frame(

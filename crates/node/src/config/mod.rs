@@ -5,6 +5,6 @@ mod zconfig;
 
 pub use schema::{
     Address, Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, EventLog, LogFileSection, MemberLine,
-    Profile, Recovery, Standby, StorageSection, ZeoAddress, ZeoSection, word,
+    Profile, Recovery, Secrets, Standby, StorageSection, ZeoAddress, ZeoSection, word,
 };
 pub use zconfig::ConfigError;

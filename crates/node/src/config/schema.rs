@@ -10,7 +10,9 @@ use standby_zeo::Retention;
 
 mod standby;
 
-pub use standby::{DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, MemberLine, Profile, Recovery, Standby};
+pub use standby::{
+    DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, MemberLine, Profile, Recovery, Secrets, Standby,
+};
 
 use super::zconfig::{ConfigError, Section, parse};
 use crate::logging::{Format, Rotation};
@@ -55,14 +57,17 @@ impl fmt::Display for ZeoAddress {
 }
 
 impl Address {
-    /// Reads `PORT`, `HOST:PORT` or `[HOST]:PORT`.
+    /// Reads `PORT`, `HOST:PORT` or `[HOST]:PORT`; the host `*` is none.
     pub fn parse(text: &str) -> Result<Address, String> {
         let wrong = || format!("{text:?} is not an address: HOST:PORT or PORT");
         let (host, port) = match text.rsplit_once(':') {
             Some((host, port)) => (host.trim(), port.trim()),
             None => ("", text),
         };
-        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let host = match host {
+            "*" => "",
+            other => other.trim_start_matches('[').trim_end_matches(']'),
+        };
         Ok(Address { host: host.into(), port: port.parse().map_err(|_| wrong())? })
     }
 
@@ -182,7 +187,8 @@ impl Config {
     pub fn parse(file: &Path, text: &str) -> Result<Config, ConfigError> {
         let top = parse(file, text)?;
         let mut checker = Checker { file: file.display().to_string(), notes: Vec::new() };
-        let allowed = ["zeo", "filestorage", "blobstorage", "eventlog", "standby", "runner"];
+        let storage_kinds = ["filestorage", "blobstorage", "serverzlibstorage"];
+        let allowed = [&["zeo"], &storage_kinds[..], &["eventlog", "standby", "runner"]].concat();
         let mut top_reader = checker.reader(&top, &[])?;
         top_reader.sections(&allowed)?;
         let find = |kind: &str| top.sections.iter().find(|s| s.kind == kind);
@@ -195,13 +201,13 @@ impl Config {
             None => return Err(checker.error(1, "there is no <zeo> section with an address")),
         };
         let mut storages: Vec<StorageSection> = Vec::new();
-        let storage_kinds = ["filestorage", "blobstorage"];
         for section in top.sections.iter().filter(|s| storage_kinds.contains(&s.kind.as_str())) {
             if witness {
                 return Err(checker.error(section.line, WITNESS_SERVES));
             }
             let storage = match section.kind.as_str() {
                 "blobstorage" => checker.blob_storage(section)?,
+                "serverzlibstorage" => checker.zlib_storage(section)?,
                 _ => checker.storage(section)?,
             };
             if storages.iter().any(|other| other.name == storage.name) {
@@ -218,6 +224,11 @@ impl Config {
         Ok(Config { file: file.into(), zeo, storages, eventlog, standby, notes: checker.notes })
     }
 
+    /// How far a tid that a client brings may be ahead of the primary's clock.
+    pub fn future_tids(&self) -> Duration {
+        self.standby.as_ref().map_or(DEFAULT_FUTURE_TIDS, |standby| standby.future_tids)
+    }
+
     /// Log, checkpoints, index, identity.
     pub fn state_dir(&self) -> PathBuf {
         match &self.standby {
@@ -227,6 +238,11 @@ impl Config {
     }
 }
 
+/// Seconds after which a transaction that has voted and does not finish loses its locks, unless the configuration says
+/// otherwise; 0 there means never.
+const DEFAULT_TRANSACTION_TIMEOUT: f64 = 300.0;
+/// A day: copies bring old tids, and clocks differ.
+const DEFAULT_FUTURE_TIDS: Duration = Duration::from_secs(86_400);
 const WITNESS_SERVES: &str =
     "a witness holds no data and serves no clients: <zeo> and storages do not belong in its file";
 
@@ -252,6 +268,11 @@ impl<'a> SectionReader<'a> {
                 let hint = match inner.kind.as_str() {
                     "mappingstorage" | "demostorage" => {
                         "its data would be gone at a restart; use <filestorage>".into()
+                    }
+                    "zlibstorage" => {
+                        "clients compress records, with <zlibstorage> in their configuration; \
+                         here stands <serverzlibstorage>"
+                            .into()
                     }
                     _ => allowed_text("sections", allowed),
                 };
@@ -420,7 +441,9 @@ impl Checker {
         let asked = queue.is_some() || !age.is_zero();
         let retention = Retention { transactions: asked.then(|| queue.unwrap_or(100)), age };
         reader.boolean("client-conflict-resolution", true)?;
-        let timeout = reader.get("transaction-timeout", number)?.filter(|n| *n > 0.0);
+        let timeout = reader.get("transaction-timeout", number)?;
+        let timeout = timeout.unwrap_or(DEFAULT_TRANSACTION_TIMEOUT);
+        let timeout = Some(timeout).filter(|seconds| *seconds > 0.0);
         let ssl = section.sections.first().map(|inner| self.ssl(inner)).transpose()?;
         let zeo = ZeoSection {
             address: Some(reader.required("address", address)?),
@@ -502,6 +525,23 @@ impl Checker {
         }
         let name = section.name.clone().unwrap_or_else(|| "1".into());
         Ok(StorageSection { name, blob_dir: Some(blob_dir), blob_keep_old: false, ..storage })
+    }
+
+    /// `<serverzlibstorage NAME>`: clients write records with `zc.zlibstorage`. A pack reads those by itself, so this
+    /// only names the storage.
+    fn zlib_storage(&mut self, section: &Section) -> Result<StorageSection, ConfigError> {
+        let mut reader = self.reader(section, &["compress"])?;
+        reader.sections(&["filestorage", "blobstorage"])?;
+        let [inner] = &section.sections[..] else {
+            let message = "<serverzlibstorage> needs one <filestorage> or <blobstorage> in it";
+            return Err(reader.error(section.line, message));
+        };
+        let storage = match inner.kind.as_str() {
+            "blobstorage" => self.blob_storage(inner)?,
+            _ => self.storage(inner)?,
+        };
+        self.note(section, &["compress"]);
+        Ok(StorageSection { name: section.name.clone().unwrap_or_else(|| "1".into()), ..storage })
     }
 
     fn eventlog(&mut self, section: &Section) -> Result<EventLog, ConfigError> {
@@ -643,6 +683,14 @@ mod tests {
                 "zeo.conf:7: <blobstorage> needs one <filestorage> in it",
             ),
             (
+                ALONE.replace("filestorage", "zlibstorage"),
+                "zeo.conf:4: <zlibstorage> is not possible here: clients compress records",
+            ),
+            (
+                format!("{ALONE}<serverzlibstorage z>\n</serverzlibstorage>"),
+                "zeo.conf:7: <serverzlibstorage> needs one",
+            ),
+            (
                 format!("{ALONE}path x"),
                 "zeo.conf:7: unknown key \"path\" in the top of the file; only sections",
             ),
@@ -684,6 +732,16 @@ mod tests {
             assert_eq!(storage.blob_dir.as_deref(), Some(Path::new("/srv/blobs")));
             assert_eq!(storage.blob_keep_old, keep_old);
         }
+    }
+
+    #[test]
+    fn records_that_clients_compress() {
+        let around = ALONE
+            .replace("<filestorage>", "<serverzlibstorage main>\ncompress true\n<filestorage>")
+            .replace("</filestorage>", "</filestorage>\n</serverzlibstorage>");
+        let config = read(&format!("%import zc.zlibstorage\n{around}")).unwrap();
+        assert_eq!(config.storages[0].name, "main");
+        assert_eq!(config.storages[0].path, Path::new("/srv/Data.fs"));
     }
 
     #[test]

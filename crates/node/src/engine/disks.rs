@@ -17,6 +17,23 @@ const GRACE: Duration = Duration::from_secs(5);
 const SLOW: Duration = Duration::from_secs(1);
 /// How long a disk counts as slow after such a write.
 const SLOW_FOR: Duration = Duration::from_secs(60);
+/// By how much another disk must be faster to be a better place: volumes in a cloud stall together.
+const FASTER: u32 = 2;
+
+/// The slowest write of the log, of about the last [`SLOW_FOR`].
+#[derive(Default)]
+pub(super) struct SlowestWrite {
+    seen_at: Duration,
+    took: Duration,
+}
+
+impl SlowestWrite {
+    fn note(&mut self, now: Duration, took: Duration) {
+        if took >= self.took || now > self.seen_at + SLOW_FOR {
+            *self = SlowestWrite { seen_at: now, took };
+        }
+    }
+}
 
 impl Engine {
     /// True if the node has room on its disks, as far as is known.
@@ -38,7 +55,19 @@ impl Engine {
 
     /// True if writes of the log take too long here, or did a moment ago.
     pub(super) fn is_slow(&self) -> bool {
-        self.slow_at.is_some_and(|at| self.shared.now() < at + SLOW_FOR)
+        self.slowest_write() > SLOW
+    }
+
+    /// How long a write of the log takes here, at worst.
+    pub(super) fn slowest_write(&self) -> Duration {
+        self.slowest_write.took
+    }
+
+    /// True if the node would be a better primary than this one, whose disks are full, slow or damaged.
+    fn is_better_place(&self, id: NodeId) -> bool {
+        let only_slow = self.has_room(self.shared.id) && !self.is_damaged;
+        let faster = || self.shared.reports.slowest_write(id) < self.slowest_write() / FASTER;
+        self.has_good_disks(id) && (!only_slow || faster())
     }
 
     /// Why nothing can be committed now, if disks are full.
@@ -67,13 +96,12 @@ impl Engine {
     /// A primary with a full or slow disk lets a node with better ones be primary.
     pub(super) fn tend_disks(&mut self) {
         let now = self.shared.now();
+        let was_slow = self.is_slow();
         let busy = self.shared.log_busy.for_how_long(now);
-        if busy > SLOW {
-            if !self.is_slow() {
-                let seconds = busy.as_secs_f64();
-                warn!(seconds, "the disk of the log is slow: one write takes that long already");
-            }
-            self.slow_at = Some(now);
+        self.slowest_write.note(now, busy);
+        if self.is_slow() && !was_slow {
+            let seconds = busy.as_secs_f64();
+            warn!(seconds, "the disk of the log is slow: one write takes that long already");
         }
         self.is_damaged = self.shared.damage().is_some();
         self.lacks_data = self.shared.lacks_data();
@@ -85,7 +113,7 @@ impl Engine {
         self.moved_for_disks = Some(now);
         let better = self.best_voter(|group| group == self.shared.member.group);
         match better.or_else(|| self.best_voter(|_| true)) {
-            Some(target) if self.has_good_disks(target) => {
+            Some(target) if self.is_better_place(target) => {
                 info!(
                     "this primary's disk is full, slow or damaged: another node is to be primary"
                 );

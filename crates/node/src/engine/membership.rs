@@ -16,6 +16,8 @@ use super::{Engine, NEARLY};
 use crate::peers::PeerInfo;
 use crate::settings::{SETTINGS_LEVEL, Setting};
 
+/// For so long a member must have been silent before another machine takes its place by itself.
+const REPLACED_AFTER: Duration = Duration::from_secs(60);
 const NOT_INVITED: &str = "it is not invited (standby node add), or its join-token, group or witness line is \
                            another than the invitation's";
 /// Grace of a switchover that moves the primary to another group.
@@ -79,6 +81,13 @@ impl Engine {
         members.filter(move |member| member.group == group && !member.witness)
     }
 
+    /// Where a node listens for peers: what it says itself counts, if it has said anything.
+    pub(super) fn address_of(&self, id: NodeId) -> Option<String> {
+        let said = self.present.get(&id).map(|info| info.peer_address.clone());
+        let members = &self.consensus.membership().members;
+        said.or_else(|| members.get(&id).map(|member| member.peer_address.clone()))
+    }
+
     fn is_to_vote(&self, member: &Member) -> bool {
         member.witness || self.is_failover(&member.group)
     }
@@ -100,15 +109,13 @@ impl Engine {
                 continue;
             }
             let Some(may_replace) = self.admits(info) else {
-                refused.push((*id, info.node.clone(), NOT_INVITED));
+                refused.push((*id, info.node.clone(), NOT_INVITED.to_owned()));
                 continue;
             };
             let mut changes = Vec::new();
             if let Some(former) = membership.named(&info.node) {
-                if former.id == self.shared.id
-                    || self.present.contains_key(&former.id) && !may_replace
-                {
-                    refused.push((*id, info.node.clone(), "a member with its name is there"));
+                if let Some(reason) = self.why_not_replace(former, info, may_replace) {
+                    refused.push((*id, info.node.clone(), reason));
                     continue;
                 }
                 info!(node = info.node, "the node begins anew, without its former state");
@@ -117,12 +124,46 @@ impl Engine {
             changes.push(Change::AddLearner(info.member()));
             return changes;
         }
+        let gone = self.refused.iter().filter(|id| !refused.iter().any(|(one, ..)| one == *id));
+        for id in gone.copied().collect::<Vec<_>>() {
+            self.refused.remove(&id);
+            self.shared.peers.let_in(id);
+        }
         for (id, node, reason) in refused {
             if self.refused.insert(id) {
                 warn!(node, reason, "a node that wants to join is not let in");
             }
+            self.shared.peers.refuse(id, node, reason);
         }
         Vec::new()
+    }
+
+    /// Why a node that comes under a member's name does not take its place, if so. The one that was there before is
+    /// likely to come back, unless it was told otherwise or the newcomer is where it was.
+    fn why_not_replace(
+        &self,
+        former: &Member,
+        info: &PeerInfo,
+        may_replace: bool,
+    ) -> Option<String> {
+        let Member { id, name, peer_address, .. } = former;
+        let is_there = *id == self.shared.id || self.present.contains_key(id);
+        if is_there && (!may_replace || *id == self.shared.id) {
+            return Some(format!("another machine is node {name}, at {peer_address}"));
+        }
+        let moved = *peer_address != info.peer_address;
+        if moved && !may_replace && self.shared.reports.silence_of(*id) < REPLACED_AFTER {
+            return Some(format!(
+                "another machine was node {name} less than a minute ago, at {peer_address}; to replace it at once: \
+                 standby node replace {name}"
+            ));
+        }
+        let voters = &self.consensus.membership().voters;
+        let staying: Vec<_> = voters.iter().filter(|voter| *voter != id).collect();
+        let there = staying.iter().filter(|voter| self.is_there(***voter)).count();
+        (voters.contains(id) && there * 2 <= staying.len() && !may_replace).then(|| {
+            format!("without the former {name}, no majority of the other voters is there: start those first")
+        })
     }
 
     /// Whether a node may join, and if so, also in the place of a member that is there.
@@ -134,11 +175,13 @@ impl Engine {
         {
             return Some(invitation.replaces);
         }
-        let members = &self.shared.config.standby.as_ref()?.members;
-        let listed = members.iter().any(|line| {
-            (&line.name, &line.group, line.witness) == (&info.node, &info.group, info.witness)
-        });
-        (listed && !self.settings.removed.contains(&info.node)).then_some(false)
+        let says = (&info.node, &info.group, info.witness);
+        let listed = &self.shared.config.standby.as_ref()?.members;
+        let listed = listed.iter().any(|line| (&line.name, &line.group, line.witness) == says);
+        // A member that has lost its disk comes back under its name, whoever is primary.
+        let member = self.consensus.membership().named(&info.node);
+        let is_member = member.is_some_and(|m| (&m.name, &m.group, m.witness) == says);
+        ((listed || is_member) && !self.settings.removed.contains(&info.node)).then_some(false)
     }
 
     fn promotions(&self) -> Vec<Change> {

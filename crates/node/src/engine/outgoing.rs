@@ -1,15 +1,14 @@
 //! Finished transactions on their way into the log: short ones at once, of long ones a part each in turn.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{Command, Ending, PART_LEN};
 use standby_filestorage::{Record, TransactionMeta, put_meta, put_record};
-use standby_types::time::{new_tid, time_of};
+use standby_types::time::{new_tid, tid_at, time_of, utc};
 use standby_types::{LogIndex, Mutation, Tid, mutation};
 use standby_zeo::{Buffer, ClientError, Value};
-use tracing::{error, warn};
+use tracing::error;
 
 use super::Engine;
 use crate::applier::Origin;
@@ -18,8 +17,6 @@ use crate::sessions::SessionHandle;
 
 /// Bytes of entries of ours without a majority, beyond which long transactions wait.
 const WINDOW: usize = 16 << 20;
-/// A clock that is so far behind the last transaction is spoken of.
-const BEHIND: Duration = Duration::from_secs(60);
 
 /// A transaction on its way into the log.
 pub(super) struct Outgoing {
@@ -107,13 +104,39 @@ impl Engine {
         Ok(())
     }
 
-    /// True if a transaction that brings its own tid comes too late for it; the client is told.
+    /// Why a transaction with this tid, or with one that it will get, cannot be stored. What is in the log must be
+    /// applied by every node: a tid that no data file takes may not get there.
+    pub(super) fn refuse_tid(&self, storage: &str, tid: Option<Tid>) -> Option<ClientError> {
+        let last = self.storages.get(storage).map_or(Tid::NONE, |s| s.last_tid);
+        let Some(tid) = tid else {
+            return (last >= Tid::MAX).then(|| {
+                ClientError::storage(format!(
+                    "nothing more can be stored: the last transaction, {last}, has the highest tid that there can be"
+                ))
+            });
+        };
+        if tid <= last {
+            return Some(does_not_follow(tid, last));
+        }
+        let ahead = self.shared.config.future_tids();
+        let bound = tid_at(self.shared.wall_clock().saturating_add(ahead)).min(Tid(Tid::MAX.0 - 1));
+        (tid > bound).then(|| {
+            ClientError::storage(format!(
+                "a transaction with tid {tid} cannot be stored: it is in the future ({}), and every later transaction \
+                 would be as well. At most {} s ahead of the primary's clock are allowed: \"future-tids\" in <standby>",
+                utc(tid),
+                ahead.as_secs()
+            ))
+        })
+    }
+
+    /// True if a transaction cannot have its tid any more; the client is told.
     fn overtaken(&mut self, outgoing: &Outgoing) -> bool {
-        let last = self.storages.get(&outgoing.storage).map_or(Tid::NONE, |s| s.last_tid);
-        let Some(tid) = outgoing.buffer.meta.tid.filter(|tid| *tid <= last) else { return false };
+        let Some(error) = self.refuse_tid(&outgoing.storage, outgoing.buffer.meta.tid) else {
+            return false;
+        };
         let session = &outgoing.session;
-        let error = session.encoding().error(&outgoing.id, &does_not_follow(tid, last));
-        session.answer(error);
+        session.answer(session.encoding().error(&outgoing.id, &error));
         let (now, id) = (self.shared.now(), session.id);
         self.unlocked(&outgoing.storage, |t| t.applied(now, id));
         true
@@ -121,16 +144,19 @@ impl Engine {
 
     /// Proposes the closing entry of a transaction; false if it has to be tried again.
     fn close(&mut self, mut outgoing: Outgoing) -> anyhow::Result<bool> {
+        let wall_clock = self.time_of_commits();
         let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
         let meta = &outgoing.buffer.meta;
         let tid = meta.tid;
-        let wall_clock = self.shared.wall_clock();
         let behind = time_of(committing.last_tid).saturating_sub(wall_clock);
         let last = match mutation::on(Mutation::TidFromClock) {
             true => Tid::NONE,
             false => committing.last_tid,
         };
         let tid = tid.unwrap_or_else(|| new_tid(wall_clock, last));
+        if tid > Tid::MAX && self.overtaken(&outgoing) {
+            return Ok(true);
+        }
         let meta = TransactionMeta {
             tid,
             status: meta.status,
@@ -164,17 +190,6 @@ impl Engine {
         }
         Ok(true)
     }
-
-    /// Tids count up whatever the clock does; but somebody should set it.
-    fn look_at_clock(&mut self, behind: Duration) {
-        let now = self.shared.now();
-        let told = self.told_of_clock.is_some_and(|at| now < at + BEHIND);
-        if behind > BEHIND && !told {
-            self.told_of_clock = Some(now);
-            let seconds = behind.as_secs();
-            warn!(seconds, "the clock of this machine is behind the last transaction by so much");
-        }
-    }
 }
 
 impl Outgoing {
@@ -191,7 +206,7 @@ impl Outgoing {
     }
 }
 
-pub(super) fn does_not_follow(tid: Tid, last: Tid) -> ClientError {
+fn does_not_follow(tid: Tid, last: Tid) -> ClientError {
     ClientError::storage(format!(
         "a transaction with tid {tid} cannot be stored: the storage's last one is {last}"
     ))

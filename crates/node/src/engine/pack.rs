@@ -5,16 +5,21 @@
 //! a revision that the pack is about to remove, or references to garbage.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use standby_consensus::Command;
-use standby_types::time::tid_at;
+use standby_types::time::{seconds_of, tid_at, utc};
 use standby_zeo::{ClientError, Value, VoteRequest};
+use tracing::warn;
 
 use super::Engine;
 use crate::applier::Origin;
 use crate::look::undo_disabled;
 use crate::sessions::SessionHandle;
+
+/// A last transaction that is further ahead is no matter of clocks that differ a little.
+const IN_THE_FUTURE: Duration = Duration::from_secs(60);
 
 /// A client's request.
 pub(super) struct PackRequest {
@@ -40,6 +45,7 @@ impl Engine {
         } else {
             // From here on nothing new is undone; what is being undone is waited for.
             shared.packing.set(Some(0));
+            request.session.packs.store(request.wait && request.id.is_some(), Ordering::Release);
             self.packs.push(request);
             self.packs_that_waited()?;
         }
@@ -56,6 +62,17 @@ impl Engine {
             }
             let asked = tid_at(Duration::try_from_secs_f64(request.time).unwrap_or_default());
             let time = asked.min(committing.last_tid);
+            let now = self.shared.wall_clock();
+            if asked < committing.last_tid && committing.last_tid > tid_at(now + IN_THE_FUTURE) {
+                warn!(
+                    storage = request.storage,
+                    "the last transaction is in the future ({}), from a clock that was wrong: what was committed since is \
+                     younger than this pack's time, and stays. A pack to a time after that removes it, for example of a \
+                     client's storage.pack({:.0})",
+                    utc(committing.last_tid),
+                    seconds_of(committing.last_tid) + 1.0
+                );
+            }
             let config = &self.shared.config.storages;
             let gc = config.iter().any(|s| s.name == request.storage && s.pack_gc);
             let origin = match &request.id {
@@ -84,7 +101,7 @@ impl Engine {
 fn answer(request: &PackRequest, result: Result<(), ClientError>) {
     let Some(id) = &request.id else { return };
     let encoding = request.session.encoding();
-    request.session.outbox.push(match result {
+    request.session.answer(match result {
         Ok(()) => encoding.reply(id, Value::None),
         Err(error) => encoding.error(id, &error),
     });

@@ -5,7 +5,11 @@
 //! read-only `register` waits until that entry is applied, and so does the `ping` by which a client
 //! with `server_sync` begins each transaction. The node asks for itself too, twice a second: when the
 //! answer is applied, its data are at most as old as the question.
+//!
+//! Each question makes the primary ask a majority whether it still leads. So one is under way at a time, and whoever
+//! comes meanwhile shares the next one: readers cannot keep the primary busy.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,13 +28,49 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Age of the data from which the log speaks of it.
 const OLD: Duration = Duration::from_secs(10);
 
-/// Something that waits until this node has applied what is acknowledged elsewhere.
-pub(super) struct Reader {
-    /// What is to be done then; nothing if the node asks for itself.
-    work: Option<Work>,
+/// A question without an answer for so long is not waited for by those who come after it: it may be lost.
+const NEXT: Duration = Duration::from_millis(100);
+
+/// Those who wait until this node has applied what is acknowledged elsewhere.
+pub(super) struct Readers {
+    /// Questions that were asked, by their number.
+    asked: BTreeMap<u64, Question>,
+    /// What comes while one is under way.
+    next: Option<Question>,
+    last_number: u64,
+}
+
+struct Question {
+    /// What is to be done when this node has applied what the primary says.
+    works: Vec<Work>,
     /// `None` until the primary has said it.
     index: Option<LogIndex>,
+    /// Since when somebody waits.
+    since: Instant,
+    /// When the primary was asked.
     asked: Instant,
+}
+
+impl Readers {
+    /// Questions are numbered from `first` on: the primary must not take one for one of a former process.
+    pub(super) fn new(first: u64) -> Readers {
+        Readers { asked: BTreeMap::new(), next: None, last_number: first }
+    }
+
+    /// True if the next question has to wait for an answer.
+    fn is_asking(&self) -> bool {
+        let under_way =
+            |question: &Question| question.index.is_none() && question.asked.elapsed() < NEXT;
+        self.asked.values().any(under_way)
+    }
+
+    /// Takes out the questions of which `which` is true.
+    fn take(&mut self, which: impl Fn(&Question) -> bool) -> Vec<Question> {
+        self.asked
+            .extract_if(.., |_, question| which(question))
+            .map(|(_, question)| question)
+            .collect()
+    }
 }
 
 /// How old this node's data may be.
@@ -61,10 +101,28 @@ impl Engine {
     }
 
     fn ask_read_index(&mut self, work: Option<Work>) -> anyhow::Result<()> {
-        self.next_reader += 1;
-        let reader = Reader { work, index: None, asked: Instant::now() };
-        self.readers.insert(self.next_reader, reader);
-        self.step(Happened::ReadIndex(self.next_reader))
+        let now = Instant::now();
+        let next = self.readers.next.get_or_insert_with(|| Question {
+            works: Vec::new(),
+            index: None,
+            since: now,
+            asked: now,
+        });
+        next.works.extend(work);
+        self.ask_next()
+    }
+
+    /// Asks what has come while another question was under way, if that has been answered or is late.
+    fn ask_next(&mut self) -> anyhow::Result<()> {
+        if self.readers.is_asking() {
+            return Ok(());
+        }
+        let Some(mut question) = self.readers.next.take() else { return Ok(()) };
+        question.asked = Instant::now();
+        self.readers.last_number += 1;
+        let number = self.readers.last_number;
+        self.readers.asked.insert(number, question);
+        self.step(Happened::ReadIndex(number))
     }
 
     /// A client that reads from here begins a transaction.
@@ -73,35 +131,34 @@ impl Engine {
     }
 
     /// The primary has answered.
-    pub(super) fn read_index(&mut self, key: u64, index: LogIndex) {
-        if let Some(reader) = self.readers.get_mut(&key) {
-            reader.index = Some(index);
+    pub(super) fn read_index(&mut self, number: u64, index: LogIndex) -> anyhow::Result<()> {
+        if let Some(question) = self.readers.asked.get_mut(&number) {
+            question.index = Some(index);
         }
         self.admit_readers();
+        self.ask_next()
     }
 
     pub(super) fn admit_readers(&mut self) {
         let applied = self.applied;
-        let ready = |reader: &Reader| reader.index.is_some_and(|index| index <= applied);
-        for (_, reader) in self.readers.extract_if(.., |_, reader| ready(reader)) {
-            match reader.work {
-                Some(work) => self.shared.apply(work),
-                None => self.freshness.as_of = self.freshness.as_of.max(Some(reader.asked)),
-            }
+        let ready = |question: &Question| question.index.is_some_and(|index| index <= applied);
+        for question in self.readers.take(ready) {
+            self.freshness.as_of = self.freshness.as_of.max(Some(question.asked));
+            question.works.into_iter().for_each(|work| self.shared.apply(work));
         }
     }
 
     /// Readers that have waited in vain get what this node has: the primary is silent, or this node has no
     /// room for what is new.
-    pub(super) fn give_up_on_primary(&mut self) {
+    pub(super) fn give_up_on_primary(&mut self) -> anyhow::Result<()> {
         let full = self.shared.room.is_low();
-        let late =
-            |reader: &Reader| (reader.index.is_none() || full) && reader.asked.elapsed() > PATIENCE;
-        for (_, reader) in self.readers.extract_if(.., |_, reader| late(reader)) {
-            if let Some(work) = reader.work {
-                self.shared.apply(work);
-            }
+        let late = |question: &Question| {
+            (question.index.is_none() || full) && question.since.elapsed() > PATIENCE
+        };
+        for question in self.readers.take(late) {
+            question.works.into_iter().for_each(|work| self.shared.apply(work));
         }
+        self.ask_next()
     }
 
     /// How old this node's data may be; `None` if it has never been level with a primary.

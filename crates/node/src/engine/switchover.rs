@@ -1,7 +1,7 @@
 //! A planned change of the primary.
 //!
 //! ```text
-//!             target level, no uploads          nothing under way        target leads
+//!             target level, no long calls       nothing under way        target leads
 //!  Levelling ───────────────────▶ Draining ─────────────────▶ Handing ─────────────▶ done
 //!  commits go on                  clients leave, each         none is left
 //!      │                          after its transaction       │
@@ -14,8 +14,8 @@
 //!
 //! A ZEO client waits for a server when it has no connection, and notices that only if a call is under way. So
 //! clients are sent away between two transactions, and those that come are held: nobody sees an error.
-//! A transaction that has begun but not voted is waited for a moment, one that has voted as long
-//! as the grace says.
+//! A transaction that has begun but not voted is waited for a moment, one that has voted, an upload, and a pack that
+//! its client waits for as long as the grace says.
 //!
 //! From `Handing` on this node gives no answer as primary: the other one may be elected before this one
 //! hears of it, without waiting for a lease to end.
@@ -33,6 +33,8 @@ use crate::ask::{Answer, Asker, Done};
 const COMMIT_PATIENCE: Duration = Duration::from_secs(1);
 /// Time for transactions that have begun to vote.
 const BEGUN_PATIENCE: Duration = Duration::from_millis(300);
+/// Time, after the grace, for transactions that have finished to be committed: a full disk may be in their way.
+const DRAINING_PATIENCE: Duration = Duration::from_secs(5);
 /// Time for the new primary to appear.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest grace.
@@ -155,7 +157,7 @@ impl Engine {
     /// True if this node answers as primary.
     pub(super) fn serves(&self) -> bool {
         let handing = self.switchover.as_ref().is_some_and(|s| s.phase == Phase::Handing);
-        self.role.serves && !handing && !self.opening
+        self.role.serves && !handing && !self.opening && self.superseded.is_none()
     }
 
     /// True if clients that may write are to leave, and those that come are held.
@@ -181,8 +183,8 @@ impl Engine {
         match phase {
             Phase::Levelling => {
                 let level = self.is_level(target);
-                let uploads = self.shared.sessions.any_upload();
-                if level && (!uploads || waited >= grace || urgent) {
+                let long_call = self.shared.sessions.any_long_call();
+                if level && (!long_call || waited >= grace || urgent) {
                     self.enter(Phase::Draining);
                     self.publish_standing();
                     self.shared.sessions.let_writers_leave();
@@ -199,6 +201,8 @@ impl Engine {
                 // What is under way then ends as if this node had died: the target has it, or nobody.
                 let enough = urgent && waited >= COMMIT_PATIENCE && behind == 0;
                 if idle && alone && level || enough {
+                    // Who has acknowledged what, as long as this node can tell.
+                    self.tick_acknowledged();
                     self.enter(Phase::Handing);
                     self.publish_lease();
                     // After the applier has queued the last replies.
@@ -219,6 +223,9 @@ impl Engine {
                 }
                 if waited >= grace {
                     self.end_transactions();
+                }
+                if waited >= grace + DRAINING_PATIENCE {
+                    return self.switchover_failed("what is under way here does not end");
                 }
             }
             Phase::Handing => {

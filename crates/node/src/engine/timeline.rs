@@ -18,7 +18,7 @@ use standby_filestorage::{TransactionMeta, put_meta};
 use standby_types::{NodeId, Tid};
 use tracing::{info, warn};
 
-use super::Engine;
+use super::{Ended, Engine};
 use crate::applier::Work;
 use crate::ask::{Asker, Done};
 use crate::lineage::{Lineage, Promotion, Relation};
@@ -138,6 +138,7 @@ impl Engine {
         self.blobs.leader_changed();
         self.checkpoints.clear();
         self.consensus = *consensus;
+        self.shared.set_log_end(self.consensus.persisted_index());
         self.caution = Caution::None;
         self.oriented = true;
         let timeline = self.settings.lineage.timeline();
@@ -222,7 +223,7 @@ impl Engine {
     pub(super) fn outdated(&mut self, lineage: Lineage) {
         let older = self.settings.lineage.relation(&lineage) == Relation::Older;
         if older && self.turn.is_none() {
-            self.comes_over = Some(lineage);
+            self.ends = Some(Ended::ComesOver(lineage));
         }
     }
 }

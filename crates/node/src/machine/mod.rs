@@ -16,8 +16,9 @@ use simulated as chosen;
 use tokio::sync::watch;
 
 pub use chosen::{
-    Lock, TcpListener, TcpStream, apart, deliver, device, every, fill_random, free_bytes,
-    lock_file, queue, send_blocking, spawn_blocking, temporary_file, thread, wall_clock,
+    Lock, TcpListener, TcpStream, apart, deliver, descriptors, device, end_when_silent, every,
+    fill_random, free_room, listen_everywhere, lock_file, queue, send_blocking, spawn_blocking,
+    temporary_file, thread, wall_clock,
 };
 /// A moment of the monotonic clock.
 pub use tokio::time::Instant;
@@ -61,4 +62,13 @@ mod tests {
             job.join().await;
         }
     }
+}
+
+/// What may still be written to a disk.
+#[derive(Clone, Copy, Debug)]
+pub struct FreeRoom {
+    /// Bytes.
+    pub bytes: u64,
+    /// Files (inodes).
+    pub files: u64,
 }

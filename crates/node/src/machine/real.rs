@@ -2,12 +2,18 @@
 
 use std::future::Future;
 use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::net::sockopt;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::net::TcpSocket;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+
+use super::FreeRoom;
 
 pub use crate::disk::temporary_file;
 pub use tokio::net::{TcpListener, TcpStream};
@@ -22,6 +28,24 @@ pub fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
     getrandom::fill(bytes).map_err(|error| io::Error::other(format!("no randomness: {error}")))
 }
 
+/// Listens on a port of all addresses of this machine, of both kinds if it has both.
+pub async fn listen_everywhere(port: u16) -> io::Result<TcpListener> {
+    let both = || -> io::Result<TcpListener> {
+        let socket = TcpSocket::new_v6()?;
+        sockopt::set_ipv6_v6only(&socket, false)?;
+        socket.set_reuseaddr(true)?;
+        socket.bind((Ipv6Addr::UNSPECIFIED, port).into())?;
+        socket.listen(1024)
+    };
+    match both() {
+        // This machine may be without IPv6.
+        Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
+        }
+        listening => listening,
+    }
+}
+
 /// Holds a data file for this process.
 pub type Lock = crate::disk::LockFile;
 
@@ -30,10 +54,33 @@ pub fn lock_file(data_file: &Path) -> io::Result<Lock> {
     Lock::take(data_file)
 }
 
-/// How many bytes this process may still write to the disk of a directory.
-pub fn free_bytes(dir: &Path) -> io::Result<u64> {
+/// What this process may still write to the disk of a directory.
+pub fn free_room(dir: &Path) -> io::Result<FreeRoom> {
     let found = rustix::fs::statvfs(dir)?;
-    Ok(found.f_bavail * found.f_frsize)
+    // Some file systems do not count their files.
+    let files = if found.f_files == 0 { u64::MAX } else { found.f_favail };
+    Ok(FreeRoom { bytes: found.f_bavail * found.f_frsize, files })
+}
+
+/// From now on the connection fails when the other machine has acknowledged nothing for so long: neither what was
+/// sent, nor the kernel's own questions while nothing is sent. A machine that loses its power says nothing else.
+pub fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {
+    let seconds = Duration::from_secs(1);
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, (after * 2 / 5).max(seconds))?;
+    sockopt::set_tcp_keepintvl(stream, (after / 5).max(seconds))?;
+    Ok(sockopt::set_tcp_user_timeout(stream, after.as_millis() as u32)?)
+}
+
+/// How many descriptors this process may have open: the soft limit, raised to the hard one, and what it was before.
+pub fn descriptors() -> io::Result<(u64, u64)> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let before = current.unwrap_or(u64::MAX);
+    let most = maximum.unwrap_or(u64::MAX);
+    if before < most {
+        setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
+    }
+    Ok((most, before))
 }
 
 /// A simulated disk takes its time here; a real one takes it when it is written to.

@@ -7,7 +7,7 @@
 //!                                     ◀─────  'm' HMAC-SHA256(secret, "accepting" · both hellos)
 //!    'm' HMAC-SHA256(secret,          ─────▶
 //!        "dialling" · both hellos)
-//!                                     ◀─────  'o' welcome
+//!                                     ◀─────  'o' welcome (JSON)
 //! ```
 //!
 //! Either side may send `'x'` with a reason instead and close. Both prove that they know the secret
@@ -21,12 +21,13 @@ use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use standby_consensus::Member;
-use standby_types::NodeId;
+use standby_types::{LogIndex, NodeId};
 
 use super::{PeerError, read_frame, write_frame};
+use crate::config::Secrets;
 use crate::hex::{hex, unhex};
 use crate::lineage::{Lineage, Relation};
-use crate::machine::TcpStream;
+use crate::machine::{self, TcpStream, end_when_silent};
 use crate::state::random_hex;
 use crate::stream::Stream;
 use crate::tls::Tls;
@@ -34,8 +35,10 @@ use crate::tls::Tls;
 const PROTOCOL: u32 = 1;
 /// A hello is short.
 const MAX_HELLO: usize = 64 << 10;
+/// How long a connection may take to be made: with round trips of a second, two of them fit.
+const CONNECTING: Duration = Duration::from_secs(3);
 /// How long a handshake may take.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +60,8 @@ pub enum Purpose {
     Ask,
     /// Only the hello is wanted.
     Probe,
+    /// The dialling node founds the cluster, and asks the other one to promise itself to it.
+    Found,
 }
 
 /// What this node says of itself, and the secret.
@@ -69,7 +74,7 @@ pub struct Introduction {
     /// The cluster's identity; empty if the node belongs to none yet.
     pub cluster_id: String,
     /// What the nodes prove to each other that they know.
-    pub secret: Vec<u8>,
+    pub secrets: Secrets,
     /// How connections between nodes are encrypted.
     pub tls: Option<Arc<Tls>>,
     /// What proves that this node may join; empty if it needs no proof.
@@ -78,6 +83,24 @@ pub struct Introduction {
     pub lineage: Lineage,
     /// Drawn by each process: tells two with the same identity apart.
     pub run: String,
+    /// When its cluster was founded, in seconds since 1970, 0 if that was before it was noted; `None` if the node cannot
+    /// tell.
+    pub founded: Option<u64>,
+    /// The last entry of its log; `None` before the log is open.
+    pub log_end: Option<LogIndex>,
+    /// After how long without an acknowledgement the other machine counts as gone.
+    pub silence: Duration,
+}
+
+/// What an accepting node tells a node that it lets in.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The peer addresses of the members, as far as the node knows them.
+    #[serde(default)]
+    pub members: Vec<String>,
+    /// The entry up to which the dialling node has acknowledged the log, and which is committed: it must have it.
+    #[serde(default)]
+    pub acknowledged: u64,
 }
 
 /// Who a peer says it is.
@@ -106,6 +129,21 @@ pub struct PeerInfo {
     /// Its process; empty from a node of an older version.
     #[serde(default)]
     pub run: String,
+    /// When its cluster was founded, if it says so: see [`Introduction::founded`].
+    #[serde(default)]
+    pub founded: Option<u64>,
+    /// The last entry of its log, if it says so.
+    #[serde(default)]
+    pub log_end: Option<u64>,
+    /// Its clock, in seconds since 1970; 0 from a node of an older version.
+    #[serde(default)]
+    pub clock: u64,
+    /// Over a link it is heard at least every second, and it wants to hear the other side as often.
+    #[serde(default)]
+    pub gives_signs: bool,
+    /// What the accepting node has answered.
+    #[serde(skip)]
+    pub welcome: Welcome,
     /// HMAC-SHA256(join token, "join" · nonce) in hexadecimal; empty without a token.
     #[serde(default)]
     invitation: String,
@@ -128,6 +166,11 @@ impl PeerInfo {
             witness: member.witness,
             lineage: me.lineage.clone(),
             run: me.run.clone(),
+            founded: me.founded,
+            log_end: me.log_end.map(|index| index.0),
+            clock: machine::wall_clock().as_secs(),
+            gives_signs: true,
+            welcome: Welcome::default(),
             invitation: match me.join_token.as_str() {
                 "" => String::new(),
                 token => hex(&invitation(token, &nonce).finalize().into_bytes()),
@@ -159,8 +202,16 @@ impl PeerInfo {
     }
 
     /// Why the two nodes do not belong together, if so.
-    fn mismatch(&self, other: &PeerInfo) -> Option<String> {
-        if self.protocol != other.protocol {
+    fn mismatch(&self, other: &PeerInfo) -> Option<PeerError> {
+        if !self.cluster_id.is_empty()
+            && !other.cluster_id.is_empty()
+            && self.cluster == other.cluster
+            && self.cluster_id != other.cluster_id
+        {
+            let (node, founded) = (other.node.clone(), other.founded);
+            return Some(PeerError::OtherCluster { node, cluster: other.cluster.clone(), founded });
+        }
+        let reason = if self.protocol != other.protocol {
             Some(format!("protocol {} here, {} there", self.protocol, other.protocol))
         } else if self.cluster != other.cluster {
             Some(format!(
@@ -174,18 +225,10 @@ impl PeerInfo {
                 "node {} has the identity of node {}: was its disk copied?",
                 other.node, self.node
             ))
-        } else if !self.cluster_id.is_empty()
-            && !other.cluster_id.is_empty()
-            && self.cluster_id != other.cluster_id
-        {
-            Some(format!(
-                "node {} belongs to a cluster {:?} that was founded separately: its database is another \
-                 one. To let it join, move its data file and state directory away",
-                other.node, other.cluster
-            ))
         } else {
             None
-        }
+        };
+        reason.map(PeerError::Protocol)
     }
 }
 
@@ -226,6 +269,12 @@ fn proof(secret: &[u8], side: &str, hellos: [&[u8]; 2]) -> Hmac<Sha256> {
     mac
 }
 
+/// True if the tag proves any of the secrets.
+fn knows(secrets: &Secrets, side: &str, hellos: [&[u8]; 2], tag: &[u8]) -> bool {
+    let proves = |secret: &[u8]| proof(secret, side, hellos).verify_slice(tag).is_ok();
+    secrets.all().fold(false, |known, secret| known | proves(secret))
+}
+
 fn parse(kind: u8, content: &[u8]) -> Result<PeerInfo, PeerError> {
     match kind {
         b'h' => serde_json::from_slice(content)
@@ -238,6 +287,12 @@ fn parse(kind: u8, content: &[u8]) -> Result<PeerInfo, PeerError> {
 async fn refuse(stream: &mut Stream, reason: &str) -> PeerError {
     let _ = write_frame(stream, b'x', reason.as_bytes()).await;
     PeerError::Protocol(reason.into())
+}
+
+/// Tells the other side why the two do not belong together.
+async fn part(stream: &mut Stream, error: PeerError) -> PeerError {
+    let _ = write_frame(stream, b'x', error.to_string().as_bytes()).await;
+    error
 }
 
 async fn expect(stream: &mut Stream, expected: u8) -> Result<bytes::Bytes, PeerError> {
@@ -264,8 +319,11 @@ async fn dial(
     address: &str,
     purpose: Purpose,
 ) -> Result<(Stream, PeerInfo), PeerError> {
-    let tcp = TcpStream::connect(address).await?;
+    let tcp = tokio::time::timeout(CONNECTING, TcpStream::connect(address))
+        .await
+        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
     tcp.set_nodelay(true)?;
+    end_when_silent(&tcp, me.silence)?;
     let mut stream = match &me.tls {
         None => Stream::Tcp(tcp),
         Some(tls) => tls.connect(tcp).await.map(Stream::from_tls).map_err(no_tls)?,
@@ -274,45 +332,48 @@ async fn dial(
     let my_hello = serde_json::to_vec(&mine)?;
     write_frame(&mut stream, b'h', &my_hello).await?;
     let (kind, their_hello) = read_frame(&mut stream, MAX_HELLO).await?;
-    let theirs = parse(kind, &their_hello)?;
+    let mut theirs = parse(kind, &their_hello)?;
     let hellos = [&my_hello[..], &their_hello[..]];
     let tag = expect(&mut stream, b'm').await?;
-    if proof(&me.secret, "accepting", hellos).verify_slice(&tag).is_err() {
+    if !knows(&me.secrets, "accepting", hellos, &tag) {
         let reason = format!("nodes {} and {} have different secrets", mine.node, theirs.node);
         return Err(refuse(&mut stream, &reason).await);
     }
-    let tag = proof(&me.secret, "dialling", hellos).finalize().into_bytes();
+    let tag = proof(me.secrets.own(), "dialling", hellos).finalize().into_bytes();
     write_frame(&mut stream, b'm', &tag).await?;
     compare_timelines(&mine, &theirs)?;
-    expect(&mut stream, b'o').await?;
-    if let Some(reason) = mine.mismatch(&theirs) {
-        return Err(refuse(&mut stream, &reason).await);
+    if let Some(error) = mine.mismatch(&theirs) {
+        return Err(part(&mut stream, error).await);
     }
+    let welcome = expect(&mut stream, b'o').await?;
+    // A node of an older version says nothing more.
+    theirs.welcome = serde_json::from_slice(&welcome).unwrap_or_default();
     Ok((stream, theirs))
 }
 
-/// Lets a node in, or refuses it; `objection` may say why.
-pub async fn receive(
-    me: &Introduction,
-    tcp: TcpStream,
-    objection: impl Fn(&PeerInfo) -> Option<String>,
-) -> Result<(Stream, PeerInfo), PeerError> {
-    tokio::time::timeout(PATIENCE, accept(me, tcp, objection))
+/// Takes a node's connection, or refuses it. The node waits for [`answer`] then.
+pub async fn receive(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo), PeerError> {
+    tokio::time::timeout(PATIENCE, accept(me, tcp))
         .await
         .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
 }
 
-async fn accept(
-    me: &Introduction,
-    tcp: TcpStream,
-    objection: impl Fn(&PeerInfo) -> Option<String>,
-) -> Result<(Stream, PeerInfo), PeerError> {
+/// Lets a node in whose connection was taken, or tells it why not.
+pub async fn answer(stream: &mut Stream, answer: Result<Welcome, String>) -> Result<(), PeerError> {
+    match answer {
+        Ok(welcome) => write_frame(stream, b'o', &serde_json::to_vec(&welcome)?).await,
+        Err(reason) => Err(refuse(stream, &reason).await),
+    }
+}
+
+async fn accept(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo), PeerError> {
     tcp.set_nodelay(true)?;
+    end_when_silent(&tcp, me.silence)?;
     let mut stream = match &me.tls {
         None => Stream::Tcp(tcp),
         Some(tls) => tls.acceptor().accept(tcp).await.map(Stream::from_tls).map_err(no_tls)?,
     };
-    let info = greet(me, &mut stream, objection).await?;
+    let info = greet(me, &mut stream).await?;
     Ok((stream, info))
 }
 
@@ -323,34 +384,25 @@ fn no_tls(error: std::io::Error) -> PeerError {
     ))
 }
 
-async fn greet(
-    me: &Introduction,
-    stream: &mut Stream,
-    objection: impl Fn(&PeerInfo) -> Option<String>,
-) -> Result<PeerInfo, PeerError> {
+async fn greet(me: &Introduction, stream: &mut Stream) -> Result<PeerInfo, PeerError> {
     let (kind, their_hello) = read_frame(stream, MAX_HELLO).await?;
     let theirs = parse(kind, &their_hello)?;
     let mine = PeerInfo::of(me, theirs.purpose)?;
     let my_hello = serde_json::to_vec(&mine)?;
     let hellos = [&their_hello[..], &my_hello[..]];
     write_frame(stream, b'h', &my_hello).await?;
-    let tag = proof(&me.secret, "accepting", hellos).finalize().into_bytes();
+    let tag = proof(me.secrets.own(), "accepting", hellos).finalize().into_bytes();
     write_frame(stream, b'm', &tag).await?;
     let tag = expect(stream, b'm').await?;
-    if proof(&me.secret, "dialling", hellos).verify_slice(&tag).is_err() {
+    if !knows(&me.secrets, "dialling", hellos, &tag) {
         let reason = format!("nodes {} and {} have different secrets", mine.node, theirs.node);
         return Err(refuse(stream, &reason).await);
     }
-    if let Some(reason) = mine.mismatch(&theirs) {
-        return Err(refuse(stream, &reason).await);
+    if let Some(error) = mine.mismatch(&theirs) {
+        return Err(part(stream, error).await);
     }
     if let Err(error) = compare_timelines(&mine, &theirs) {
-        let _ = write_frame(stream, b'x', error.to_string().as_bytes()).await;
-        return Err(error);
+        return Err(part(stream, error).await);
     }
-    if let Some(reason) = objection(&theirs) {
-        return Err(refuse(stream, &reason).await);
-    }
-    write_frame(stream, b'o', b"").await?;
     Ok(theirs)
 }

@@ -1,23 +1,37 @@
 //! Links: the connections over which consensus talks.
+//!
+//! ```text
+//! dialling node                                   accepting node
+//!    'r' a message of consensus            ─────▶
+//!    's' report, 'a' 'd' 'g' of uploads    ─────▶
+//!    'k' nothing, after a second of it     ─────▶
+//!                                          ◀─────  'k' nothing, every second
+//!                                          ◀─────  'n' why the node is not let in as a member
+//! ```
+//!
+//! A link over which nothing comes, or that takes nothing, for [`Shared::peer_silence`] is closed and dialled anew: a
+//! firewall that forgets a connection says nothing to either side.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use serde::Serialize;
 use standby_consensus::decode_message;
 use standby_types::{NodeId, Transfer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::{
-    Announcement, Introduction, MAX_FRAME, PeerError, PeerInfo, Purpose, blob, block, catch_up,
-    compare, connect, frame, read_frame, receive,
+    Announcement, Introduction, MAX_FRAME, PeerError, PeerInfo, Progressing, Purpose, Welcome,
+    answer, blob, block, catch_up, compare, connect, frame, read_frame, receive,
 };
 use crate::engine::{Event, Internal};
+use crate::founding;
+use crate::gate::Pass;
 use crate::listener;
 use crate::machine::{self, Instant, TcpListener, TcpStream};
 use crate::node::Shared;
@@ -29,14 +43,37 @@ use crate::sync::lock;
 const QUEUE: usize = 4096;
 /// Time between attempts to reach a node.
 const RETRY: Duration = Duration::from_millis(250);
-/// Time between two log lines about the same unreachable node.
+/// The same if the node was reached, and refuses.
+const RETRY_REFUSED: Duration = Duration::from_secs(1);
+/// Time between two log lines about the same trouble with the same node.
 const QUIET: Duration = Duration::from_secs(60);
+/// The same if there is a link to that node already, over another address.
+const RETRY_LINKED: Duration = Duration::from_secs(15);
+/// Troubles that are remembered, so that the log speaks of each only now and then.
+const TROUBLES: usize = 256;
+/// Time after which a side of a link that has nothing to say says so.
+const SIGN: Duration = Duration::from_secs(1);
+/// The longest reason that a node is told.
+const MAX_REASON: usize = 4 << 10;
 
 /// The nodes that this one can send to.
 #[derive(Default)]
 pub struct Peers {
     links: Mutex<BTreeMap<NodeId, mpsc::Sender<Bytes>>>,
     dialled: Mutex<BTreeSet<String>>,
+    /// The members' addresses as far as they were learned from other nodes and from the log.
+    learned: Mutex<BTreeSet<String>>,
+    /// Held by who writes them down: one at a time.
+    remembering: Mutex<()>,
+    /// Why there is no link to a node, by its address, or why the node does not let this one in.
+    troubles: Mutex<BTreeMap<String, String>>,
+    /// The names of the nodes that this one, being primary, does not let in, and why.
+    refusals: Mutex<BTreeMap<NodeId, (String, String)>>,
+    /// What the log has spoken of, and when.
+    told: Mutex<BTreeMap<String, Instant>>,
+    /// How many links from each node there are: more than one if it dials two addresses, or comes again before this
+    /// side has found out that it was gone.
+    from: Mutex<BTreeMap<NodeId, usize>>,
     /// How often this node has begun a timeline: links of before do not count.
     epoch: AtomicU64,
 }
@@ -55,14 +92,22 @@ impl Peers {
         links.clear();
     }
 
-    /// Lets messages go over a link that was made in this epoch; false if it is over.
+    /// Lets messages go over a link that was made in this epoch; false if it is over, or if there is a link to the
+    /// node already, over another address.
     fn add(&self, id: NodeId, link: mpsc::Sender<Bytes>, epoch: u64) -> bool {
         let mut links = lock(&self.links);
-        let current = self.epoch() == epoch;
+        let current = self.epoch() == epoch && !links.contains_key(&id);
         if current {
             links.insert(id, link);
         }
         current
+    }
+
+    fn remove(&self, id: NodeId, link: &mpsc::Sender<Bytes>) {
+        let mut links = lock(&self.links);
+        if links.get(&id).is_some_and(|current| current.same_channel(link)) {
+            links.remove(&id);
+        }
     }
 
     /// Sends a message of consensus; it may be lost.
@@ -94,12 +139,98 @@ impl Peers {
         }
     }
 
+    fn link_begins(&self, from: NodeId) {
+        *lock(&self.from).entry(from).or_default() += 1;
+    }
+
+    /// True if it was the last one from that node.
+    fn link_ends(&self, from: NodeId) -> bool {
+        let mut links = lock(&self.from);
+        let left = links.get_mut(&from).map_or(0, |count| {
+            *count -= 1;
+            *count
+        });
+        if left == 0 {
+            links.remove(&from);
+        }
+        left == 0
+    }
+
     fn tell_all(&self, kind: u8, what: &impl Serialize) {
         let Ok(json) = serde_json::to_vec(what) else { return };
         let frame = frame(kind, &json);
         for link in lock(&self.links).values() {
             let _ = link.try_send(frame.clone());
         }
+    }
+
+    /// Says to a node, from now on, why it is not let in.
+    pub fn refuse(&self, id: NodeId, name: String, reason: String) {
+        lock(&self.refusals).insert(id, (name, reason));
+    }
+
+    /// A node is not refused any more, or is gone.
+    pub fn let_in(&self, id: NodeId) {
+        lock(&self.refusals).remove(&id);
+    }
+
+    /// The nodes that are not let in, and why.
+    pub fn refusals(&self) -> BTreeMap<String, String> {
+        lock(&self.refusals).values().cloned().collect()
+    }
+
+    /// What stands between this node and the others: why they cannot be reached, or do not let it in.
+    pub fn troubles(&self) -> BTreeMap<String, String> {
+        lock(&self.troubles).clone()
+    }
+
+    /// True if the log has not spoken of this for a while; from now on it has.
+    fn may_tell(&self, what: String) -> bool {
+        let mut told = lock(&self.told);
+        told.retain(|_, at| at.elapsed() < QUIET);
+        if told.contains_key(&what) || told.len() >= TROUBLES {
+            return false;
+        }
+        told.insert(what, Instant::now());
+        true
+    }
+
+    /// The addresses of the members are these: they are dialled, and remembered for the next start. Until this node
+    /// belongs to a cluster, they are added to what it knows.
+    pub fn learn(shared: &Arc<Shared>, addresses: impl IntoIterator<Item = String>, all: bool) {
+        let own = &shared.member.peer_address;
+        let found = addresses.into_iter().filter(|address| !address.is_empty() && address != own);
+        let mut found: BTreeSet<String> = found.collect();
+        {
+            let mut learned = lock(&shared.peers.learned);
+            if !all {
+                found.extend(learned.iter().cloned());
+            }
+            if *learned == found {
+                return;
+            }
+            *learned = found.clone();
+        }
+        for address in &found {
+            Peers::dial(shared, address);
+        }
+        let shared = shared.clone();
+        let remember = move || {
+            let _turn = lock(&shared.peers.remembering);
+            let learned = lock(&shared.peers.learned).clone();
+            // Without it, a next start asks those whom its configuration names.
+            if let Err(error) = shared.state.set_peers(&*shared.disk, &learned) {
+                warn!(%error, "cannot remember the addresses of the other nodes");
+            }
+        };
+        drop(machine::spawn_blocking(remember));
+    }
+
+    /// True if a node is to be dialled at this address.
+    fn is_wanted(shared: &Shared, address: &str) -> bool {
+        let named = shared.config.standby.iter().flat_map(|standby| standby.named_addresses());
+        lock(&shared.peers.learned).contains(address)
+            || named.into_iter().any(|named| named.to_string() == address)
     }
 
     /// Keeps a link to the node at this address from now on.
@@ -113,47 +244,69 @@ impl Peers {
 }
 
 async fn keep_dialling(shared: Arc<Shared>, address: String) {
-    let mut last_told: Option<(String, Instant)> = None;
-    loop {
+    while Peers::is_wanted(&shared, &address) {
         let epoch = shared.peers.epoch();
-        match connect(&shared.introduction(), &address, Purpose::Link).await {
+        let introduction = shared.introduction();
+        let mut pause = RETRY;
+        match connect(&introduction, &address, Purpose::Link).await {
             Ok((stream, info)) => {
-                last_told = None;
                 let id = info.id();
                 debug!(peer = info.node, address, "link made");
-                run_dialled(&shared, stream, info, epoch).await;
-                shared.tell(Event::PeerLost(id)).await;
+                lock(&shared.peers.troubles).remove(&address);
+                Peers::learn(&shared, info.welcome.members.iter().cloned(), false);
+                if note_rollback(&shared, &introduction, &info) {
+                    pause = RETRY_REFUSED;
+                } else if run_dialled(&shared, stream, info, epoch, &address).await {
+                    shared.tell(Event::PeerLost(id)).await;
+                } else {
+                    pause = RETRY_LINKED;
+                }
             }
             Err(error) => {
-                note_timelines(&shared, &error);
+                note_other_history(&shared, &error);
                 let text = error.to_string();
-                let told =
-                    last_told.as_ref().is_some_and(|(t, at)| *t == text && at.elapsed() < QUIET);
-                if !told {
-                    match error {
-                        PeerError::Io(_) => info!(address, error = text, "cannot reach a node yet"),
-                        _ => warn!(address, error = text, "cannot join with a node"),
+                lock(&shared.peers.troubles).insert(address.clone(), text.clone());
+                let may_tell = shared.peers.may_tell(format!("{address} {text}"));
+                match error {
+                    PeerError::Io(_) if may_tell => {
+                        info!(address, error = text, "cannot reach a node yet");
                     }
-                    last_told = Some((text, Instant::now()));
+                    PeerError::Io(_) => {}
+                    _ => {
+                        pause = RETRY_REFUSED;
+                        if may_tell {
+                            warn!(address, error = text, "cannot join with a node");
+                        }
+                    }
                 }
             }
         }
-        tokio::time::sleep(RETRY).await;
+        tokio::time::sleep(pause).await;
+    }
+    lock(&shared.peers.troubles).remove(&address);
+    lock(&shared.peers.dialled).remove(&address);
+    if Peers::is_wanted(&shared, &address) {
+        // It has become so meanwhile.
+        Peers::dial(&shared, &address);
     }
 }
 
-/// Sends what is queued; ends when the other side closes.
-async fn run_dialled(shared: &Arc<Shared>, stream: Stream, info: PeerInfo, epoch: u64) {
-    let id = info.id();
-    let (sender, mut queue) = mpsc::channel(QUEUE);
-    if !shared.peers.add(id, sender, epoch) {
-        return;
+/// True if the other node knows that this one has acknowledged entries that it does not have any more.
+fn note_rollback(shared: &Shared, introduction: &Introduction, info: &PeerInfo) -> bool {
+    let acknowledged = info.welcome.acknowledged;
+    let same = !introduction.cluster_id.is_empty() && introduction.cluster_id == info.cluster_id;
+    let lost = same && introduction.log_end.is_some_and(|end| end.0 < acknowledged);
+    if lost {
+        shared.report(Internal::RolledBack { acknowledged, by: info.node.clone() });
     }
-    shared.tell(Event::PeerUp(info)).await;
-    let (mut read, mut write): (
-        Box<dyn AsyncRead + Send + Unpin>,
-        Box<dyn AsyncWrite + Send + Unpin>,
-    ) = match stream {
+    lost
+}
+
+/// The two directions of a connection.
+fn halves(
+    stream: Stream,
+) -> (Box<dyn AsyncRead + Send + Unpin>, Box<dyn AsyncWrite + Send + Unpin>) {
+    match stream {
         Stream::Tcp(tcp) => {
             let (read, write) = tcp.into_split();
             (Box::new(read), Box::new(write))
@@ -162,9 +315,53 @@ async fn run_dialled(shared: &Arc<Shared>, stream: Stream, info: PeerInfo, epoch
             let (read, write) = tokio::io::split(other);
             (Box::new(read), Box::new(write))
         }
-    };
+    }
+}
+
+fn silent() -> PeerError {
+    std::io::Error::new(std::io::ErrorKind::TimedOut, "nothing has come for too long").into()
+}
+
+/// Writes bytes, of which some must be taken within each `patience`.
+async fn write_within(
+    write: &mut (impl AsyncWrite + Unpin),
+    mut bytes: Bytes,
+    patience: Duration,
+) -> Result<(), PeerError> {
+    while bytes.has_remaining() {
+        let written = tokio::time::timeout(patience, write.write(&bytes)).await;
+        match written.map_err(|_| silent())?? {
+            0 => return Err(std::io::Error::from(std::io::ErrorKind::WriteZero).into()),
+            written => bytes.advance(written),
+        }
+    }
+    Ok(tokio::time::timeout(patience, write.flush()).await.map_err(|_| silent())??)
+}
+
+/// Sends what is queued; ends when the other side closes, or is silent. False if the link is not wanted.
+async fn run_dialled(
+    shared: &Arc<Shared>,
+    stream: Stream,
+    info: PeerInfo,
+    epoch: u64,
+    address: &str,
+) -> bool {
+    let (id, patience) = (info.id(), shared.peer_silence());
+    let gives_signs = info.gives_signs;
+    let (sender, mut queue) = mpsc::channel(QUEUE);
+    if !shared.peers.add(id, sender.clone(), epoch) {
+        return false;
+    }
+    let node = info.node.clone();
+    shared.tell(Event::PeerUp(info)).await;
+    let (read, mut write) = halves(stream);
     let send = async {
-        while let Some(first) = queue.recv().await {
+        loop {
+            let first = match tokio::time::timeout(SIGN, queue.recv()).await {
+                Ok(Some(first)) => first,
+                Ok(None) => return Ok(()),
+                Err(_) => frame(b'k', b""),
+            };
             let mut together = bytes::BytesMut::from(&first[..]);
             while together.len() < 1 << 20 {
                 match queue.try_recv() {
@@ -172,19 +369,44 @@ async fn run_dialled(shared: &Arc<Shared>, stream: Stream, info: PeerInfo, epoch
                     Err(_) => break,
                 }
             }
-            if write.write_all(&together).await.is_err() || write.flush().await.is_err() {
-                break;
+            write_within(&mut write, together.freeze(), patience).await?;
+        }
+    };
+    let hear = async {
+        let mut read = tokio::io::BufReader::new(read);
+        loop {
+            // A node of an older version says nothing; reading tells when it is gone.
+            let next = read_frame(&mut read, MAX_REASON);
+            let (kind, content) = match gives_signs {
+                true => tokio::time::timeout(patience, next).await.map_err(|_| silent())??,
+                false => next.await?,
+            };
+            let mut troubles = lock(&shared.peers.troubles);
+            match kind {
+                b'n' => {
+                    let reason = String::from_utf8_lossy(&content).into_owned();
+                    let reason = format!("{node} does not let this node in: {reason}");
+                    if troubles.insert(address.to_owned(), reason.clone()).as_ref() != Some(&reason)
+                    {
+                        warn!(address, "{reason}");
+                    }
+                }
+                _ => drop(troubles.remove(address)),
             }
         }
     };
-    let mut byte = [0];
-    // The accepting side says nothing; reading tells when it is gone.
-    tokio::select! {
+    let ended: Result<(), PeerError> = tokio::select! {
         biased;
-        () = send => {}
-        _ = read.read(&mut byte) => {}
+        ended = send => ended,
+        ended = hear => ended,
+    };
+    if let Err(error) = ended {
+        debug!(peer = node, address, %error, "a link ended");
     }
-    lock(&shared.peers.links).remove(&id);
+    // Whoever is told next must find no link.
+    queue.close();
+    shared.peers.remove(id, &sender);
+    true
 }
 
 /// Accepts connections from other nodes.
@@ -192,37 +414,83 @@ pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::spawn(accept(shared.clone(), stream));
+                // Until the handshake is over, anybody may be there.
+                if let Some(pass) = shared.strangers.enter() {
+                    tokio::spawn(accept(shared.clone(), stream, pass));
+                }
             }
             Err(error) => {
-                warn!(%error, "cannot accept a peer's connection");
+                shared.strangers.failed(&error);
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
 }
 
-async fn accept(shared: Arc<Shared>, stream: TcpStream) {
-    let from = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
-    let objection = |info: &PeerInfo| objection(&shared, info);
-    let epoch = shared.peers.epoch();
-    let (mut stream, info) = match receive(&shared.introduction(), stream, objection).await {
-        Ok(received) => received,
-        Err(PeerError::Io(error)) => return debug!(from, %error, "a peer's handshake broke off"),
-        Err(error) => {
-            note_timelines(&shared, &error);
-            return warn!(from, %error, "refused a connection to the peer address");
+async fn accept(shared: Arc<Shared>, stream: TcpStream, stranger: Pass) {
+    let from = stream.peer_addr();
+    let from = from.as_ref().map_or_else(|_| "?".into(), ToString::to_string);
+    let host = from.rsplit_once(':').map_or(from.as_str(), |(host, _)| host);
+    let refused = |error: PeerError| match error {
+        PeerError::Io(error) => debug!(from, %error, "a peer's handshake broke off"),
+        error => {
+            note_other_history(&shared, &error);
+            if shared.peers.may_tell(format!("{host} {error}")) {
+                warn!(from, %error, "refused a connection to the peer address");
+            }
         }
     };
+    let epoch = shared.peers.epoch();
+    let (mut stream, info) = match receive(&shared.introduction(), stream).await {
+        Ok(received) => received,
+        Err(error) => return refused(error),
+    };
+    let welcome = match (objection(&shared, &info), info.purpose) {
+        (Some(reason), _) => Err(reason),
+        (None, Purpose::Found) => founding::promise(&shared, &info).await,
+        (None, _) => Ok(welcome(&shared, &info)),
+    };
+    let lacks = welcome.as_ref().map_or(0, |welcome| welcome.acknowledged);
+    if let Err(error) = answer(&mut stream, welcome).await {
+        return refused(error);
+    }
+    drop(stranger);
     match info.purpose {
-        Purpose::Probe => {}
+        Purpose::Probe | Purpose::Found => {}
+        Purpose::Link if info.log_end.is_some_and(|end| end < lacks) => {
+            // It has been told, and joins anew.
+            let node = &info.node;
+            if shared.peers.may_tell(format!("{host} lacks")) {
+                warn!(
+                    node,
+                    acknowledged = lacks,
+                    has = info.log_end,
+                    "a node lacks entries that it has acknowledged: its disk was put back to an earlier state"
+                );
+            }
+        }
         Purpose::Link => {
             let id = info.id();
+            let signs = info.gives_signs;
+            let own = shared.introduction().cluster_id;
+            if own.is_empty() || own == info.cluster_id {
+                // Answers go over a link of this node's own, to wherever the other one says that it is now.
+                Peers::learn(&shared, [info.peer_address.clone()], false);
+            }
+            shared.peers.link_begins(id);
             shared.tell(Event::PeerUp(info)).await;
-            if let Err(error) = receive_all(&shared, &mut stream, id, epoch).await {
+            let (read, write) = halves(stream);
+            let ended = tokio::select! {
+                biased;
+                ended = receive_all(&shared, read, id, epoch, signs) => ended,
+                ended = give_signs(&shared, write, id), if signs => ended,
+            };
+            if let Err(error) = ended {
                 debug!(from, %error, "a link ended");
             }
-            shared.tell(Event::PeerLost(id)).await;
+            if shared.peers.link_ends(id) {
+                shared.tell(Event::PeerLost(id)).await;
+            }
         }
         Purpose::Blob => {
             if let Err(error) = blob::serve(&shared, stream).await {
@@ -249,9 +517,41 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream) {
     }
 }
 
+/// What a node is told that is let in.
+fn welcome(shared: &Shared, info: &PeerInfo) -> Welcome {
+    let mut members = lock(&shared.peers.learned).clone();
+    if shared.belongs() {
+        members.insert(shared.member.peer_address.clone());
+    }
+    let acknowledged = shared.acknowledged(info.id()).0;
+    Welcome { members: members.into_iter().collect(), acknowledged }
+}
+
+/// Lets the dialling side of a link know that this node is there, and why it does not let that one in.
+async fn give_signs(
+    shared: &Shared,
+    mut write: impl AsyncWrite + Unpin,
+    to: NodeId,
+) -> Result<(), PeerError> {
+    let patience = shared.peer_silence();
+    loop {
+        let refusal = lock(&shared.peers.refusals).get(&to).map(|(_, reason)| reason.clone());
+        let sign = match refusal {
+            Some(reason) => frame(b'n', reason.get(..MAX_REASON / 2).unwrap_or(&reason).as_bytes()),
+            None => frame(b'k', b""),
+        };
+        write_within(&mut write, sign, patience).await?;
+        tokio::time::sleep(SIGN).await;
+    }
+}
+
 /// A handshake has shown that another node has another history.
-fn note_timelines(shared: &Shared, error: &PeerError) {
+fn note_other_history(shared: &Shared, error: &PeerError) {
     match error {
+        PeerError::OtherCluster { node, founded: Some(founded), .. } => {
+            let (node, founded) = (node.clone(), *founded);
+            shared.report(Internal::OtherCluster { node, founded });
+        }
         PeerError::Outdated(lineage) => shared.report(Internal::Outdated(lineage.clone())),
         PeerError::Diverged { node, lineage } => shared.reports.note_diverged(node, lineage),
         _ => {}
@@ -279,13 +579,15 @@ fn is_gone(shared: &Shared, name: &str) -> bool {
 
 async fn receive_all(
     shared: &Arc<Shared>,
-    stream: &mut Stream,
+    read: impl AsyncRead + Unpin,
     from: NodeId,
     epoch: u64,
+    gives_signs: bool,
 ) -> Result<(), PeerError> {
-    let mut stream = tokio::io::BufReader::with_capacity(256 << 10, stream);
+    let patience = gives_signs.then(|| shared.peer_silence());
+    let mut read = tokio::io::BufReader::with_capacity(256 << 10, Progressing::new(read, patience));
     loop {
-        let (kind, content) = read_frame(&mut stream, MAX_FRAME).await?;
+        let (kind, content) = read_frame(&mut read, MAX_FRAME).await?;
         if shared.peers.epoch() != epoch {
             return Err(PeerError::Protocol("this node has begun another timeline".into()));
         }
@@ -304,6 +606,7 @@ async fn receive_all(
                         shared.reports.forget(from);
                         return Err(PeerError::Protocol("the node was removed".into()));
                     }
+                    shared.note_acknowledged(&report);
                     shared.reports.note(from, report);
                 }
             }
@@ -320,27 +623,9 @@ async fn receive_all(
                 let wrong = |_| PeerError::Protocol("a malformed name of an upload".into());
                 shared.tell(Event::Arrived(from, transfer.map_err(wrong)?)).await;
             }
+            b'k' => {}
             // A newer version may say what this one does not know.
             other => debug!(%from, kind = other, "a frame of unknown kind"),
         }
     }
-}
-
-/// Asks the other members whether the cluster exists already; the node that says so.
-pub async fn probe(me: &Introduction, addresses: &[String], patience: Duration) -> Option<String> {
-    let deadline = Instant::now() + patience;
-    let mut answered = BTreeSet::new();
-    while Instant::now() < deadline && answered.len() < addresses.len() {
-        for address in addresses {
-            match connect(me, address, Purpose::Probe).await {
-                Ok((_, info)) if info.cluster_id.is_empty() => {
-                    answered.insert(address.clone());
-                }
-                Ok((_, info)) => return Some(info.node),
-                Err(error) => debug!(address, %error, "no answer"),
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    None
 }

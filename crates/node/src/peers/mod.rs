@@ -19,11 +19,16 @@ pub use blob::{Announcement, Wanted, WantedBlob, fetch_right, obtain, obtain_old
 pub use block::fetch_block;
 pub use catch_up::{CatchUp, fetch, fetch_history};
 pub use compare::{Comparison, Digest, digests, fetch_digests};
-pub use hello::{Introduction, PeerInfo, Purpose, connect, receive};
-pub use link::{Peers, listen, probe};
+pub use hello::{Introduction, PeerInfo, Purpose, Welcome, answer, connect, receive};
+pub use link::{Peers, listen};
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::Sleep;
 
 use crate::lineage::Lineage;
 use crate::machine;
@@ -58,6 +63,19 @@ pub enum PeerError {
     /// The other side has a history that goes on where this node's was left.
     #[error("the other node is of timeline {}, this one of an older one", .0.timeline())]
     Outdated(Lineage),
+    /// The other side belongs to another cluster of the same name.
+    #[error(
+        "node {node} belongs to a cluster {cluster:?} that was founded separately: its database is another one. To let \
+         it join, move its data file and state directory away"
+    )]
+    OtherCluster {
+        /// Its name.
+        node: String,
+        /// The cluster's.
+        cluster: String,
+        /// When that was founded, in seconds since 1970, if the node can tell.
+        founded: Option<u64>,
+    },
     /// The other side has another history than this node.
     #[error(
         "node {node} has gone on by itself, on timeline {} ({}): there were two forced promotions. \
@@ -73,6 +91,36 @@ pub enum PeerError {
     /// The other side does not follow the protocol, or does not know the secret.
     #[error("{0}")]
     Protocol(String),
+}
+
+/// Reads; fails when nothing has come for so long, if that is said.
+struct Progressing<R> {
+    inner: R,
+    patience: Option<Duration>,
+    waits: Option<Pin<Box<Sleep>>>,
+}
+
+impl<R> Progressing<R> {
+    fn new(inner: R, patience: Option<Duration>) -> Progressing<R> {
+        Progressing { inner, patience, waits: None }
+    }
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Progressing<R> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let this = self.get_mut();
+        if let Poll::Ready(read) = Pin::new(&mut this.inner).poll_read(cx, buf) {
+            this.waits = None;
+            return Poll::Ready(read);
+        }
+        let Some(patience) = this.patience else { return Poll::Pending };
+        let waits = this.waits.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
+        waits.as_mut().poll(cx).map(|()| Err(std::io::ErrorKind::TimedOut.into()))
+    }
 }
 
 /// Does what may wait for a disk where others do not wait for it.

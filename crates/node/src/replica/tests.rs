@@ -23,6 +23,7 @@ fn replica(disk: &MemoryDisk) -> Replica {
     let dir = BlobDir::open(Arc::new(disk.clone()), Path::new("/blobs")).unwrap();
     let blobs = BTreeMap::from([("1".into(), dir)]);
     let checkpoint = Checkpoint {
+        acknowledged: BTreeMap::new(),
         settings: Settings::default(),
         cluster_id: "c".into(),
         index: LogIndex(1),

@@ -1,13 +1,16 @@
 //! `<standby>`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::super::zconfig::{ConfigError, Section};
-use super::{Address, Checker, SectionReader, byte_size, path, word};
+use super::{Address, Checker, DEFAULT_FUTURE_TIDS, SectionReader, byte_size, path, word};
 use crate::tls::SslSection;
+
+/// A thousand years.
+const MOST_FUTURE_TIDS: Duration = Duration::from_secs(31_557_600_000);
 
 /// `member NAME HOST:PORT GROUP [witness]`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +23,45 @@ pub struct MemberLine {
     pub group: String,
     /// It votes, but holds no data.
     pub witness: bool,
+}
+
+/// The secrets of a file, with an empty line between two: this node proves that it knows the first, and takes a proof of
+/// any.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Secrets(Vec<Vec<u8>>);
+
+impl Secrets {
+    /// Between loopback addresses, and with certificates, none is needed.
+    pub fn none() -> Secrets {
+        Secrets(vec![Vec::new()])
+    }
+
+    /// Reads them, or says what is wrong with the file.
+    pub fn read(file: &Path) -> Result<Secrets, String> {
+        let bytes = std::fs::read(file)
+            .map_err(|error| format!("cannot read {}: {error}", file.display()))?;
+        let lines: Vec<&[u8]> = bytes.split(|byte| *byte == b'\n').collect();
+        let blocks = lines.split(|line| line.trim_ascii().is_empty());
+        let blocks = blocks.map(|block| block.join(&b'\n').trim_ascii().to_vec());
+        let secrets: Vec<_> = blocks.filter(|secret| !secret.is_empty()).collect();
+        if secrets.is_empty() || secrets.iter().any(|secret| secret.len() < 16) {
+            return Err(format!(
+                "{} must hold a secret of at least 16 characters, or several with an empty line between two",
+                file.display()
+            ));
+        }
+        Ok(Secrets(secrets))
+    }
+
+    /// The one that this node proves to know.
+    pub fn own(&self) -> &[u8] {
+        &self.0[0]
+    }
+
+    /// All that count.
+    pub fn all(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.iter().map(|secret| &secret[..])
+    }
 }
 
 /// How patient the nodes are with each other.
@@ -60,8 +102,8 @@ pub struct Standby {
     pub admin_address: Address,
     /// The first members; the first of them founds the cluster. Empty if the node joins one.
     pub members: Vec<MemberLine>,
-    /// A member of the cluster that the node joins.
-    pub join: Option<Address>,
+    /// Members of the cluster that the node joins.
+    pub join: Vec<Address>,
     /// What proves that it may.
     pub join_token: String,
     /// It votes, but holds no data.
@@ -76,15 +118,26 @@ pub struct Standby {
     pub recovery: Recovery,
     /// How old a replica's data may be for its readers; `None` if that does not matter.
     pub max_staleness: Option<Duration>,
+    /// How far a tid that a client brings may be ahead of the primary's clock.
+    pub future_tids: Duration,
     /// TLS between nodes.
     pub peer_ssl: Option<SslSection>,
-    /// What the nodes prove to each other that they know; empty between loopback addresses.
-    pub secret: Vec<u8>,
+    /// What the nodes prove to each other that they know.
+    pub secrets: Secrets,
+    /// Where they are read from, if they are.
+    pub secret_file: Option<PathBuf>,
     /// How patient they are.
     pub profile: Profile,
     /// Bytes of the log that are kept for nodes that are behind; beyond it they catch up from the
     /// data file.
     pub log_tail: u64,
+}
+
+impl Standby {
+    /// The peer addresses of other nodes, and perhaps this one's, that the configuration names.
+    pub fn named_addresses(&self) -> impl Iterator<Item = &Address> {
+        self.members.iter().map(|member| &member.address).chain(&self.join)
+    }
 }
 
 /// The node's own line must say what the rest of its file says.
@@ -174,6 +227,7 @@ impl Checker {
                 "join-token",
                 "witness",
                 "max-staleness",
+                "future-tids",
                 "catch-up-rate",
                 "recovery",
                 "reserve",
@@ -209,38 +263,31 @@ impl Checker {
         let node = reader.required("node", word)?;
         let group = reader.required("group", word)?;
         let peer_address = reader.required("peer-address", Address::parse)?;
-        let join = reader.get("join", Address::parse)?;
+        let several = |text: &str| text.split_whitespace().map(Address::parse).collect();
+        let join: Vec<Address> = reader.get("join", several)?.unwrap_or_default();
         let join_token = reader.get("join-token", word)?;
         let witness = reader.boolean("witness", false)?;
         let me = MemberLine { name: node, address: peer_address, group, witness };
-        match (&join, members.is_empty()) {
-            (Some(_), false) => {
+        match (!join.is_empty(), members.is_empty()) {
+            (true, false) => {
                 let message = "\"member\" lines found a cluster, \"join\" names a member of one that is there: \
                                one of the two";
                 return Err(reader.error(section.line, message));
             }
-            (Some(_), true) if join_token.is_none() => {
+            (true, true) if join_token.is_none() => {
                 let message =
                     "\"join\" needs a \"join-token\": standby node add NAME on a member prints it";
                 return Err(reader.error(section.line, message));
             }
-            (Some(_), true) => {}
-            (None, _) => check_members(&reader, &members, &me)?,
+            (true, true) => {}
+            (false, _) => check_members(&reader, &members, &me)?,
         }
         let profile = |text: &str| match text {
             "lan" => Ok(Profile::Lan),
             "wan" => Ok(Profile::Wan),
             _ => Err(format!("{text:?} is not a profile: lan, wan")),
         };
-        let secret = |file: &str| {
-            let bytes =
-                std::fs::read(file).map_err(|error| format!("cannot read {file}: {error}"))?;
-            let secret = bytes.trim_ascii().to_vec();
-            if secret.len() < 16 {
-                return Err(format!("{file} holds fewer than 16 characters"));
-            }
-            Ok(secret)
-        };
+        let secret = |file: &str| Ok((Secrets::read(Path::new(file))?, PathBuf::from(file)));
         let secret = reader.get("secret-file", secret)?;
         let others = members.iter().map(|m| &m.address).chain(&join);
         let all_loopback = others.chain([&me.address]).all(Address::is_loopback);
@@ -256,7 +303,8 @@ impl Checker {
             admin_address: reader
                 .get("admin-address", Address::parse)?
                 .unwrap_or(Address { host: "127.0.0.1".into(), port: 8103 }),
-            secret: secret.unwrap_or_default(),
+            secret_file: secret.as_ref().map(|(_, file)| file.clone()),
+            secrets: secret.map_or_else(Secrets::none, |(secrets, _)| secrets),
             peer_ssl,
             profile: reader.get("profile", profile)?.unwrap_or(Profile::Lan),
             log_tail: reader.get("log-tail", byte_size)?.unwrap_or(256 << 20),
@@ -266,6 +314,10 @@ impl Checker {
                 .map_or(Some(DEFAULT_SCRUB_RATE), |rate| Some(rate).filter(|rate| *rate > 0)),
             recovery: reader.get("recovery", recovery)?.unwrap_or_default(),
             max_staleness: reader.get("max-staleness", seconds)?,
+            future_tids: reader
+                .get("future-tids", seconds)?
+                .unwrap_or(DEFAULT_FUTURE_TIDS)
+                .min(MOST_FUTURE_TIDS),
             node: me.name,
             group: me.group,
             peer_address: me.address,
@@ -281,7 +333,7 @@ impl Checker {
 mod tests {
     use std::path::Path;
 
-    use super::Recovery;
+    use super::{Recovery, Secrets};
     use crate::config::Config;
 
     fn read(text: &str) -> Result<Config, String> {
@@ -299,11 +351,35 @@ mod tests {
 
     #[test]
     fn a_node_joins_by_an_address_and_a_token() {
-        let config = read(&format!("{DATA}{}", standby("join 127.0.0.1:1\njoin-token abc")));
-        let standby = config.unwrap().standby.unwrap();
+        let joins = |lines: &str| {
+            let config = read(&format!("{DATA}{}", standby(lines)));
+            config.unwrap().standby.unwrap()
+        };
+        let standby = joins("join 127.0.0.1:1\njoin-token abc");
         assert!(standby.members.is_empty());
-        assert_eq!(standby.join.unwrap().to_string(), "127.0.0.1:1");
+        assert_eq!(standby.join[0].to_string(), "127.0.0.1:1");
+        assert_eq!(joins("join 127.0.0.1:1 127.0.0.1:3\njoin-token abc").join.len(), 2);
         assert_eq!(standby.join_token, "abc");
+    }
+
+    #[test]
+    fn a_file_holds_one_secret_or_several() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("secret");
+        let read = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            Secrets::read(&file)
+        };
+        let secrets = read("the-new-one-of-several\n\n  the-old-one-of-several  \n").unwrap();
+        assert_eq!(secrets.own(), b"the-new-one-of-several");
+        assert_eq!(secrets.all().count(), 2);
+        // As before there could be several: all lines are one.
+        let one = read("\na secret of two\nlines\n").unwrap();
+        assert_eq!((one.own(), one.all().count()), (&b"a secret of two\nlines"[..], 1));
+        for wrong in ["", "\n", "short\n", "the-new-one-of-several\n\nshort"] {
+            assert!(read(wrong).unwrap_err().contains("at least 16 characters"));
+        }
+        assert_eq!(Secrets::none().own(), b"");
     }
 
     #[test]

@@ -26,6 +26,8 @@ use standby_types::{Disk, File};
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinHandle};
 
+use super::FreeRoom;
+
 pub use net::{Latency, Network, TcpListener, TcpStream};
 pub use random::Random;
 
@@ -119,14 +121,30 @@ pub fn temporary_file(_dir: &Path) -> io::Result<Arc<dyn File>> {
     MemoryDisk::new().open(Path::new("temporary"), Open::Create)
 }
 
+/// Listens on a port of all addresses of this machine.
+pub async fn listen_everywhere(port: u16) -> io::Result<TcpListener> {
+    TcpListener::bind(format!("0.0.0.0:{port}")).await
+}
+
 /// Files are a machine's own.
 pub fn lock_file(_data_file: &Path) -> io::Result<Lock> {
     Ok(())
 }
 
-/// How many bytes are free on the disk.
-pub fn free_bytes(_dir: &Path) -> io::Result<u64> {
-    Ok(current().free.load(Ordering::Relaxed))
+/// What is free on the disk.
+pub fn free_room(_dir: &Path) -> io::Result<FreeRoom> {
+    Ok(FreeRoom { bytes: current().free.load(Ordering::Relaxed), files: u64::MAX })
+}
+
+/// From now on the connection fails when the other side has acknowledged nothing for so long.
+pub fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {
+    stream.end_when_silent(after);
+    Ok(())
+}
+
+/// How many descriptors a machine has.
+pub fn descriptors() -> io::Result<(u64, u64)> {
+    Ok((1 << 20, 1 << 20))
 }
 
 /// Returns when the disk has time for a write of the log.

@@ -2,7 +2,8 @@
 //!
 //! Bytes arrive in order, after a delay, or not at all while the way is blocked: then they arrive when it is open again,
 //! as TCP sends again what was lost. A process that ends closes its connections; a machine that loses power says
-//! nothing, and answers with a reset when it is back.
+//! nothing, and answers with a reset when it is back. A connection that falls into a black hole delivers nothing any
+//! more, in neither direction, while new ones work.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::poll_fn;
@@ -66,6 +67,12 @@ struct Connection {
     /// The machine of that side does not know the connection.
     forgotten: [bool; 2],
     opening: Opening,
+    /// Since when nothing gets through, if the connection fell into a black hole.
+    swallowed: Option<Duration>,
+    /// After how long without an acknowledgement each side gives it up; zero for never.
+    patience: [Duration; 2],
+    /// Which side has given it up.
+    given_up: [bool; 2],
     waker: Option<Waker>,
 }
 
@@ -145,6 +152,19 @@ impl Network {
         self.lock().blocked.clear();
     }
 
+    /// Of the connections that are open between two of these machines, the ones that `chosen` says fall into a black
+    /// hole.
+    pub fn swallow(&self, machines: &[IpAddr], mut chosen: impl FnMut() -> bool) {
+        let mut inner = self.lock();
+        let now = inner.now;
+        for connection in inner.connections.values_mut() {
+            let between = connection.ends.iter().all(|end| machines.contains(&end.ip()));
+            if between && connection.opening == Opening::Open && chosen() {
+                connection.swallowed.get_or_insert(now);
+            }
+        }
+    }
+
     /// The program of a machine ends: its connections are closed, in an order that does not depend on that of its tasks.
     pub fn close_all(&self, machine: IpAddr) {
         let mut inner = self.lock();
@@ -210,8 +230,25 @@ impl Inner {
         pipe.under_way.push_back((at, segment));
     }
 
+    /// Each side of a connection in a black hole finds out by itself, if it ever does.
+    fn give_up(&mut self, id: u64) {
+        let now = self.now;
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let Some(since) = connection.swallowed else { return };
+        for side in 0..2 {
+            connection.pipes[side].under_way.clear();
+            let patience = connection.patience[side];
+            if !patience.is_zero() && now >= since + patience {
+                connection.given_up[side] = true;
+                wake(&mut connection.pipes[1 - side].reader);
+                wake(&mut connection.pipes[side].writer);
+            }
+        }
+    }
+
     fn deliver(&mut self, id: u64) {
         self.open(id);
+        self.give_up(id);
         for side in 0..2 {
             loop {
                 let (now, again) = (self.now, self.random.clone());
@@ -375,6 +412,9 @@ impl TcpStream {
                 gone: [false; 2],
                 forgotten: [false; 2],
                 opening: Opening::Asked(at),
+                swallowed: None,
+                patience: [Duration::ZERO; 2],
+                given_up: [false; 2],
                 waker: None,
             };
             inner.connections.insert(id, connection);
@@ -414,6 +454,13 @@ impl TcpStream {
         Ok(())
     }
 
+    /// Gives the connection up when nothing has been acknowledged for so long.
+    pub fn end_when_silent(&self, after: Duration) {
+        if let Some(connection) = self.network.lock().connections.get_mut(&self.id) {
+            connection.patience[self.side] = after;
+        }
+    }
+
     /// Its two directions.
     pub fn into_split(self) -> (ReadHalf<TcpStream>, WriteHalf<TcpStream>) {
         tokio::io::split(self)
@@ -426,8 +473,9 @@ impl TcpStream {
             let Some(connection) = inner.connections.get_mut(&self.id) else {
                 return Poll::Ready(());
             };
+            let given_up = connection.given_up[self.side];
             let pipe = &mut connection.pipes[1 - self.side];
-            if pipe.reset || pipe.ended && pipe.arrived.is_empty() {
+            if given_up || pipe.reset || pipe.ended && pipe.arrived.is_empty() {
                 return Poll::Ready(());
             }
             pipe.reader = Some(cx.waker().clone());
@@ -447,8 +495,9 @@ impl AsyncRead for TcpStream {
         let Some(connection) = inner.connections.get_mut(&self.id) else {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         };
+        let given_up = connection.given_up[self.side];
         let pipe = &mut connection.pipes[1 - self.side];
-        if pipe.reset {
+        if given_up || pipe.reset {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         if pipe.arrived.is_empty() {
@@ -477,8 +526,9 @@ impl AsyncWrite for TcpStream {
         let Some(connection) = inner.connections.get_mut(&self.id) else {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         };
+        let given_up = connection.given_up[self.side];
         let pipe = &mut connection.pipes[self.side];
-        if pipe.reset || pipe.closed {
+        if given_up || pipe.reset || pipe.closed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         let len = bytes.len().min(WINDOW.saturating_sub(pipe.unread));
