@@ -3,6 +3,7 @@
 Works with every version of ZODB and ZEO that the tests use; imports neither.
 """
 
+import itertools
 import json
 import os
 import random
@@ -16,9 +17,18 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 STANDBY = os.environ.get("STANDBY", os.path.join(HERE, "..", "target", "release", "standby"))
 
 
-# Below the ports that the system gives to outgoing connections: one of those could take the port of
-# a node that is down. Each is handed out once.
-PORTS = iter(random.sample(range(10000, 32768), 20000))
+def ports():
+    """All are below those that the system gives to outgoing connections, which could take the port of a node that is
+    down, and apart from those that the suites of ZEO draw (20000 to 30000)."""
+    mine = [*range(10000 + SHARE, 20000, SHARES), *range(30000 + SHARE, 32768, SHARES)]
+    random.shuffle(mine)
+    return itertools.cycle(mine)
+
+
+# Processes that share the tests, and what runs beside them, have a share of the ports each.
+SHARES = 8
+SHARE = int(os.environ.get("SHARE_OF_PORTS", os.environ.get("PYTEST_XDIST_WORKER", "gw-1")[2:])) + 1
+PORTS = ports()
 
 
 def free_ports(count):

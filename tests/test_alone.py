@@ -1,6 +1,7 @@
 """One node alone: what a site sees that changes nothing but the program that reads its zeo.conf."""
 
 import os
+import pickle
 import socket
 import struct
 import subprocess
@@ -48,6 +49,35 @@ def test_serves_an_existing_file_and_leaves_one_that_python_opens(nodes, encodin
     client = Client(node.address)
     assert client.root["python"] == "was here"
     client.close()
+
+
+@pytest.mark.parametrize("form", ["%d", ":%d", "*:%d"])
+def test_a_port_alone_is_one_of_all_addresses(nodes, form):
+    node = nodes.alone()
+    node.address = ("127.0.0.1", node.port)
+    with open(node.config_path) as config:
+        text = config.read()
+    with open(node.config_path, "w") as config:
+        config.write(text.replace("address %s:%s" % (node.host, node.port), "address " + form % node.port))
+    node.start()
+    client = Client(("127.0.0.1", node.port))
+    client.commit(lambda root: root.update(x=1))
+    client.close()
+    if os.path.exists("/proc/net/if_inet6"):
+        client = Client(("::1", node.port))
+        assert client.root["x"] == 1
+        client.close()
+
+
+def test_a_file_without_a_byte_is_a_new_one(nodes):
+    node = nodes.alone()
+    open(node.data_file, "w").close()
+    node.start()
+    client = Client(node.address)
+    client.commit(lambda root: root.update(x=1))
+    client.close()
+    node.stop()
+    assert len(transactions(node.data_file)) == 2
 
 
 def test_invalidations_reach_other_clients(nodes, encoding):
@@ -207,10 +237,29 @@ def test_a_start_that_is_cut_short_leaves_the_file_whole(nodes):
             assert acknowledged <= {txn[3] for txn in transactions(node.data_file)}, (end, round_)
 
 
-def connect(node):
-    sock = socket.create_connection(node.address, timeout=10)
+def connect(address):
+    """A connection without a client, to a port or to a Unix socket's path."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    sock = socket.socket(family)
+    sock.settimeout(10)
+    sock.connect(address)
     assert receive(sock) in (b"Z5", b"M5")
     return sock
+
+
+def registered(address, read_only=True):
+    """A connection that has registered as a client does."""
+    sock = connect(address)
+    sock.settimeout(30)
+    send(sock, b"Z5")
+    send(sock, call(1, "register", "1", read_only))
+    receive(sock)
+    return sock
+
+
+def call(number, method, *arguments):
+    """The content of a message that wants an answer."""
+    return pickle.dumps((number, False, method, arguments), 3)
 
 
 def receive(sock):
@@ -240,7 +289,7 @@ def test_bad_frames_close_that_connection_only(nodes, frames, reason):
     node = nodes.alone().start()
     client = Client(node.address)
     client.commit(lambda root: root.update(x=1))
-    sock = connect(node)
+    sock = connect(node.address)
     for frame in frames:
         send(sock, frame)
     try:
@@ -255,7 +304,7 @@ def test_bad_frames_close_that_connection_only(nodes, frames, reason):
 def test_ruok(nodes):
     node = nodes.alone().start()
     Client(node.address).close()
-    sock = connect(node)
+    sock = connect(node.address)
     send(sock, b"ruok")
     assert b'"last-transaction"' in receive(sock)
 

@@ -2,10 +2,7 @@
 
 import contextlib
 import os
-import pickle
 import shutil
-import socket
-import struct
 import threading
 import time
 
@@ -19,6 +16,7 @@ from ZODB.blob import Blob
 from ZODB.utils import p64
 
 import cluster as harness
+from test_alone import call, registered, send
 from zeo_client import Client, open_storage
 
 SIZES = [0, 1, 59_000, 59_001, 1 << 20, 3_000_000]
@@ -274,14 +272,8 @@ def test_a_client_that_leaves_in_a_download_leaves_no_open_file(nodes, tmp_path)
         return [target for target in targets if target.endswith(".blob")]
 
     # A client that reads nothing of what it has asked for.
-    call = pickle.dumps((2, False, "sendBlob", (oid, serial)), 3)
-    register = pickle.dumps((1, False, "register", ("1", True)), 3)
-    with socket.create_connection(node.address) as sock:
-        for frame in (b"Z5", register, call):
-            sock.sendall(struct.pack(">I", len(frame)) + frame)
-            if frame is not call:
-                # The greeting, then the reply.
-                sock.recv(4096)
+    with registered(node.address) as sock:
+        send(sock, call(2, "sendBlob", oid, serial))
         harness.wait_for("a download", open_blobs)
         time.sleep(0.5)
         assert open_blobs()
@@ -395,6 +387,8 @@ def test_row_32_no_blob_is_lost_with_the_primary(nodes, tmp_path):
 def test_a_copied_data_file_gets_its_blobs(nodes, tmp_path):
     cluster = nodes.cluster(blobs=True)
     first, second, third = cluster.nodes
+    # A site of before: one node alone.
+    first.configure("")
     first.start()
     client = blob_client(first.address, tmp_path / "cache")
     expected = {}
@@ -402,6 +396,8 @@ def test_a_copied_data_file_gets_its_blobs(nodes, tmp_path):
         expected[number] = content(number, number * 10_000)
         client.commit(lambda root: put(root, number, expected[number]))
     first.stop()
+    shutil.rmtree(first.data_file + ".standby")
+    cluster.configure()
     # One head start with all blobs, one without.
     for node in (second, third):
         shutil.copy(first.data_file, node.data_file)

@@ -2,27 +2,36 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import threading
+import time
 
 import pytest
+from persistent import Persistent
 from ZODB.blob import Blob
 from ZODB.POSException import StorageError
 
 import cluster as harness
 from test_cluster import check_histories
-from zeo_client import Client, open_storage
+from zeo_client import Client, open_storage, transactions
 
 MB = 1 << 20
 RESERVE = "  reserve 32MB\n"
 
 
+class Heavy(Persistent):
+    """An object with some bytes."""
+
+    def __init__(self, content):
+        self.content = content
+
+
 @contextlib.contextmanager
-def small_disk(directory, megabytes=200):
+def small_disk(directory, megabytes=200, files=10_000):
     os.makedirs(directory, exist_ok=True)
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=%dm" % megabytes, "standby-test", directory], check=True
-    )
+    options = "size=%dm,nr_inodes=%d" % (megabytes, files)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "standby-test", directory], check=True)
     try:
         yield directory
     finally:
@@ -33,7 +42,7 @@ def small_disk(directory, megabytes=200):
 def disks(tmp_path):
     """Makes directories small disks."""
     with contextlib.ExitStack() as stack:
-        yield lambda directory: stack.enter_context(small_disk(str(directory)))
+        yield lambda directory, **options: stack.enter_context(small_disk(str(directory), **options))
 
 
 @pytest.fixture
@@ -203,3 +212,113 @@ def test_a_node_alone_refuses_and_goes_on(disks, nodes_on_disks, tmp_path):
     assert client.root["x"] == acknowledged[-1]
     client.close()
     node.stop()
+
+
+def commit_some(client, count, first=0, size=200_000):
+    """Revisions of one object: a pack removes all but the last."""
+    notes = []
+    for number in range(first, first + count):
+        note = "w %d" % number
+        client.commit(lambda root: root.update(x=number, text=os.urandom(size)), note=note)
+        notes.append(note.encode())
+    return notes
+
+
+def test_row_50_a_pack_without_room_fails_alone(disks, nodes_on_disks):
+    """On the primary, whose client hears of it, and on a replica: nothing ends, and all commits go on."""
+    cluster = nodes_on_disks.cluster(options=RESERVE)
+    first, second, third = cluster.nodes
+    for node in (first, third):
+        disks(node.directory)
+    cluster.configure()
+    cluster.start()
+    cluster.make_primary(first)
+    client = Client(cluster.addresses)
+    notes = commit_some(client, 20)
+    # What stays: a pack cannot make these smaller.
+    for key in range(20):
+        client.commit(lambda root: root.update({"big%d" % key: Heavy(os.urandom(1_000_000))}))
+    ballasts = [fill(node.directory, left=40 * MB) for node in (first, third)]
+    with pytest.raises(Exception) as refused:
+        client.db.pack()
+    text = str(refused.value)
+    assert "a pack takes a second file of" in text and "are kept in reserve" in text, text
+    notes += commit_some(client, 10, first=20, size=1000)
+    for node in (first, third):
+        harness.wait_for("the pack to fail", lambda: "the pack failed: " in node.log())
+        assert node.process.poll() is None
+        assert not os.path.exists(node.data_file + ".pack")
+    harness.wait_for("the pack", lambda: " packed" in second.log())
+    assert cluster.primary() is first
+    # With room, the next one packs everywhere.
+    for ballast in ballasts:
+        os.remove(ballast)
+    client.db.pack()
+    harness.wait_for(
+        "all to be small",
+        lambda: max(os.path.getsize(node.data_file) for node in cluster.nodes) < 24 * MB,
+    )
+    notes += commit_some(client, 1, first=30, size=10)
+    client.close()
+    cluster.wait_level()
+    assert not any("Fatal" in node.log() or "cannot apply" in node.log() for node in cluster.nodes)
+
+
+def test_without_room_for_more_files_another_node_is_primary(disks, nodes_on_disks):
+    cluster = nodes_on_disks.cluster(options=RESERVE)
+    first = cluster.nodes[0]
+    disks(first.directory, files=400)
+    cluster.configure()
+    cluster.start()
+    cluster.make_primary(first)
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=0))
+    many = os.path.join(first.directory, "many")
+    os.mkdir(many)
+    for number in range(os.statvfs(many).f_favail - 10):
+        open(os.path.join(many, str(number)), "w").close()
+    harness.wait_for("another primary", lambda: cluster.primary() is not first)
+    client.commit(lambda root: root.update(x=1))
+    assert first.process.poll() is None
+    assert "inodes are free" in no_room(cluster, first)
+    shutil.rmtree(many)
+    wait_for_room(cluster, first, True)
+    cluster.wait_level()
+    client.close()
+    check_histories(cluster, [])
+
+
+@pytest.mark.parametrize("nodes_of_it", [1, 3])
+def test_a_data_file_that_somebody_removes_is_written_anew(nodes, nodes_of_it):
+    """While clients commit, which lose nothing, and a pack follows."""
+    if nodes_of_it == 1:
+        primary = nodes.alone().start()
+        addresses = [primary.address]
+    else:
+        cluster = nodes.cluster().start()
+        primary, addresses = cluster.primary(), cluster.addresses
+    client = Client(addresses)
+    for number in range(50):
+        client.commit(lambda root: root.update(x=number, heavy=Heavy("x" * 10_000)))
+    os.remove(primary.data_file)
+    deadline = time.monotonic() + 60
+    while "is in its place again" not in primary.log():
+        number += 1
+        client.commit(lambda root: root.update(x=number))
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "somebody has removed" in primary.log()
+    client.commit(lambda root: root.update(after=number))
+    # As if the power had failed: what is in the file is what counts.
+    primary.kill()
+    history = transactions(primary.data_file)
+    assert len(history) >= number
+    primary.start()
+    client.sync()
+    assert client.root["after"] == number
+    client.db.pack()
+    # Another node may be primary now; each packs by itself.
+    harness.wait_for("a pack", lambda: len(transactions(primary.data_file)) < 10)
+    client.close()
+    if nodes_of_it == 3:
+        check_histories(cluster, [])

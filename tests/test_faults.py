@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from persistent.TimeStamp import TimeStamp
 from ZODB.utils import u64
 
 import cluster as harness
@@ -47,6 +48,9 @@ def test_row_05_clocks_that_jump(nodes, faults):
         told = lambda: cluster.seen(first, by=second).get("clock_ahead_seconds")  # noqa: E731
         if ahead:
             harness.wait_for("a wrong clock in the status", lambda: abs((told() or 0) - ahead) < 10)
+            commit(20)
+            # Nothing that was committed meanwhile is in the future.
+            assert TimeStamp(client.db.lastTransaction()).timeTime() < time.time() + 3600
         else:
             harness.wait_for("a right clock", lambda: told() is None)
         commit(20)
@@ -127,3 +131,42 @@ def test_row_26_a_sync_that_fails_ends_the_process(nodes, faults, what):
     check_histories(cluster, [])
     # The one in flight when the process ended may be there twice: the client has committed it again.
     assert set(acknowledged) <= {txn[3] for txn in transactions(first.data_file)}
+
+
+def test_slow_commits_are_better_than_none(nodes, faults):
+    """Volumes in a cloud stall together: each sync takes a second, on every node."""
+    cluster = nodes.cluster()
+    for node in cluster.nodes:
+        faults.hold(node)
+    cluster.start()
+    client = Client(cluster.addresses)
+    acknowledged = []
+
+    def commit(seconds):
+        number = len(acknowledged)
+        started = time.monotonic()
+        client.commit(lambda root: root.update(x=number), note="w %d" % number)
+        acknowledged.append(b"w %d" % number)
+        assert time.monotonic() - started < seconds
+
+    commit(10)
+    term = cluster.status()["term"]
+    faults.set("sync-delay 1.01 /log/")
+    for _ in range(8):
+        commit(10)
+    # No other node would be better.
+    assert cluster.status()["term"] == term
+    cluster.primary().kill()
+    for _ in range(3):
+        commit(60)
+    term = cluster.status()["term"]
+    for _ in range(8):
+        commit(10)
+    assert cluster.status()["term"] == term
+    faults.set()
+    for node in cluster.nodes:
+        if node not in cluster.running():
+            node.start()
+    cluster.wait_level()
+    client.close()
+    check_histories(cluster, acknowledged)

@@ -1,14 +1,19 @@
 """Packs: on one node and on three, beside commits, cut short by kills."""
 
 import os
+import random
 import threading
 import time
 
 import pytest
 from persistent.mapping import PersistentMapping
-from ZODB.utils import z64
+from persistent.TimeStamp import TimeStamp
+from ZEO.ClientStorage import ClientStorage
+from ZODB.Connection import TransactionMetaData
+from ZODB.utils import maxtid, z64
 
 import cluster as harness
+import records
 from test_blobs import blob_client, files, put, read
 from zeo_client import Client, make_database, transactions
 
@@ -217,3 +222,67 @@ def test_a_pack_under_way_refuses_another(nodes):
     harness.wait_for("the pack", lambda: " packed storage" in node.log())
     client.db.pack()
     client.close()
+
+
+def test_what_the_application_reaches_is_there_after_a_pack(nodes, tmp_path):
+    """Random histories with every form of reference, in a storage each; more of them: STANDBY_HISTORIES."""
+    histories = int(os.environ.get("STANDBY_HISTORIES", "100"))
+    seed = int(os.environ.get("STANDBY_SEED", "1"))
+    collected = 0
+    for batch in range(0, histories, 50):
+        many = range(batch, min(batch + 50, histories))
+        node = nodes.alone("batch%d" % batch)
+        path = {number: str(tmp_path / ("%d.fs" % number)) for number in many}
+        before, at = {}, {}
+        for number in many:
+            rng = random.Random("%s %s" % (seed, number))
+            records.write_history(path[number], rng)
+            at[number] = rng.randrange(14)
+            before[number] = records.moments(path[number], at[number])
+        with open(node.config_path, "a") as config:
+            for number in many:
+                config.write("<filestorage s%d>\n  path %s\n</filestorage>\n" % (number, path[number]))
+        node.start()
+        for number in many:
+            size = os.path.getsize(path[number])
+            storage = ClientStorage(node.address, storage="s%d" % number, wait_timeout=30)
+            # A second after the transaction; they are ten apart.
+            storage.pack(TimeStamp(records.tid_of(at[number])).timeTime() + 1, wait=True)
+            storage.close()
+            collected += os.path.getsize(path[number]) < size
+            after = records.moments(path[number], at[number])
+            assert after == before[number], (seed, number, at[number])
+        node.stop()
+    assert collected > histories / 2
+
+
+def test_a_reference_that_is_not_understood_stops_a_pack(nodes):
+    node = nodes.alone().start()
+    client = Client(node.address)
+    client.commit(lambda root: root.update(kept=PersistentMapping()))
+    client.commit(lambda root: root.update(other=1))
+    client.close()
+    storage = ClientStorage(node.address, wait_timeout=30)
+    serial = storage.loadBefore(z64, maxtid)[1]
+    wrong = b"cpersistent.mapping\nPersistentMapping\n.}U\x04data}U\x01k(Ncpersistent.mapping\nPersistentMapping\ntQss."
+    transaction = TransactionMetaData()
+    storage.tpc_begin(transaction)
+    storage.store(z64, serial, wrong, "", transaction)
+    storage.tpc_vote(transaction)
+    tid = storage.tpc_finish(transaction)
+    before = os.path.getsize(node.data_file)
+    with pytest.raises(Exception) as refused:
+        storage.pack(time.time() + 1, wait=True)
+    told = str(refused.value)
+    assert "object %s" % z64.hex() in told and tid.hex() in told and "pack-gc false" in told, told
+    assert "damaged" not in told
+    assert os.path.getsize(node.data_file) == before
+    # As advised: stored anew.
+    transaction = TransactionMetaData()
+    storage.tpc_begin(transaction)
+    storage.store(z64, tid, wrong.replace(b"(Ncpersistent.mapping\nPersistentMapping\ntQ", b"N"), "", transaction)
+    storage.tpc_vote(transaction)
+    storage.tpc_finish(transaction)
+    storage.pack(time.time() + 1, wait=True)
+    assert os.path.getsize(node.data_file) < before
+    storage.close()

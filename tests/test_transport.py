@@ -1,16 +1,21 @@
 """How clients reach a node: Unix sockets, TLS, signals."""
 
 import os
+import select
 import shutil
 import signal
 import ssl
 import subprocess
+import sys
 import time
 
 import pytest
+import transaction
 from ZEO.Exceptions import ClientDisconnected
+from ZODB.utils import z64
 
 import cluster as harness
+from test_alone import receive, registered
 from zeo_client import Client, open_storage
 
 
@@ -124,13 +129,18 @@ def test_mistakes_in_ssl_are_explained(nodes, tls, tmp_path):
     assert "is not the dotted name of a Python function" in complaint(section.replace("</ssl>", option))
 
 
-def test_unix_sockets(nodes, tmp_path):
-    path = str(tmp_path / "zeo.sock")
-    node = nodes.alone()
+def listen_at(node, path):
+    """The node listens at a Unix socket."""
     with open(node.config_path) as config:
         text = config.read()
     with open(node.config_path, "w") as config:
-        config.write(text.replace("127.0.0.1:%d" % node.port, path))
+        config.write(text.replace("%s:%s" % node.address, path))
+
+
+def test_unix_sockets(nodes, tmp_path):
+    path = str(tmp_path / "zeo.sock")
+    node = nodes.alone()
+    listen_at(node, path)
     node.start()
     client = Client(path)
     client.commit(lambda root: root.update(x=1))
@@ -141,8 +151,7 @@ def test_unix_sockets(nodes, tmp_path):
     client.commit(lambda root: root.update(x=2))
     client.close()
     second = nodes.alone("second")
-    with open(second.config_path, "w") as config:
-        config.write(text.replace("127.0.0.1:%d" % node.port, path))
+    shutil.copy(node.config_path, second.config_path)
     second.start()
     assert second.wait() == 1
     assert "cannot listen on address %s" % path in second.log()
@@ -291,3 +300,81 @@ def test_an_encrypted_key_and_its_password_function(nodes, tls, tmp_path, monkey
     client = Client(node.address, ssl=tls.client(tls.known))
     client.commit(lambda root: root.update(x=1))
     client.close()
+
+
+def test_the_secret_is_changed_while_nodes_run(nodes, tmp_path):
+    secret = tmp_path / "secret"
+    old, new = "the old one of 32 characters, more", "the new one of 32 characters, more"
+    secret.write_text(old + "\n")
+    cluster = nodes.cluster(options="  secret-file %s\n" % secret).start()
+    first, second, third = cluster.nodes
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=0))
+
+    def reread(text, *nodes):
+        secret.write_text(text)
+        for node in nodes:
+            before = node.log().count("the secret-file was read again")
+            node.signal(signal.SIGHUP)
+            harness.wait_for(
+                "SIGHUP", lambda: node.log().count("the secret-file was read again") > before
+            )
+
+    reread("%s\n\n%s\n" % (old, new), first, second, third)
+    # The first one proves the new one already, the others still the old one.
+    reread("%s\n\n%s\n" % (new, old), first)
+    secret.write_text("%s\n\n%s\n" % (old, new))
+    second.stop()
+    second.start()
+    cluster.wait_healthy()
+    client.commit(lambda root: root.update(x=1))
+    reread("%s\n\n%s\n" % (new, old), first, second, third)
+    reread(new + "\n", first, second, third)
+    third.stop()
+    third.start()
+    cluster.wait_healthy()
+    # Who knows the old one only is a stranger now.
+    third.stop()
+    secret.write_text(old + "\n")
+    third.start()
+    harness.wait_for("a refusal", lambda: "have different secrets" in third.log())
+    assert "have different secrets" in first.log()
+    client.commit(lambda root: root.update(x=2))
+    client.close()
+
+
+def test_the_reply_to_a_commit_comes_after_its_invalidations(nodes, tmp_path):
+    """On a busy machine, 2,000 times: whoever has the reply finds the others told. Over a Unix socket, where what one
+    side has written the other side has."""
+    path = str(tmp_path / "sock")
+    node = nodes.alone()
+    listen_at(node, path)
+    node.start()
+    harness.wait_for("the socket", lambda: os.path.exists(path))
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    others = []
+    try:
+        for _ in range(30):
+            others.append(registered(path, read_only=False))
+        storage = open_storage(path)
+        oid, serial = storage.new_oid(), z64
+        missed = 0
+        for number in range(2000):
+            txn = transaction.TransactionManager().begin()
+            storage.tpc_begin(txn)
+            data = b"\x80\x02cpersistent\nPersistent\nq\x01.K%c." % (number % 100)
+            storage.store(oid, serial, data, "", txn)
+            storage.tpc_vote(txn)
+            serial = storage.tpc_finish(txn)
+            readable = select.select(others, [], [], 0)[0]
+            missed += len(others) - len(readable)
+            for sock in others:
+                assert serial in receive(sock)
+        storage.close()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+        for sock in others:
+            sock.close()
+    assert not missed

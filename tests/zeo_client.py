@@ -14,6 +14,12 @@ from ZODB.utils import z64
 RETRY = (ZODB.POSException.ConflictError, ZODB.POSException.StorageError)
 
 
+def is_passing(error):
+    """True of an error after which users try again: also of that of a ZEO 5 client which loses its connection between
+    two steps of a call (its source: "race condition potential")."""
+    return isinstance(error, RETRY) or isinstance(error, AttributeError) and "call_sync" in str(error)
+
+
 def open_storage(addresses, **options):
     options.setdefault("wait_timeout", 30)
     # A transaction begins with all that was committed before it, not with what has arrived so far.
@@ -67,10 +73,10 @@ class Client:
                     self.manager.get().note("%s" % note)
                 self.manager.commit()
                 return self.db.storage.lastTransaction(), failed
-            except RETRY:
+            except (*RETRY, AttributeError) as error:
                 self.manager.abort()
                 failed += 1
-                if failed >= attempts:
+                if failed >= attempts or not is_passing(error):
                     raise
                 time.sleep(0.02)
 

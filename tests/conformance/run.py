@@ -12,6 +12,7 @@ server; clients get the addresses of all of them. `--switch SECONDS` makes anoth
 
 import argparse
 import contextlib
+import doctest
 import importlib
 import json
 import logging
@@ -92,9 +93,8 @@ class StandbyServer:
         self.clean_up()
 
     def clean_up(self):
-        if os.environ.get("CONFORMANCE_SHOW"):
-            with open(self.log) as log:
-                sys.stderr.write(log.read())
+        with open(self.log) as log:
+            LOGS.append(log.read())
         os.remove(self.path)
         os.remove(self.log)
         if not self.keep:
@@ -107,6 +107,8 @@ class StandbyServer:
                 shutil.rmtree(data + ".standby", ignore_errors=True)
 
 
+# What the servers of the present test said.
+LOGS = []
 # What the nodes of a cluster keep over a restart of its server: by the data file, their ports.
 PORTS = {}
 # The addresses of all nodes, by that of the first.
@@ -332,8 +334,17 @@ class Result(unittest.TestResult):
     def startTest(self, test):
         super().startTest(test)
         self.began = time.monotonic()
+        self.failed = False
+        LOGS.clear()
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        if self.failed or os.environ.get("CONFORMANCE_SHOW"):
+            for log in LOGS:
+                sys.__stdout__.write("a server of this test said:\n%s\n" % log[-4000:])
 
     def say(self, word, test):
+        self.failed = word != "passed"
         sys.__stdout__.write(
             "%-7s %6.2f s  %s\n" % (word, time.monotonic() - self.began, name_of(test))
         )
@@ -408,13 +419,15 @@ def run(chosen):
 
 
 class PortsApart:
-    """Stands for the module `random` where the suites draw ports: two runs at the same time, one for each encoding,
-    must not draw the same one between the look at it and its use."""
+    """Stands for the module `random` where the suites draw ports: two runs at the same time must not draw the same
+    one between the look at it and its use."""
 
     @staticmethod
     def randrange(start, stop):
-        middle = (start + stop) // 2
-        return random.randrange(middle, stop) if OPTIONS.msgpack else random.randrange(start, middle - 1)
+        width = (stop - start) // harness.SHARES
+        first = start + harness.SHARE * width
+        # The suites also use the next one.
+        return random.randrange(first, first + width - 1)
 
 
 def main():
@@ -434,6 +447,7 @@ def main():
         ZEO.tests.forker.start_zeo_server = start_standby
         if OPTIONS.nodes == 3:
             give_all_addresses()
+    doctest.set_unittest_reportflags(doctest.REPORT_ONLY_FIRST_FAILURE)
     chosen, skipped = collect()
     if OPTIONS.list:
         for _, test in chosen:

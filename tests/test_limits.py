@@ -1,0 +1,85 @@
+"""What clients ask for beyond what can be: refused, and nothing else is harmed."""
+
+import time
+
+import pytest
+from persistent.TimeStamp import TimeStamp
+from ZEO.ClientStorage import ClientStorage
+from ZODB.Connection import TransactionMetaData
+from ZODB.utils import maxtid, p64, u64, z64
+
+import cluster as harness
+from zeo_client import Client
+
+
+def store(storage, oid, serial, tid=None):
+    """Commits a record, perhaps with a tid of its own; gives the tid."""
+    transaction = TransactionMetaData()
+    storage.tpc_begin(transaction, tid)
+    try:
+        storage.store(oid, serial, b"cpersistent.mapping\nPersistentMapping\n.}U\x04data}s.", "", transaction)
+        storage.tpc_vote(transaction)
+        return storage.tpc_finish(transaction)
+    except BaseException:
+        storage.tpc_abort(transaction)
+        raise
+
+
+def at(seconds):
+    return TimeStamp(*time.gmtime(seconds)[:5], seconds % 60).raw()
+
+
+def test_tids_beyond_all_are_refused_before_they_are_in_the_log(nodes):
+    cluster = nodes.cluster().start()
+    storage = ClientStorage(cluster.addresses, wait_timeout=30)
+    serial = store(storage, p64(1), z64)
+    day = 86_400
+    for tid in (p64(2**63), p64(2**64 - 1), p64(2**63 - 1), p64(2**63 - 2), at(time.time() + 2 * day)):
+        with pytest.raises(Exception) as refused:
+            store(storage, p64(1), serial, tid)
+        assert "future-tids" in str(refused.value) and tid.hex() in str(refused.value)
+    # An hour ahead is allowed, and what comes next follows it.
+    ahead = at(time.time() + 3600)
+    assert store(storage, p64(1), serial, ahead) == ahead
+    assert store(storage, p64(1), ahead) == p64(u64(ahead) + 1)
+    storage.close()
+    # Nobody has stopped, and everybody starts again.
+    for node in cluster.nodes:
+        assert node.process.poll() is None
+        node.stop()
+    cluster.start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(after=1))
+    client.close()
+
+
+def test_more_of_the_future_is_allowed_by_the_configuration(nodes):
+    cluster = nodes.cluster(options="  future-tids %d\n" % (20 * 365 * 86_400)).start()
+    storage = ClientStorage(cluster.addresses, wait_timeout=30)
+    ahead = at(time.time() + 10 * 365 * 86_400)
+    assert store(storage, p64(1), z64, ahead) == ahead
+    storage.close()
+
+
+def test_no_oid_is_given_out_when_the_highest_is_in_use(nodes):
+    node = nodes.alone().start()
+    storage = ClientStorage(node.address, wait_timeout=30)
+    first = storage.new_oid()
+    store(storage, p64(2**64 - 50), z64)
+    seen = set()
+    with pytest.raises(Exception) as refused:
+        # The client asks for a hundred at a time, and has some of the first hundred.
+        for _ in range(200):
+            seen.add(storage.new_oid())
+    assert "no new oids are left" in str(refused.value)
+    assert first not in seen and z64 not in seen and len(seen) < 100
+    store(storage, p64(2**64 - 1), z64)
+    assert storage.loadBefore(p64(2**64 - 1), maxtid)
+    storage.close()
+    # A restart changes nothing.
+    node.stop()
+    node.start()
+    storage = ClientStorage(node.address, wait_timeout=30)
+    with pytest.raises(Exception, match="no new oids are left"):
+        storage.new_oid()
+    storage.close()
