@@ -4,10 +4,16 @@ import contextlib
 import itertools
 import os
 import socket
+import stat
 import threading
 import time
 
-from test_alone import call, registered
+import pytest
+import transaction
+from ZODB.blob import Blob
+from ZODB.POSException import ReadOnlyError
+
+from test_alone import call, receive, registered, send
 from zeo_client import Client
 
 
@@ -77,4 +83,97 @@ def test_pings_at_a_replica_leave_the_primary_alone(nodes):
     assert min(received) > 0
     assert cluster.status()["term"] == term and cluster.primary() is primary
     assert during[-1] < 5 and grown < 200 << 20
+    client.close()
+
+
+def test_who_may_only_read_does_not_pack(nodes):
+    cluster = nodes.cluster().start()
+    client = Client(cluster.addresses)
+    for number in range(3):
+        client.commit(lambda root: root.update(x=number))
+    cluster.wait_level()
+    sizes = [os.path.getsize(node.data_file) for node in cluster.nodes]
+    for node in cluster.nodes:
+        reader = Client([node.read_only_address], read_only=True)
+        with pytest.raises(ReadOnlyError):
+            reader.db.storage.pack(time.time() + 1)
+        reader.close()
+    assert [os.path.getsize(node.data_file) for node in cluster.nodes] == sizes
+    client.db.storage.pack(time.time() + 1)
+    client.close()
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+def test_only_files_become_blobs(nodes, tmp_path, kind):
+    """In a shared directory the client names the file. What is none would be somebody else's, or be read for ever."""
+    node = nodes.alone(blobs=True)
+    node.start()
+    client = Client([node.address], blob_dir=node.blob_dir, shared_blob_dir=True)
+    client.commit(lambda root: root.update(blob=Blob(b"first")))
+    secret = tmp_path / "secret"
+    secret.write_text("what the server may read and the client may not")
+    storage, oid = client.db.storage, client.root["blob"]._p_oid
+    data, serial = storage.load(oid)
+    crafted = os.path.join(storage.fshelper.getPathForOID(oid), "crafted.tmp-")
+    make = {"link": lambda name: os.symlink(secret, name), "fifo": os.mkfifo, "directory": os.mkdir}
+    make[kind](crafted)
+    txn = transaction.TransactionManager().begin()
+    storage.tpc_begin(txn)
+    storage._async("storeBlobShared", oid, serial, data, "crafted.tmp-", id(txn))
+    with pytest.raises(Exception, match="crafted.tmp-: cannot take"):
+        storage.tpc_vote(txn)
+    storage.tpc_abort(txn)
+    assert secret.read_text().startswith("what")
+    # The server goes on.
+    client.commit(lambda root: root.update(other=Blob(b"second")))
+    assert client.root["blob"].open().read() == b"first"
+    client.close()
+
+
+def test_what_the_node_keeps_is_for_nobody_else(nodes, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("as good as any secret of 32 bytes")
+    cluster = nodes.cluster(options="  secret-file %s\n" % secret).start()
+    node = cluster.nodes[0]
+    assert stat.S_IMODE(os.stat(node.state_dir).st_mode) == 0o700
+    exposed = "every user of this machine can read "
+    assert exposed + str(secret) in node.log()
+    node.stop()
+    secret.chmod(0o600)
+    before = node.log().count(exposed)
+    node.start()
+    cluster.wait_healthy()
+    assert node.log().count(exposed) == before
+    node.stop()
+    os.chmod(node.state_dir, 0o755)
+    node.start()
+    cluster.wait_healthy()
+    assert exposed + node.state_dir in node.log()
+
+
+def test_strangers_write_no_lines_into_the_log(nodes):
+    """What a stranger sends is told on one line, without what a terminal would obey."""
+    cluster = nodes.cluster().start()
+    node = cluster.nodes[0]
+    evil = b"\x1b[2J\r\n2026-11-29T00:00:00Z ERROR all is lost\n"
+    for port in (node.port, node.read_only_port, node.peer_port, node.admin_port):
+        for prefix in (b"", (len(evil) & 0xFFFFFFFF).to_bytes(4, "big")):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as stranger:
+                stranger.settimeout(5)
+                with contextlib.suppress(OSError):
+                    stranger.recv(100) if port in (node.port, node.read_only_port) else None
+                    stranger.sendall(prefix + evil)
+                    stranger.shutdown(socket.SHUT_WR)
+                    while stranger.recv(100):
+                        pass
+    sock = registered(node.read_only_address)
+    with contextlib.suppress(OSError):
+        send(sock, call(2, "no such \x1b[2J\nERROR all is lost"))
+        receive(sock)
+    sock.close()
+    log = node.log()
+    assert "\x1b" not in log
+    assert not any(line.startswith(("2026-11-29T00:00:00Z ERROR all", "ERROR all")) for line in log.splitlines())
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=1))
     client.close()

@@ -350,6 +350,28 @@ def test_row_41_a_node_that_crashes_again_and_again_does_not_lead(nodes):
     assert "does not stand for election" in victim.log()
 
 
+def test_row_41_a_node_that_crashes_leads_if_nobody_else_can(nodes):
+    """It has acknowledged what the other node that is left has not."""
+    cluster = nodes.cluster().start()
+    primary = cluster.primary()
+    victim, behind = (node for node in cluster.nodes if node is not primary)
+    behind.stop()
+    victim.stop()
+    with open(os.path.join(victim.state_dir, "crashes"), "w") as crashes:
+        crashes.write(("%d\n" % time.time()) * 3)
+    victim.start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(number=1), "acknowledged")
+    primary.kill()
+    behind.start()
+    assert cluster.primary() is victim
+    client.commit(lambda root: root.update(number=2))
+    client.close()
+    primary.start()
+    cluster.wait_healthy()
+    check_histories(cluster, [b"acknowledged"])
+
+
 def test_a_primary_that_is_stopped_hands_over_first(nodes):
     cluster = nodes.cluster().start()
     writer = Writer(cluster.addresses, "w")

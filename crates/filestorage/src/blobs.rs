@@ -181,7 +181,7 @@ impl BlobDir {
         let to = self.partial(transfer);
         self.0.disk.rename(&from, &to).map_err(StorageError::io(&from, "take"))?;
         // It may be read-only already; reading is enough to sync it.
-        staging.file = self.0.disk.open(&to, Open::Read).map_err(StorageError::io(&to, "open"))?;
+        staging.file = self.0.disk.open_foreign(&to).map_err(StorageError::io(&from, "take"))?;
         let mut buffer = vec![0; CHUNK];
         loop {
             let n = read_full(&*staging.file, &mut buffer, staging.len)

@@ -414,6 +414,15 @@ impl Connection {
                 self.send_blob(id, oid, serial);
                 return None;
             }
+            // Python's server lets a read-only client pack. Who was given this address is not to work on the files.
+            Effect::Pack { id, .. } if self.read_only => {
+                if let Some(id) = id {
+                    self.handle
+                        .outbox
+                        .push(self.handle.encoding().error(&id, &ClientError::ReadOnly));
+                }
+                return None;
+            }
             Effect::Pack { id, time, wait } => Request::Pack { session, storage, id, time, wait },
             Effect::Abort => {
                 if let Some(storage) = self.storage() {

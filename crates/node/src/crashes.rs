@@ -18,7 +18,7 @@ use crate::machine;
 const ESSENTIAL: [&str; 3] = ["applier", "log", "lease"];
 /// For how long a crash matters.
 pub const REMEMBERED: Duration = Duration::from_secs(300);
-/// After so many of them a node does not stand for election.
+/// After so many of them a node does not stand for election, as long as another one can be primary.
 const MANY: usize = 3;
 
 fn path(state_dir: &Path) -> PathBuf {

@@ -110,6 +110,20 @@ impl Disk for OsDisk {
         Ok(Arc::new(OsFile::new(options.open(path)?)))
     }
 
+    fn open_foreign(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let opened = match rustix::fs::open(path, flags, Mode::empty()) {
+            Err(rustix::io::Errno::LOOP) => return Err(not_a_file("a symbolic link")),
+            opened => fs::File::from(opened?),
+        };
+        match opened.metadata()?.file_type() {
+            kind if kind.is_file() => Ok(Arc::new(OsFile::new(opened))),
+            kind if kind.is_dir() => Err(not_a_file("a directory")),
+            _ => Err(not_a_file("a pipe or a device")),
+        }
+    }
+
     #[allow(unsafe_code)]
     fn map(&self, path: &Path) -> io::Result<Mapped> {
         let file = fs::File::open(path)?;
@@ -153,7 +167,12 @@ impl Disk for OsDisk {
     }
 
     fn create_private_dir(&self, dir: &Path) -> io::Result<()> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+        // The directories above it are not only ours.
+        fs::create_dir_all(standby_types::disk::parent(dir))?;
+        match fs::DirBuilder::new().mode(0o700).create(dir) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+            made => made,
+        }
     }
 
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
@@ -169,6 +188,10 @@ impl Disk for OsDisk {
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         fs::File::open(dir)?.sync_all()
     }
+}
+
+fn not_a_file(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, format!("it is {what}, not a file"))
 }
 
 /// A file without a name, gone when it is dropped.
@@ -257,6 +280,39 @@ mod tests {
         remove_tree(&OsDisk, &tree).unwrap();
         remove_tree(&OsDisk, &tree).unwrap();
         assert_eq!(OsDisk.list(dir.path()).unwrap(), [dir.path().join("beside")]);
+    }
+
+    #[test]
+    fn a_private_directory_is_private_and_those_above_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("outer/inner");
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        OsDisk.create_private_dir(&inner).unwrap();
+        OsDisk.create_private_dir(&inner).unwrap();
+        fs::create_dir(dir.path().join("usual")).unwrap();
+        assert_eq!(mode(&inner), 0o700);
+        assert_eq!(mode(&dir.path().join("outer")), mode(&dir.path().join("usual")));
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert!(OsDisk.create_private_dir(&dir.path().join("file")).is_err());
+    }
+
+    #[test]
+    fn only_a_file_is_opened_that_somebody_else_put_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::write(path("file"), "x").unwrap();
+        std::os::unix::fs::symlink(path("file"), path("link")).unwrap();
+        fs::create_dir(path("directory")).unwrap();
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, path("pipe"), rustix::fs::FileType::Fifo, mode, 0)
+            .unwrap();
+        assert_eq!(OsDisk.open_foreign(&path("file")).unwrap().len().unwrap(), 1);
+        for (name, told) in
+            [("link", "a symbolic link"), ("directory", "a directory"), ("pipe", "a pipe")]
+        {
+            let error = OsDisk.open_foreign(&path(name)).err().unwrap().to_string();
+            assert!(error.contains(told), "{error}");
+        }
     }
 
     #[test]

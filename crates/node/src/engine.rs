@@ -318,7 +318,8 @@ impl Engine {
         let crashes = crashes::are_many(&*shared.disk, &shared.state.0);
         if crashes {
             warn!(
-                "this node has crashed again and again: it does not stand for election for five minutes"
+                "this node has crashed again and again: for five minutes it does not stand for election, as long as \
+                 another node can be primary"
             );
         }
         Engine {

@@ -555,7 +555,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     if config.storages.is_empty() {
         // A witness has no data file whose lock would tell that the node runs already.
         let state_dir = config.state_dir();
-        disk.create_dir(&state_dir)
+        disk.create_private_dir(&state_dir)
             .and_then(|()| machine::lock_file(&state_dir.join("identity")))
             .map(|lock| locks.push(lock))
             .with_context(|| format!("cannot use state-dir {}", state_dir.display()))?;

@@ -206,7 +206,8 @@ impl StateDir {
 
     /// Writes who this node is.
     pub fn set_identity(&self, disk: &dyn Disk, identity: &Identity) -> anyhow::Result<()> {
-        disk.create_dir(&self.0)?;
+        // The log holds what is in the data files.
+        disk.create_private_dir(&self.0)?;
         disk.create_dir(&self.log())?;
         let path = self.0.join("identity");
         replace(disk, &path, &serde_json::to_vec_pretty(identity)?)

@@ -25,6 +25,7 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
         set_parent_process_death_signal(Some(Signal::KILL))?;
     }
     let log_files = logging::start(&config)?;
+    config.warn_of_exposed_files();
     let watchdog = Watchdog::start()?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

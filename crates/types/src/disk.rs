@@ -63,6 +63,11 @@ pub type Mapped = Arc<dyn AsRef<[u8]> + Send + Sync>;
 pub trait Disk: Send + Sync {
     /// Opens a file.
     fn open(&self, path: &Path, open: Open) -> io::Result<Arc<dyn File>>;
+    /// Opens for reading a file that somebody else may have put there. A link, a FIFO, a device or a directory is an
+    /// error at once. Disks that have files only need not look.
+    fn open_foreign(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.open(path, Open::Read)
+    }
     /// Maps a whole file that nobody writes to as long as the map lives.
     fn map(&self, path: &Path) -> io::Result<Mapped>;
     /// True if the name exists.
@@ -77,7 +82,7 @@ pub trait Disk: Send + Sync {
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
     /// Makes a directory and its parents.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
-    /// As [`Disk::create_dir`], but what is made is for nobody else to look into.
+    /// As [`Disk::create_dir`], but nobody else may look into the directory if it is made now.
     fn create_private_dir(&self, dir: &Path) -> io::Result<()> {
         self.create_dir(dir)
     }

@@ -3,10 +3,13 @@
 //! Source: `ZEO/schema.xml`, `ZEO/server.xml` and `ZODB/component.xml`.
 
 use std::fmt;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use standby_zeo::Retention;
+use tracing::warn;
 
 mod standby;
 
@@ -227,6 +230,22 @@ impl Config {
     /// How far a tid that a client brings may be ahead of the primary's clock.
     pub fn future_tids(&self) -> Duration {
         self.standby.as_ref().map_or(DEFAULT_FUTURE_TIDS, |standby| standby.future_tids)
+    }
+
+    /// Tells of what every user of this machine can read and should not.
+    pub fn warn_of_exposed_files(&self) {
+        let standby = self.standby.as_ref();
+        let ssl = self.zeo.ssl.iter().chain(standby.and_then(|s| s.peer_ssl.as_ref()));
+        let secret = standby.and_then(|s| s.secret_file.clone()).into_iter();
+        let secrets = ssl.map(|ssl| ssl.key.clone()).chain(secret);
+        let secrets = secrets.map(|path| (path, "it is secret"));
+        let state = (self.state_dir(), "it holds what is in the data files");
+        for (path, why) in secrets.chain([state]) {
+            if fs::metadata(&path).is_ok_and(|found| found.permissions().mode() & 0o007 != 0) {
+                let path = path.display();
+                warn!("every user of this machine can read {path}, and {why}: chmod o= {path}");
+            }
+        }
     }
 
     /// Log, checkpoints, index, identity.

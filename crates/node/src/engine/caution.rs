@@ -12,7 +12,8 @@ use crate::crashes;
 const LOSSES: usize = 3;
 /// How long a loss counts.
 const FLAPPING_FOR: Duration = Duration::from_secs(60);
-/// Without a primary for so long, one that flaps, or lacks a blob, is better than none.
+/// Without a primary for so long, one that flaps, crashes, or lacks a blob, is better than none: it may have the only
+/// log with what was committed last, and nobody else can be elected then.
 const NO_PRIMARY: Duration = Duration::from_secs(5);
 
 impl Engine {
@@ -40,13 +41,13 @@ impl Engine {
         }
         let alone = self.consensus.membership().voters.len() <= 1;
         let crashes = self.crashes && now < crashes::REMEMBERED;
-        let waits =
-            (self.is_flapping() || self.is_damaged) && now < self.primary_known_at + NO_PRIMARY;
+        let others_first = self.is_flapping() || self.is_damaged || crashes;
+        let waits = others_first && now < self.primary_known_at + NO_PRIMARY;
         let caution = match () {
             // Nobody else could be primary.
             () if alone => Caution::None,
             () if self.lacks_data => Caution::Abstains,
-            () if crashes || waits => Caution::DoesNotStand,
+            () if waits => Caution::DoesNotStand,
             () => Caution::None,
         };
         if caution != self.caution {

@@ -1,5 +1,6 @@
 //! Where log lines go: the `<eventlog>` section, or standard error.
 
+mod fields;
 mod file;
 mod format;
 
@@ -13,6 +14,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
+use self::fields::SafeFields;
 pub use self::file::{LogFile, Rotation};
 pub use self::format::Format;
 use crate::config::{Config, LogFileSection};
@@ -71,7 +73,10 @@ fn layer(
     color: bool,
     most: Option<tracing::Level>,
 ) -> BoxedLayer {
-    let layer = tracing_subscriber::fmt::layer().with_ansi(color).with_writer(target);
+    let layer = tracing_subscriber::fmt::layer()
+        .fmt_fields(SafeFields)
+        .with_ansi(color)
+        .with_writer(target);
     let most = most.map_or(LevelFilter::TRACE, LevelFilter::from_level);
     match &section.format {
         None => layer.with_target(false).with_filter(most).boxed(),
