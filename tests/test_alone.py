@@ -1,7 +1,9 @@
 """One node alone: what a site sees that changes nothing but the program that reads its zeo.conf."""
 
+import fcntl
 import os
 import pickle
+import shutil
 import socket
 import struct
 import subprocess
@@ -16,6 +18,8 @@ import ZODB.FileStorage
 import ZODB.POSException
 from BTrees.Length import Length
 from persistent.mapping import PersistentMapping
+from ZODB.blob import Blob
+from ZODB.POSException import ReadOnlyError
 
 import cluster as harness
 from zeo_client import Client, make_database, open_storage, transactions
@@ -382,16 +386,107 @@ def test_several_storages_in_one_file(nodes):
     assert len(transactions(node.data_file)) == len(transactions(node.data_file + ".2"))
 
 
-def test_a_read_only_storage_is_read_only(nodes):
-    node = nodes.alone()
-    make_database(node.data_file, 100)
+def make_read_only(node):
     with open(node.config_path) as config:
         text = config.read()
     with open(node.config_path, "w") as config:
         config.write(text.replace("</filestorage>", "  read-only true\n</filestorage>"))
+
+
+def contents_of(directory):
+    """Every file there but the node's own log and configuration, with its bytes."""
+    found = {}
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            path = os.path.join(parent, name)
+            if name not in ("log.txt", "zeo.conf"):
+                with open(path, "rb") as file:
+                    found[path] = file.read()
+    return found
+
+
+def test_a_read_only_storage_is_never_written(nodes):
+    """Neither packed, nor its torn tail cut, nor anything made beside it; and Python may hold its lock."""
+    node = nodes.alone(blobs=True)
+    make_database(node.data_file, 100)
+    client = Client(node.start().address, blob_dir=node.directory + "-cache")
+    client.commit(lambda root: root.update(blob=Blob(b"kept")))
+    client.close()
+    node.stop()
+    shutil.rmtree(node.data_file + ".standby")
+    with open(node.data_file, "ab") as file:
+        file.write(b"the beginning of a transaction")
+    make_read_only(node)
+    before = contents_of(node.directory)
+    with open(node.data_file + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before[lock.name] = b""
+        node.start()
+        client = Client(node.address, read_only_fallback=True, blob_dir=node.directory + "-cache2")
+        storage = client.db.storage
+        assert storage.is_read_only() and len(client.root["tree"]) == 100
+        assert client.root["blob"].open().read() == b"kept"
+        with pytest.raises(ReadOnlyError):
+            storage.pack(time.time() + 1)
+        client.close()
+        # Time for a checkpoint and for looks at the disk.
+        time.sleep(12)
+        assert node.process.poll() is None and "ERROR" not in node.log(), node.log()
+        assert "it is not served" in node.log()
+        node.stop()
+    assert contents_of(node.directory) == before
+
+
+def test_a_read_only_storage_that_is_not_there_is_not_made(nodes):
+    node = nodes.alone()
+    make_read_only(node)
+    assert node.start().wait() != 0
+    assert "does not exist" in node.log() and not os.path.exists(node.data_file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+def test_a_read_only_mount_is_served(nodes, tmp_path):
+    node = nodes.alone(data_file=str(tmp_path / "mount" / "Data.fs"))
+    os.mkdir(tmp_path / "mount")
+    make_database(node.data_file, 100)
+    make_read_only(node)
+    subprocess.run(["mount", "--bind", tmp_path / "mount", tmp_path / "mount"], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", tmp_path / "mount"], check=True)
+        node.start()
+        client = Client(node.address, read_only=True)
+        assert len(client.root["tree"]) == 100
+        client.close()
+        node.stop()
+    finally:
+        subprocess.run(["umount", tmp_path / "mount"], check=True)
+
+
+def test_what_was_undone_in_place_is_no_revision(nodes):
+    """FileStorage before ZODB 3.3 gave a transaction that was undone the status `u`."""
+    node = nodes.alone()
+    storage = ZODB.FileStorage.FileStorage(node.data_file)
+    db = ZODB.DB(storage)
+    with db.transaction() as connection:
+        connection.root()["x"] = PersistentMapping(value="kept")
+    position = storage._pos
+    with db.transaction() as connection:
+        connection.root()["x"]["value"] = "undone"
+    with db.transaction() as connection:
+        connection.root()["y"] = 1
+    db.close()
+    os.remove(node.data_file + ".index")
+    with open(node.data_file, "r+b") as file:
+        file.seek(position + 16)
+        file.write(b"u")
     node.start()
-    client = Client(node.address, read_only_fallback=True)
-    assert client.db.storage.is_read_only() and len(client.root["tree"]) == 100
+    client = Client(node.address)
+    storage = client.db.storage
+    assert client.root["x"]["value"] == "kept"
+    assert [txn.status for txn in storage.iterator()] == [" ", " ", " "]
+    storage.pack(time.time() + 1)
+    client.connection.cacheMinimize()
+    assert client.root["x"]["value"] == "kept" and client.root["y"] == 1
     client.close()
 
 

@@ -4,7 +4,7 @@ use bytes::{BufMut, BytesMut};
 use standby_types::{File, Oid, Position, Tid};
 
 use crate::StorageError;
-use crate::format::{DataHeader, TXN_HEADER, TxnHeader};
+use crate::format::{DataHeader, TXN_HEADER, TxnHeader, UNDONE};
 use crate::storage::{FileStorage, Mark};
 use crate::transaction::{Record, RecordData, Transaction, TransactionMeta};
 
@@ -143,7 +143,8 @@ impl Appender<'_> {
         }
         let mark = Mark { position: Position(self.flushed_to), tid: self.header.tid };
         let mut state = self.storage.shared.write();
-        for (oid, position) in &self.records {
+        let current = if self.header.status == UNDONE { &[] } else { &self.records[..] };
+        for (oid, position) in current {
             state.index.insert(*oid, *position);
         }
         state.mark = mark;

@@ -5,7 +5,7 @@
 //!
 //! transaction   0  tid                      8
 //!               8  length of all this - 8   8
-//!              16  status                   1   ' ' or 'p' (packed); 'c' while being written
+//!              16  status                   1   ' ' or 'p' (packed); 'c' while being written; 'u': see [`UNDONE`]
 //!              17  lengths of user,
 //!                  description, extension   2 2 2
 //!              23  user, description, extension
@@ -26,6 +26,10 @@ use standby_types::{Oid, Position, Tid};
 
 pub(crate) const TXN_HEADER: u64 = 23;
 pub(crate) const DATA_HEADER: u64 = 42;
+
+/// The status of a transaction that FileStorage undid in place before ZODB 3.3: it is in the file, and what it wrote is
+/// no revision of any object. Source: `read_index` in `ZODB/FileStorage/FileStorage.py`.
+pub(crate) const UNDONE: u8 = b'u';
 
 /// How many back pointers are followed before the file is called damaged.
 pub const REFERENCE_LIMIT: usize = 100_000;

@@ -117,6 +117,16 @@ impl Transactions {
         self.end - self.position
     }
 
+    /// The next transaction that counts.
+    pub fn advance_past_undone(&mut self) -> Result<Option<StoredTransaction>, StorageError> {
+        loop {
+            match self.advance()? {
+                Some(stored) if stored.meta.is_undone() => {}
+                other => return Ok(other),
+            }
+        }
+    }
+
     /// The next transaction.
     pub fn advance(&mut self) -> Result<Option<StoredTransaction>, StorageError> {
         if self.position >= self.end {
@@ -179,6 +189,9 @@ impl Transactions {
         transaction: &StoredTransaction,
     ) -> Result<Vec<Position>, StorageError> {
         let mut newest = Vec::new();
+        if transaction.meta.is_undone() {
+            return Ok(newest);
+        }
         for (oid, position) in self.reader.records_of(transaction)? {
             if self.reader.is_newest(oid, position, Position(self.end))? {
                 newest.push(position);

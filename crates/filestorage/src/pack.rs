@@ -26,7 +26,7 @@ use std::path::Path;
 use standby_types::{Oid, Position, Tid};
 
 use crate::error::{StorageError, Unreadable};
-use crate::format::{DATA_HEADER, DataHeader};
+use crate::format::{DATA_HEADER, DataHeader, UNDONE};
 use crate::iterate::shared_data;
 use crate::read::{Access, Reader};
 use crate::scan::Window;
@@ -87,7 +87,7 @@ impl Removed {
             return Ok(());
         }
         let mut transactions = target.transactions(after.next(), Tid::MAX)?;
-        while let Some(stored) = transactions.advance()? {
+        while let Some(stored) = transactions.advance_past_undone()? {
             for (from, position) in target.records_of(&stored)? {
                 let mut gone = None;
                 let seen = refer(target, from, position, references, &mut |to| {
@@ -274,7 +274,7 @@ impl Plan {
                     }
                     _ => return window.damaged(record_at, "a data record is cut off"),
                 };
-                if before {
+                if before && header.status != UNDONE {
                     let back = back_of(&mut window, &record, record_at)?;
                     // Position 0: gone.
                     let kept = if record.data_len > 0 || back > 0 { record_at } else { 0 };
@@ -310,7 +310,7 @@ impl Plan {
         self.reached = vec![false; self.current.len()];
         self.reach_from(reader, references, vec![Oid(0)])?;
         let mut later = reader.transactions(self.last.next(), Tid::MAX)?;
-        while let Some(stored) = later.advance()? {
+        while let Some(stored) = later.advance_past_undone()? {
             for (oid, position) in reader.records_of(&stored)? {
                 let mut todo = Vec::new();
                 match refer(reader, oid, position, references, &mut |oid| todo.push(oid)) {

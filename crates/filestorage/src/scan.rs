@@ -11,7 +11,7 @@ use standby_types::disk::read_full;
 use standby_types::{File, Position, Tid};
 
 use crate::StorageError;
-use crate::format::{DATA_HEADER, DataHeader, TXN_HEADER, TxnHeader, number};
+use crate::format::{DATA_HEADER, DataHeader, TXN_HEADER, TxnHeader, UNDONE, number};
 
 const WINDOW_MIN: usize = 4 << 10;
 const WINDOW_MAX: usize = 1 << 20;
@@ -112,7 +112,7 @@ impl<'a> Scanner<'a> {
         Scanner { window: Window::new(path, file), position, last_tid, limit }
     }
 
-    /// Steps over one transaction; `visit` sees its records, and nothing of a torn tail.
+    /// Steps over one transaction; `visit` sees its records, and nothing of a torn tail or of one that was undone.
     pub fn next(
         &mut self,
         visit: &mut dyn FnMut(&DataHeader, Position),
@@ -168,7 +168,9 @@ impl<'a> Scanner<'a> {
             if let Err(reason) = plausible(&record, start) {
                 return self.window.damaged(at, reason);
             }
-            visit(&record, Position(at));
+            if header.status != UNDONE {
+                visit(&record, Position(at));
+            }
             at += record.full_len();
         }
         self.position = Position(end);

@@ -271,6 +271,46 @@ fn a_restored_revision_shares_data_if_it_can() {
 }
 
 #[test]
+fn what_an_undone_transaction_wrote_is_no_revision() {
+    let disk = MemoryDisk::new();
+    let mut storage = open(&disk);
+    let mut undone = transaction(20, &[(1, "undone"), (2, "new")]);
+    undone.meta.status = b'u';
+    storage.append(&transaction(10, &[(0, "root"), (1, "one")])).unwrap();
+    storage.append(&undone).unwrap();
+    storage.append(&transaction(30, &[(0, "root again")])).unwrap();
+    let check = |storage: &FileStorage, last: u64| {
+        let reader = storage.reader();
+        assert_eq!(loaded(&reader, 1, 99), Some(("one".into(), 10, None)));
+        assert_eq!(reader.object_at_or_above(Oid(2)), None);
+        let mut transactions = reader.transactions(Tid::NONE, Tid::MAX).unwrap();
+        let mut tids = Vec::new();
+        while let Some(stored) = transactions.advance_past_undone().unwrap() {
+            tids.push(stored.meta.tid.0);
+        }
+        assert_eq!(tids, [10, last]);
+    };
+    check(&storage, 30);
+    // The same after a start, and on a node to which it was copied.
+    let (again, _) = open_as(&disk, Extent::Whole).unwrap();
+    check(&again, 30);
+    let mut transactions = again.reader().transactions(Tid(20), Tid(20)).unwrap();
+    let stored = transactions.advance().unwrap().unwrap();
+    assert!(transactions.newest_of(&stored).unwrap().is_empty());
+    let other = MemoryDisk::new();
+    let mut target = open(&other);
+    copy(&again.reader(), &mut target, Tid::NONE, Tid::MAX, &|_| Ok(())).unwrap();
+    check(&target, 30);
+    // A pack keeps the revision before it, and drops what only the undone one refers to.
+    let job = Job { time: Tid(25), gc: false };
+    let references = |_: &[u8], _: &mut dyn FnMut(Oid)| Ok(());
+    let new = Path::new("/db/Data.fs.pack");
+    let packed = pack(&again.reader(), job, new, &references, &|_| Ok(()), &mut |_, _| ()).unwrap();
+    let Outcome::Packed(packed) = packed else { panic!() };
+    check(&packed.target, 30);
+}
+
+#[test]
 fn packed_transactions_do_not_say_what_they_changed() {
     let disk = MemoryDisk::new();
     let mut storage = open(&disk);

@@ -13,12 +13,14 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use standby_types::{Oid, Tid};
 
+use crate::format::UNDONE;
+
 /// What a transaction says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TransactionMeta {
     /// Its tid.
     pub tid: Tid,
-    /// `b' '`, or `b'p'` for one that was packed.
+    /// `b' '`; `b'p'` for one that was packed; `b'u'` for one that was undone in place, see [`TransactionMeta::is_undone`].
     pub status: u8,
     /// At most 65 535 bytes, as the next two.
     pub user: Bytes,
@@ -33,6 +35,11 @@ impl TransactionMeta {
     pub fn new(tid: Tid) -> TransactionMeta {
         let (user, description, extension) = Default::default();
         TransactionMeta { tid, status: b' ', user, description, extension }
+    }
+
+    /// True if FileStorage, before ZODB 3.3, undid it in place: it counts as if it had never been.
+    pub fn is_undone(&self) -> bool {
+        self.status == UNDONE
     }
 }
 

@@ -449,6 +449,9 @@ impl Applier {
     fn missing(&mut self, storage: &str) {
         let Some(stored) = self.replica.storage(storage) else { return };
         let Some(shared) = self.shared.storages.get(storage) else { return };
+        if self.shared.read_only_storages.iter().any(|name| name == storage) {
+            return;
+        }
         // It may have been put in place since.
         if let Ok(false) = self.disk.exists(&shared.path) {
             self.packs.start_anew(&self.shared, storage, stored.reader());

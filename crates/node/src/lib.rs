@@ -44,6 +44,7 @@ mod oids;
 mod outbox;
 mod packing;
 mod peers;
+mod read_only;
 mod replica;
 pub mod rewind;
 mod room;

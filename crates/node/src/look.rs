@@ -100,7 +100,7 @@ pub fn look(reader: &Reader, iterators: &mut Iterators, look: Look) -> Result<Va
             let (key, Iterator::Transactions(transactions, last)) = iterators.find(&id)? else {
                 return Err(ClientError::Other("builtins.KeyError", vec![id]));
             };
-            let Some(next) = transactions.advance().map_err(failed)? else {
+            let Some(next) = transactions.advance_past_undone().map_err(failed)? else {
                 iterators.open.remove(&key);
                 return Ok(Value::None);
             };

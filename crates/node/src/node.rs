@@ -31,6 +31,7 @@ use crate::log_thread::{self, Busy};
 use crate::machine::{self, Instant, Lock, TcpListener};
 use crate::packing::Progress;
 use crate::peers::{self, CatchUp, Introduction, Peers};
+use crate::read_only;
 use crate::replica::Replica;
 use crate::rewind::{self, LostTail};
 use crate::room::{self, Room};
@@ -515,7 +516,8 @@ pub struct Running {
 
 /// Starts a node; returns when it listens.
 pub async fn start(config: Config) -> anyhow::Result<Running> {
-    start_on(config, Arc::new(OsDisk)).await
+    let disk = read_only::protect(&config, Arc::new(OsDisk))?;
+    start_on(config, disk).await
 }
 
 /// Starts a node whose files are on this disk. What it only reads for others, and temporary files, are the machine's.
@@ -560,7 +562,8 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
             .map(|lock| locks.push(lock))
             .with_context(|| format!("cannot use state-dir {}", state_dir.display()))?;
     }
-    for storage in &config.storages {
+    // As Python, which reads beside a program that writes.
+    for storage in config.storages.iter().filter(|section| !section.read_only) {
         locks.push(machine::lock_file(&storage.path).with_context(|| {
             format!("cannot use {} (from {})", storage.path.display(), config.file.display())
         })?);

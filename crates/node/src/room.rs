@@ -88,8 +88,12 @@ impl Room {
 
 /// Looks at the disks of a node until the process ends.
 pub async fn watch(shared: Arc<Shared>) {
-    let mut paths = vec![shared.state.0.clone()];
-    for storage in shared.storages.values() {
+    let mut paths = Vec::new();
+    if !shared.config.is_read_only() {
+        paths.push(shared.state.0.clone());
+    }
+    let written = |(name, _): &(&String, _)| !shared.read_only_storages.contains(name);
+    for (_, storage) in shared.storages.iter().filter(written) {
         paths.extend(storage.path.parent().map(Path::to_owned));
         paths.extend(storage.blobs.as_ref().map(|blobs| blobs.dir().to_owned()));
     }

@@ -504,7 +504,12 @@ fn open_storage(
     if opened.created {
         info!(file = %path.display(), "made a new data file");
     }
-    if let Some((len, kept)) = &opened.torn {
+    if let Some((len, _)) = opened.torn.as_ref().filter(|_| section.read_only) {
+        warn!(
+            file = %path.display(), bytes = len,
+            "the data file ends in a transaction that is not complete; it is not served"
+        );
+    } else if let Some((len, kept)) = &opened.torn {
         warn!(
             file = %path.display(), bytes = len, kept = %kept.display(),
             "the data file ended in a transaction that was never completed; it was cut off and kept"

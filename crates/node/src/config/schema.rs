@@ -213,6 +213,12 @@ impl Config {
                 "serverzlibstorage" => checker.zlib_storage(section)?,
                 _ => checker.storage(section)?,
             };
+            if storage.read_only && standby.is_some() {
+                let message = "\"read-only true\" in a storage would keep this node from taking what the cluster \
+                               commits. Clients that may only read use a \"read-only-address\"; for all of them, \
+                               \"read-only true\" stands in <zeo>";
+                return Err(checker.error(section.line, message));
+            }
             if storages.iter().any(|other| other.name == storage.name) {
                 let message = format!("there are two storages named {:?}", storage.name);
                 return Err(checker.error(section.line, message));
@@ -248,12 +254,19 @@ impl Config {
         }
     }
 
+    /// True if this node writes nothing at all: it is alone, and all of its storages are read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.standby.is_none() && self.storages.iter().all(|storage| storage.read_only)
+    }
+
     /// Log, checkpoints, index, identity.
     pub fn state_dir(&self) -> PathBuf {
-        match &self.standby {
-            Some(standby) => standby.state_dir.clone(),
-            None => PathBuf::from(format!("{}.standby", self.storages[0].path.display())),
+        if let Some(standby) = &self.standby {
+            return standby.state_dir.clone();
         }
+        let written = self.storages.iter().find(|storage| !storage.read_only);
+        let beside = written.unwrap_or(&self.storages[0]);
+        PathBuf::from(format!("{}.standby", beside.path.display()))
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) struct PackRequest {
 impl Engine {
     pub(super) fn pack(&mut self, request: PackRequest) -> anyhow::Result<()> {
         let Some(shared) = self.shared.storages.get(&request.storage) else { return Ok(()) };
-        if !self.serves() {
+        if !self.serves() || self.shared.read_only_storages.contains(&request.storage) {
             answer(&request, Err(ClientError::ReadOnly));
         } else if shared.packing.percent().is_some() {
             answer(&request, Err(ClientError::file_storage("Already packing")));
