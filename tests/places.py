@@ -90,6 +90,30 @@ class Places:
         for other in others:
             self.route("del", other, name)
 
+    def swallow(self, name, ports):
+        """The connections of a place that are open now, from or to ports that begin so, deliver nothing any more; new
+        ones work. Returns how many there are."""
+        within = self.command(name)
+        listed = subprocess.run(
+            within + ["ss", "-Htn", "state", "established"], check=True, capture_output=True, text=True
+        )
+        rules = ["add table inet hole", "flush table inet hole"]
+        for chain in ("input", "output"):
+            rules.append("add chain inet hole %s { type filter hook %s priority 0; }" % (chain, chain))
+        count = 0
+        for line in listed.stdout.splitlines():
+            here, there = (end.rsplit(":", 1) for end in line.split()[2:4])
+            if here[0].startswith("10.77.") and any(end[1].startswith(ports) for end in (here, there)):
+                count += 1
+                rules.append("add rule inet hole input tcp dport %s tcp sport %s drop" % (here[1], there[1]))
+                rules.append("add rule inet hole output tcp sport %s tcp dport %s drop" % (here[1], there[1]))
+        subprocess.run(within + ["nft", "-f", "-"], check=True, input="\n".join(rules), text=True)
+        return count
+
+    def unswallow(self, name):
+        rules = "add table inet hole\ndelete table inet hole\n"
+        subprocess.run(self.command(name) + ["nft", "-f", "-"], check=True, input=rules, text=True)
+
     def set_wire(self, name, delay=0, lost=0):
         """From now on the cable of a place has another delay, and loses a part of the frames."""
         wire = self.wires[name]

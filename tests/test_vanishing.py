@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import time
 
 import pytest
@@ -71,27 +70,6 @@ def test_row_49_a_forwarded_client_leaves_a_primary_that_vanishes(places, nodes)
     in_places(places, nodes, test)
 
 
-def swallow(world, place):
-    """The connections of a place's node that are open now deliver nothing any more; new ones work."""
-    within = world.command(place)
-    listed = subprocess.run(
-        within + ["ss", "-Htn", "state", "established"], check=True, capture_output=True, text=True
-    )
-    rules = ["add table inet hole"]
-    for chain in ("input", "output"):
-        rules.append("add chain inet hole %s { type filter hook %s priority 0; }" % (chain, chain))
-    count = 0
-    for line in listed.stdout.splitlines():
-        here, there = (end.rsplit(":", 1) for end in line.split()[2:4])
-        if not (here[0].startswith("10.77.") and {here[1][:3], there[1][:3]} & {"830"}):
-            continue
-        count += 1
-        rules.append("add rule inet hole input tcp dport %s tcp sport %s drop" % (here[1], there[1]))
-        rules.append("add rule inet hole output tcp sport %s tcp dport %s drop" % (here[1], there[1]))
-    subprocess.run(within + ["nft", "-f", "-"], check=True, input="\n".join(rules), text=True)
-    return count
-
-
 @needs_root
 @pytest.mark.parametrize("where", ["the primary's", "all"])
 def test_row_48_swallowed_connections_are_dialled_anew(places, nodes, where):
@@ -99,7 +77,7 @@ def test_row_48_swallowed_connections_are_dialled_anew(places, nodes, where):
         client = Client(cluster.addresses)
         client.commit(lambda root: root.update(x=1))
         names = ["n1"] if where == "the primary's" else ["n1", "n2", "n3"]
-        assert all(swallow(world, name) >= 4 for name in names)
+        assert all(world.swallow(name, "830") >= 4 for name in names)
         begun = time.monotonic()
         client.commit(lambda root: root.update(x=2))
         took = time.monotonic() - begun

@@ -4,8 +4,10 @@
 
 Four nodes, each with a supervisor on a machine of its own (a network namespace with its cable, a small disk, faults),
 three of which vote; client processes that move amounts, count, append, keep blobs and read; and what can go wrong:
-processes killed, frozen, restarted; links down, partitions of all kinds, one-way ones, slow and lossy cables; clocks
-that jump; full, slow and failing disks; switchovers, packs, killed clients. After each half minute all is mended: the
+processes killed, frozen, restarted; hosts that vanish; links down, partitions of all kinds, one-way ones, slow and
+lossy cables, connections that deliver nothing any more; crowds of silent connections; clocks that jump, years ahead too;
+full, slow and failing disks, lost ones, and such as are put back to an earlier state; switchovers, packs, also where
+there is hardly room, killed clients. After each half minute all is mended: the
 cluster must be whole again, and every client must commit. In the end what clients were told is compared with the
 files of all nodes, as Python's FileStorage reads them.
 
@@ -59,6 +61,7 @@ class Run:
         lines = "  log-tail %s\n  recovery %s\n  reserve 32MB\n" % (self.chance.choice(["64KB", "8MB"]), recovery)
         self.say("seed %d: %s" % (options.seed, " ".join(lines.split())))
         self.world = World(directory, ["here"] * 3 + ["there"], lines, self.chance)
+        self.world.start_pack = self.start_pack
         self.cluster = self.world.cluster
         self.clients = {}
         self.world_file = os.path.join(directory, "world.json")
@@ -96,14 +99,23 @@ class Run:
         self.clients[name].wait()
         self.spawn(name)
 
+    def start_pack(self):
+        command = [*self.world.places.command(CLIENTS), sys.executable, CLIENT, "pack", self.world_file]
+        with open(os.path.join(self.directory, "pack.err"), "ab") as errors:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+
     def pack(self):
         """As an administrator does, who tries again."""
-        command = [*self.world.places.command(CLIENTS), sys.executable, CLIENT, "pack", self.world_file]
         self.came["packs"] += 1
 
         def packed():
-            with open(os.path.join(self.directory, "pack.err"), "ab") as errors:
-                return subprocess.run(command, stdout=errors, stderr=errors, timeout=MEND).returncode == 0
+            packing = self.start_pack()
+            try:
+                return packing.wait(MEND) == 0
+            except subprocess.TimeoutExpired:
+                packing.kill()
+                packing.wait()
+                raise
 
         try:
             harness.wait_for("a pack", packed, MEND, poll=1)
@@ -176,6 +188,7 @@ class Run:
             self.cluster.wait_healthy(MEND)
         except AssertionError as error:
             raise Violation("the cluster is not whole %d s after all was mended: %s" % (MEND, str(error)[:3000]))
+        self.world.lost_disk = False
         whole = time.monotonic() - mended
         self.wait_for_clients()
         self.pauses.append((whole, time.monotonic() - mended))

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 
 import cluster as harness
@@ -16,6 +17,22 @@ from test_disks import fill, small_disk
 from test_supervise import child
 
 DISK_MB = 700
+# With more files and connections a node refuses.
+DESCRIPTORS = 512
+# What of a node's directory is not on the disk that is lost.
+SETTINGS = ("zeo.conf", "ballast")
+# Connections that say nothing, until standard input ends.
+SILENT = """
+import socket, sys
+held = []
+for port in sys.argv[2:]:
+    for _ in range(200):
+        try:
+            held.append(socket.create_connection((sys.argv[1], int(port)), 2))
+        except OSError:
+            break
+sys.stdin.read()
+"""
 CLIENTS = "clients"
 OFFICE = "office"
 
@@ -28,7 +45,8 @@ class Machine:
         # So many troubles want it to be down.
         self.held = 0
         self.shim = Faults(os.path.join(directory, self.name + ".machine"))
-        node.within = node.within + self.shim.within
+        limit = ["prlimit", "--nofile=%d:%d" % (DESCRIPTORS, DESCRIPTORS)]
+        node.within = node.within + limit + self.shim.within
         # Not on the disk that fills up.
         node.log_path = os.path.join(directory, self.name + ".txt")
         self.lines = collections.Counter()
@@ -55,6 +73,17 @@ class Machine:
 
         return end
 
+    def empty(self):
+        """Its disk has nothing on it any more."""
+        for name in os.listdir(self.node.directory):
+            path = os.path.join(self.node.directory, name)
+            if name in SETTINGS:
+                continue
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
+
     def ensure_running(self):
         """True if it had ended by itself."""
         ended = self.node.process is not None and self.node.process.poll() is not None
@@ -71,6 +100,10 @@ class World:
     def __init__(self, directory, groups, options, chance):
         self.chance = chance
         self.counts = collections.Counter()
+        # A disk has been lost since all was whole: what two of three have acknowledged may be on one more only.
+        self.lost_disk = False
+        # Begins a client's pack, as a process.
+        self.start_pack = None
         self.stack = contextlib.ExitStack()
         names = ["n%d" % number for number in range(1, len(groups) + 1)]
         self.places = Places([OFFICE, CLIENTS, *names], {name: 0 for name in [CLIENTS, *names]})
@@ -167,6 +200,58 @@ class World:
 
         return machine.down(stop)
 
+    def vanish(self):
+        """A host is gone from one moment to the next: nobody whom it was connected to hears of it."""
+        machine = self.some()
+        self.places.cut(machine.name)
+        up = machine.down(machine.node.kill)
+
+        def end():
+            self.places.heal(machine.name)
+            up()
+
+        return end
+
+    def lose_disk(self):
+        """A machine comes back with an empty disk."""
+        if self.lost_disk:
+            return lambda: None
+        self.lost_disk = True
+        machine = self.some()
+
+        def stop():
+            machine.node.kill()
+            machine.empty()
+
+        self.counts["disks that were lost"] += 1
+        return machine.down(stop)
+
+    def put_back(self):
+        """A disk is put back to what it was some seconds ago."""
+        if self.lost_disk:
+            return lambda: None
+        self.lost_disk = True
+        machine = self.some()
+        snapshot = machine.node.directory + ".snapshot"
+        shutil.rmtree(snapshot, ignore_errors=True)
+
+        def keep():
+            machine.node.kill()
+            shutil.copytree(machine.node.directory, snapshot, ignore=shutil.ignore_patterns(*SETTINGS))
+
+        machine.down(keep)()
+
+        def restore():
+            machine.node.kill()
+            machine.empty()
+            shutil.copytree(snapshot, machine.node.directory, dirs_exist_ok=True)
+
+        def end():
+            self.counts["disks that were put back"] += 1
+            machine.down(restore)()
+
+        return end
+
     def freeze(self):
         """Its supervisor kills what stands still for two seconds."""
         machine = self.some()
@@ -214,14 +299,39 @@ class World:
         one, other = self.chance.sample([machine.name for machine in self.machines], 2)
         return self.block([(one, other), (other, one)])
 
+    def swallow(self):
+        """What a machine's connections to other nodes carry is lost; new connections work."""
+        name = self.some().name
+        self.places.swallow(name, "830")
+        return lambda: self.places.unswallow(name)
+
+    def strangers(self):
+        """Connections to all ports of a machine that ask for nothing, more than it may have descriptors."""
+        node = self.some().node
+        ports = [str(port) for port in (node.port, node.read_only_port, node.peer_port, node.admin_port)]
+        crowd = subprocess.Popen(
+            [*self.places.command(CLIENTS), sys.executable, "-c", SILENT, node.host, *ports],
+            stdin=subprocess.PIPE,
+        )
+
+        def end():
+            crowd.stdin.close()
+            crowd.wait()
+
+        return end
+
     def slow_network(self):
         name = self.chance.choice(self.everybody)
-        self.places.set_wire(name, self.chance.choice([1, 5, 20, 100]), self.chance.choice([0, 0.01, 0.05]))
+        self.places.set_wire(name, self.chance.choice([1, 5, 20, 100, 300, 600]), self.chance.choice([0, 0.01, 0.05]))
         return lambda: self.places.set_wire(name)
 
     def clock(self):
         """The time of day jumps, and is right again later."""
         return self.some().fault("clock %d" % self.chance.randint(-86400, 86400))
+
+    def far_clock(self):
+        """The time of day is years ahead."""
+        return self.some().fault("clock %d" % (self.chance.randint(1, 12) * 365 * 86400))
 
     def slow_disk(self):
         seconds = self.chance.choice([0.02, 0.2, 1.5])
@@ -252,6 +362,25 @@ class World:
 
         return end
 
+    def tight_pack(self):
+        """Somebody packs where there is hardly room for a second file."""
+        machine = self.some()
+        path = os.path.join(machine.node.directory, "ballast")
+        if os.path.exists(path):
+            return lambda: None
+        with contextlib.suppress(OSError):
+            fill(machine.node.directory, (33 + self.chance.randint(0, 60)) << 20)
+        packing = self.start_pack()
+
+        def end():
+            os.remove(path)
+            # It is asked to pack; whether it is done does not matter.
+            packing.kill()
+            packing.wait()
+            self.counts["packs in trouble"] += 1
+
+        return end
+
     def switchover(self):
         """An administrator's; it may fail."""
         at, to = (self.chance.choice(self.machines).node for _ in range(2))
@@ -270,16 +399,23 @@ KINDS = {
     World.kill: 5,
     World.kill_all: 1,
     World.restart: 2,
+    World.vanish: 2,
+    World.lose_disk: 1,
+    World.put_back: 1,
     World.freeze: 3,
     World.unplug: 2,
     World.isolate: 2,
     World.one_way: 2,
     World.split: 2,
     World.pair: 2,
+    World.swallow: 2,
+    World.strangers: 1,
     World.slow_network: 3,
     World.clock: 2,
+    World.far_clock: 1,
     World.slow_disk: 2,
     World.failing_disk: 2,
     World.full_disk: 2,
+    World.tight_pack: 1,
     World.switchover: 3,
 }
