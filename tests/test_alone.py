@@ -462,6 +462,28 @@ def test_a_read_only_mount_is_served(nodes, tmp_path):
         subprocess.run(["umount", tmp_path / "mount"], check=True)
 
 
+@pytest.mark.parametrize("state", ["with Standby's state", "without"])
+def test_create_true_takes_no_file_that_is_there(nodes, state):
+    node = nodes.alone()
+    with open(node.config_path) as config:
+        text = config.read()
+    with open(node.config_path, "w") as config:
+        config.write(text.replace("</filestorage>", "  create true\n</filestorage>"))
+    node.start()
+    client = Client(node.address)
+    client.commit(lambda root: root.update(x=1))
+    client.close()
+    node.stop()
+    if state == "without":
+        shutil.rmtree(node.data_file + ".standby")
+    with open(node.data_file, "rb") as file:
+        before = file.read()
+    assert node.start().wait() != 0
+    assert "remove the line or the file" in node.log()
+    with open(node.data_file, "rb") as file:
+        assert file.read() == before
+
+
 def test_what_was_undone_in_place_is_no_revision(nodes):
     """FileStorage before ZODB 3.3 gave a transaction that was undone the status `u`."""
     node = nodes.alone()

@@ -25,7 +25,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use standby_types::disk::{Open, parent, read_all, read_full, replace};
@@ -49,11 +49,14 @@ pub struct DamagedBlock {
 /// The error for a read of bytes that are damaged and cannot be mended now; inside of an [`io::Error`].
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error(
-    "damaged: the {BLOCK} bytes at {offset} are not what was written, and no other node that can be reached has them"
+    "damaged: the {BLOCK} bytes at {offset} are not what was written{}",
+    if *.asked { ", and no other node that can be reached has them" } else { "" }
 )]
 pub struct LostBlock {
     /// Where they begin.
     pub offset: u64,
+    /// Somebody was asked for the right ones.
+    pub asked: bool,
 }
 
 impl LostBlock {
@@ -83,8 +86,12 @@ pub(crate) struct Checked {
     state: RwLock<Sums>,
     /// Bytes of the file that are durable, and will not be changed.
     durable: AtomicU64,
-    /// Held by whoever takes checksums or mends.
+    /// Held by whoever takes checksums, or writes a block anew; never while other nodes are asked.
     writing: Mutex<Writing>,
+    /// Held by whoever gets a block from elsewhere.
+    mending: Mutex<()>,
+    /// A sync has failed. The system tells of that once; nothing that was written counts as durable any more.
+    lost: AtomicBool,
     damage: Mutex<Damage>,
     mend: Option<Mend>,
 }
@@ -245,6 +252,8 @@ impl Checked {
             state: RwLock::default(),
             durable: AtomicU64::new(0),
             writing: Mutex::default(),
+            mending: Mutex::default(),
+            lost: AtomicBool::new(false),
             damage: Mutex::default(),
             mend,
         }
@@ -361,7 +370,7 @@ impl Checked {
     }
 
     fn mend_block(&self, damaged: DamagedBlock, buffer: &mut [u8]) -> io::Result<()> {
-        let _writing = locked(&self.writing);
+        let _mending = locked(&self.mending);
         let offset = damaged.offset;
         // Somebody else may have mended it meanwhile.
         if self.is_right(buffer, damaged) {
@@ -372,11 +381,13 @@ impl Checked {
         let mended = self.mend.as_ref().and_then(|mend| mend(damaged)).filter(right);
         let Some(bytes) = mended else {
             locked(&self.damage).blocks.insert(offset);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, LostBlock { offset }));
+            let lost = LostBlock { offset, asked: self.mend.is_some() };
+            return Err(io::Error::new(io::ErrorKind::InvalidData, lost));
         };
+        let _writing = locked(&self.writing);
         // Also if another data file has taken this one's place: readers of before go on with this one.
         self.file.write_at(&bytes, offset)?;
-        self.file.sync()?;
+        self.sync()?;
         buffer.copy_from_slice(&bytes);
         let mut damage = locked(&self.damage);
         damage.blocks.remove(&offset);
@@ -471,7 +482,13 @@ impl File for Checked {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync()
+        let synced = self.file.sync();
+        if synced.is_err() {
+            self.lost.store(true, Ordering::Release);
+        } else if self.lost.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier sync of it has failed"));
+        }
+        synced
     }
 }
 
@@ -539,6 +556,49 @@ mod tests {
         // What is no whole block has no checksum.
         damage(&disk, 5 * BLOCK + 1);
         checked.read_at(&mut buf, 5 * BLOCK).unwrap();
+    }
+
+    #[test]
+    fn a_failed_sync_of_a_mended_block_is_told_to_who_syncs_next() {
+        let bytes = content(2);
+        let (disk, memory) = disk_with(&bytes);
+        open(&disk, bytes.len() as u64).take_sums(9).unwrap();
+        damage(&disk, BLOCK + 5);
+        let right = bytes[BLOCK as usize..2 * BLOCK as usize].to_vec();
+        let checked =
+            open_mending(&disk, bytes.len() as u64, Some(Arc::new(move |_| Some(right.clone()))));
+        checked.write_at(b"committed", bytes.len() as u64).unwrap();
+        memory.fail_sync(Path::new(PATH));
+        checked.scrub(0..2).unwrap();
+        for _ in 0..2 {
+            let error = checked.sync().unwrap_err().to_string();
+            assert!(error.contains("an earlier sync of it has failed"), "{error}");
+        }
+    }
+
+    #[test]
+    fn checksums_are_taken_while_another_node_is_asked_for_a_block() {
+        let bytes = content(2);
+        let (disk, _) = disk_with(&bytes);
+        open(&disk, BLOCK).take_sums(9).unwrap();
+        damage(&disk, 5);
+        let (asked, was_asked) = std::sync::mpsc::channel();
+        let (answer, answered) = std::sync::mpsc::channel::<()>();
+        let (asked, answered) = (Mutex::new(asked), Mutex::new(answered));
+        let mend: Mend = Arc::new(move |_| {
+            locked(&asked).send(()).unwrap();
+            locked(&answered).recv().unwrap();
+            None
+        });
+        let checked = Arc::new(open_mending(&disk, bytes.len() as u64, Some(mend)));
+        let reader = checked.clone();
+        let reading = std::thread::spawn(move || reader.read_at(&mut [0; 10], 0).is_err());
+        was_asked.recv().unwrap();
+        checked.take_sums(9).unwrap();
+        assert_eq!(checked.blocks(), 2);
+        checked.retire().unwrap();
+        answer.send(()).unwrap();
+        assert!(reading.join().unwrap());
     }
 
     #[test]

@@ -145,7 +145,10 @@ impl BlobReader {
         let found = machine::spawn_blocking(move || looking.look_at(id));
         let found = found.await.map_err(io::Error::other)?;
         if found == Found::Damaged && !mend(shared, storage, id).await {
-            let text = "it is damaged, and no other node that can be reached has it";
+            let text = match shared.config.standby {
+                Some(_) => "it is damaged, and no other node that can be reached has it",
+                None => "it is damaged",
+            };
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
         BlobReader::open(blobs, None, Some(id)).await

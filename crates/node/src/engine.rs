@@ -51,6 +51,7 @@ use self::switchover::Switchover;
 use self::timeline::Turn;
 use crate::applier::{CatchUpItems, Origin, Work, unknown_storage};
 use crate::ask::{Ask, Asker as AnswerTo};
+use crate::causes::with_causes;
 use crate::crashes;
 use crate::lineage::Lineage;
 use crate::log_thread::LogWork;
@@ -309,7 +310,7 @@ impl Engine {
         let settings = shared.settings();
         let superseded =
             shared.state.note(&*shared.disk, Note::Superseded).unwrap_or_else(|error| {
-                error!("cannot read whether this node serves: {error:#}");
+                error!("cannot read whether this node serves: {}", with_causes(&error));
                 None
             });
         if let Some(text) = &superseded {

@@ -19,6 +19,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
+use crate::causes::with_causes;
 use crate::config::MemberLine;
 use crate::engine::Internal;
 use crate::machine;
@@ -166,5 +167,5 @@ async fn promise_to(shared: &Arc<Shared>, promise: Promise) -> Result<(), String
         })
     };
     let decided = machine::spawn_blocking(decide).await.map_err(|error| error.to_string())?;
-    decided.map_err(|error| format!("cannot promise: {error:#}"))?
+    decided.map_err(|error| format!("cannot promise: {}", with_causes(&error)))?
 }

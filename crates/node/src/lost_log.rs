@@ -65,7 +65,7 @@ pub fn begin_anew(
     lost: &LostLog,
 ) -> anyhow::Result<(Identity, Checkpoint)> {
     if config.standby.is_none() {
-        bail!("{lost}. No other node has what is lost. {}", advice_to_one_alone(state));
+        bail!("{lost}. {}", advice_to_one_alone(state));
     }
     if !can_do_without(&checkpoint.membership, &former.node) {
         bail!(

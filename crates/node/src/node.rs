@@ -571,8 +571,8 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     let beginning = beginning(&config);
     let opening = {
         let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
-        let menders = config.storages.iter().map(|s| (s.name.clone(), helpers.mender(&s.name)));
-        let menders = menders.collect();
+        let mended = config.storages.iter().filter(|_| config.standby.is_some());
+        let menders = mended.map(|s| (s.name.clone(), helpers.mender(&s.name))).collect();
         machine::spawn_blocking(move || {
             startup::prepare(&config, &disk, &state, beginning, &menders)
         })

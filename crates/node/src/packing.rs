@@ -17,6 +17,7 @@ use standby_types::{Oid, Tid};
 use tracing::{error, info, warn};
 
 use crate::applier::{Origin, Work};
+use crate::causes::with_causes;
 use crate::machine;
 use crate::node::Shared;
 use crate::room::room_for;
@@ -176,7 +177,8 @@ impl Packs {
                 Ok(removed) => info!(storage = name, removed, "removed blobs that are packed away"),
                 // They are found again by the next pack.
                 Err(error) => {
-                    warn!(storage = name, "cannot remove all blobs that are packed away: {error:#}")
+                    let error = with_causes(&error);
+                    warn!(storage = name, "cannot remove all blobs that are packed away: {error}")
                 }
             }
             to_tell.apply(Work::BlobsRemoved(name));

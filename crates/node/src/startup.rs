@@ -190,10 +190,6 @@ fn begin(
         },
     };
     check_identity(config, state, &identity)?;
-    if state.identity(&**disk)?.is_none() {
-        // A founder comes here twice; the second time the file is its own.
-        config.storages.iter().try_for_each(|section| check_create(&**disk, section))?;
-    }
     state.set_identity(&**disk, &identity)?;
     // A log without a checkpoint is what an interrupted beginning left.
     for path in disk.list(&state.log())? {
@@ -448,17 +444,6 @@ pub fn self_as_member(config: &Config, id: NodeId) -> Member {
             witness: false,
         },
     }
-}
-
-/// `create true` asks for a new file.
-fn check_create(disk: &dyn Disk, section: &StorageSection) -> anyhow::Result<()> {
-    if section.create && disk.exists(&section.path)? {
-        bail!(
-            "{} exists, but \"create true\" asks for a new file; remove the line or the file",
-            section.path.display()
-        );
-    }
-    Ok(())
 }
 
 /// Opens a data file that no checkpoint knows; also returns its highest oid.

@@ -32,6 +32,7 @@ use standby_types::disk::{parent, read_all, replace};
 use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
 use tracing::warn;
 
+use crate::causes::with_causes;
 use crate::founding::Promise;
 use crate::hex::hex;
 use crate::lineage::Lineage;
@@ -245,7 +246,7 @@ impl StateDir {
     pub fn peers(&self, disk: &dyn Disk) -> BTreeSet<String> {
         self.read_json(disk, "peers")
             .unwrap_or_else(|error| {
-                warn!("cannot read the addresses of the other nodes: {error:#}");
+                warn!("cannot read the addresses of the other nodes: {}", with_causes(&error));
                 None
             })
             .unwrap_or_default()

@@ -376,7 +376,11 @@ impl Skew {
         match self.ahead() {
             Some(seconds) if !self.told => {
                 self.told = true;
-                warn!(node, seconds, "the clock of a node is ahead of this one's by so much");
+                warn!(
+                    node,
+                    seconds,
+                    "the clock of a node is not this one's: it is ahead by so much, or behind if that is negative"
+                );
             }
             None => self.told = false,
             Some(_) => {}

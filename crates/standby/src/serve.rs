@@ -11,6 +11,9 @@ use standby_node::watchdog::{SUPERVISED, Watchdog};
 use standby_node::{Next, logging, start};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// In the environment of a process that has run the node before: what it made is its own.
+pub const AGAIN: &str = "STANDBY_AGAIN";
+
 pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
     let config = Config::read(file)?;
     if check {
@@ -19,6 +22,9 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
         }
         println!("{} is fine", file.display());
         return Ok(());
+    }
+    if std::env::var_os(AGAIN).is_none() {
+        config.check_create()?;
     }
     if std::env::var_os(SUPERVISED).is_some() {
         // Without its supervisor a node would go on unwatched, and be in its successor's way.
@@ -69,5 +75,5 @@ fn begin_anew() -> std::io::Error {
     // The file may have been replaced by a new version, or be gone.
     let program = std::env::current_exe().ok().filter(|path| path.exists());
     let program = program.unwrap_or_else(|| "/proc/self/exe".into());
-    Command::new(program).arg0(name).args(arguments).exec()
+    Command::new(program).arg0(name).args(arguments).env(AGAIN, "1").exec()
 }

@@ -15,6 +15,8 @@ use standby_node::watchdog::SUPERVISED;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use crate::serve::AGAIN;
+
 /// How often the child is looked at.
 const LOOK: Duration = Duration::from_millis(50);
 /// The wait before a node that crashed is started again: at first, and at most.
@@ -42,8 +44,9 @@ pub async fn run(config: &Path, frozen_after: f64) -> anyhow::Result<()> {
     }
     let mut signals = forwarded()?;
     let mut backoff = BACKOFF.0;
+    let mut again = false;
     loop {
-        let mut node = Supervised::start(config)?;
+        let mut node = Supervised::start(config, again)?;
         let started = Instant::now();
         match node.watch(patience, &mut signals).await? {
             End::Exited(status) if status.success() => return Ok(()),
@@ -65,6 +68,7 @@ pub async fn run(config: &Path, frozen_after: f64) -> anyhow::Result<()> {
             },
         }
         say("starting it again");
+        again = true;
     }
 }
 
@@ -99,13 +103,14 @@ struct Supervised {
 }
 
 impl Supervised {
-    fn start(config: &Path) -> anyhow::Result<Supervised> {
+    fn start(config: &Path, again: bool) -> anyhow::Result<Supervised> {
         let program = std::env::current_exe().context("cannot find this program")?;
         let mut child = Command::new(program)
             .arg("serve")
             .arg("-C")
             .arg(config)
             .env(SUPERVISED, "1")
+            .envs(again.then_some((AGAIN, "1")))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()

@@ -83,7 +83,7 @@ impl MemoryDisk {
         MemoryDisk { names: Arc::new(Mutex::new(Names { current: durable.clone(), durable })) }
     }
 
-    /// From now on `sync` of this file fails, as a broken device makes it.
+    /// The next `sync` of this file fails. The one after it does not: Linux tells of an error once.
     pub fn fail_sync(&self, path: &Path) {
         if let Some(file) = locked(&self.names).current.get(path) {
             locked(&file.bytes).fail_sync = true;
@@ -144,7 +144,7 @@ impl File for MemoryFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut content = locked(&self.bytes);
-        if content.fail_sync {
+        if std::mem::take(&mut content.fail_sync) {
             return Err(io::Error::other("injected fsync error"));
         }
         content.durable = content.current.clone();

@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::{Context, bail};
 use standby_zeo::Retention;
 use tracing::warn;
 
@@ -252,6 +253,20 @@ impl Config {
                 warn!("every user of this machine can read {path}, and {why}: chmod o= {path}");
             }
         }
+    }
+
+    /// `create true` asks for a new file: one that is there is not taken, whoever made it. To be asked once for a process,
+    /// before its node starts.
+    pub fn check_create(&self) -> anyhow::Result<()> {
+        for section in self.storages.iter().filter(|section| section.create) {
+            let path = section.path.display();
+            if section.path.try_exists().with_context(|| format!("cannot look for {path}"))? {
+                bail!(
+                    "{path} exists, but \"create true\" asks for a new file; remove the line or the file"
+                );
+            }
+        }
+        Ok(())
     }
 
     /// True if this node writes nothing at all: it is alone, and all of its storages are read-only.
