@@ -481,6 +481,11 @@ impl Cluster {
                 self.machines[*node].kill();
                 self.later.push((self.now + *down, Later::Start(*node)));
             }
+            Fault::LoseDisk { node, down } => {
+                self.machines[*node].kill();
+                self.machines[*node].disk.lose();
+                self.later.push((self.now + *down, Later::Start(*node)));
+            }
             Fault::Cut { node, operations, torn, down } => {
                 if self.machines[*node].runs() {
                     self.torn[*node] = *torn;
@@ -781,6 +786,7 @@ fn name_of(fault: &Fault) -> &'static str {
         Fault::Skew { .. } => "clock jump",
         Fault::SlowDisk { .. } => "slow disk",
         Fault::FullDisk { .. } => "full disk",
+        Fault::LoseDisk { .. } => "lost disk",
         Fault::FailSync { .. } => "failing sync",
         Fault::Flip { .. } => "flipped bit",
         Fault::BadSector { .. } => "unreadable sector",
@@ -825,6 +831,6 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         let plans = (0..300).map(Plan::of);
         plans.for_each(|plan| seen.extend(plan.steps.iter().map(|step| name_of(&step.fault))));
-        assert_eq!(seen.len(), 19, "{seen:?}");
+        assert_eq!(seen.len(), 20, "{seen:?}");
     }
 }

@@ -161,6 +161,13 @@ impl SimDisk {
         (inner.until_cut, inner.dead, inner.fail_sync) = (None, false, false);
     }
 
+    /// An empty disk is put in the place of this one. Nobody may have a file of it open.
+    pub fn lose(&self) {
+        let inner = &mut *self.lock();
+        (inner.names, inner.durable_names, inner.files) = Default::default();
+        (inner.until_cut, inner.dead, inner.fail_sync) = (None, false, false);
+    }
+
     /// The bytes of a file; `None` if there is none of that name.
     pub fn bytes(&self, path: &Path) -> Option<Vec<u8>> {
         let inner = self.lock();

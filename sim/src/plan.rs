@@ -88,6 +88,13 @@ pub enum Fault {
         /// For how long.
         time: Duration,
     },
+    /// A machine is lost with its disk, and comes back with an empty one.
+    LoseDisk {
+        /// Which node's.
+        node: usize,
+        /// For how long it is away.
+        down: Duration,
+    },
     /// A sync of the log fails.
     FailSync {
         /// Which node's.
@@ -231,6 +238,16 @@ impl Plan {
         if later.one_in(4) {
             let fault = Fault::Swallow { all: later.one_in(2) };
             steps.push(Step { at: millis(later, 1_500..duration.as_millis() as u64), fault });
+        }
+        // As above. What a majority has acknowledged outlives one disk, unless something else takes it from another.
+        let lost = &mut Random::new(seed ^ 0x006c_6f73_7464_6973);
+        let all_vote = nodes.iter().all(|node| node.group == "here" && !node.witness);
+        if nodes.len() >= 3 && all_vote && lost.one_in(4) {
+            steps
+                .retain(|step| !matches!(step.fault, Fault::Flip { .. } | Fault::BadSector { .. }));
+            let node = lost.below(nodes.len() as u64) as usize;
+            let fault = Fault::LoseDisk { node, down: millis(lost, 10..3_000) };
+            steps.push(Step { at: millis(lost, 1_500..duration.as_millis() as u64), fault });
         }
         steps.sort_by_key(|step| step.at);
         Plan {
