@@ -1,12 +1,15 @@
 """How clients reach a node: Unix sockets, TLS, signals."""
 
+import contextlib
 import os
 import select
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -19,15 +22,16 @@ from test_alone import receive, registered
 from zeo_client import Client, open_storage
 
 
-def certificate(directory, name, issuer=None):
-    """Makes a key and a certificate, self-signed or issued; returns both paths."""
-    key, cert = str(directory / (name + ".key")), str(directory / (name + ".pem"))
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-keyout", key, "-out", cert, "-subj", "/CN=" + name]
-    if issuer:
-        command += ["-CA", issuer[1], "-CAkey", issuer[0]]
-        command += ["-addext", "basicConstraints=critical,CA:FALSE"]
-    subprocess.run(command, check=True, capture_output=True)
+def certificate(directory, name, issuer=None, authority=True, days=2):
+    """Makes a key and a certificate, self-signed or issued; returns both paths. An issued one is no authority."""
+    key, cert, request, extensions = (str(directory / (name + end)) for end in (".key", ".pem", ".request", ".ext"))
+    with open(extensions, "w") as file:
+        file.write("basicConstraints=critical,CA:%s\n" % ("TRUE" if authority and not issuer else "FALSE"))
+    command = ["openssl", "req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request]
+    subprocess.run(command + ["-subj", "/CN=" + name], check=True, capture_output=True)
+    signed = ["-CA", issuer[1], "-CAkey", issuer[0], "-CAcreateserial"] if issuer else ["-signkey", key]
+    command = ["openssl", "x509", "-req", "-in", request, "-days", str(days), "-extfile", extensions, "-out", cert]
+    subprocess.run(command + signed, check=True, capture_output=True)
     return key, cert
 
 
@@ -66,6 +70,65 @@ class Tls:
 @pytest.fixture
 def tls(tmp_path):
     return Tls(tmp_path)
+
+
+def python_takes(server, trusted, client):
+    """Whether Python's ssl, as ZEO's server uses it, lets a client in."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=trusted)
+    context.load_cert_chain(server[1], server[0])
+    context.verify_mode = ssl.CERT_REQUIRED
+    ours, theirs = socket.socketpair()
+
+    def connect():
+        with contextlib.suppress(OSError):
+            with client_context(server[1], *client).wrap_socket(theirs) as sock:
+                sock.recv(1)
+
+    connecting = threading.Thread(target=connect)
+    connecting.start()
+    try:
+        with context.wrap_socket(ours, server_side=True) as sock:
+            sock.sendall(b"x")
+            return True
+    except ssl.SSLError:
+        return False
+    finally:
+        ours.close()
+        connecting.join(10)
+
+
+@pytest.mark.parametrize(
+    "kind, taken",
+    [
+        ("known", True),
+        ("known, no authority", True),
+        ("known, expired", False),
+        ("issued by an authority", True),
+        ("issued, expired", False),
+        ("issued by an authority that has expired", False),
+        ("issued by one that is no authority", False),
+    ],
+)
+def test_certificates_are_taken_as_python_takes_them(nodes, tmp_path, kind, taken):
+    make = lambda name, **options: certificate(tmp_path, name, **options)
+    server = make("server")
+    if kind.startswith("known"):
+        client = listed = make("client", authority=kind == "known", days=-1 if "expired" in kind else 2)
+    else:
+        listed = make(
+            "listed", authority="no authority" not in kind, days=-1 if kind.endswith("has expired") else 2
+        )
+        client = make("client", issuer=listed, days=-1 if kind == "issued, expired" else 2)
+    assert python_takes(server, listed[1], client) == taken
+    section = "  <ssl>\n    certificate %s\n    key %s\n    authenticate %s\n  </ssl>"
+    node = nodes.alone(zeo=section % (server[1], server[0], listed[1])).start()
+    context = client_context(server[1], *client)
+    if taken:
+        Client(node.address, ssl=context).close()
+    else:
+        refused(node.address, ssl=context)
+    assert ("of no use" in node.log()) == ("expired" in kind and kind != "issued, expired")
+    assert "valid for so many days only" in node.log(), "the server's own"
 
 
 def refused(address, **options):

@@ -21,6 +21,7 @@ pub mod ask;
 mod backfill;
 mod blobs;
 mod causes;
+mod certificate;
 pub mod client;
 pub mod config;
 mod connection;

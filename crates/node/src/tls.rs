@@ -1,30 +1,36 @@
 //! TLS: the `<ssl>` section of zeo.conf for clients, and `<peer-ssl>` for the other nodes.
 //!
 //! As with the Python server, a client must always show a certificate. It is let in if the
-//! certificate is one of those in `authenticate`, or was issued by one of them. Nodes show certificates to each other and look
+//! certificate is one of those in `authenticate`, or was issued by one of them that is an authority; and in both cases only
+//! while it is valid. Nodes show certificates to each other and look
 //! at them in the same way, whichever has dialled; the names in them do not matter.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use pkcs8::{EncryptedPrivateKeyInfo, SecretDocument};
 use tokio_rustls::rustls::client::danger::HandshakeSignatureValid;
 use tokio_rustls::rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
-use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
+use tokio_rustls::rustls::crypto::{
+    CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature,
+};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use tokio_rustls::rustls::{
-    ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
-    SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
+    ServerConfig, SignatureScheme,
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tracing::warn;
 
-use crate::machine::TcpStream;
+use crate::certificate::Known;
+use crate::machine::{self, TcpStream};
 
 /// `<ssl>`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,6 +89,10 @@ fn load(section: &SslSection) -> anyhow::Result<(TlsAcceptor, TlsConnector)> {
     let verifier = Verifier::new(&provider, trusted).with_context(|| {
         format!("{}: no certificate can be used", section.authenticate.display())
     })?;
+    let own = chain.iter().take(1).cloned().map(Known::read).collect::<anyhow::Result<Vec<_>>>();
+    let own = own.with_context(|| section.certificate.display().to_string())?;
+    warn_of_ends(&section.certificate, &own);
+    warn_of_ends(&section.authenticate, &verifier.known);
     let verifier = Arc::new(verifier);
     let do_not_fit = || format!("{} and its key do not fit", section.certificate.display());
     let server = ServerConfig::builder_with_provider(provider.clone())
@@ -97,6 +107,25 @@ fn load(section: &SslSection) -> anyhow::Result<(TlsAcceptor, TlsConnector)> {
         .with_client_auth_cert(chain, key)
         .with_context(do_not_fit)?;
     Ok((TlsAcceptor::from(Arc::new(server)), TlsConnector::from(Arc::new(client))))
+}
+
+/// Certificates that are valid for less than this are told of.
+const SOON: Duration = Duration::from_secs(14 * 86_400);
+
+/// Tells of certificates whose time is over, or will be soon: nobody is let in with them then.
+fn warn_of_ends(file: &Path, known: &[Known]) {
+    let now = UnixTime::since_unix_epoch(machine::wall_clock());
+    for known in known {
+        let (file, subject, days) =
+            (file.display(), &known.subject, known.left(now).as_secs() / 86_400);
+        match known.check(now) {
+            Err(error) => warn!(%file, subject, %error, "a certificate is of no use"),
+            Ok(()) if known.left(now) < SOON => {
+                warn!(%file, subject, days, "a certificate is valid for so many days only");
+            }
+            Ok(()) => {}
+        }
+    }
 }
 
 const ENCRYPTED: [&str; 2] =
@@ -184,31 +213,41 @@ fn trusted(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     Ok(found)
 }
 
-/// Knows the trusted certificates themselves, and what they have issued.
+/// Knows the trusted certificates themselves, and what the authorities among them have issued.
 #[derive(Debug)]
 struct Verifier {
-    known: Vec<CertificateDer<'static>>,
-    issued: Arc<dyn ClientCertVerifier>,
+    known: Vec<Known>,
+    /// `None` if there is no authority.
+    issued: Option<Arc<dyn ClientCertVerifier>>,
+    algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl Verifier {
     fn new(
         provider: &Arc<CryptoProvider>,
-        known: Vec<CertificateDer<'static>>,
+        trusted: Vec<CertificateDer<'static>>,
     ) -> anyhow::Result<Verifier> {
+        let known = trusted.into_iter().map(Known::read).collect::<anyhow::Result<Vec<_>>>()?;
+        let now = UnixTime::since_unix_epoch(machine::wall_clock());
+        let issues = |known: &&Known| known.is_authority && !known.left(now).is_zero();
         let mut roots = RootCertStore::empty();
-        for certificate in &known {
-            roots.add(certificate.clone())?;
+        for authority in known.iter().filter(issues) {
+            roots.add(authority.der.clone())?;
         }
-        let issued =
-            WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone()).build()?;
-        Ok(Verifier { known, issued })
+        let issued = match roots.is_empty() {
+            true => None,
+            false => Some(
+                WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
+                    .build()?,
+            ),
+        };
+        Ok(Verifier { known, issued, algorithms: provider.signature_verification_algorithms })
     }
 }
 
 impl ClientCertVerifier for Verifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.issued.root_hint_subjects()
+        self.issued.as_ref().map_or(&[], |issued| issued.root_hint_subjects())
     }
 
     fn verify_client_cert(
@@ -218,10 +257,14 @@ impl ClientCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         // One that is known need not be issued by anybody: it may be self-signed.
-        if self.known.iter().any(|known| known == end_entity) {
+        if let Some(known) = self.known.iter().find(|known| known.der == *end_entity) {
+            known.check(now)?;
             return Ok(ClientCertVerified::assertion());
         }
-        self.issued.verify_client_cert(end_entity, intermediates, now)
+        match &self.issued {
+            Some(issued) => issued.verify_client_cert(end_entity, intermediates, now),
+            None => Err(CertificateError::UnknownIssuer.into()),
+        }
     }
 
     fn verify_tls12_signature(
@@ -230,7 +273,7 @@ impl ClientCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.issued.verify_tls12_signature(message, certificate, signature)
+        verify_tls12_signature(message, certificate, signature, &self.algorithms)
     }
 
     fn verify_tls13_signature(
@@ -239,11 +282,11 @@ impl ClientCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.issued.verify_tls13_signature(message, certificate, signature)
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.issued.supported_verify_schemes()
+        self.algorithms.supported_schemes()
     }
 }
 
@@ -267,7 +310,7 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.issued.verify_tls12_signature(message, certificate, signature)
+        verify_tls12_signature(message, certificate, signature, &self.algorithms)
     }
 
     fn verify_tls13_signature(
@@ -276,10 +319,10 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.issued.verify_tls13_signature(message, certificate, signature)
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.issued.supported_verify_schemes()
+        self.algorithms.supported_schemes()
     }
 }
