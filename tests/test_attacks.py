@@ -13,8 +13,9 @@ import transaction
 from ZODB.blob import Blob
 from ZODB.POSException import ReadOnlyError
 
+import cluster as harness
 from test_alone import call, receive, registered, send
-from zeo_client import Client
+from zeo_client import Client, Voted
 
 
 def latencies(client, seconds):
@@ -176,4 +177,26 @@ def test_strangers_write_no_lines_into_the_log(nodes):
     assert not any(line.startswith(("2026-11-29T00:00:00Z ERROR all", "ERROR all")) for line in log.splitlines())
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=1))
+    client.close()
+
+
+def test_a_vote_that_is_held_is_told(nodes):
+    """A client has voted and does nothing more; another one waits for the object."""
+    cluster = nodes.cluster().start()
+    client = Client(cluster.addresses, client_label="the one that waits")
+    client.commit(lambda root: root.update(x=1))
+    holder = Voted(cluster.addresses, client.root._p_oid)
+    committing = threading.Thread(target=client.commit, args=(lambda root: root.update(x=2),))
+    committing.start()
+    primary = cluster.primary()
+    harness.wait_for("a line in the log", lambda: "the vote of client " in primary.log())
+    (line,) = (line for line in primary.log().splitlines() if "the vote of client " in line)
+    assert "(the one that waits) has waited" in line and "for object 0000000000000000 of storage 1" in line, line
+    harness.wait_for("the status", lambda: "the vote of client" in (cluster.seen(primary).get("held_vote") or ""))
+    # In its table the text is folded.
+    assert "waited" in cluster.nodes[0].ask("status")
+    holder.storage.close()
+    committing.join(60)
+    assert not committing.is_alive()
+    harness.wait_for("the end of it", lambda: "held_vote" not in cluster.seen(primary))
     client.close()

@@ -354,6 +354,7 @@ impl Connection {
             Effect::Labelled => {
                 // In the words of the Python server: sites look for them in their logs.
                 let label = self.session.label().unwrap_or_default();
+                self.handle.set_label(label);
                 info!("ZEO.StorageServer ({label} {}) connected", self.handle.peer);
                 return None;
             }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use standby_types::Disk;
 use standby_types::disk::{read_all, replace};
-use tracing::error;
+use tracing::{error, warn};
 
 use crate::machine;
 
@@ -58,12 +58,19 @@ fn lines(disk: &dyn Disk, state_dir: &Path) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// True if the process has crashed so often lately that the node should not be primary.
+/// True, and told, if the process has crashed so often lately that the node should not be primary.
 pub fn are_many(disk: &dyn Disk, state_dir: &Path) -> bool {
     let recent = |line: &&str| {
         line.parse::<u64>().is_ok_and(|at| now().saturating_sub(at) < REMEMBERED.as_secs())
     };
-    lines(disk, state_dir).lines().filter(recent).count() >= MANY
+    let many = lines(disk, state_dir).lines().filter(recent).count() >= MANY;
+    if many {
+        warn!(
+            "this node has crashed again and again: for five minutes it does not stand for election, as long as another \
+             node can be primary"
+        );
+    }
+    many
 }
 
 #[cfg(test)]

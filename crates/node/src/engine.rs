@@ -14,6 +14,7 @@ mod blobs;
 mod caution;
 mod clock;
 mod disks;
+mod held;
 mod membership;
 mod outgoing;
 mod pack;
@@ -44,6 +45,7 @@ use self::asks::Watch;
 use self::blobs::{Blobs, Fetched};
 use self::clock::Clock;
 use self::disks::SlowestWrite;
+use self::held::HeldVote;
 use self::outgoing::Outgoing;
 use self::pack::PackRequest;
 use self::readers::{Freshness, Readers};
@@ -245,6 +247,7 @@ pub struct Engine {
     /// When a primary was last known.
     primary_known_at: Duration,
     caution: Caution,
+    held_vote: HeldVote,
     clock: Clock,
     /// A primary has been heard of since the start, or enough time has passed to give up on one:
     /// what this node has is as good as can be had.
@@ -317,12 +320,6 @@ impl Engine {
             error!("{text}");
         }
         let crashes = crashes::are_many(&*shared.disk, &shared.state.0);
-        if crashes {
-            warn!(
-                "this node has crashed again and again: for five minutes it does not stand for election, as long as \
-                 another node can be primary"
-            );
-        }
         Engine {
             shared,
             consensus,
@@ -353,6 +350,7 @@ impl Engine {
             primary_known_at: Duration::ZERO,
             caution: Caution::None,
             clock: Clock::default(),
+            held_vote: HeldVote::default(),
             oriented: false,
             catch_up: None,
             present: BTreeMap::new(),
@@ -536,6 +534,7 @@ impl Engine {
         }
         self.tend_watches();
         self.packs_that_waited()?;
+        self.tend_held_votes();
         if self.ticks.is_multiple_of(2) {
             self.tend_membership()?;
         }
@@ -978,6 +977,7 @@ impl Engine {
                     .flatten(),
                 stopped: self.superseded.clone(),
                 alarm: self.alarm.clone(),
+                held_vote: self.held_vote.text.clone(),
                 no_lease: self
                     .lease_lost_at
                     .is_some_and(|at| self.shared.now() > at + alarms::NO_LEASE),

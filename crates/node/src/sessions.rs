@@ -36,6 +36,7 @@ pub struct SessionHandle {
     /// To its own task.
     pub mailbox: mpsc::UnboundedSender<Mail>,
     encoding: OnceLock<Encoding>,
+    label: OnceLock<String>,
     /// It may write: it must end when this node is not primary any more.
     pub read_write: AtomicBool,
     /// It wanted to write and took read-only: it must end when a primary appears.
@@ -68,6 +69,7 @@ impl SessionHandle {
             outbox: Outbox::default(),
             mailbox,
             encoding: OnceLock::new(),
+            label: OnceLock::new(),
             read_write: AtomicBool::new(false),
             settled: AtomicBool::new(false),
             uploads: AtomicBool::new(false),
@@ -110,6 +112,19 @@ impl SessionHandle {
     /// True if it only reads, whatever this node is.
     pub fn is_reader(&self) -> bool {
         !self.read_write.load(Ordering::Acquire)
+    }
+
+    /// Its address, and its label (`client-label`) if it has one.
+    pub fn who(&self) -> String {
+        match self.label.get().filter(|label| !label.is_empty()) {
+            Some(label) => format!("{} ({label})", self.peer),
+            None => self.peer.clone(),
+        }
+    }
+
+    /// Notes the label; the first time counts.
+    pub fn set_label(&self, label: &str) {
+        let _ = self.label.set(label.to_owned());
     }
 
     /// The encoding that the client chose.

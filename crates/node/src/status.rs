@@ -61,6 +61,8 @@ pub struct Moment<'a> {
     pub stopped: Option<String>,
     /// Commits that were acknowledged are lost on some node.
     pub alarm: Option<String>,
+    /// Whose vote waits long for whose, if one does.
+    pub held_vote: Option<String>,
     /// It leads, and a majority answers too late for it to serve.
     pub no_lease: bool,
     /// Nodes that it does not let in, and why.
@@ -148,6 +150,8 @@ pub struct NodeReport {
     stopped: Option<String>,
     #[serde(default)]
     alarm: Option<String>,
+    #[serde(default)]
+    held_vote: Option<String>,
     #[serde(default)]
     no_lease: bool,
     #[serde(default)]
@@ -242,6 +246,7 @@ impl NodeReport {
             waits: moment.waits,
             stopped: moment.stopped,
             alarm: moment.alarm,
+            held_vote: moment.held_vote,
             no_lease: moment.no_lease,
             not_let_in: moment.not_let_in,
         }
@@ -702,6 +707,9 @@ pub struct NodeStatus {
     /// Which of its disks is full, if one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_room: Option<String>,
+    /// Whose vote has waited long for whose transaction, if one has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_vote: Option<String>,
     /// What its storages lack of the history.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub holes: BTreeMap<String, Vec<MissingHistory>>,
@@ -813,6 +821,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 slow_disk: report.slow_disk,
                 clock_ahead_seconds: one.clock_ahead,
                 no_room: report.no_room.clone(),
+                held_vote: report.held_vote.clone(),
                 holes: report.holes.clone(),
                 backfilling: report.backfilling.clone(),
                 log: report.log,
@@ -855,6 +864,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 slow_disk: false,
                 clock_ahead_seconds: None,
                 no_room: None,
+                held_vote: None,
                 holes: BTreeMap::new(),
                 backfilling: BTreeMap::new(),
                 log: (0, 0),

@@ -137,7 +137,8 @@ pub fn table(status: &Status) -> String {
         let clock = node.clock_ahead_seconds.map(|ahead| format!("\nclock off by {ahead} s"));
         let lost: u64 = node.lost.iter().map(|tail| tail.transactions).sum();
         let lost = (lost > 0).then(|| format!("\nkeeps {lost} lost\ntransactions"));
-        let damage = node.damage.iter().chain(&node.stopped).chain(&node.waits);
+        let damage =
+            node.damage.iter().chain(&node.stopped).chain(&node.waits).chain(&node.held_vote);
         let damage: String = damage.map(|text| format!("\n{}", folded(text))).collect();
         let flaps = node.flapping.then(|| "\nflapping".to_owned());
         let crashes = node.crashes.then(|| "\ncrashes".to_owned());

@@ -29,7 +29,7 @@ pub use message::{Call, Encoding, Incoming, Reply, WireError};
 pub use session::{CloseReason, Effect, Look, Options, Read, Session, VoteOutcome, WorkedOut};
 pub use spill::{MakeSpill, Slot, Spill};
 pub use standby_pickle::{Value, references};
-pub use transactions::{FinishRefused, Transactions, VoteAnswer, VoteRequest};
+pub use transactions::{FinishRefused, Transactions, VoteAnswer, VoteRequest, Wait};
 
 /// Reads a transaction's extension; `None` if it is empty, or no pickle of plain data. Nothing in it
 /// is executed.

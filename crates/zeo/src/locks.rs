@@ -74,6 +74,15 @@ impl<T: Copy + Eq + Hash> Locks<T> {
             })
     }
 
+    /// An object that `owner` waits for, and who is first in its queue.
+    pub fn blocker(&self, owner: T) -> Option<(Oid, T)> {
+        self.owners.get(&owner)?.oids.iter().find_map(|(oid, _)| {
+            let queue = self.queues.get(oid)?;
+            let waits = queue.iter().any(|waiter| waiter.owner == owner && !waiter.granted);
+            waits.then_some((*oid, queue.front()?.owner))
+        })
+    }
+
     /// Takes `owner` out of all queues; returns those who now hold all their locks, in order of
     /// arrival as far as they met.
     pub fn release(&mut self, owner: T) -> Vec<T> {

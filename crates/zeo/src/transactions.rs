@@ -64,8 +64,23 @@ enum Phase {
     Finishing,
 }
 
+/// A vote that waits for another transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wait {
+    /// Whose vote.
+    pub waiter: SessionId,
+    /// Whose transaction is first in the queue of the object.
+    pub holder: SessionId,
+    /// The object.
+    pub oid: Oid,
+    /// For how long.
+    pub time: Duration,
+}
+
 struct Transaction {
     phase: Phase,
+    /// When it voted.
+    since: Duration,
     request: VoteRequest,
     /// When the session is to be closed, if the transaction is then still undecided.
     deadline: Option<Duration>,
@@ -102,7 +117,8 @@ impl Transactions {
         }
         let mut complete = self.abort(now, session);
         let phase = Phase::Waiting;
-        self.transactions.insert(session, Transaction { phase, request, deadline: None });
+        self.transactions
+            .insert(session, Transaction { phase, since: now, request, deadline: None });
         if self.locks.acquire(session, wanted) {
             self.start_clock(now, session);
             complete.push(session);
@@ -216,6 +232,19 @@ impl Transactions {
         self.transactions.values().any(|t| !t.request.undos.is_empty())
     }
 
+    /// The vote that has waited longest for its locks, if that is at least so long.
+    pub fn longest_wait(&self, now: Duration, least: Duration) -> Option<Wait> {
+        let waits = |t: &Transaction| t.phase == Phase::Waiting && t.since + least <= now;
+        let mut waiting: Vec<_> = self.transactions.iter().filter(|(_, t)| waits(t)).collect();
+        waiting.sort_by_key(|(_, t)| t.since);
+        waiting.into_iter().find_map(|(waiter, transaction)| {
+            // None of one whose locks are complete, and whose serials are about to be compared.
+            let (oid, holder) = self.locks.blocker(*waiter)?;
+            let time = now.saturating_sub(transaction.since);
+            Some(Wait { waiter: *waiter, holder, oid, time })
+        })
+    }
+
     /// Transactions that wait for locks.
     pub fn waiting(&self) -> usize {
         self.transactions.values().filter(|t| t.phase == Phase::Waiting).count()
@@ -312,6 +341,24 @@ mod tests {
         assert_eq!(t.vote(NOW, SessionId(1), writes(&[(1, 5), (2, 5)])), [SessionId(2)]);
         examine(&mut t, 2, Some(5));
         assert_eq!(t.waiting(), 1);
+    }
+
+    #[test]
+    fn who_has_waited_longest_is_known() {
+        let mut t = Transactions::new(None);
+        let at = Duration::from_secs;
+        t.vote(at(1), SessionId(1), writes(&[(1, 4), (2, 4)]));
+        assert_eq!(t.longest_wait(at(9), at(0)), None);
+        t.vote(at(3), SessionId(2), writes(&[(2, 4), (3, 4)]));
+        t.vote(at(5), SessionId(3), writes(&[(3, 4)]));
+        let wait = |waiter, holder, oid, seconds| {
+            let (waiter, holder) = (SessionId(waiter), SessionId(holder));
+            Some(Wait { waiter, holder, oid: Oid(oid), time: at(seconds) })
+        };
+        assert_eq!(t.longest_wait(at(9), at(6)), wait(2, 1, 2, 6));
+        assert_eq!(t.longest_wait(at(9), at(7)), None);
+        t.abort(at(9), SessionId(1));
+        assert_eq!(t.longest_wait(at(10), at(0)), wait(3, 2, 3, 5));
     }
 
     #[test]
