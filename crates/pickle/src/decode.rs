@@ -9,6 +9,13 @@ use crate::{Object, Value};
 
 /// How deep values may be nested.
 pub const MAX_DEPTH: u16 = 200;
+/// What a pickle may become in memory: so many bytes, and so many for each byte of it. What clients send is far below
+/// that; a set takes one byte in a pickle, and some hundreds in memory.
+const MEMORY: (usize, usize) = (4 << 20, 32);
+/// What an entry of the memo takes, about.
+const MEMO_ENTRY: usize = 128;
+/// What a set takes, about.
+const SET: usize = 512;
 
 /// Why bytes are not a pickle that this crate reads.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -56,8 +63,16 @@ pub fn decode_first(
     bytes: &Bytes,
     allow: impl Fn(&str, &str) -> bool,
 ) -> Result<(Value, usize), DecodeError> {
-    Machine { bytes, at: 0, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), budget: 0 }
-        .run(&allow)
+    Machine {
+        bytes,
+        at: 0,
+        stack: Vec::new(),
+        marks: Vec::new(),
+        memo: HashMap::new(),
+        budget: 0,
+        made: 0,
+    }
+    .run(&allow)
 }
 
 /// The class of a ZODB record, `module.Class`, read from its first pickle as
@@ -94,6 +109,8 @@ struct Machine<'a> {
     memo: HashMap<u32, Option<(Value, u16, usize)>>,
     /// Nodes that references to the memo have multiplied.
     budget: usize,
+    /// Bytes of memory that were taken, about.
+    made: usize,
 }
 
 impl Machine<'_> {
@@ -105,7 +122,22 @@ impl Machine<'_> {
                 let slot = self.pop(code, at)?;
                 return Ok((slot.value, self.at));
             }
+            self.make(code)?;
             self.step(code, at, allow)?;
+        }
+    }
+
+    /// Counts what an opcode may take in memory; what lies in the pickle itself is shared.
+    fn make(&mut self, code: u8) -> Result<(), DecodeError> {
+        self.made += match code {
+            b'p' | b'q' | b'r' | 0x94 => MEMO_ENTRY,
+            0x8f | 0x91 => SET,
+            _ => size_of::<Slot>(),
+        };
+        let (floor, each) = MEMORY;
+        match self.made > floor + each * self.bytes.len() {
+            true => Err(DecodeError::TooLarge),
+            false => Ok(()),
         }
     }
 

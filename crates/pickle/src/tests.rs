@@ -88,6 +88,25 @@ fn class_names_of_records() {
 }
 
 #[test]
+fn a_pickle_takes_memory_in_proportion_to_its_length() {
+    for (name, code) in [("sets", 0x8f), ("nothing", b'N'), ("lists", b']'), ("memos", 0x94)] {
+        let pickle = |count| [&b"\x80\x04N"[..], &vec![code; count], b"."].concat();
+        assert!(read(&pickle(1000)).is_ok(), "{name}");
+        assert_eq!(read(&pickle(1 << 20)), Err(DecodeError::TooLarge), "{name}");
+    }
+    // A million oids, each with its number in the memo, as Python writes them.
+    let mut oids = b"\x80\x03(".to_vec();
+    for number in 0..1_000_000u32 {
+        oids.extend_from_slice(b"C\x08\0\0\0\0");
+        oids.extend_from_slice(&number.to_be_bytes());
+        oids.push(b'r');
+        oids.extend_from_slice(&number.to_le_bytes());
+    }
+    oids.extend_from_slice(b"t.");
+    assert!(read(&oids).is_ok());
+}
+
+#[test]
 fn bombs_are_refused() {
     let mut deep = b"\x80\x03N".to_vec();
     deep.extend(std::iter::repeat_n(0x85, 1_000_000));

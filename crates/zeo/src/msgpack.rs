@@ -57,19 +57,27 @@ fn unsigned(bytes: &[u8]) -> Option<u64> {
 
 /// Reads the one value that `bytes` consist of; shares their memory.
 pub(crate) fn read(bytes: &Bytes) -> Result<Value, Malformed> {
-    let mut reader = Reader { bytes, at: 0 };
+    let mut reader = Reader { bytes, at: 0, values: 0 };
     let value = reader.value(0)?;
     if reader.at == bytes.len() { Ok(value) } else { Err(Malformed(reader.at)) }
 }
 
+/// What a message may become in memory: so many bytes, and so many for each byte of it.
+const MEMORY: (usize, usize) = (4 << 20, 16);
+
 struct Reader<'a> {
     bytes: &'a Bytes,
     at: usize,
+    /// How many were read.
+    values: usize,
 }
 
 impl Reader<'_> {
     fn value(&mut self, depth: u16) -> Result<Value, Malformed> {
-        if depth > MAX_DEPTH {
+        self.values += 1;
+        let (floor, each) = MEMORY;
+        let large = self.values * size_of::<Value>() > floor + each * self.bytes.len();
+        if depth > MAX_DEPTH || large {
             return Err(Malformed(self.at));
         }
         let at = self.at;
@@ -171,6 +179,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_message_takes_memory_in_proportion_to_its_length() {
+        let nils =
+            |count: u32| [&[0xdd][..], &count.to_be_bytes(), &vec![0xc0; count as usize]].concat();
+        assert!(read(&nils(10_000).into()).is_ok());
+        assert!(read(&nils(16 << 20).into()).is_err());
+        let oids = Value::Tuple(vec![Value::Bytes(Bytes::from_static(&[7; 8])); 1 << 20]);
+        assert_eq!(round_trip(&oids), oids);
+    }
 
     fn round_trip(value: &Value) -> Value {
         let mut out = BytesMut::new();
