@@ -267,10 +267,19 @@ def call(number, method, *arguments):
 
 
 def receive(sock):
-    header = sock.recv(4, socket.MSG_WAITALL)
-    if len(header) < 4:
-        return None
-    return sock.recv(struct.unpack(">I", header)[0], socket.MSG_WAITALL)
+    header = exactly(sock, 4)
+    return header and exactly(sock, struct.unpack(">I", header)[0])
+
+
+def exactly(sock, length):
+    """So many bytes; None if the connection ends before."""
+    received = b""
+    while len(received) < length:
+        more = sock.recv(length - len(received))
+        if not more:
+            return None
+        received += more
+    return received
 
 
 def send(sock, content):
@@ -510,6 +519,40 @@ def test_what_was_undone_in_place_is_no_revision(nodes):
     client.connection.cacheMinimize()
     assert client.root["x"]["value"] == "kept" and client.root["y"] == 1
     client.close()
+
+
+def test_a_pack_replaces_what_a_link_points_at(nodes, tmp_path):
+    node = nodes.alone()
+    target = tmp_path / "disk" / "real.fs"
+    target.parent.mkdir()
+    make_database(target, 500)
+    os.remove(str(target) + ".index")
+    os.symlink(target, node.data_file)
+    with open(node.data_file + ".index", "wb") as index:
+        index.write(b"of positions before the pack")
+    node.start()
+    client = Client(node.address)
+    client.commit(lambda root: root["tree"].clear())
+    before = os.path.getsize(target)
+    client.db.storage.pack(time.time() + 1)
+    client.commit(lambda root: root.update(x=1))
+    client.close()
+    # Python respects the lock beside the link.
+    with pytest.raises(Exception, match="lock"):
+        ZODB.FileStorage.FileStorage(node.data_file)
+    node.stop()
+    assert os.path.islink(node.data_file) and os.path.getsize(target) < before
+    assert os.path.exists(str(target) + ".old") and not os.path.exists(node.data_file + ".old")
+    assert os.path.isdir(node.data_file + ".standby") and not os.path.exists(node.data_file + ".index")
+    assert len(transactions(node.data_file)) >= 1
+    node.start()
+    client = Client(node.address)
+    assert client.root["x"] == 1
+    client.close()
+    node.stop()
+    os.rename(target, str(target) + ".away")
+    assert node.start().wait() != 0
+    assert "which cannot be found" in node.log() and os.path.islink(node.data_file)
 
 
 def test_row_27_a_torn_tail_is_cut_and_kept(nodes):

@@ -3,13 +3,17 @@
 import contextlib
 import itertools
 import os
+import pickle
 import socket
 import stat
+import sys
 import threading
 import time
 
 import pytest
 import transaction
+import ZODB
+import ZODB.FileStorage
 from ZODB.blob import Blob
 from ZODB.POSException import ReadOnlyError
 
@@ -180,6 +184,23 @@ def test_strangers_write_no_lines_into_the_log(nodes):
     client.close()
 
 
+def test_strangers_fill_no_log(nodes):
+    node = nodes.alone()
+    node.start()
+    Client(node.address).close()
+    lines = node.log().count("\n")
+    begun = time.monotonic()
+    for number in range(500):
+        with contextlib.suppress(OSError), socket.create_connection(node.address, timeout=10) as stranger:
+            send(stranger, b"Z4 %d" % number)
+            while stranger.recv(100):
+                pass
+    took = time.monotonic() - begun
+    more = node.log().count("\n") - lines
+    print("500 strangers in %.1f s wrote %d lines" % (took, more))
+    assert 0 < more < 10 + 6 * took and more < 250
+
+
 def test_a_vote_that_is_held_is_told(nodes):
     """A client has voted and does nothing more; another one waits for the object."""
     cluster = nodes.cluster().start()
@@ -199,4 +220,45 @@ def test_a_vote_that_is_held_is_told(nodes):
     committing.join(60)
     assert not committing.is_alive()
     harness.wait_for("the end of it", lambda: "held_vote" not in cluster.seen(primary))
+    client.close()
+
+
+def test_undo_logs_are_looked_for_one_at_a_time(nodes, monkeypatch):
+    """A few bytes ask for much: for each connection there is one thread, and room for some answers."""
+    node = nodes.alone()
+    monkeypatch.setattr(sys.modules["ZODB.FileStorage.FileStorage"], "fsync", lambda _: None)
+    storage = ZODB.FileStorage.FileStorage(node.data_file)
+    db = ZODB.DB(storage)
+    for number in range(10000):
+        with db.transaction(note="x" * 100) as connection:
+            connection.root()["x"] = number
+    db.close()
+    node.start()
+    client = Client(node.address)
+    threads = lambda: len(os.listdir("/proc/%d/task" % node.process.pid))
+    before, memory = threads(), resident(node)
+    sock = registered(node.address)
+    asks = b"".join(
+        len(frame).to_bytes(4, "big") + frame for frame in (call(number, "undoLog", 0, 1 << 30) for number in range(2, 402))
+    )
+    sock.sendall(asks)
+    most, grown = 0, 0
+    for _ in range(50):
+        most, grown = max(most, threads()), max(grown, resident(node) - memory)
+        time.sleep(0.1)
+    latency = p99(latencies(client, 2))
+    print(
+        "%d bytes sent: %d more threads, %d MB more memory; p99 of another client's commits %.1f ms"
+        % (len(asks), most - before, grown >> 20, 1000 * latency)
+    )
+    assert most - before < 20 and grown < 200 << 20 and latency < 1
+    assert pickle.loads(receive(sock))[2] == ".reply"
+    sock.close()
+    # All that was asked for is forgotten.
+    ticks = lambda: sum(map(int, open("/proc/%d/stat" % node.process.pid).read().rsplit(")", 1)[1].split()[11:13]))
+    time.sleep(1)
+    begun = ticks()
+    time.sleep(2)
+    assert (ticks() - begun) / os.sysconf("SC_CLK_TCK") < 0.5
+    assert len(client.db.undoLog(0, 5)) == 5
     client.close()

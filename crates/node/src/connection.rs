@@ -54,7 +54,9 @@ pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool) {
             let (read, write) = tokio::io::split(stream);
             talk(shared, peer, cutter, read, write, read_only).await;
         }
-        Err(error) => warn!(client = peer, %error, "no TLS with a client"),
+        Err(error) => shared
+            .strangers_lines
+            .tell(|untold| warn!(client = peer, %error, untold, "no TLS with a client")),
     }
 }
 
@@ -87,6 +89,7 @@ async fn talk(
         storage: None,
         read_only,
         iterators: Iterators::default(),
+        undo_log: Arc::default(),
         upload: None,
     };
     let sending = {
@@ -102,6 +105,11 @@ async fn talk(
     let storage = connection.storage.clone();
     let label = connection.session.label().unwrap_or("").to_owned();
     match (ended, handle.outbox.close_reason()) {
+        (Some(reason), _) if connection.session.is_stranger() => {
+            shared.strangers_lines.tell(|untold| {
+                warn!(client = %peer, %reason, untold, "closed the connection of a stranger");
+            });
+        }
         (Some(reason), _) => {
             warn!(client = %peer, label, %reason, "closed a client's connection");
         }
@@ -130,6 +138,8 @@ struct Connection {
     storage: Option<String>,
     read_only: bool,
     iterators: Iterators,
+    /// Held while the undo log is looked at.
+    undo_log: Arc<tokio::sync::Mutex<()>>,
     /// The upload that has begun and not ended, or why it has failed.
     upload: Option<Result<BlobWriter, StorageError>>,
 }
@@ -293,17 +303,25 @@ impl Connection {
                 Err(error) => handle.encoding().error(&id, &error),
             });
         };
-        if let Look::UndoLog(..) = look {
+        if let Look::UndoLog(range, specification) = look {
             if storage.packing.percent().is_some() {
                 return answer(Err(look::undo_disabled()));
             }
-            // It may read the whole file; the client's other threads do not wait for it.
-            let handle = self.handle.clone();
+            // It may read the whole file: the client's other threads do not wait for it. But only one is looked for at a
+            // time, when there is room for the answer, and as long as the client is there.
+            let (handle, turn) = (self.handle.clone(), self.undo_log.clone());
             handle.unanswered.fetch_add(1, Ordering::AcqRel);
-            drop(machine::spawn_blocking(move || {
-                answer(look::look(&reader, &mut Iterators::default(), look));
+            tokio::spawn(async move {
+                let _turn = turn.lock().await;
+                handle.outbox.room().await;
+                let client = handle.clone();
+                let go_on = move || !client.outbox.is_closed();
+                let found = machine::spawn_blocking(move || {
+                    look::undo_log(&reader, range, &specification, &go_on)
+                });
+                answer(found.await.unwrap_or_else(|e| Err(ClientError::storage(e.to_string()))));
                 handle.answered();
-            }));
+            });
             return;
         }
         let mut iterators = std::mem::take(&mut self.iterators);

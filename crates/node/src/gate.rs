@@ -90,6 +90,38 @@ impl Gate {
     }
 }
 
+/// Log lines that strangers cause in a second.
+const STRANGERS_LINES: u32 = 5;
+
+/// Bounds the log lines of those who can only reach a port: some in each second, then a count.
+#[derive(Default)]
+pub struct StrangersLines(Mutex<Lines>);
+
+#[derive(Default)]
+struct Lines {
+    since: Option<Instant>,
+    told: u32,
+    untold: u64,
+}
+
+impl StrangersLines {
+    /// Writes a line by `write`, which gets how many were left out before it, or leaves it out.
+    pub fn tell(&self, write: impl FnOnce(u64)) {
+        let mut lines = lock(&self.0);
+        if lines.since.is_none_or(|since| since.elapsed() >= Duration::from_secs(1)) {
+            (lines.since, lines.told) = (Some(Instant::now()), 0);
+        }
+        if lines.told == STRANGERS_LINES {
+            lines.untold += 1;
+            return;
+        }
+        lines.told += 1;
+        let untold = std::mem::take(&mut lines.untold);
+        drop(lines);
+        write(untold);
+    }
+}
+
 /// Handshakes at the peer address at a time: at least, and at most. Many clients may be passed on at the same moment.
 const STRANGERS: (u64, u64) = (16, 1024);
 
@@ -114,6 +146,19 @@ pub fn limits() -> anyhow::Result<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn strangers_write_some_lines_and_then_a_count() {
+        let lines = StrangersLines::default();
+        let mut told = Vec::new();
+        for _ in 0..100 {
+            lines.tell(|untold| told.push(untold));
+        }
+        assert_eq!(told, [0; STRANGERS_LINES as usize]);
+        lock(&lines.0).since = None;
+        lines.tell(|untold| told.push(untold));
+        assert_eq!(told.last(), Some(&95));
+    }
 
     #[test]
     fn row_47_the_one_that_is_too_many_is_refused() {

@@ -15,6 +15,9 @@ use standby_zeo::{ClientError, Content, Later, Look, Value, WorkedOut};
 
 use crate::engine::read_failed;
 
+/// Bytes that one answer about the undo log may take; an entry takes its texts and about so many.
+const UNDO_LOG_MOST: usize = 256 << 20;
+const UNDO_ENTRY: usize = 512;
 /// Iterators that a client may have open at the same time.
 const ITERATORS_MAX: usize = 10_000;
 
@@ -87,7 +90,7 @@ pub fn look(reader: &Reader, iterators: &mut Iterators, look: Look) -> Result<Va
                 next.map_or(Value::None, |oid| oid.to_bytes().into()),
             ]))
         }
-        Look::UndoLog(range, specification) => undo_log(reader, range, &specification),
+        Look::UndoLog(range, specification) => undo_log(reader, range, &specification, &|| true),
         Look::IteratorStart(start, stop) => {
             let (start, stop) = (start.unwrap_or(Tid::NONE), stop.unwrap_or(Tid::MAX));
             if let Some(hole) = reader.holes().between(start, stop) {
@@ -161,16 +164,21 @@ pub fn look(reader: &Reader, iterators: &mut Iterators, look: Look) -> Result<Va
 
 /// The transactions with these indexes, newest first. Those that are packed end the log, and so does a
 /// hole in the history.
-fn undo_log(
+/// Answers `undoLog` and `undoInfo`, as long as `go_on` says that somebody wants the answer.
+pub fn undo_log(
     reader: &Reader,
     range: Range<usize>,
     specification: &[(Value, Value)],
+    go_on: &dyn Fn() -> bool,
 ) -> Result<Value, ClientError> {
-    let mut entries = Vec::new();
+    let (mut entries, mut bytes) = (Vec::new(), 0);
     let mut backwards = reader.backwards();
     let mut index = 0;
     while index < range.end {
         let Some(transaction) = backwards.step().map_err(failed)? else { break };
+        if !go_on() {
+            return Err(ClientError::storage("nobody waits for the undo log any more"));
+        }
         let meta = &transaction.meta;
         if reader.hole_of(meta.tid).is_some() {
             break;
@@ -197,6 +205,14 @@ fn undo_log(
         };
         if specification.iter().all(has) {
             if range.contains(&index) {
+                bytes +=
+                    UNDO_ENTRY + meta.user.len() + meta.description.len() + meta.extension.len();
+                if bytes > UNDO_LOG_MOST {
+                    return Err(ClientError::storage(format!(
+                        "the undo log is too long for one answer after {} transactions: ask for fewer",
+                        entries.len()
+                    )));
+                }
                 entries.push(Value::Dict(entry));
             }
             index += 1;

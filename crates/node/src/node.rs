@@ -24,7 +24,7 @@ use crate::crashes;
 use crate::disk::OsDisk;
 use crate::engine::{Ended, Engine, Event, Internal};
 use crate::founding;
-use crate::gate::{self, Gate};
+use crate::gate::{self, Gate, StrangersLines};
 use crate::lineage::Lineage;
 use crate::listener;
 use crate::log_thread::{self, Busy};
@@ -183,6 +183,8 @@ pub struct Shared {
     pub clients: Arc<Gate>,
     /// Connections to the peer address of which nobody knows yet who they are from.
     pub strangers: Arc<Gate>,
+    /// What they cause in the log.
+    pub strangers_lines: StrangersLines,
     /// Taken by who is about to promise this node to a founding.
     pub promising: tokio::sync::Mutex<()>,
     /// Room on the disks.
@@ -515,7 +517,8 @@ pub struct Running {
 }
 
 /// Starts a node; returns when it listens.
-pub async fn start(config: Config) -> anyhow::Result<Running> {
+pub async fn start(mut config: Config) -> anyhow::Result<Running> {
+    config.follow_links()?;
     let disk = read_only::protect(&config, Arc::new(OsDisk))?;
     start_on(config, disk).await
 }
@@ -564,9 +567,13 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     }
     // As Python, which reads beside a program that writes.
     for storage in config.storages.iter().filter(|section| !section.read_only) {
-        locks.push(machine::lock_file(&storage.path).with_context(|| {
-            format!("cannot use {} (from {})", storage.path.display(), config.file.display())
+        locks.push(machine::lock_file(&storage.named).with_context(|| {
+            format!("cannot use {} (from {})", storage.named.display(), config.file.display())
         })?);
+        if storage.named != storage.path {
+            info!(file = %storage.named.display(), target = %storage.path.display(), "a symbolic link is followed");
+            startup::forget_index_of_link(&*disk, &storage.named)?;
+        }
     }
     let beginning = beginning(&config);
     let opening = {
@@ -622,6 +629,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         make_spill: make_spill.clone(),
         log_busy: Busy::default(),
         clients: Gate::new("clients", most_clients),
+        strangers_lines: StrangersLines::default(),
         strangers: Gate::new("strangers at the peer address", most_strangers),
         promising: tokio::sync::Mutex::default(),
         room: Room::default(),

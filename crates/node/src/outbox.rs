@@ -157,6 +157,11 @@ impl Outbox {
         }
     }
 
+    /// True if the connection has been closed.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed.is_some()
+    }
+
     /// Returns when there is room for more replies.
     pub async fn room(&self) {
         self.room_below(FULL).await;

@@ -19,7 +19,7 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
@@ -444,6 +444,15 @@ pub fn self_as_member(config: &Config, id: NodeId) -> Member {
             witness: false,
         },
     }
+}
+
+/// Python's index beside a link names positions in what the link points at, which a pack replaces.
+pub fn forget_index_of_link(disk: &dyn Disk, link: &Path) -> anyhow::Result<()> {
+    let index = PathBuf::from(format!("{}.index", link.display()));
+    if disk.exists(&index)? {
+        disk.remove(&index).with_context(|| format!("cannot remove {}", index.display()))?;
+    }
+    Ok(())
 }
 
 /// Opens a data file that no checkpoint knows; also returns its highest oid.

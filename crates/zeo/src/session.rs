@@ -507,8 +507,10 @@ impl Session {
             return Some(Err(ClientError::ReadOnly));
         }
         let id = || call.id.clone();
+        // What is only asked for, and not to be answered, is not done.
+        let wanted = |effect: Effect| (!call.one_way).then_some(effect);
         let read = |read: Result<Read, ClientError>| {
-            read.map(|read| Some(Effect::Read { id: call.id.clone(), read }))
+            read.map(|read| wanted(Effect::Read { id: id(), read }))
         };
         let result = match call.method.as_str() {
             "loadBefore" => read(args.oid_and_tid().map(|(oid, tid)| Read::LoadBefore(oid, tid))),
@@ -517,20 +519,20 @@ impl Session {
             "lastTransaction" => read(args.none().map(|()| Read::LastTransaction)),
             "get_info" => read(args.none().map(|()| Read::Info)),
             "server_status" => read(args.none().map(|()| Read::Status)),
-            "ping" => args.none().map(|()| Some(Effect::Ping { id: call.id.clone() })),
+            "ping" => args.none().map(|()| wanted(Effect::Ping { id: id() })),
             "set_client_label" => args.one().map(|label| {
                 self.label = match label {
                     Value::Str(label) => Some(label.clone()),
                     other => other.as_bytes().map(|b| String::from_utf8_lossy(&b).into_owned()),
                 };
                 effects.push(Effect::Labelled);
-                (!call.one_way).then(|| Effect::Send(self.answer(&call.id, Ok(Value::None))))
+                wanted(Effect::Send(self.answer(&call.id, Ok(Value::None))))
             }),
             "getInvalidations" => args
                 .one()
                 .and_then(|tid| args.tid(tid))
-                .map(|since| Some(Effect::Invalidations { id: id(), since })),
-            "new_oids" => args.count().map(|count| Some(Effect::NewOids { id: id(), count })),
+                .map(|since| wanted(Effect::Invalidations { id: id(), since })),
+            "new_oids" => args.count().map(|count| wanted(Effect::NewOids { id: id(), count })),
             "tpc_begin" => self.begin(&args).map(|()| None),
             "storea" => self.store(&args).map(|()| None),
             "restorea" => self.restore(&args).map(|()| None),
@@ -545,7 +547,7 @@ impl Session {
                     self.transaction = None;
                     effects.push(Effect::Abort);
                 }
-                Some(Effect::Send(self.answer(&call.id, Ok(Value::None))))
+                wanted(Effect::Send(self.answer(&call.id, Ok(Value::None))))
             }),
             "history"
             | "record_iternext"

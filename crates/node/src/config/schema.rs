@@ -109,8 +109,10 @@ pub struct ZeoSection {
 pub struct StorageSection {
     /// The storage's name for clients.
     pub name: String,
-    /// The data file.
+    /// The data file: what a symbolic link at `named` pointed at when the node started.
     pub path: PathBuf,
+    /// The data file as the file names it. Beside it are, as for Python, its lock and, of a node alone, the state.
+    pub named: PathBuf,
     /// The data file must not exist yet.
     pub create: bool,
     /// No client may write to it.
@@ -269,6 +271,22 @@ impl Config {
         Ok(())
     }
 
+    /// Follows symbolic links to data files, once and for all: a pack puts its file in the place of what the link points
+    /// at, not of the link.
+    pub fn follow_links(&mut self) -> anyhow::Result<()> {
+        for section in &mut self.storages {
+            let Ok(target) = fs::read_link(&section.named) else { continue };
+            section.path = fs::canonicalize(&section.named).with_context(|| {
+                format!(
+                    "{} is a symbolic link to {}, which cannot be found (is its disk mounted?)",
+                    section.named.display(),
+                    target.display()
+                )
+            })?;
+        }
+        Ok(())
+    }
+
     /// True if this node writes nothing at all: it is alone, and all of its storages are read-only.
     pub fn is_read_only(&self) -> bool {
         self.standby.is_none() && self.storages.iter().all(|storage| storage.read_only)
@@ -281,7 +299,7 @@ impl Config {
         }
         let written = self.storages.iter().find(|storage| !storage.read_only);
         let beside = written.unwrap_or(&self.storages[0]);
-        PathBuf::from(format!("{}.standby", beside.path.display()))
+        PathBuf::from(format!("{}.standby", beside.named.display()))
     }
 }
 
@@ -542,9 +560,11 @@ impl Checker {
         reader.sections(&[])?;
         let (blob_dir, pack_keep_old) =
             (reader.get("blob-dir", path)?, reader.boolean("pack-keep-old", true)?);
+        let named = reader.required("path", path)?;
         let storage = StorageSection {
             name: section.name.clone().unwrap_or_else(|| "1".into()),
-            path: reader.required("path", path)?,
+            path: named.clone(),
+            named,
             create: reader.boolean("create", false)?,
             read_only: reader.boolean("read-only", false)?,
             quota: reader.get("quota", byte_size)?,

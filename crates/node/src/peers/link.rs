@@ -436,7 +436,9 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream, stranger: Pass) {
         error => {
             note_other_history(&shared, &error);
             if shared.peers.may_tell(format!("{host} {error}")) {
-                warn!(from, %error, "refused a connection to the peer address");
+                shared.strangers_lines.tell(|untold| {
+                    warn!(from, %error, untold, "refused a connection to the peer address");
+                });
             }
         }
     };

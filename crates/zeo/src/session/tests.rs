@@ -93,6 +93,32 @@ fn closed(effects: &[Effect]) -> &CloseReason {
 }
 
 #[test]
+fn what_is_not_to_be_answered_is_not_answered() {
+    for encoding in [Encoding::Pickle, Encoding::Msgpack] {
+        let mut client = Client::registered(encoding);
+        let (oid, tid) = (Value::bytes(&OID), Value::bytes(&TID));
+        for (method, args) in [
+            ("loadBefore", vec![oid.clone(), tid.clone()]),
+            ("loadSerial", vec![oid.clone(), tid.clone()]),
+            ("getTid", vec![oid]),
+            ("lastTransaction", vec![]),
+            ("server_status", vec![]),
+            ("ping", vec![]),
+            ("getInvalidations", vec![tid]),
+            ("new_oids", vec![Value::Int(1)]),
+            ("tpc_abort", vec![Value::Int(7)]),
+        ] {
+            let effects = client.notify(method, args.clone());
+            assert!(effects.is_empty(), "{method}: {effects:?}");
+            assert_eq!(client.call(method, args).len(), 1, "{method}");
+        }
+        // What it does besides is done.
+        client.begin_and_store(7);
+        assert!(matches!(client.notify("tpc_abort", vec![Value::Int(7)])[..], [Effect::Abort]));
+    }
+}
+
+#[test]
 fn commit_in_both_encodings() {
     for encoding in [Encoding::Pickle, Encoding::Msgpack] {
         let mut client = Client::registered(encoding);
