@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 
+use crate::references::{literal, raw_unicode};
 use crate::{Object, Value};
 
 /// How deep values may be nested.
@@ -58,21 +59,22 @@ pub fn decode(bytes: &Bytes, allow: impl Fn(&str, &str) -> bool) -> Result<Value
     decode_first(bytes, allow).map(|(value, _)| value)
 }
 
+/// As [`decode`], but a byte string of Python 2 (`STRING` and its kind) is a text if it is ASCII, as ZODB reads it on
+/// Python 3.
+pub fn decode_with_texts(
+    bytes: &Bytes,
+    allow: impl Fn(&str, &str) -> bool,
+) -> Result<Value, DecodeError> {
+    let machine = Machine { texts: true, ..Machine::new(bytes) };
+    machine.run(&allow).map(|(value, _)| value)
+}
+
 /// Reads the pickle that `bytes` begin with; also returns its length.
 pub fn decode_first(
     bytes: &Bytes,
     allow: impl Fn(&str, &str) -> bool,
 ) -> Result<(Value, usize), DecodeError> {
-    Machine {
-        bytes,
-        at: 0,
-        stack: Vec::new(),
-        marks: Vec::new(),
-        memo: HashMap::new(),
-        budget: 0,
-        made: 0,
-    }
-    .run(&allow)
+    Machine::new(bytes).run(&allow)
 }
 
 /// The class of a ZODB record, `module.Class`, read from its first pickle as
@@ -111,9 +113,15 @@ struct Machine<'a> {
     budget: usize,
     /// Bytes of memory that were taken, about.
     made: usize,
+    /// Byte strings of Python 2 are texts.
+    texts: bool,
 }
 
-impl Machine<'_> {
+impl<'a> Machine<'a> {
+    fn new(bytes: &'a Bytes) -> Machine<'a> {
+        let (stack, marks, memo) = Default::default();
+        Machine { bytes, at: 0, stack, marks, memo, budget: 0, made: 0, texts: false }
+    }
     fn run(mut self, allow: &dyn Fn(&str, &str) -> bool) -> Result<(Value, usize), DecodeError> {
         loop {
             let at = self.at;
@@ -198,17 +206,25 @@ impl Machine<'_> {
                 self.push(Value::Str(text));
             }
             b'V' => {
-                let line = self.line()?;
-                self.push(Value::Str(line));
+                let text = raw_unicode(&self.line_of_bytes()?);
+                self.push(Value::Str(text));
             }
-            b'B' | b'C' | 0x8e | b'T' | b'U' => {
-                let len = match code {
-                    b'T' => self.length4()?,
-                    b'U' => usize::from(self.take(1)?[0]),
-                    _ => self.length(code, b'B', b'C')?,
-                };
+            b'B' | b'C' | 0x8e => {
+                let len = self.length(code, b'B', b'C')?;
                 let bytes = self.take(len)?;
                 self.push(Value::Bytes(bytes));
+            }
+            b'S' => {
+                let bytes = literal(&self.line_of_bytes()?);
+                self.push_old_string(bytes.into());
+            }
+            b'T' | b'U' => {
+                let len = match code {
+                    b'T' => self.length4()?,
+                    _ => usize::from(self.take(1)?[0]),
+                };
+                let bytes = self.take(len)?;
+                self.push_old_string(bytes);
             }
             b')' => self.push(Value::Tuple(Vec::new())),
             0x85..=0x87 => {
@@ -365,11 +381,22 @@ impl Machine<'_> {
     }
 
     fn line(&mut self) -> Result<String, DecodeError> {
+        Ok(String::from_utf8_lossy(&self.line_of_bytes()?).into_owned())
+    }
+
+    fn line_of_bytes(&mut self) -> Result<Bytes, DecodeError> {
         let rest = &self.bytes[self.at..];
         let len = rest.iter().position(|b| *b == b'\n').ok_or(DecodeError::Truncated(self.at))?;
-        let line = String::from_utf8_lossy(&rest[..len]).into_owned();
+        let line = self.bytes.slice(self.at..self.at + len);
         self.at += len + 1;
         Ok(line)
+    }
+
+    fn push_old_string(&mut self, bytes: Bytes) {
+        self.push(match std::str::from_utf8(&bytes) {
+            Ok(text) if self.texts && text.is_ascii() => Value::Str(text.to_owned()),
+            _ => Value::Bytes(bytes),
+        });
     }
 
     fn push(&mut self, value: Value) {

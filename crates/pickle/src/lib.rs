@@ -15,7 +15,7 @@ mod encode;
 mod persistent;
 mod references;
 
-pub use decode::{DecodeError, MAX_DEPTH, class_name, decode, decode_first};
+pub use decode::{DecodeError, MAX_DEPTH, class_name, decode, decode_first, decode_with_texts};
 pub use encode::encode;
 pub use references::references;
 

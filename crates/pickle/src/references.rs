@@ -320,7 +320,7 @@ impl<'a> Scanner<'a> {
 }
 
 /// The byte string of a literal of protocol 0. Source: `codecs.escape_decode`.
-fn literal(line: &[u8]) -> Vec<u8> {
+pub(crate) fn literal(line: &[u8]) -> Vec<u8> {
     let mut rest = match line {
         [b'\'', inner @ .., b'\''] | [b'"', inner @ .., b'"'] => inner,
         other => other,
@@ -368,7 +368,7 @@ fn literal(line: &[u8]) -> Vec<u8> {
 }
 
 /// The text of a line of protocol 0: Latin-1 with the escapes of `raw-unicode-escape`.
-fn raw_unicode(line: &[u8]) -> String {
+pub(crate) fn raw_unicode(line: &[u8]) -> String {
     let mut rest = line;
     let mut text = String::new();
     while let [first, tail @ ..] = rest {

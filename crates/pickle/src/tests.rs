@@ -88,6 +88,25 @@ fn class_names_of_records() {
 }
 
 #[test]
+fn extensions_of_python_2_are_texts() {
+    let text = |text: &str| Value::Str(text.into());
+    let expected = Value::Dict(vec![(text("user"), text("a'\\")), (text("n"), Value::Int(1))]);
+    for pickle in [
+        &b"(dp0\nS'user'\np1\nS\"a'\\\\\"\np2\nsS'n'\np3\nI1\ns."[..],
+        b"}q\x01(U\x04userq\x02U\x03a'\\q\x03U\x01nK\x01u.",
+        b"\x80\x02}q\x01(T\x04\0\0\0userq\x02X\x03\0\0\0a'\\q\x03U\x01nK\x01u.",
+        b"(dp0\nVuser\np1\nVa'\\u005c\np2\nsVn\np3\nI1\ns.",
+    ] {
+        let read = decode_with_texts(&Bytes::copy_from_slice(pickle), |_, _| false);
+        assert_eq!(read.as_ref(), Ok(&expected), "{}", pickle.escape_ascii());
+    }
+    // What is no ASCII stays what it is, and so does all in messages.
+    let bytes = Bytes::from_static(b"U\x01\xe4.");
+    assert_eq!(decode_with_texts(&bytes, |_, _| false), Ok(Value::bytes(b"\xe4")));
+    assert_eq!(read(b"U\x01a."), Ok(Value::bytes(b"a")));
+}
+
+#[test]
 fn a_pickle_takes_memory_in_proportion_to_its_length() {
     for (name, code) in [("sets", 0x8f), ("nothing", b'N'), ("lists", b']'), ("memos", 0x94)] {
         let pickle = |count| [&b"\x80\x04N"[..], &vec![code; count], b"."].concat();

@@ -34,7 +34,7 @@ pub use transactions::{FinishRefused, Transactions, VoteAnswer, VoteRequest, Wai
 /// Reads a transaction's extension; `None` if it is empty, or no pickle of plain data. Nothing in it
 /// is executed.
 pub fn decode_extension(extension: &bytes::Bytes) -> Option<Value> {
-    standby_pickle::decode(extension, |_, _| true).ok()
+    standby_pickle::decode_with_texts(extension, |_, _| true).ok()
 }
 
 /// Names a connection within a node, for as long as the node runs.

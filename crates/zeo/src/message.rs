@@ -61,7 +61,7 @@ pub enum WireError {
     #[error("a message is not a tuple of four parts")]
     NotAMessage,
     /// The method is not named by a string.
-    #[error("a method's name is not a string")]
+    #[error("a method's name is not a text (clients on Python 2 are not served)")]
     NoMethodName,
 }
 

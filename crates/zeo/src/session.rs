@@ -578,7 +578,25 @@ impl Session {
                 .map(|(oid, serial)| Some(Effect::SendBlob { id: id(), oid, serial })),
             _ => return None,
         };
-        Some(result.map(|effect| effects.extend(effect)))
+        // Clients send these without asking for an answer. Who asks for one gets it.
+        let silent = matches!(
+            call.method.as_str(),
+            "tpc_begin"
+                | "storea"
+                | "restorea"
+                | "deleteObject"
+                | "undoa"
+                | "checkCurrentSerialInTransaction"
+                | "storeBlobStart"
+                | "storeBlobChunk"
+                | "storeBlobEnd"
+                | "storeBlobShared"
+        );
+        let answer = (silent && !call.one_way).then(|| self.answer(&call.id, Ok(Value::None)));
+        Some(result.map(|effect| {
+            effects.extend(effect);
+            effects.extend(answer.map(Effect::Send));
+        }))
     }
 }
 

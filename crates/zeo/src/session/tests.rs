@@ -93,6 +93,19 @@ fn closed(effects: &[Effect]) -> &CloseReason {
 }
 
 #[test]
+fn who_asks_for_an_answer_gets_one() {
+    let mut client = Client::registered(Encoding::Pickle);
+    let text = || Value::bytes(b"");
+    let begin =
+        vec![Value::Int(7), text(), text(), Value::Dict(vec![]), Value::None, Value::str(" ")];
+    assert_eq!(client.replied("tpc_begin", begin), Ok(Value::None));
+    let stored = vec![Value::bytes(&OID), Value::bytes(&TID), Value::bytes(b"data"), Value::Int(7)];
+    assert_eq!(client.replied("storea", stored), Ok(Value::None));
+    let checked = vec![Value::bytes(&OID), Value::bytes(&TID), Value::Int(7)];
+    assert_eq!(client.replied("checkCurrentSerialInTransaction", checked), Ok(Value::None));
+}
+
+#[test]
 fn what_is_not_to_be_answered_is_not_answered() {
     for encoding in [Encoding::Pickle, Encoding::Msgpack] {
         let mut client = Client::registered(encoding);
