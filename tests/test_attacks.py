@@ -138,6 +138,7 @@ def test_only_files_become_blobs(nodes, tmp_path, kind):
 def test_what_the_node_keeps_is_for_nobody_else(nodes, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("as good as any secret of 32 bytes")
+    secret.chmod(0o644)
     cluster = nodes.cluster(options="  secret-file %s\n" % secret).start()
     node = cluster.nodes[0]
     assert stat.S_IMODE(os.stat(node.state_dir).st_mode) == 0o700
