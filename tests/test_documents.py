@@ -1,0 +1,126 @@
+"""What README.md tells people to write and to type is what works."""
+
+import os
+import re
+import subprocess
+
+import pytest
+import transaction
+import ZODB.config
+
+import cluster as harness
+from test_transport import certificate
+
+README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
+
+
+def blocks():
+    """The indented blocks, each as a list of lines without the indent that they share."""
+    found, block = [], []
+    with open(README) as readme:
+        for line in [*readme, "the end\n"]:
+            if line.startswith("    "):
+                block.append(line.rstrip("\n"))
+            elif line.strip():
+                if block:
+                    indent = min(len(each) - len(each.lstrip()) for each in block)
+                    found.append([each[indent:] for each in block])
+                block = []
+    return found
+
+
+def block(beginning):
+    (only,) = (block for block in blocks() if block[0].startswith(beginning))
+    return "\n".join(only) + "\n"
+
+
+class AsDocumented(harness.Node):
+    """A node whose file is the one of the README, with other addresses and directories."""
+
+    def __init__(self, directory, name, text):
+        super().__init__(directory, name)
+        with open(self.config_path, "w") as config:
+            config.write(text)
+
+
+def first_cluster(tmp_path, inside=""):
+    """Three nodes from the README's file: the same but for the addresses and `node`."""
+    document = block("<zeo>")
+    nodes = [AsDocumented(tmp_path / name, name, "") for name in ("n1", "n2", "n3")]
+    for number, node in enumerate(nodes, 1):
+        text = document.replace("node               n1", "node               n%d" % number)
+        text = re.sub(r"(  member .*\n)+", lambda lines: lines.group(0).replace("10.0.0.", "member-10.0.0."), text)
+        for port, own in (("8100", node.port), ("8101", node.read_only_port), ("8102", node.peer_port)):
+            text = text.replace(" 10.0.0.1:%s" % port, " 127.0.0.1:%d" % own)
+        text = text.replace("127.0.0.1:8103", "127.0.0.1:%d" % node.admin_port)
+        for other, each in enumerate(nodes, 1):
+            text = text.replace("member-10.0.0.%d:8102" % other, "127.0.0.1:%d" % each.peer_port)
+        text = text.replace("/srv/standby/secret", str(tmp_path / "secret"))
+        text = text.replace("/srv/standby", node.directory).replace("</standby>", inside + "</standby>")
+        with open(node.config_path, "w") as config:
+            config.write(text)
+    (tmp_path / "secret").write_bytes(b"as good as any secret of 32 bytes")
+    return nodes
+
+
+def test_the_first_cluster_and_its_clients(tmp_path):
+    nodes = first_cluster(tmp_path)
+    try:
+        for node in nodes:
+            node.start()
+        servers = block("server 10.0.0.1")
+        for number, node in enumerate(nodes, 1):
+            servers = servers.replace("10.0.0.%d:8100" % number, "127.0.0.1:%d" % node.port)
+        section = "<zodb>\n<zeoclient>\n%s</zeoclient>\n</zodb>\n" % servers
+        db = ZODB.config.databaseFromString(section)
+        with db.transaction() as connection:
+            connection.root()["x"] = 1
+        db.close()
+        transaction.abort()
+        printed = nodes[2].ask("status")
+        assert "n1" in printed and "n3" in printed
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def test_the_section_for_encryption(tmp_path):
+    section = block("<peer-ssl>")
+    authority = certificate(tmp_path, "authority")
+    certificate(tmp_path, "n1", authority)
+    nodes = first_cluster(tmp_path, section.replace("/srv/standby", str(tmp_path)))
+    checked = subprocess.run(
+        [harness.STANDBY, "serve", "--check", "-C", nodes[0].config_path], capture_output=True, text=True
+    )
+    assert checked.returncode == 0 and "is fine" in checked.stdout, checked.stderr
+
+
+def commands():
+    """The commands of the README, without what they are about."""
+    lines = (line.split("#")[0].strip() for block in blocks() for line in block)
+    lines = [line for line in lines if line.startswith("standby ")]
+    assert len(lines) > 12
+    return lines
+
+
+def help_of(words):
+    helped = subprocess.run([harness.STANDBY, *words, "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0, helped.stderr
+    return helped.stdout
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_are_known_with_their_options(line):
+    before = []
+    for each in line.removeprefix("standby ").split("|"):
+        words = re.sub(r"[\[\]]", " ", each).split()
+        known = list(before)
+        for word in words:
+            if word.startswith("-") or not re.search(r"\n  %s(\s|$)" % re.escape(word), help_of(known)):
+                break
+            known.append(word)
+        assert len(known) > len(before), "there is no such command"
+        for option in (word for word in words if word.startswith("-")):
+            assert re.search(r"(^|\s)%s(\W|$)" % re.escape(option), help_of(known), re.M), option
+        # What follows a bar stands for the last word.
+        before = known[:-1]
