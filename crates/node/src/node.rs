@@ -567,10 +567,15 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     }
     // As Python, which reads beside a program that writes.
     for storage in config.storages.iter().filter(|section| !section.read_only) {
-        locks.push(machine::lock_file(&storage.named).with_context(|| {
-            format!("cannot use {} (from {})", storage.named.display(), config.file.display())
-        })?);
+        let mut lock = |path: &Path| {
+            let cannot =
+                || format!("cannot use {} (from {})", path.display(), config.file.display());
+            machine::lock_file(path).with_context(cannot).map(|lock| locks.push(lock))
+        };
+        lock(&storage.named)?;
         if storage.named != storage.path {
+            // Another program may know the file by its own name.
+            lock(&storage.path)?;
             info!(file = %storage.named.display(), target = %storage.path.display(), "a symbolic link is followed");
             startup::forget_index_of_link(&*disk, &storage.named)?;
         }

@@ -31,11 +31,9 @@ pub fn protect(config: &Config, disk: Arc<dyn Disk>) -> anyhow::Result<Arc<dyn D
         return Ok(disk);
     }
     let files = storages().map(|section| section.path.clone()).collect();
-    let mut dirs: Vec<_> = storages().filter_map(|section| section.blob_dir.clone()).collect();
-    if config.is_read_only() {
-        dirs.push(config.state_dir());
-    }
-    Ok(Arc::new(Protected { disk, memory: MemoryDisk::new(), files, dirs }))
+    let dirs = storages().filter_map(|section| section.blob_dir.clone()).collect();
+    let hidden = config.is_read_only().then(|| config.state_dir());
+    Ok(Arc::new(Protected { disk, memory: MemoryDisk::new(), files, dirs, hidden }))
 }
 
 struct Protected {
@@ -46,6 +44,8 @@ struct Protected {
     files: Vec<PathBuf>,
     /// In these directories nothing is written.
     dirs: Vec<PathBuf>,
+    /// What is in this directory from a time when the node could write does not matter: it is another one in memory.
+    hidden: Option<PathBuf>,
 }
 
 fn refused() -> io::Error {
@@ -62,17 +62,26 @@ impl Protected {
         self.files.iter().any(named_after) || self.dirs.iter().any(|dir| path.starts_with(dir))
     }
 
+    fn hides(&self, path: &Path) -> bool {
+        self.hidden.as_ref().is_some_and(|dir| path.starts_with(dir))
+    }
+
+    /// True if a file of that name is on the real disk, as far as one may see.
+    fn is_real(&self, path: &Path) -> io::Result<bool> {
+        Ok(!self.hides(path) && self.disk.exists(path)?)
+    }
+
     /// The disk that has the file.
     fn holder(&self, path: &Path) -> io::Result<&dyn Disk> {
-        let in_memory = self.protects(path) && self.memory.exists(path)?;
+        let in_memory = self.hides(path) || self.protects(path) && self.memory.exists(path)?;
         Ok(if in_memory { &self.memory } else { &*self.disk })
     }
 
     /// The disk on which a name may be changed.
     fn changed(&self, path: &Path) -> io::Result<&dyn Disk> {
-        match self.protects(path) {
+        match self.hides(path) || self.protects(path) {
             false => Ok(&*self.disk),
-            true if self.memory.exists(path)? || !self.disk.exists(path)? => Ok(&self.memory),
+            true if self.memory.exists(path)? || !self.is_real(path)? => Ok(&self.memory),
             true => Err(refused()),
         }
     }
@@ -81,10 +90,11 @@ impl Protected {
 impl Disk for Protected {
     fn open(&self, path: &Path, open: Open) -> io::Result<Arc<dyn File>> {
         let holder = self.holder(path)?;
-        if open == Open::Read || !self.protects(path) || self.memory.exists(path)? {
+        let is_plain = open == Open::Read || self.hides(path) || !self.protects(path);
+        if is_plain || self.memory.exists(path)? {
             return holder.open(path, open);
         }
-        if open == Open::Create && !self.disk.exists(path)? {
+        if open == Open::Create && !self.is_real(path)? {
             return self.memory.open(path, open);
         }
         let file = self.disk.open(path, Open::Read)?;
@@ -105,7 +115,8 @@ impl Disk for Protected {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        match self.protects(from) == self.protects(to) {
+        let is_kept = |path| self.hides(path) || self.protects(path);
+        match is_kept(from) == is_kept(to) {
             true => {
                 self.changed(to)?;
                 self.changed(from)?.rename(from, to)
@@ -124,7 +135,7 @@ impl Disk for Protected {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
-        let mut found = self.disk.list(dir)?;
+        let mut found = if self.hides(dir) { Vec::new() } else { self.disk.list(dir)? };
         found.extend(self.memory.list(dir)?);
         found.sort();
         found.dedup();
@@ -132,11 +143,15 @@ impl Disk for Protected {
     }
 
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        if self.protects(dir) { Ok(()) } else { self.disk.create_dir(dir) }
+        if self.hides(dir) || self.protects(dir) { Ok(()) } else { self.disk.create_dir(dir) }
     }
 
     fn create_private_dir(&self, dir: &Path) -> io::Result<()> {
-        if self.protects(dir) { Ok(()) } else { self.disk.create_private_dir(dir) }
+        if self.hides(dir) || self.protects(dir) {
+            Ok(())
+        } else {
+            self.disk.create_private_dir(dir)
+        }
     }
 
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
@@ -148,7 +163,7 @@ impl Disk for Protected {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        if self.protects(dir) { Ok(()) } else { self.disk.sync_dir(dir) }
+        if self.hides(dir) || self.protects(dir) { Ok(()) } else { self.disk.sync_dir(dir) }
     }
 }
 
@@ -212,6 +227,7 @@ mod tests {
         written("/db/Data.fs", b"FS30 torn");
         written("/db/Data.fs.index", b"python's");
         written("/blobs/0x01/blob", b"blob");
+        written("/db/Data.fs.standby/identity", b"of a former run");
         let text = "<zeo>\n address 127.0.0.1:1\n</zeo>\n<filestorage>\n path /db/Data.fs\n \
                     blob-dir /blobs\n read-only true\n</filestorage>\n";
         let config = Config::parse(Path::new("/zeo.conf"), text).unwrap();
@@ -236,6 +252,10 @@ mod tests {
     fn what_would_be_made_there_is_in_memory() {
         let (real, disk) = protected();
         let before = real.list(Path::new("/")).unwrap();
+        // What a former run left is another directory's.
+        let identity = Path::new("/db/Data.fs.standby/identity");
+        assert!(!disk.exists(identity).unwrap() && disk.open(identity, Open::Read).is_err());
+        assert!(disk.list(identity.parent().unwrap()).unwrap().is_empty());
         for path in
             ["/db/Data.fs.tr0", "/db/Data.fs.standby/identity", "/blobs/.layout", "/blobs/tmp/x"]
         {
@@ -245,6 +265,7 @@ mod tests {
             disk.remove(Path::new(path)).unwrap();
             assert!(!disk.exists(Path::new(path)).unwrap());
         }
+        assert_eq!(read_all(&real, identity).unwrap(), b"of a former run");
         replace(&*disk, Path::new("/elsewhere"), b"real").unwrap();
         assert_eq!(read_all(&real, Path::new("/elsewhere")).unwrap(), b"real");
         assert_eq!(real.list(Path::new("/")).unwrap().len(), before.len() + 1);
