@@ -73,7 +73,12 @@ class StandbyServer:
                 family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
                 with socket.socket(family) as sock:
                     sock.connect(address)
-                    return
+                    if "<ssl>" in self.config:
+                        return
+                    # It greets when it has opened its files: who stops it before that finds none.
+                    sock.settimeout(1)
+                    if sock.recv(4):
+                        return
             time.sleep(0.01)
         with open(self.log) as log:
             text = log.read()

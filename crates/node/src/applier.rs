@@ -449,7 +449,7 @@ impl Applier {
     fn missing(&mut self, storage: &str) {
         let Some(stored) = self.replica.storage(storage) else { return };
         let Some(shared) = self.shared.storages.get(storage) else { return };
-        if self.shared.read_only_storages.iter().any(|name| name == storage) {
+        if self.shared.config.protects(storage) {
             return;
         }
         // It may have been put in place since.

@@ -566,7 +566,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
             .with_context(|| format!("cannot use state-dir {}", state_dir.display()))?;
     }
     // As Python, which reads beside a program that writes.
-    for storage in config.storages.iter().filter(|section| !section.read_only) {
+    for storage in config.storages.iter().filter(|section| !section.protected) {
         let mut lock = |path: &Path| {
             let cannot =
                 || format!("cannot use {} (from {})", path.display(), config.file.display());

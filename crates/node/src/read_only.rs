@@ -1,4 +1,5 @@
-//! `read-only true` in a `<filestorage>`: the disk as a node sees it that must not write there.
+//! `read-only true` in a `<filestorage>` of a node alone: the disk as it sees it. (A member of a cluster takes what the
+//! others commit; it refuses the writes and packs of clients.)
 //!
 //! The data file and the blobs are read from the real disk and never written, not even to cut a torn tail; what a node
 //! would keep beside them is in memory, and goes with the process. So a file can be served from a mount that is
@@ -17,7 +18,7 @@ use crate::config::Config;
 
 /// Checks the read-only storages of a configuration; the disk that protects them, if there are any.
 pub fn protect(config: &Config, disk: Arc<dyn Disk>) -> anyhow::Result<Arc<dyn Disk>> {
-    let storages = || config.storages.iter().filter(|section| section.read_only);
+    let storages = || config.storages.iter().filter(|section| section.protected);
     for section in storages() {
         if !disk.exists(&section.path)? {
             bail!(

@@ -92,7 +92,7 @@ pub async fn watch(shared: Arc<Shared>) {
     if !shared.config.is_read_only() {
         paths.push(shared.state.0.clone());
     }
-    let written = |(name, _): &(&String, _)| !shared.read_only_storages.contains(name);
+    let written = |(name, _): &(&String, _)| !shared.config.protects(name);
     for (_, storage) in shared.storages.iter().filter(written) {
         paths.extend(storage.path.parent().map(Path::to_owned));
         paths.extend(storage.blobs.as_ref().map(|blobs| blobs.dir().to_owned()));

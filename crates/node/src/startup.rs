@@ -498,7 +498,7 @@ fn open_storage(
     if opened.created {
         info!(file = %path.display(), "made a new data file");
     }
-    if let Some((len, _)) = opened.torn.as_ref().filter(|_| section.read_only) {
+    if let Some((len, _)) = opened.torn.as_ref().filter(|_| section.protected) {
         warn!(
             file = %path.display(), bytes = len,
             "the data file ends in a transaction that is not complete; it is not served"

@@ -117,6 +117,8 @@ pub struct StorageSection {
     pub create: bool,
     /// No client may write to it.
     pub read_only: bool,
+    /// Nor does this node.
+    pub protected: bool,
     /// Bytes of the data file beyond which nothing is stored.
     pub quota: Option<u64>,
     /// A pack removes what cannot be reached from the root.
@@ -216,12 +218,9 @@ impl Config {
                 "serverzlibstorage" => checker.zlib_storage(section)?,
                 _ => checker.storage(section)?,
             };
-            if storage.read_only && standby.is_some() {
-                let message = "\"read-only true\" in a storage would keep this node from taking what the cluster \
-                               commits. Clients that may only read use a \"read-only-address\"; for all of them, \
-                               \"read-only true\" stands in <zeo>";
-                return Err(checker.error(section.line, message));
-            }
+            // A member of a cluster takes what the others commit.
+            let storage =
+                StorageSection { protected: storage.read_only && standby.is_none(), ..storage };
             if storages.iter().any(|other| other.name == storage.name) {
                 let message = format!("there are two storages named {:?}", storage.name);
                 return Err(checker.error(section.line, message));
@@ -287,9 +286,14 @@ impl Config {
         Ok(())
     }
 
-    /// True if this node writes nothing at all: it is alone, and all of its storages are read-only.
+    /// True if this node writes nothing at all.
     pub fn is_read_only(&self) -> bool {
-        self.standby.is_none() && self.storages.iter().all(|storage| storage.read_only)
+        self.standby.is_none() && self.storages.iter().all(|storage| storage.protected)
+    }
+
+    /// True if this node never writes to a storage.
+    pub fn protects(&self, name: &str) -> bool {
+        self.storages.iter().any(|storage| storage.name == name && storage.protected)
     }
 
     /// Log, checkpoints, index, identity.
@@ -297,7 +301,7 @@ impl Config {
         if let Some(standby) = &self.standby {
             return standby.state_dir.clone();
         }
-        let written = self.storages.iter().find(|storage| !storage.read_only);
+        let written = self.storages.iter().find(|storage| !storage.protected);
         let beside = written.unwrap_or(&self.storages[0]);
         PathBuf::from(format!("{}.standby", beside.named.display()))
     }
@@ -567,6 +571,7 @@ impl Checker {
             named,
             create: reader.boolean("create", false)?,
             read_only: reader.boolean("read-only", false)?,
+            protected: false,
             quota: reader.get("quota", byte_size)?,
             pack_gc: reader.boolean("pack-gc", true)?,
             pack_keep_old,
