@@ -64,7 +64,7 @@ class StandbyServer:
                 env=environment,
             )
 
-    def wait(self, address, timeout=33):
+    def wait(self, address, timeout=33, greets=True):
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -73,7 +73,7 @@ class StandbyServer:
                 family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
                 with socket.socket(family) as sock:
                     sock.connect(address)
-                    if "<ssl>" in self.config:
+                    if not greets or "<ssl>" in self.config:
                         return
                     # It greets when it has opened its files: who stops it before that finds none.
                     sock.settimeout(1)
@@ -163,7 +163,7 @@ class StandbyCluster:
 
     def wait(self, address, timeout=33):
         try:
-            self.nodes[-1].wait(address, timeout)
+            self.nodes[-1].wait(address, timeout, greets=False)
         except RuntimeError:
             self.stop()
             raise
