@@ -60,7 +60,8 @@ impl Protected {
             let rest = rest.strip_prefix(file.as_os_str().as_encoded_bytes());
             rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'.')))
         };
-        self.files.iter().any(named_after) || self.dirs.iter().any(|dir| path.starts_with(dir))
+        let inside = |dir: &PathBuf| path.starts_with(dir);
+        self.hides(path) || self.files.iter().any(named_after) || self.dirs.iter().any(inside)
     }
 
     fn hides(&self, path: &Path) -> bool {
@@ -80,7 +81,7 @@ impl Protected {
 
     /// The disk on which a name may be changed.
     fn changed(&self, path: &Path) -> io::Result<&dyn Disk> {
-        match self.hides(path) || self.protects(path) {
+        match self.protects(path) {
             false => Ok(&*self.disk),
             true if self.memory.exists(path)? || !self.is_real(path)? => Ok(&self.memory),
             true => Err(refused()),
@@ -91,8 +92,8 @@ impl Protected {
 impl Disk for Protected {
     fn open(&self, path: &Path, open: Open) -> io::Result<Arc<dyn File>> {
         let holder = self.holder(path)?;
-        let is_plain = open == Open::Read || self.hides(path) || !self.protects(path);
-        if is_plain || self.memory.exists(path)? {
+        let is_plain = open == Open::Read || !self.protects(path);
+        if is_plain || self.hides(path) || self.memory.exists(path)? {
             return holder.open(path, open);
         }
         if open == Open::Create && !self.is_real(path)? {
@@ -116,8 +117,7 @@ impl Disk for Protected {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let is_kept = |path| self.hides(path) || self.protects(path);
-        match is_kept(from) == is_kept(to) {
+        match self.protects(from) == self.protects(to) {
             true => {
                 self.changed(to)?;
                 self.changed(from)?.rename(from, to)
@@ -144,15 +144,11 @@ impl Disk for Protected {
     }
 
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        if self.hides(dir) || self.protects(dir) { Ok(()) } else { self.disk.create_dir(dir) }
+        if self.protects(dir) { Ok(()) } else { self.disk.create_dir(dir) }
     }
 
     fn create_private_dir(&self, dir: &Path) -> io::Result<()> {
-        if self.hides(dir) || self.protects(dir) {
-            Ok(())
-        } else {
-            self.disk.create_private_dir(dir)
-        }
+        if self.protects(dir) { Ok(()) } else { self.disk.create_private_dir(dir) }
     }
 
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
@@ -164,7 +160,7 @@ impl Disk for Protected {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        if self.hides(dir) || self.protects(dir) { Ok(()) } else { self.disk.sync_dir(dir) }
+        if self.protects(dir) { Ok(()) } else { self.disk.sync_dir(dir) }
     }
 }
 

@@ -488,21 +488,8 @@ impl Session {
             Some(args) => Args { method: &call.method, args },
             None => return Some(Err(ClientError::arguments(&call.method))),
         };
-        let writing = matches!(
-            call.method.as_str(),
-            "new_oids"
-                | "tpc_begin"
-                | "storea"
-                | "restorea"
-                | "deleteObject"
-                | "undoa"
-                | "checkCurrentSerialInTransaction"
-                | "storeBlobStart"
-                | "storeBlobChunk"
-                | "storeBlobEnd"
-                | "storeBlobShared"
-                | "vote"
-        );
+        let step = is_step(&call.method);
+        let writing = step || matches!(call.method.as_str(), "new_oids" | "vote");
         if writing && read_only {
             return Some(Err(ClientError::ReadOnly));
         }
@@ -578,26 +565,30 @@ impl Session {
                 .map(|(oid, serial)| Some(Effect::SendBlob { id: id(), oid, serial })),
             _ => return None,
         };
-        // Clients send these without asking for an answer. Who asks for one gets it.
-        let silent = matches!(
-            call.method.as_str(),
-            "tpc_begin"
-                | "storea"
-                | "restorea"
-                | "deleteObject"
-                | "undoa"
-                | "checkCurrentSerialInTransaction"
-                | "storeBlobStart"
-                | "storeBlobChunk"
-                | "storeBlobEnd"
-                | "storeBlobShared"
-        );
-        let answer = (silent && !call.one_way).then(|| self.answer(&call.id, Ok(Value::None)));
+        // Who asks for an answer to a step gets one.
+        let answer = (step && !call.one_way).then(|| self.answer(&call.id, Ok(Value::None)));
         Some(result.map(|effect| {
             effects.extend(effect);
             effects.extend(answer.map(Effect::Send));
         }))
     }
+}
+
+/// True of what a transaction consists of: it writes, and clients send it without asking for an answer.
+fn is_step(method: &str) -> bool {
+    matches!(
+        method,
+        "tpc_begin"
+            | "storea"
+            | "restorea"
+            | "deleteObject"
+            | "undoa"
+            | "checkCurrentSerialInTransaction"
+            | "storeBlobStart"
+            | "storeBlobChunk"
+            | "storeBlobEnd"
+            | "storeBlobShared"
+    )
 }
 
 fn look(args: Args<'_>) -> Result<Look, ClientError> {
