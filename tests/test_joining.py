@@ -1,5 +1,6 @@
 """Nodes that were added, and those that come back empty, find the cluster whoever is primary."""
 
+import json
 import os
 import shutil
 
@@ -15,6 +16,11 @@ def empty(node):
     node.kill()
     shutil.rmtree(node.state_dir)
     os.remove(node.data_file)
+
+
+def remembered(node):
+    with open(os.path.join(node.state_dir, "peers")) as file:
+        return json.load(file)
 
 
 def test_a_node_joins_by_a_member_that_is_not_primary_any_more(stopping, tmp_path):
@@ -151,11 +157,12 @@ def test_a_member_whose_file_lost_a_storage_does_not_start(stopping):
 
 
 def test_a_node_that_has_moved_is_reached_where_it_is_now(nodes):
-    """Its peer address is another one than the membership has."""
+    """Its peer address is another one than it had when it joined."""
     cluster = nodes.cluster().start()
-    first, _, moved = cluster.nodes
+    first, other, moved = cluster.nodes
     cluster.make_primary(first)
     moved.stop()
+    former = "127.0.0.1:%s" % moved.peer_port
     moved.peer_port = harness.free_ports(1)[0]
     cluster.configure()
     moved.start()
@@ -164,6 +171,11 @@ def test_a_node_that_has_moved_is_reached_where_it_is_now(nodes):
         "the new address",
         lambda: cluster.seen(moved, by=first)["peer_address"] == "127.0.0.1:%s" % moved.peer_port,
     )
+    # The membership has it: what nodes remember of it for their next start follows.
+    for node in (first, other):
+        harness.wait_for("it to be remembered", lambda: former not in remembered(node))
+        assert "127.0.0.1:%s" % moved.peer_port in remembered(node)
+    wait_for_voters(cluster, "n1", "n2", "n3")
     # Clients are passed on to it, and a node that has lost its data asks it for them.
     cluster.make_primary(moved)
     client = Client([first.address])

@@ -103,6 +103,15 @@ impl Membership {
         })
     }
 
+    /// The changes that give a member another peer address, and leave its vote: a voter becomes a learner and a voter
+    /// again in one change. Nothing if it is no member.
+    pub fn moved(&self, id: NodeId, peer_address: String) -> Vec<Change> {
+        let Some(member) = self.members.get(&id) else { return Vec::new() };
+        let at_new_address = Change::AddLearner(Member { peer_address, ..member.clone() });
+        let vote = self.voters.contains(&id).then_some(Change::Promote(id));
+        [at_new_address].into_iter().chain(vote).collect()
+    }
+
     /// The member with this name.
     pub fn named(&self, name: &str) -> Option<&Member> {
         self.members.values().find(|member| member.name == name)

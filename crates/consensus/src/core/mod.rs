@@ -13,6 +13,7 @@
 //! founder of a cluster, restarted with the membership of its founding, would elect itself alone.
 
 mod broken;
+mod hand_over;
 mod witness;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -31,6 +32,7 @@ use crate::membership::{Change, Membership, decode_changes, encode_changes, to_r
 use crate::message::{PeerMessage, encode_message};
 
 pub use self::broken::Broken;
+use self::hand_over::Asked;
 use self::witness::Witnesses;
 
 /// Bytes of proposed entries that may be without a majority; then proposals are refused.
@@ -228,6 +230,8 @@ pub struct Consensus {
     stand_in: Option<usize>,
     /// The leadership is being handed over, or was when this node last led.
     handing_over: bool,
+    /// This node was asked to take the leadership, and has to apply a change of membership first.
+    asked_to_stand: Option<Asked>,
     /// Ticks since the leader was heard.
     leader_silence: usize,
     witnesses: Witnesses,
@@ -302,6 +306,7 @@ impl Consensus {
             quiet: config.election_ticks,
             stand_in: None,
             handing_over: false,
+            asked_to_stand: None,
             leader_silence: 0,
             witnesses: Witnesses::default(),
             caution: Caution::None,
@@ -463,19 +468,6 @@ impl Consensus {
         Ok(())
     }
 
-    /// Hands the leadership to another voter with data. Until that one has it, or it is given up
-    /// after an election timeout, nothing is proposed; see [`Consensus::is_handing_over`].
-    pub fn hand_over(&mut self, to: NodeId, outputs: &mut Vec<Output>) -> Result<(), NotLeader> {
-        let may_lead = self.membership.data_voters().any(|id| id == to);
-        if !self.role.leads || !may_lead || to == self.config.id {
-            return Err(NotLeader);
-        }
-        self.raft.transfer_leader(to.0);
-        self.handing_over = self.is_handing_over();
-        self.flush(outputs);
-        Ok(())
-    }
-
     /// What this node does in elections from now on.
     pub fn set_caution(&mut self, caution: Caution) {
         self.caution = caution;
@@ -486,11 +478,6 @@ impl Consensus {
 
     fn may_stand(&self) -> bool {
         !self.config.witness && self.caution == Caution::None
-    }
-
-    /// True while the leadership is being handed over.
-    pub fn is_handing_over(&self) -> bool {
-        self.role.leads && self.raft.raft.lead_transferee.is_some()
     }
 
     /// Forgets entries up to `index`, which must be in a durable checkpoint.
@@ -541,6 +528,7 @@ impl Consensus {
         let applied = self.applied.0.min(log.committed).min(log.persisted);
         if applied > log.applied {
             self.raft.advance_apply_to(applied);
+            self.stand_if_asked();
         }
     }
 
@@ -549,6 +537,7 @@ impl Consensus {
         self.leader_silence = self.leader_silence.saturating_add(1);
         self.quiet = self.quiet.saturating_sub(1);
         self.remind();
+        self.tick_asked_to_stand();
         if let Some(ticks) = &mut self.stand_in {
             *ticks = ticks.saturating_sub(1);
             if *ticks == 0 {
@@ -628,6 +617,10 @@ impl Consensus {
             && message.get_snapshot().get_metadata().index > self.raft.raft.raft_log.committed
         {
             self.begin_catch_up(message, outputs);
+            return;
+        }
+        if message.get_msg_type() == MessageType::MsgTimeoutNow {
+            self.asked_to_stand(message);
             return;
         }
         // Raft refuses what does not fit; the sender will find out by itself.

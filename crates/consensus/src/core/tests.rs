@@ -10,6 +10,7 @@ use crate::log::{LogWriter, recover};
 use crate::membership::Member;
 use crate::message::decode_message;
 
+mod hand_over;
 mod lease;
 
 struct Node {
@@ -40,6 +41,8 @@ struct Cluster {
     running: bool,
     lose_answers_to_catch_up: bool,
     takes_no_entries: Option<NodeId>,
+    /// What these nodes apply is told to them later.
+    applies_late: BTreeSet<NodeId>,
     /// What is sent to these nodes is still on its way.
     far: BTreeSet<NodeId>,
     on_the_way: Vec<(NodeId, PeerMessage)>,
@@ -252,7 +255,14 @@ impl Cluster {
                 Committed::Empty(..) => {}
             }
         }
-        let point = node.point.clone();
+        if !self.applies_late.contains(&id) {
+            self.applies(id);
+        }
+    }
+
+    fn applies(&mut self, id: NodeId) {
+        self.applies_late.remove(&id);
+        let point = self.nodes[&id].point.clone();
         self.event(id, Event::Applied(point));
     }
 
@@ -544,6 +554,32 @@ fn a_reinstalled_node_replaces_its_former_self() {
     cluster.ticks(10);
     assert_eq!(cluster.data(4), [b"one"]);
     assert_eq!(cluster.nodes[&NodeId(4)].consensus.membership().voters.len(), 3);
+}
+
+/// A voter, a learner, and the leader itself: the address changes, their votes do not.
+#[test]
+fn a_member_that_has_moved_keeps_its_vote() {
+    let mut cluster = Cluster::of(3);
+    cluster.join(4);
+    for id in [3, 4, 1].map(NodeId) {
+        let before = cluster.nodes[&NodeId(1)].consensus.membership().clone();
+        let changes = before.moved(id, "elsewhere:1".into());
+        let mut outputs = Vec::new();
+        let consensus = &mut cluster.nodes.get_mut(&NodeId(1)).unwrap().consensus;
+        consensus.change_membership(&changes, &mut outputs).unwrap();
+        cluster.perform(NodeId(1), outputs);
+        cluster.ticks(10);
+        let mut expected = before;
+        expected.members.get_mut(&id).unwrap().peer_address = "elsewhere:1".into();
+        for node in cluster.nodes.values() {
+            assert_eq!(*node.consensus.membership(), expected);
+        }
+        assert_eq!(cluster.primary(), Some(NodeId(1)));
+    }
+    assert_eq!(Membership::default().moved(NodeId(5), "elsewhere:1".into()), []);
+    cluster.propose(NodeId(1), b"one").unwrap();
+    cluster.ticks(3);
+    assert_eq!(cluster.data(4), [b"one"]);
 }
 
 /// The founder's checkpoint may be older than the cluster: its membership then names the founder only.

@@ -1,9 +1,9 @@
 //! Who belongs to the cluster and who votes: the primary sees to it that it becomes what the settings say.
 //!
 //! Each step is a change of its own, made when nothing else is under way, so that a new primary
-//! goes on where the last one stopped: first removals, then newcomers, as learners; those of the fail-over
-//! groups get a vote when they have caught up; when they have it, voters of other groups lose theirs. A witness
-//! votes wherever it is.
+//! goes on where the last one stopped: first removals, then newcomers, as learners, then addresses that have changed;
+//! those of the fail-over groups get a vote when they have caught up; when they have it, voters of other groups lose
+//! theirs. A witness votes wherever it is.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -27,7 +27,9 @@ const MOVE_PAUSE: Duration = Duration::from_secs(3);
 
 impl Engine {
     pub(super) fn tend_membership(&mut self) -> anyhow::Result<()> {
-        if !self.serves() || self.shared.config.standby.is_none() {
+        // During a switchover the members stay as they are.
+        let stays = self.switchover.is_some() || self.shared.config.standby.is_none();
+        if !self.serves() || stays {
             return Ok(());
         }
         if self.settings.failover.is_empty() && self.settings.level() >= SETTINGS_LEVEL {
@@ -39,6 +41,9 @@ impl Engine {
         let mut changes = self.removals();
         if changes.is_empty() {
             changes = self.newcomer();
+        }
+        if changes.is_empty() {
+            changes = self.moves();
         }
         if changes.is_empty() {
             changes = self.promotions();
@@ -182,6 +187,21 @@ impl Engine {
         let member = self.consensus.membership().named(&info.node);
         let is_member = member.is_some_and(|m| (&m.name, &m.group, m.witness) == says);
         ((listed || is_member) && !self.settings.removed.contains(&info.node)).then_some(false)
+    }
+
+    /// A member that says that its peers reach it at another address than it had when it joined.
+    fn moves(&self) -> Vec<Change> {
+        let membership = self.consensus.membership();
+        let there = self.present.values().map(PeerInfo::member).chain([self.shared.member.clone()]);
+        for says in there {
+            let Some(member) = membership.members.get(&says.id) else { continue };
+            if member.peer_address != says.peer_address {
+                let (node, from, to) = (&member.name, &member.peer_address, &says.peer_address);
+                info!(node, from, to, "a node has another peer address; the membership gets it");
+                return membership.moved(says.id, says.peer_address);
+            }
+        }
+        Vec::new()
     }
 
     fn promotions(&self) -> Vec<Change> {

@@ -198,6 +198,8 @@ impl Engine {
                 let idle = self.storages.values().all(|s| s.transactions.is_empty());
                 let alone = waited >= BEGUN_PATIENCE || !self.shared.sessions.any_writer();
                 let level = self.outgoing.is_empty() && self.pending.is_empty() && behind == 0;
+                // A node that has not applied the last change of members does not stand for election.
+                let level = level && !self.consensus.is_changing();
                 // What is under way then ends as if this node had died: the target has it, or nobody.
                 let enough = urgent && waited >= COMMIT_PATIENCE && behind == 0;
                 if idle && alone && level || enough {
