@@ -12,13 +12,14 @@ use standby_filestorage::{
     Transaction, TransactionMeta, blocks_in,
 };
 use standby_node::Shared;
-use standby_node::ask::{Ask, here, route};
+use standby_node::ask::{Answer, Ask, here, route};
 use standby_node::config::Config;
 use standby_node::machine::simulated::{Latency, Network, PLENTY, Random};
 use standby_node::machine::wall_clock;
 use standby_node::rewind::open_lost;
 use standby_types::time::tid_at;
 use standby_types::{Disk, Oid, Tid};
+use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use crate::client::{ACCOUNTS, BALANCE, Client, FIRST_FREE, Script};
 use crate::disk::SimDisk;
@@ -42,6 +43,8 @@ const CALM: Latency =
 const CALM_AFTER: Duration = Duration::from_secs(4);
 /// Links over which nothing comes are closed within this time, whatever the clocks, and dialled anew.
 const SWALLOWED: Duration = Duration::from_secs(4);
+/// What could not be done is asked for again after this time.
+const ASKS_AGAIN: Duration = Duration::from_secs(1);
 /// Where a node keeps its data.
 const DATA: &str = "/site/Data.fs";
 /// Where it keeps the blobs.
@@ -76,6 +79,16 @@ enum Later {
     EmptyDisk(usize),
     Reliable,
     Promote,
+    PutBack(usize, SimDisk, Duration),
+}
+
+/// What an administrator asks for, of a node.
+struct Wish {
+    node: usize,
+    ask: Ask,
+    answer: Option<oneshot::Receiver<Answer>>,
+    /// Not before this moment again.
+    next: Duration,
 }
 
 struct Cluster {
@@ -83,7 +96,10 @@ struct Cluster {
     network: Network,
     random: Random,
     machines: Vec<Machine>,
-    configs: Vec<Config>,
+    /// Of each node; `None` until it is invited, and from its removal on.
+    configs: Vec<Option<Config>>,
+    /// What an administrator asks for until it is done.
+    wishes: Vec<Wish>,
     /// The clients' machine.
     clients: Machine,
     history: History,
@@ -109,15 +125,24 @@ fn address(machine: usize) -> IpAddr {
     IpAddr::V4(Ipv4Addr::new(127, 0, 1, machine as u8 + 1))
 }
 
-fn config(plan: &Plan, node: usize) -> Config {
-    let members: String = (plan.nodes.iter().enumerate())
-        .map(|(other, NodePlan { group, witness })| {
-            let witness = if *witness { " witness" } else { "" };
-            format!("  member n{other} {}:8102 {group}{witness}\n", address(other))
-        })
-        .collect();
+/// A founder's configuration; with a token, that of a node which joins.
+fn config(plan: &Plan, node: usize, token: Option<&str>) -> Config {
+    let founders = plan.nodes.iter().enumerate().filter(|(_, plan)| !plan.added);
+    let members = match token {
+        None => founders
+            .map(|(other, NodePlan { group, witness, .. })| {
+                let witness = if *witness { " witness" } else { "" };
+                format!("  member n{other} {}:8102 {group}{witness}\n", address(other))
+            })
+            .collect::<String>(),
+        Some(token) => {
+            let others = founders.filter(|(other, _)| *other != node);
+            let others = others.map(|(other, _)| format!(" {}:8102", address(other)));
+            format!("  join{}\n  join-token {token}\n", others.collect::<String>())
+        }
+    };
     let fast = if plan.fast { "  recovery fast\n" } else { "" };
-    let NodePlan { group, witness } = &plan.nodes[node];
+    let NodePlan { group, witness, .. } = &plan.nodes[node];
     let host = address(node);
     let blobs = if plan.blobs { format!("  blob-dir {BLOB_DIR}\n") } else { String::new() };
     let serves = match witness {
@@ -149,7 +174,10 @@ pub fn run(plan: &Plan) -> Outcome {
     let count = machines.len();
     let clients = Machine::new("clients", address(count), &network, &mut random);
     let mut cluster = Cluster {
-        configs: (0..count).map(|node| config(plan, node)).collect(),
+        configs: (0..count)
+            .map(|node| (!plan.nodes[node].added).then(|| config(plan, node, None)))
+            .collect(),
+        wishes: Vec::new(),
         network,
         machines,
         clients,
@@ -226,7 +254,9 @@ impl Cluster {
         for (node, machine) in self.machines.iter_mut().enumerate() {
             machine.rate = self.plan.rates[node];
             machine.host.device.store(self.plan.device.as_micros() as u64, Ordering::Relaxed);
-            machine.start_node(&self.configs[node]);
+            if let Some(config) = &self.configs[node] {
+                machine.start_node(config);
+            }
         }
         self.start_clients();
         let steps = self.plan.steps.clone();
@@ -326,7 +356,10 @@ impl Cluster {
         trace::set_machine(&self.clients.name);
         self.clients.step(TICK);
         trace::set_machine("");
-        if !self.later.is_empty() || self.machines.iter().any(|machine| !machine.runs()) {
+        self.administer();
+        let down = |node: usize| self.configs[node].is_some() && !self.machines[node].runs();
+        let all = 0..self.machines.len();
+        if !self.later.is_empty() || !self.wishes.is_empty() || all.into_iter().any(down) {
             self.troubled = self.troubled.max(self.now);
         }
         if (self.now > self.troubled + CALM_AFTER) != self.calm {
@@ -395,7 +428,7 @@ impl Cluster {
             None => {}
             Some(Exit::Again) => {
                 machine.kill();
-                machine.start_node(&self.configs[node]);
+                self.start_node(node);
             }
             Some(exit) => {
                 machine.kill();
@@ -420,6 +453,9 @@ impl Cluster {
         }
         let shared = self.machines[node].node();
         let serves = shared.as_ref().is_some_and(|shared| shared.standing.borrow().serves);
+        if let Some(shared) = shared.as_ref().filter(|_| serves) {
+            self.switch_off_removed(shared);
+        }
         if serves
             && !self.serves[node]
             && let Some(shared) = shared
@@ -443,18 +479,69 @@ impl Cluster {
         self.later.push((self.now + self.down[node], Later::Start(node)));
     }
 
+    /// Starts a node that is a member, or invited, and that does not run.
+    fn start_node(&mut self, node: usize) {
+        let machine = &mut self.machines[node];
+        if let Some(config) = &self.configs[node]
+            && !machine.runs()
+        {
+            trace::set_machine(&machine.name);
+            tracing::info!("starts");
+            self.network.power_on(machine.host.address);
+            self.may_fail[node] = false;
+            machine.disk.mend();
+            machine.start_node(config);
+        }
+    }
+
+    /// An administrator asks again and again, until it is done or cannot be.
+    fn administer(&mut self) {
+        for mut wish in std::mem::take(&mut self.wishes) {
+            match wish.answer.as_mut().map(oneshot::Receiver::try_recv) {
+                Some(Err(TryRecvError::Empty)) => {}
+                Some(Ok(Ok(done))) => {
+                    tracing::info!("done: {}", done.text);
+                    if let Some(token) = done.token {
+                        self.configs[wish.node] = Some(config(&self.plan, wish.node, Some(&token)));
+                        self.start_node(wish.node);
+                    }
+                    continue;
+                }
+                Some(Ok(Err(reason))) if is_final(&reason) => continue,
+                Some(_) => (wish.answer, wish.next) = (None, self.now + ASKS_AGAIN),
+                None if self.now >= wish.next => wish.answer = self.ask(wish.ask.clone()),
+                None => {}
+            }
+            self.wishes.push(wish);
+        }
+    }
+
+    fn wish(&mut self, node: usize, ask: Ask) {
+        self.wishes.push(Wish { node, ask, answer: None, next: self.now });
+    }
+
+    /// Who was removed is switched off.
+    fn switch_off_removed(&mut self, primary: &Shared) {
+        for name in &primary.settings().removed {
+            let named = self.machines.iter().position(|machine| machine.name == *name);
+            if let Some(node) = named.filter(|node| self.configs[*node].is_some())
+                && !primary.reports.is_member(name)
+            {
+                tracing::info!("{name} is switched off");
+                self.machines[node].kill();
+                self.configs[node] = None;
+            }
+        }
+    }
+
     fn do_later(&mut self, what: Later) {
         match what {
-            Later::Start(node) => {
-                let machine = &mut self.machines[node];
-                if !machine.runs() {
-                    trace::set_machine(&machine.name);
-                    tracing::info!("starts");
-                    self.network.power_on(machine.host.address);
-                    self.may_fail[node] = false;
-                    machine.disk.mend();
-                    machine.start_node(&self.configs[node]);
-                }
+            Later::Start(node) => self.start_node(node),
+            Later::PutBack(node, snapshot, down) => {
+                tracing::info!(node, "the disk is put back");
+                self.machines[node].kill();
+                self.machines[node].disk.put_back(&snapshot);
+                self.later.push((self.now + down, Later::Start(node)));
             }
             Later::Resume(node) => self.machines[node].paused = false,
             Later::OpenNetwork => self.network.open_all(),
@@ -485,6 +572,28 @@ impl Cluster {
                 self.machines[*node].kill();
                 self.machines[*node].disk.lose();
                 self.later.push((self.now + *down, Later::Start(*node)));
+            }
+            Fault::PutBack { node, after, down } => {
+                let snapshot = self.machines[*node].disk.snapshot();
+                self.later.push((self.now + *after, Later::PutBack(*node, snapshot, *down)));
+            }
+            Fault::Replace { node } => {
+                self.machines[*node].kill();
+                self.machines[*node].disk.lose();
+                self.configs[*node] = None;
+                let name = self.machines[*node].name.clone();
+                let ask = Ask::NodeAdd { node: name, group: None, witness: false, replaces: true };
+                self.wish(*node, ask);
+            }
+            Fault::Add { node } => {
+                let NodePlan { group, witness, .. } = self.plan.nodes[*node];
+                let group = Some(group.to_owned());
+                let name = self.machines[*node].name.clone();
+                self.wish(*node, Ask::NodeAdd { node: name, group, witness, replaces: false });
+            }
+            Fault::Remove { node } => {
+                let name = self.machines[*node].name.clone();
+                self.wish(*node, Ask::NodeRemove { node: name, force: true });
             }
             Fault::Cut { node, operations, torn, down } => {
                 if self.machines[*node].runs() {
@@ -635,13 +744,16 @@ impl Cluster {
         });
     }
 
-    /// An administrator asks some node.
-    fn ask(&mut self, ask: Ask) {
-        let Some((node, shared)) = self.any_node(|_| true) else { return };
+    /// An administrator asks some node; `None` if none is there. Nobody answers if it ends meanwhile.
+    fn ask(&mut self, ask: Ask) -> Option<oneshot::Receiver<Answer>> {
+        let (node, shared) = self.any_node(|_| true)?;
+        let (sender, receiver) = oneshot::channel();
         self.machines[node].spawn(async move {
             let answer = route(&shared, ask).await;
             tracing::info!("answer: {answer:?}");
+            let _ = sender.send(answer);
         });
+        Some(receiver)
     }
 
     /// Nothing is wrong any more.
@@ -663,9 +775,11 @@ impl Cluster {
         }
     }
 
+    /// The members that hold data.
     fn data_nodes(&self) -> impl Iterator<Item = &Machine> {
-        let pairs = self.machines.iter().zip(&self.plan.nodes);
-        pairs.filter(|(_, plan)| !plan.witness).map(|(machine, _)| machine)
+        let nodes = self.machines.iter().enumerate();
+        let is_data = |node: usize| !self.plan.nodes[node].witness && self.configs[node].is_some();
+        nodes.filter(move |(node, _)| is_data(*node)).map(|(_, machine)| machine)
     }
 
     fn last_tids(&self) -> Vec<Option<Tid>> {
@@ -682,7 +796,9 @@ impl Cluster {
     fn is_level(&self) -> bool {
         let tids = self.last_tids();
         let pending = self.machines.iter().any(|machine| machine.exit().is_some());
-        !pending && tids.iter().all(|tid| tid.is_some() && *tid == tids[0])
+        !pending
+            && self.wishes.is_empty()
+            && tids.iter().all(|tid| tid.is_some() && *tid == tids[0])
     }
 
     /// What is damaged, and nobody has read since, is still so.
@@ -745,6 +861,13 @@ impl Cluster {
     }
 }
 
+/// True if asking again is of no use.
+fn is_final(reason: &str) -> bool {
+    ["is no node of this cluster", "is primary", "is a member already"]
+        .iter()
+        .any(|part| reason.contains(part))
+}
+
 /// Opens a machine's data file.
 fn open(disk: &SimDisk) -> Result<FileStorage, StorageError> {
     let (path, no_index) = (Path::new(DATA), Path::new("/site/no-index"));
@@ -787,6 +910,10 @@ fn name_of(fault: &Fault) -> &'static str {
         Fault::SlowDisk { .. } => "slow disk",
         Fault::FullDisk { .. } => "full disk",
         Fault::LoseDisk { .. } => "lost disk",
+        Fault::PutBack { .. } => "disk put back",
+        Fault::Replace { .. } => "replaced node",
+        Fault::Add { .. } => "added node",
+        Fault::Remove { .. } => "removed node",
         Fault::FailSync { .. } => "failing sync",
         Fault::Flip { .. } => "flipped bit",
         Fault::BadSector { .. } => "unreadable sector",
@@ -826,11 +953,22 @@ mod tests {
         assert_eq!(run(&plan).violations, Vec::<String>::new());
     }
 
+    /// A primary that lost its role before the invitation was committed said that the node may join.
+    #[test]
+    fn a_decision_that_is_lost_is_not_answered_as_done() {
+        trace::install(tracing::level_filters::LevelFilter::INFO);
+        let at = Duration::from_millis;
+        let steps = [(1542, Fault::Swallow { all: true }), (1782, Fault::Add { node: 3 })];
+        let steps = steps.map(|(millis, fault)| Step { at: at(millis), fault });
+        let plan = Plan { steps: steps.to_vec(), ..Plan::of(418) };
+        assert_eq!(run(&plan).violations, Vec::<String>::new());
+    }
+
     #[test]
     fn every_fault_comes_in_some_plan() {
         let mut seen = std::collections::BTreeSet::new();
         let plans = (0..300).map(Plan::of);
         plans.for_each(|plan| seen.extend(plan.steps.iter().map(|step| name_of(&step.fault))));
-        assert_eq!(seen.len(), 20, "{seen:?}");
+        assert_eq!(seen.len(), 24, "{seen:?}");
     }
 }

@@ -16,6 +16,7 @@ const SECTOR: usize = 512;
 #[derive(Clone)]
 pub struct SimDisk(Arc<Mutex<Inner>>);
 
+#[derive(Clone)]
 struct Inner {
     names: BTreeMap<PathBuf, u64>,
     durable_names: BTreeMap<PathBuf, u64>,
@@ -29,7 +30,7 @@ struct Inner {
     fail_sync: bool,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Content {
     bytes: Vec<u8>,
     durable_len: usize,
@@ -166,6 +167,18 @@ impl SimDisk {
         let inner = &mut *self.lock();
         (inner.names, inner.durable_names, inner.files) = Default::default();
         (inner.until_cut, inner.dead, inner.fail_sync) = (None, false, false);
+    }
+
+    /// A snapshot of what is durable.
+    pub fn snapshot(&self) -> SimDisk {
+        let snapshot = SimDisk(Arc::new(Mutex::new(self.lock().clone())));
+        snapshot.cut(None);
+        snapshot
+    }
+
+    /// What was in the snapshot is there again, and nothing else. Nobody may have a file of it open.
+    pub fn put_back(&self, snapshot: &SimDisk) {
+        *self.lock() = snapshot.lock().clone();
     }
 
     /// The bytes of a file; `None` if there is none of that name.
@@ -368,10 +381,25 @@ impl Disk for SimDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut inner = self.lock();
-        let file = inner.find(from)?;
+        if let Ok(file) = inner.find(from) {
+            inner.change()?;
+            inner.names.remove(from);
+            inner.names.insert(to.to_owned(), file);
+            return Ok(());
+        }
+        // A directory, which has its new name for good at once.
+        let inside = |path: &PathBuf| path.strip_prefix(from).is_ok();
+        if !inner.names.keys().any(inside) {
+            return inner.find(from).map(drop);
+        }
         inner.change()?;
-        inner.names.remove(from);
-        inner.names.insert(to.to_owned(), file);
+        let inner = &mut *inner;
+        for names in [&mut inner.names, &mut inner.durable_names] {
+            let moved: Vec<_> = names.extract_if(.., |path, _| inside(path)).collect();
+            for (path, file) in moved {
+                names.insert(to.join(path.strip_prefix(from).unwrap_or(&path)), file);
+            }
+        }
         Ok(())
     }
 

@@ -4,6 +4,11 @@ use std::time::Duration;
 
 use standby_node::machine::simulated::Random;
 
+/// No fault but a forced promotion lasts longer.
+const LONGEST: Duration = Duration::from_secs(6);
+/// Within this time a node whose disk was put back has been told so.
+const REJOINS: Duration = Duration::from_secs(6);
+
 /// Something that goes wrong, or that an administrator does.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Fault {
@@ -95,6 +100,30 @@ pub enum Fault {
         /// For how long it is away.
         down: Duration,
     },
+    /// A machine's disk is put back to what it was.
+    PutBack {
+        /// Which node's.
+        node: usize,
+        /// So long after this moment, to which it is put back.
+        after: Duration,
+        /// For how long the machine is away.
+        down: Duration,
+    },
+    /// A machine is lost with its disk, and an administrator replaces the node by another, empty one.
+    Replace {
+        /// Which node.
+        node: usize,
+    },
+    /// A node is added to the cluster.
+    Add {
+        /// Which: one that is not there from the beginning.
+        node: usize,
+    },
+    /// A node is removed from the cluster for good.
+    Remove {
+        /// Which.
+        node: usize,
+    },
     /// A sync of the log fails.
     FailSync {
         /// Which node's.
@@ -165,6 +194,8 @@ pub struct NodePlan {
     pub group: &'static str,
     /// It votes, but holds no data.
     pub witness: bool,
+    /// It is not there from the beginning: it is added.
+    pub added: bool,
 }
 
 /// A whole simulation.
@@ -202,21 +233,21 @@ impl Plan {
     /// The plan of a seed.
     pub fn of(seed: u64) -> Plan {
         let random = &mut Random::new(seed ^ 0x0073_7461_6e64_6279);
-        let data = NodePlan { group: "here", witness: false };
-        let witness = NodePlan { group: "here", witness: true };
-        let away = NodePlan { group: "there", witness: false };
-        let nodes = match random.below(10) {
-            0 => vec![data.clone(), data, witness],
-            1 => vec![data],
-            2 => vec![data.clone(), data.clone(), data, away],
-            3 => vec![data.clone(), data.clone(), data, away.clone(), away],
-            4 => vec![data.clone(), data.clone(), data.clone(), data.clone(), data],
-            _ => vec![data.clone(), data.clone(), data],
+        let data = NodePlan { group: "here", witness: false, added: false };
+        let witness = NodePlan { witness: true, ..data.clone() };
+        let away = NodePlan { group: "there", ..data.clone() };
+        let mut nodes = match random.below(10) {
+            0 => vec![data.clone(), data.clone(), witness],
+            1 => vec![data.clone()],
+            2 => vec![data.clone(), data.clone(), data.clone(), away],
+            3 => vec![data.clone(), data.clone(), data.clone(), away.clone(), away],
+            4 => vec![data.clone(), data.clone(), data.clone(), data.clone(), data.clone()],
+            _ => vec![data.clone(), data.clone(), data.clone()],
         };
         // Real clocks differ by a ten thousandth; that the protocol does not depend on it shows sooner so.
         let rate = |random: &mut Random| 0.98 + random.below(41) as f64 / 1000.0;
-        let rates = nodes.iter().map(|_| rate(random)).collect();
-        let duration = millis(random, 4_000..14_000);
+        let mut rates: Vec<f64> = nodes.iter().map(|_| rate(random)).collect();
+        let mut duration = millis(random, 4_000..14_000);
         let count = random.range(1..12);
         let mut steps: Vec<Step> = (0..count)
             .map(|_| Step {
@@ -243,11 +274,54 @@ impl Plan {
         let lost = &mut Random::new(seed ^ 0x006c_6f73_7464_6973);
         let all_vote = nodes.iter().all(|node| node.group == "here" && !node.witness);
         if nodes.len() >= 3 && all_vote && lost.one_in(4) {
-            steps
-                .retain(|step| !matches!(step.fault, Fault::Flip { .. } | Fault::BadSector { .. }));
+            steps.retain(|step| !is_damage(&step.fault));
             let node = lost.below(nodes.len() as u64) as usize;
             let fault = Fault::LoseDisk { node, down: millis(lost, 10..3_000) };
             steps.push(Step { at: millis(lost, 1_500..duration.as_millis() as u64), fault });
+        }
+        // As above.
+        let members = &mut Random::new(seed ^ 0x006d_656d_6265_7273);
+        let change = members.below(12);
+        let replaceable = nodes.len() >= 3 && all_vote;
+        let is_rare =
+            |step: &Step| matches!(step.fault, Fault::Promote { .. } | Fault::LoseDisk { .. });
+        if change < 4 && !steps.iter().any(is_rare) && (change < 2 || replaceable) {
+            let at = millis(members, 1_500..duration.as_millis() as u64);
+            if change > 0 {
+                // It takes from the others what a damage may have taken already.
+                steps.retain(|step| !is_damage(&step.fault));
+            }
+            let node = members.below(nodes.len() as u64) as usize;
+            match change {
+                2 => steps.push(Step { at, fault: Fault::Replace { node } }),
+                3 => {
+                    let (after, down) = (millis(members, 50..3_000), millis(members, 10..2_000));
+                    // Only the primary knows at once what a node has acknowledged: until it has told the node, nothing else
+                    // goes wrong.
+                    let quiet = (at + after).saturating_sub(LONGEST)..at + after + down + REJOINS;
+                    duration = duration.max(quiet.end + Duration::from_secs(1));
+                    steps.retain(|step| !quiet.contains(&step.at));
+                    steps.push(Step { at, fault: Fault::PutBack { node, after, down } });
+                }
+                _ => {
+                    let group = nodes[node].group;
+                    nodes.push(NodePlan { group, added: true, ..data });
+                    rates.push(rate(members));
+                    steps.push(Step { at, fault: Fault::Add { node: nodes.len() - 1 } });
+                    if change == 1 {
+                        let at = millis(members, 1_500..duration.as_millis() as u64);
+                        steps.push(Step { at, fault: Fault::Remove { node } });
+                    }
+                    // The node that was added fails like the others.
+                    for _ in 0..members.below(4) {
+                        let at = millis(members, 1_500..duration.as_millis() as u64);
+                        let fault = fault(members, &nodes);
+                        if !is_damage(&fault) {
+                            steps.push(Step { at, fault });
+                        }
+                    }
+                }
+            }
         }
         steps.sort_by_key(|step| step.at);
         Plan {
@@ -264,6 +338,10 @@ impl Plan {
             steps,
         }
     }
+}
+
+fn is_damage(fault: &Fault) -> bool {
+    matches!(fault, Fault::Flip { .. } | Fault::BadSector { .. })
 }
 
 fn fault(random: &mut Random, nodes: &[NodePlan]) -> Fault {

@@ -670,6 +670,8 @@ impl Engine {
         }
         self.pending.clear();
         self.decided = LogIndex(0);
+        // What they wait for may be lost: whoever asked is told that the primary has changed.
+        self.watches.clear();
         self.opening = false;
         for storage in self.shared.storages.values() {
             // A pack that was asked for may never be committed. One that runs says so again.
