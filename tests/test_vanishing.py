@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 
 import pytest
@@ -86,6 +87,72 @@ def test_row_48_swallowed_connections_are_dialled_anew(places, nodes, where):
         assert time.monotonic() - begun < 40
         client.commit(lambda root: root.update(x=3))
         client.close()
+
+    in_places(places, nodes, test)
+
+
+@needs_root
+@pytest.mark.parametrize("who", ["of the primary", "that is passed on"])
+def test_row_49_a_client_that_was_cut_off_for_long_goes_on(places, nodes, who):
+    """A stock client that waits for an answer sends nothing: if the end of its session does not reach it, it waits for
+    ever."""
+
+    def test(world, cluster):
+        addresses = cluster.addresses if who == "of the primary" else [cluster.nodes[1].address]
+        client = Client(cluster.addresses)
+        client.commit(lambda root: root.update(x=1))
+        oid = client.root._p_oid
+        holder = Voted(cluster.addresses, oid)
+        done = []
+
+        def commit():
+            far = Client(addresses, wait_timeout=120)
+            # Waits for the vote of the holder: nothing is to be sent meanwhile, in either direction.
+            far.commit(lambda root: root.update(x=2))
+            done.append(time.monotonic())
+            far.close()
+
+        thread = threading.Thread(target=world.run, args=("home", commit), daemon=True)
+        thread.start()
+        harness.wait_for("its vote to wait", lambda: client.db.storage.server_status()["waiting"] == 1)
+        world.cut("home")
+        time.sleep(16)
+        holder.storage.tpc_abort(holder.txn)
+        world.heal("home")
+        healed = time.monotonic()
+        thread.join(90)
+        assert done, "it still waits"
+        print("it went on %.1f s after the network was there again" % (done[0] - healed))
+        holder.storage.close()
+        client.close()
+
+    in_places(places, nodes, test)
+
+
+@needs_root
+def test_row_49_a_client_that_is_held_while_it_is_cut_off_goes_on(places, nodes):
+    def test(world, cluster):
+        n1, n2, n3 = cluster.nodes
+        for node in (n1, n3):
+            node.stop()
+        done = []
+
+        def connect():
+            far = Client([n2.address], wait_timeout=120)
+            far.commit(lambda root: root.update(x=2))
+            done.append(time.monotonic())
+            far.close()
+
+        thread = threading.Thread(target=world.run, args=("home", connect), daemon=True)
+        thread.start()
+        time.sleep(3)
+        world.cut("home")
+        time.sleep(16)
+        world.heal("home")
+        n1.start()
+        n3.start()
+        thread.join(60)
+        assert done, "it still waits"
 
     in_places(places, nodes, test)
 

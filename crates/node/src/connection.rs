@@ -18,7 +18,7 @@ use tracing::{debug, error, info, warn};
 use crate::blobs::{self, BlobReader, BlobWriter, StagedBlob};
 use crate::engine::{Event, Request, read_failed};
 use crate::look::{self, Iterators};
-use crate::machine::{self, Instant};
+use crate::machine::{self, Instant, drain};
 use crate::node::{Shared, StorageShared};
 use crate::room;
 use crate::sessions::{Mail, SessionHandle};
@@ -64,7 +64,7 @@ async fn talk(
     shared: Arc<Shared>,
     peer: String,
     cutter: Option<Cutter>,
-    read: impl AsyncRead + Unpin,
+    mut read: impl AsyncRead + Unpin,
     write: impl AsyncWrite + Send + Unpin + 'static,
     read_only: bool,
 ) {
@@ -101,7 +101,7 @@ async fn talk(
             }
         })
     };
-    let ended = connection.run(read, mail).await;
+    let ended = connection.run(&mut read, mail).await;
     let storage = connection.storage.clone();
     let label = connection.session.label().unwrap_or("").to_owned();
     match (ended, handle.outbox.close_reason()) {
@@ -128,6 +128,7 @@ async fn talk(
     }
     // Blobs that are still being sent wait for room that nobody makes any more.
     handle.outbox.close("the connection is closed");
+    drain(read).await;
 }
 
 struct Connection {

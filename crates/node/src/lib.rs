@@ -53,6 +53,8 @@ mod scrub;
 mod sessions;
 pub mod settings;
 #[cfg(not(feature = "simulated"))]
+mod silence;
+#[cfg(not(feature = "simulated"))]
 mod socket;
 #[cfg(feature = "simulated")]
 #[path = "machine/simulated/socket.rs"]

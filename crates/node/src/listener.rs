@@ -9,23 +9,27 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::copy_bidirectional;
+use tokio::io::{AsyncWriteExt, copy_bidirectional, join};
 use tokio::sync::watch;
 use tracing::debug;
 
 use crate::connection;
 use crate::gate::{Gate, Pass};
-use crate::machine::Instant;
+use crate::machine::{Instant, drain};
 use crate::node::{Shared, Standing};
 use crate::peers::{Purpose, connect};
+use crate::socket::{Cutter, split};
 use crate::stream::{Listener, Stream};
 
 /// How long a client is held although another node is primary: most clients try all nodes at the
 /// same time and find that one by themselves.
 const HOLD: Duration = Duration::from_secs(1);
 /// A client whose machine has acknowledged nothing for so long is gone, and its locks with it. A client that takes
-/// nothing for so long, while something is to be sent to it, counts as gone too.
+/// nothing for so long, while something is to be sent to it, counts as gone too. One that is held has nothing that others
+/// could miss, and is not watched.
 const SILENCE: Duration = Duration::from_secs(10);
+/// Time between two looks at that.
+const LOOK: Duration = Duration::from_secs(1);
 /// How long a client stays with a primary that this node does not hear of any more.
 const LOST_PRIMARY: Duration = Duration::from_secs(2);
 
@@ -53,6 +57,14 @@ pub async fn read_only(shared: Arc<Shared>, listener: Listener) {
             }
             drop(pass);
         });
+    }
+}
+
+/// Ends the sessions of clients that are gone.
+pub async fn end_silent(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        shared.sessions.end_silent(SILENCE);
     }
 }
 
@@ -139,17 +151,33 @@ async fn hold(shared: Arc<Shared>, stream: Stream) {
 /// Passes on what a client and the primary say to each other, as long as that node is primary. When either side
 /// ends, both do: the client looks for a primary anew.
 async fn pass_on(
-    mut client: Stream,
+    client: Stream,
     mut primary: Stream,
     address: &str,
     standing: watch::Receiver<Standing>,
 ) {
-    debug!(client = client.peer(), "passing a client on to the primary");
+    let peer = client.peer();
+    debug!(client = peer, "passing a client on to the primary");
     client.set_nodelay();
+    let (read, write, cutter) = split(client);
+    let mut client = join(read, write);
     tokio::select! {
         _ = copy_bidirectional(&mut client, &mut primary) => {}
         () = is_lost(address, standing) => {
-            debug!(client = client.peer(), address, "that node is not primary any more");
+            debug!(client = peer, address, "that node is not primary any more");
+        }
+        reason = is_gone(cutter.as_ref()) => debug!(client = peer, reason, "a client is gone"),
+    }
+    let _ = client.shutdown().await;
+    drain(client).await;
+}
+
+/// Returns when the client counts as gone, with the reason.
+async fn is_gone(client: Option<&Cutter>) -> &'static str {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if let Some(reason) = client.and_then(|client| client.gone(SILENCE)) {
+            return reason;
         }
     }
 }

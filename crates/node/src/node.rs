@@ -700,6 +700,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     drop(admin);
     if let Some(zeo) = zeo {
         tokio::spawn(listener::read_write(shared.clone(), zeo));
+        tokio::spawn(listener::end_silent(shared.clone()));
     }
     if let Some(path) = &shared.config.zeo.pid_file {
         std::fs::write(path, format!("{}\n", std::process::id()))

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use standby_zeo::{Encoding, SessionId, VoteOutcome};
@@ -137,6 +138,11 @@ impl SessionHandle {
         let _ = self.encoding.set(encoding);
     }
 
+    /// Why its client counts as gone, if it does.
+    fn gone(&self, patience: Duration) -> Option<&'static str> {
+        self.cutter.as_ref()?.gone(patience)
+    }
+
     /// Ends the session at once, from any thread; nothing that is queued is sent any more.
     pub fn cut(&self, reason: &str) {
         self.outbox.close(reason);
@@ -199,6 +205,16 @@ impl Sessions {
             lock(&self.all).values().filter(|session| which(session)).cloned().collect();
         chosen.iter().for_each(|session| session.cut(reason));
         chosen.len()
+    }
+
+    /// Ends the sessions whose clients have been silent for so long.
+    pub fn end_silent(&self, patience: Duration) {
+        let all: Vec<_> = lock(&self.all).values().cloned().collect();
+        for session in all {
+            if let Some(reason) = session.gone(patience) {
+                session.cut(reason);
+            }
+        }
     }
 
     /// True if an upload is under way, or its transaction, or a pack that its client waits for.

@@ -3,13 +3,17 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{tcp, unix};
 
+use crate::machine::Instant;
+use crate::silence::{Watch, acknowledged};
 use crate::stream::Stream;
+use crate::sync::lock;
 
 /// What is read.
 pub type Reading = Box<dyn AsyncRead + Send + Unpin>;
@@ -71,8 +75,11 @@ impl AsyncWrite for Writer {
     }
 }
 
-/// Cuts a connection off from any thread. It does not keep the socket open.
-pub struct Cutter(By);
+/// Looks after a connection, and cuts it off, from any thread. It does not keep the socket open.
+pub struct Cutter {
+    by: By,
+    watch: Mutex<Watch>,
+}
 
 enum By {
     Half(Weak<WriteHalf>),
@@ -81,19 +88,28 @@ enum By {
 }
 
 impl Cutter {
+    fn new(by: By) -> Cutter {
+        Cutter { by, watch: Mutex::default() }
+    }
+
     /// Nothing is sent or received any more.
     pub fn cut(&self) {
-        let shut = |fd: BorrowedFd<'_>| {
+        self.with(|fd| {
             // The other side may be gone already.
             let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
-        };
-        match &self.0 {
-            By::Half(half) => {
-                if let Some(half) = half.upgrade() {
-                    shut(half.fd());
-                }
-            }
-            By::Descriptor(fd) => shut(fd.as_fd()),
+        });
+    }
+
+    /// Why the client counts as gone, if it does: see [`Watch::gone`].
+    pub fn gone(&self, patience: Duration) -> Option<&'static str> {
+        let seen = self.with(acknowledged)??;
+        lock(&self.watch).gone(Instant::now(), seen, patience)
+    }
+
+    fn with<T>(&self, work: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
+        match &self.by {
+            By::Half(half) => half.upgrade().map(|half| work(half.fd())),
+            By::Descriptor(fd) => Some(work(fd.as_fd())),
         }
     }
 }
@@ -112,12 +128,12 @@ pub fn split(stream: Stream) -> (Reading, Writing, Option<Cutter>) {
         Stream::Tls(tls) => {
             let fd = rustix::io::fcntl_dupfd_cloexec(tls.get_ref().0.as_fd(), 3).ok();
             let (read, write) = tokio::io::split(tls);
-            let cutter = fd.map(|fd| Cutter(By::Descriptor(fd)));
+            let cutter = fd.map(|fd| Cutter::new(By::Descriptor(fd)));
             return (Box::new(read), Box::new(write), cutter);
         }
     };
     let half = Arc::new(half);
-    let cutter = Cutter(By::Half(Arc::downgrade(&half)));
+    let cutter = Cutter::new(By::Half(Arc::downgrade(&half)));
     (read, Box::new(Writer(half)), Some(cutter))
 }
 

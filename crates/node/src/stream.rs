@@ -14,7 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio_rustls::TlsStream;
 
 use crate::config::{Address, ZeoAddress};
-use crate::machine::{TcpListener, TcpStream, end_when_silent, listen_everywhere};
+use crate::machine::{TcpListener, TcpStream, ask_for_signs, listen_everywhere};
 
 /// See the module.
 pub enum Stream {
@@ -44,12 +44,12 @@ impl Listener {
         listener.with_context(|| format!("cannot listen on address {address}"))
     }
 
-    /// The next client. Its connection ends when its machine has acknowledged nothing for `silence`.
+    /// The next client. One whose machine is silent for `silence` can be told from others.
     pub async fn accept(&self, silence: Duration) -> io::Result<Stream> {
         match self {
             Listener::Tcp(tcp) => {
                 let (stream, _) = tcp.accept().await?;
-                end_when_silent(&stream, silence)?;
+                ask_for_signs(&stream, silence)?;
                 Ok(Stream::Tcp(stream))
             }
             Listener::Unix(unix) => unix.accept().await.map(|(stream, _)| Stream::Unix(stream)),

@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use super::FreeRoom;
 
 pub use crate::disk::temporary_file;
+pub use crate::silence::{ask_for_signs, drain};
 pub use tokio::net::{TcpListener, TcpStream};
 
 /// The time of day, since 1970.

@@ -1,5 +1,7 @@
 //! A simulated client's connection in two halves.
 
+use std::time::Duration;
+
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::stream::Stream;
@@ -15,6 +17,11 @@ pub struct Cutter;
 impl Cutter {
     /// Nothing is left to do.
     pub fn cut(&self) {}
+
+    /// The simulator ends the connection of a client that is silent.
+    pub fn gone(&self, _patience: Duration) -> Option<&'static str> {
+        None
+    }
 }
 
 /// The two halves of a connection, and what cuts it off.
