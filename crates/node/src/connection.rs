@@ -37,6 +37,9 @@ const LEAVING: Duration = Duration::from_secs(2);
 const UNANSWERED: usize = 1000;
 /// How long a client that is to leave must have said nothing.
 const QUIET: Duration = Duration::from_millis(2);
+/// The same of a client that begins its transactions with a call (`server-sync`): it leaves just after the answer to that,
+/// unless it is idle.
+const IDLE: Duration = Duration::from_millis(50);
 /// How long a client may take to agree on TLS, and then to ask for a storage. Stock clients do both at once.
 const HELLO: Duration = Duration::from_secs(20);
 
@@ -91,6 +94,7 @@ async fn talk(
         iterators: Iterators::default(),
         undo_log: Arc::default(),
         upload: None,
+        syncs: false,
     };
     let sending = {
         let handle = handle.clone();
@@ -143,6 +147,8 @@ struct Connection {
     undo_log: Arc<tokio::sync::Mutex<()>>,
     /// The upload that has begun and not ended, or why it has failed.
     upload: Option<Result<BlobWriter, StorageError>>,
+    /// The client has begun a transaction with a call.
+    syncs: bool,
 }
 
 impl Connection {
@@ -197,7 +203,7 @@ impl Connection {
                     Ok(0) | Err(_) => return None,
                     Ok(_) => {}
                 },
-                () = tokio::time::sleep(QUIET), if self.may_leave() => return None,
+                () = tokio::time::sleep(if self.syncs { IDLE } else { QUIET }), if self.may_leave() => return None,
                 () = tokio::time::sleep_until(hello), if self.session.is_stranger() => {
                     let seconds = HELLO.as_secs();
                     return Some(format!("it has not asked for a storage within {seconds} seconds"));
@@ -207,7 +213,8 @@ impl Connection {
     }
 
     /// True if the session is to end and nothing of it is under way. The client must be quiet too: of
-    /// a connection that closes it only notices what is in flight.
+    /// a connection that closes it only notices what is in flight. What it sends within a transaction, and is lost,
+    /// applications try again without a word; a call that begins a transaction they do not.
     fn may_leave(&self) -> bool {
         self.handle.leaving.load(Ordering::Acquire)
             && self.handle.unanswered.load(Ordering::Acquire) == 0
@@ -367,7 +374,8 @@ impl Connection {
             Effect::Ping { id } => {
                 // This node is primary: what it has acknowledged is visible.
                 self.handle.outbox.push(self.handle.encoding().reply(&id, Value::None));
-                return None;
+                self.syncs = true;
+                return self.may_leave().then_some(None);
             }
             Effect::NewOids { id, count } => Request::NewOids { session, storage, id, count },
             Effect::Labelled => {

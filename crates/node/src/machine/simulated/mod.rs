@@ -148,7 +148,7 @@ pub fn ask_for_signs(stream: &TcpStream, after: Duration) -> io::Result<()> {
 }
 
 /// Nothing is lost with what was not read.
-pub async fn drain(_read: impl AsyncRead + Unpin) {}
+pub async fn drain(_read: impl tokio::io::AsyncRead + Unpin) {}
 
 /// How many descriptors a machine has.
 pub fn descriptors() -> io::Result<(u64, u64)> {
