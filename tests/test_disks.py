@@ -14,6 +14,7 @@ from ZODB.POSException import StorageError
 
 import cluster as harness
 from test_cluster import check_histories
+from test_membership import new_node, stopping, wait_for_voters  # noqa: F401  (a fixture)
 from zeo_client import Client, open_storage, transactions
 
 MB = 1 << 20
@@ -286,6 +287,34 @@ def test_without_room_for_more_files_another_node_is_primary(disks, nodes_on_dis
     cluster.wait_level()
     client.close()
     check_histories(cluster, [])
+
+
+def test_a_node_without_room_comes_back_to_a_primary_that_was_added_meanwhile(disks, stopping, tmp_path):
+    """It has not heard that the other one is a member, nor where it is."""
+    cluster = stopping(options=RESERVE)
+    first = cluster.nodes[2]
+    disks(first.directory)
+    cluster.configure()
+    cluster.start()
+    primary = cluster.nodes[0]
+    cluster.make_primary(primary)
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=0), note="before")
+    cluster.wait_level()
+    ballast = fill(first.directory)
+    wait_for_room(cluster, first, False)
+    added = new_node(cluster, tmp_path, "n4", primary.ask("node", "add", "n4"))
+    added.start()
+    wait_for_voters(cluster, "n1", "n2", "n3", "n4")
+    cluster.make_primary(added)
+    client.close()
+    client = Client([added.address])
+    client.commit(lambda root: root.update(x=1), note="after")
+    os.remove(ballast)
+    wait_for_room(cluster, first, True)
+    cluster.wait_level()
+    client.close()
+    check_histories(cluster, [b"before", b"after"])
 
 
 @pytest.mark.parametrize("nodes_of_it", [1, 3])

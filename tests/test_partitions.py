@@ -142,3 +142,48 @@ def test_row_4_clients_cut_from_the_primary_are_passed_on(places, nodes):
         world.undeafen(primary.group, "office")
 
     one_each(places, nodes, test)
+
+
+@pytest.mark.parametrize("profile", ["lan", "auto"])
+def test_row_51_round_trips_of_a_second(places, nodes, profile):
+    world = places("office", "n1", "n2", "n3", n1=0, n2=0, n3=0)
+    cluster = nodes.cluster(places=world, options="  profile %s\n" % profile)
+
+    def slow(delay):
+        for node in cluster.nodes:
+            # Between two nodes there are two cables, there and back.
+            world.set_wire(node.name, delay)
+
+    def serves():
+        picture = cluster.status()
+        return picture and any(n["role"] == "primary" and not n["no_lease"] for n in picture["nodes"])
+
+    def run():
+        cluster.start()
+        client = Client(cluster.addresses)
+        client.commit(lambda root: root.update(x=1))
+        slow(250)
+        if profile == "lan":
+            said = "a majority answers too late for it to serve"
+            harness.wait_for("it to be said", lambda: any(said in n.log() for n in cluster.nodes), timeout=90)
+            harness.wait_for("the status to say it", lambda: cluster.status() and not serves())
+            slow(0)
+        begun = time.monotonic()
+        for number in range(5):
+            client.commit(lambda root: root.update(x=number), attempts=1000)
+        print("five commits took %.1f s" % (time.monotonic() - begun))
+        if profile == "auto":
+            cluster.primary().kill()
+            begun = time.monotonic()
+            client.commit(lambda root: root.update(x=6), attempts=1000)
+            print("after a kill a commit took %.1f s" % (time.monotonic() - begun))
+            slow(0)
+        for node in cluster.nodes:
+            if node.process is None:
+                node.start()
+        cluster.wait_healthy()
+        cluster.wait_level()
+        client.close()
+
+    world.run("office", run)
+    check_files(cluster, [])

@@ -92,12 +92,21 @@ pub fn is_packed(events: &[Event]) -> bool {
 }
 
 /// All nodes have the same data file.
-pub fn files_are_equal(files: &[(String, Vec<u8>)]) -> Option<String> {
-    let pair = files.windows(2).find(|pair| pair[0].1 != pair[1].1)?;
-    let ((a, bytes), (b, others)) = (&pair[0], &pair[1]);
+pub fn files_are_equal(
+    files: &[(String, Vec<u8>)],
+    histories: &[Vec<Transaction>],
+) -> Option<String> {
+    let at = files.windows(2).position(|pair| pair[0].1 != pair[1].1)?;
+    let ((a, bytes), (b, others)) = (&files[at], &files[at + 1]);
     let same = bytes.iter().zip(others).take_while(|(x, y)| x == y).count();
     let (len, other_len) = (bytes.len(), others.len());
-    Some(format!("equal-bytes: {a} has {len}, {b} {other_len}, the first {same} are equal"))
+    let tids = |node: usize| -> BTreeSet<Tid> {
+        histories.get(node).into_iter().flatten().map(|transaction| transaction.tid).collect()
+    };
+    let only: Vec<_> = tids(at).symmetric_difference(&tids(at + 1)).copied().collect();
+    Some(format!(
+        "equal-bytes: {a} has {len}, {b} {other_len}, the first {same} are equal; only one of them has {only:?}"
+    ))
 }
 
 /// All nodes have the same revision of each object.

@@ -215,6 +215,8 @@ pub struct Plan {
     pub packs: bool,
     /// Nodes that were away recover fast.
     pub fast: bool,
+    /// Nodes are as patient as the network needs (`profile auto`).
+    pub auto: bool,
     /// Clients have blobs.
     pub blobs: bool,
     /// A write of a log takes so long at most when nothing is wrong.
@@ -323,6 +325,17 @@ impl Plan {
                 }
             }
         }
+        // As above. Such nodes go on where round trips take more than a second.
+        let slow = &mut Random::new(seed ^ 0x0073_6c6f_776e_6574);
+        let auto = slow.one_in(4);
+        if auto && slow.one_in(2) {
+            let fault = Fault::SlowNetwork {
+                most: millis(slow, 100..600),
+                lost_one_in: slow.range(20..1000),
+                time: millis(slow, 2_000..8_000),
+            };
+            steps.push(Step { at: millis(slow, 1_500..duration.as_millis() as u64), fault });
+        }
         steps.sort_by_key(|step| step.at);
         Plan {
             seed,
@@ -331,6 +344,7 @@ impl Plan {
             readers: random.below(3) as u32,
             packs: random.one_in(4),
             fast: random.one_in(5),
+            auto,
             device: Duration::from_micros(random.below(4_000)),
             blobs: random.one_in(3),
             duration,

@@ -530,6 +530,7 @@ impl Applier {
     }
 
     fn report(&self, finished: Vec<SessionId>) {
+        self.shared.set_applied(self.replica.index());
         self.shared.report(Internal::Applied {
             point: self.replica.point(),
             ceilings: self.replica.ceilings(),

@@ -210,6 +210,7 @@ pub struct Shared {
     acknowledged: Mutex<BTreeMap<NodeId, LogIndex>>,
     /// The last entry of the log that is durable.
     log_end: AtomicU64,
+    applied: AtomicU64,
     unconfirmed: AtomicBool,
     internal: mpsc::UnboundedSender<Internal>,
     events: mpsc::Sender<Event>,
@@ -229,12 +230,26 @@ impl Shared {
 
     /// The length of a tick.
     pub fn tick(&self) -> Duration {
-        self.config.standby.as_ref().map_or(Profile::Lan, |s| s.profile).tick()
+        self.profile().tick()
+    }
+
+    fn profile(&self) -> Profile {
+        self.config.standby.as_ref().map_or(Profile::Lan, |s| s.profile)
     }
 
     /// After how long without a word another node, or its machine, counts as gone.
     pub fn peer_silence(&self) -> Duration {
         silence_at(self.tick())
+    }
+
+    /// The storages have what the log says up to here.
+    pub fn set_applied(&self, index: LogIndex) {
+        self.applied.store(index.0, Ordering::Release);
+    }
+
+    /// See [`Shared::set_applied`]. It may go back when the node begins another timeline.
+    pub fn applied(&self) -> LogIndex {
+        LogIndex(self.applied.load(Ordering::Acquire))
     }
 
     /// The log is durable up to here.
@@ -651,6 +666,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         founding: Mutex::default(),
         acknowledged: Mutex::new(prepared.checkpoint.acknowledged.clone()),
         log_end: AtomicU64::new(prepared.recovered.last_index().0),
+        applied: AtomicU64::new(prepared.checkpoint.index.0),
         unconfirmed: AtomicBool::new(prepared.unconfirmed),
         internal,
         events,
@@ -718,6 +734,7 @@ pub fn raft_config(shared: &Shared) -> RaftConfig {
     RaftConfig {
         id: shared.id,
         election_ticks: ELECTION_TICKS,
+        most_patience_ticks: shared.profile().most_patience_ticks(),
         heartbeat_ticks: HEARTBEAT_TICKS,
         tick: shared.tick(),
         seed: shared.id.0,

@@ -14,9 +14,10 @@
 
 mod broken;
 mod hand_over;
+mod lease;
 mod witness;
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +34,7 @@ use crate::message::{PeerMessage, encode_message};
 
 pub use self::broken::Broken;
 use self::hand_over::Asked;
+use self::lease::{Heard, Patience};
 use self::witness::Witnesses;
 
 /// Bytes of proposed entries that may be without a majority; then proposals are refused.
@@ -51,6 +53,9 @@ pub struct Config {
     pub id: NodeId,
     /// Ticks without a word from the leader before an election, at least; twice that at most.
     pub election_ticks: usize,
+    /// Ticks for which nodes wait for each other at most where the network is slow; with no more than `election_ticks`, they
+    /// do not look at that.
+    pub most_patience_ticks: usize,
     /// Ticks between heartbeats.
     pub heartbeat_ticks: usize,
     /// Length of a tick.
@@ -216,7 +221,8 @@ pub struct Consensus {
     awaited: BTreeMap<u64, usize>,
     /// When the last heartbeat was sent that each peer has answered, in this term; at least when the term began, if it
     /// has answered anything.
-    heard: BTreeMap<NodeId, Duration>,
+    heard: BTreeMap<NodeId, Heard>,
+    patience: Patience,
     last_step: Duration,
     /// The term that this node will know of after a crash, at least.
     durable_term: u64,
@@ -300,10 +306,11 @@ impl Consensus {
             catching_up: None,
             awaited: BTreeMap::new(),
             heard: BTreeMap::new(),
+            patience: Patience::default(),
             last_step: Duration::ZERO,
             durable_term: recovered.hard_state.term,
             last_sync: Duration::ZERO,
-            quiet: config.election_ticks,
+            quiet: config.election_ticks.max(config.most_patience_ticks),
             stand_in: None,
             handing_over: false,
             asked_to_stand: None,
@@ -393,48 +400,12 @@ impl Consensus {
     /// How far a node is; `None` unless this one leads.
     pub fn progress(&self, id: NodeId) -> Option<Progress> {
         let progress = self.raft.raft.prs().get(id.0).filter(|_| self.role.leads)?;
-        let patience = self.config.tick * self.config.election_ticks as u32;
-        let heard = |at: &Duration| *at + patience >= self.last_step;
+        let heard = |heard: &Heard| heard.asked + self.patience() >= self.last_step;
         Some(Progress {
             matched: LogIndex(progress.matched),
             active: id == self.config.id || self.heard.get(&id).is_some_and(heard),
             catching_up: progress.state == raft::ProgressState::Snapshot,
         })
-    }
-
-    /// Until when this node, if it leads, can be sure that nobody else does: a majority has answered
-    /// heartbeats so young that it does not elect another. `None` if it does not lead.
-    ///
-    /// It counts from when a heartbeat was sent, on this node's clock: its answer may have been on its way for any
-    /// time. Followers count from when it came, in ticks of which the first may be short, on clocks that may be
-    /// faster; two heartbeats are taken off for that. Nothing is acknowledged on the strength of this: it only
-    /// limits reads.
-    pub fn lease(&self, now: Duration) -> Option<Duration> {
-        if !self.role.leads {
-            return None;
-        }
-        let mut times: Vec<(Duration, u64)> =
-            self.heard.iter().map(|(id, at)| (*at, id.0)).collect();
-        times.push((now, self.config.id.0));
-        times.sort_unstable_by(|a, b| b.cmp(a));
-        // Raft's own set type, with another hasher.
-        let mut quorum: HashSet<u64, _> = HashSet::default();
-        for (at, id) in times {
-            quorum.insert(id);
-            if self.raft.raft.prs().has_quorum(&quorum) {
-                return Some(at + self.lease_length());
-            }
-        }
-        Some(Duration::ZERO)
-    }
-
-    /// How old the heartbeat may be that a majority has answered.
-    pub fn lease_length(&self) -> Duration {
-        self.config.tick * self.lease_ticks()
-    }
-
-    fn lease_ticks(&self) -> u32 {
-        self.config.election_ticks.saturating_sub(2 * self.config.heartbeat_ticks) as u32
     }
 
     /// Appends an entry. What is returned names it; only if an entry with this index *and term* is
@@ -536,6 +507,7 @@ impl Consensus {
         self.raft.tick();
         self.leader_silence = self.leader_silence.saturating_add(1);
         self.quiet = self.quiet.saturating_sub(1);
+        self.patience.tick();
         self.remind();
         self.tick_asked_to_stand();
         if let Some(ticks) = &mut self.stand_in {
@@ -574,7 +546,8 @@ impl Consensus {
         let unwanted = match message.get_msg_type() {
             MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => {
                 let asked_by_leader = message.context == raft::CAMPAIGN_TRANSFER;
-                self.caution == Caution::Abstains || self.quiet > 0 && !asked_by_leader
+                self.caution == Caution::Abstains
+                    || (self.quiet > 0 || self.patience.is_promised()) && !asked_by_leader
             }
             // Whoever hands over does not know yet.
             MessageType::MsgTimeoutNow => !self.may_stand(),
@@ -590,7 +563,7 @@ impl Consensus {
         let mut asked = None;
         let follows = match message.get_msg_type() {
             MessageType::MsgHeartbeatResponse => {
-                asked = take_time(&mut message.context).filter(|sent| *sent <= self.last_step);
+                asked = self.take_answer(&mut message);
                 true
             }
             // With nothing in it, it is an answer to what is out of date.
@@ -599,10 +572,7 @@ impl Consensus {
         };
         if follows && self.role.leads && message.term == self.raft.raft.term {
             self.witnesses.heard(NodeId(message.from));
-            // Whatever it answers otherwise was sent in this term.
-            let asked = asked.unwrap_or(self.witnesses.since);
-            let heard = self.heard.entry(NodeId(message.from)).or_insert(asked);
-            *heard = asked.max(*heard);
+            self.note_heard(NodeId(message.from), asked);
         }
         let leads = matches!(
             message.get_msg_type(),
@@ -611,6 +581,9 @@ impl Consensus {
         if leads && message.term >= self.raft.raft.term {
             self.leader_silence = 0;
             self.quiet = 0;
+            if message.get_msg_type() == MessageType::MsgHeartbeat {
+                self.promise(&message);
+            }
         }
         if message.get_msg_type() == MessageType::MsgSnapshot
             && message.term >= self.raft.raft.term
@@ -683,6 +656,7 @@ impl Consensus {
         if self.raft.raft.state != StateRole::Follower {
             let term = self.raft.raft.term;
             self.raft.raft.become_follower(term, 0);
+            self.patience.leader_lost();
         }
         self.raft.raft.restore(message.take_snapshot());
     }
@@ -828,9 +802,7 @@ impl Consensus {
 
     fn send(&mut self, messages: Vec<Message>, outputs: &mut Vec<Output>) {
         for mut message in messages {
-            if message.get_msg_type() == MessageType::MsgHeartbeat {
-                put_time(&mut message.context, self.last_step);
-            }
+            self.put_context(&mut message);
             if message.get_msg_type() == MessageType::MsgSnapshot
                 && let Some(progress) = self.raft.raft.mut_prs().get_mut(message.to)
             {
@@ -901,6 +873,7 @@ impl Consensus {
         }
         if role.term != self.role.term || role.leads != self.role.leads {
             self.heard.clear();
+            self.begin_patience(leads);
             self.witnesses.begin_term(self.last_step);
         }
         self.role = role;
@@ -934,7 +907,7 @@ impl Consensus {
         let timeout = match self.may_stand() {
             false => usize::MAX - 1,
             true => {
-                let ticks = self.config.election_ticks + self.ticks_of_syncs();
+                let ticks = self.patience_ticks() + self.ticks_of_syncs();
                 // Between once and twice that.
                 ticks + ((ticks as u64 * u64::from(self.drawn)) >> 32) as usize
             }
@@ -961,20 +934,6 @@ pub(crate) fn said(entry: Entry) -> Committed {
         }
         _ => Committed::Empty(index, term),
     }
-}
-
-/// Followers send a heartbeat's context back. To what Raft has in there the time is added at which it is sent, in
-/// microseconds, 8 bytes.
-fn put_time(context: &mut Bytes, now: Duration) {
-    let now = now.as_micros() as u64;
-    *context = [&context[..], &now.to_be_bytes()].concat().into();
-}
-
-/// Takes the time off again. There is none if a follower answers what was no heartbeat on the wire.
-fn take_time(context: &mut Bytes) -> Option<Duration> {
-    let start = context.len().checked_sub(8)?;
-    let time = context.split_off(start);
-    Some(Duration::from_micros(u64::from_be_bytes(time[..].try_into().ok()?)))
 }
 
 fn send(message: &Message, outputs: &mut Vec<Output>) {

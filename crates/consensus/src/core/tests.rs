@@ -12,6 +12,7 @@ use crate::message::decode_message;
 
 mod hand_over;
 mod lease;
+mod patience;
 
 struct Node {
     memory: MemoryDisk,
@@ -46,6 +47,9 @@ struct Cluster {
     /// What is sent to these nodes is still on its way.
     far: BTreeSet<NodeId>,
     on_the_way: Vec<(NodeId, PeerMessage)>,
+    /// Each message is so many ticks on its way.
+    delay: usize,
+    on_the_way_for: VecDeque<(Duration, NodeId, PeerMessage)>,
 }
 
 const DIR: &str = "/state/log";
@@ -67,6 +71,7 @@ fn config(id: u64) -> Config {
     Config {
         id: NodeId(id),
         election_ticks: 16,
+        most_patience_ticks: 0,
         heartbeat_ticks: 2,
         tick: TICK,
         seed: id,
@@ -176,7 +181,10 @@ impl Cluster {
                 Output::Send(to, bytes) => {
                     if !self.cut.contains(&(id, to)) {
                         let message = decode_message(bytes).unwrap();
-                        if self.far.contains(&to) {
+                        if self.delay > 0 {
+                            let due = self.now + TICK * self.delay as u32;
+                            self.on_the_way_for.push_back((due, to, message));
+                        } else if self.far.contains(&to) {
                             self.on_the_way.push((to, message));
                         } else if self.takes_no_entries != Some(to) || !message.is_append() {
                             self.event(to, Event::Received(message));
@@ -269,6 +277,11 @@ impl Cluster {
     fn ticks(&mut self, count: usize) {
         for _ in 0..count {
             self.now += TICK;
+            while let Some((_, to, message)) =
+                self.on_the_way_for.pop_front_if(|(due, ..)| *due <= self.now)
+            {
+                self.event(to, Event::Received(message));
+            }
             for id in self.nodes.keys().copied().collect::<Vec<_>>() {
                 self.sync_slowly(id);
                 self.event(id, Event::Tick);

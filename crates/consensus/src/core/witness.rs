@@ -88,14 +88,10 @@ impl Consensus {
         if self.membership.is_quorum(&having) {
             return true;
         }
-        if self.last_step > kept_since + self.patience() {
+        if self.last_step > kept_since + self.patience() / 2 {
             self.witnesses.slow.extend(lacking);
         }
         self.needs_witnesses()
-    }
-
-    pub(super) fn patience(&self) -> Duration {
-        self.config.tick * (self.config.election_ticks / 2) as u32
     }
 
     /// True if the voters with data that are there are no majority: witnesses must make it up.
@@ -105,12 +101,12 @@ impl Consensus {
     }
 
     fn is_present(&self, id: NodeId) -> bool {
-        let last = self.heard.get(&id).copied().unwrap_or(self.witnesses.since);
+        let last = self.heard.get(&id).map_or(self.witnesses.since, |heard| heard.asked);
         let witnesses = &self.witnesses;
         id == self.config.id
             || !witnesses.lost.contains(&id)
                 && !witnesses.slow.contains(&id)
-                && self.last_step <= last + self.patience()
+                && self.last_step <= last + self.patience() / 2
     }
 
     /// True if what is durable on `nodes` and on this one is safe: they are a majority, or are one

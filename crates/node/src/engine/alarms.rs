@@ -122,7 +122,7 @@ impl Engine {
             self.lease_told_at = Some(now);
             warn!(
                 "this node leads, but a majority answers too late for it to serve: round trips between the nodes must be \
-                 shorter than {:?}, or all nodes need \"profile wan\"",
+                 shorter than {:?}, or all nodes need \"profile auto\" or \"profile wan\"",
                 self.consensus.lease_length()
             );
         }

@@ -91,6 +91,10 @@ struct Request {
     /// Of this storage only.
     #[serde(default)]
     only: Option<String>,
+    /// A source that has not applied this entry of the log is of no use: it was restarted, and does not know yet that the
+    /// last entries of its log are committed. 0 from a node of an older version.
+    #[serde(default)]
+    index: u64,
 }
 
 /// How far a catch-up is.
@@ -148,7 +152,8 @@ async fn attempt(
     }
     let request = blocking({
         let shared = shared.clone();
-        move || request(&shared, unconfirmed)
+        let index = target.index.0;
+        move || request(&shared, unconfirmed, index)
     })
     .await?;
     info!(peer = peer.node, target = %target.index, "catching up");
@@ -180,6 +185,7 @@ pub async fn fetch_history(
         recovery: Recovery::Normal,
         without_blobs: true,
         only: Some(storage.to_owned()),
+        index: 0,
     };
     write_frame(&mut stream, b'q', &serde_json::to_vec(&request)?).await?;
     receive(shared, stream, &peer.node, items, show).await
@@ -321,7 +327,7 @@ fn begin_blob(shared: &Shared, storage: &str) -> Result<BlobWriter, PeerError> {
     Ok(BlobWriter::new(blobs, new_transfer()?))
 }
 
-fn request(shared: &Shared, unconfirmed: bool) -> Result<Request, PeerError> {
+fn request(shared: &Shared, unconfirmed: bool, index: u64) -> Result<Request, PeerError> {
     let mut storages = BTreeMap::new();
     for (name, storage) in &shared.storages {
         let reader = storage.reader();
@@ -335,7 +341,7 @@ fn request(shared: &Shared, unconfirmed: bool) -> Result<Request, PeerError> {
     }
     let recovery = shared.config.standby.as_ref().map(|s| s.recovery).unwrap_or_default();
     let (progress, holes, without_blobs, only) = (true, true, false, None);
-    Ok(Request { storages, progress, holes, recovery, without_blobs, only })
+    Ok(Request { storages, progress, holes, recovery, without_blobs, only, index })
 }
 
 /// The hash of a data file up to a mark.
@@ -438,6 +444,13 @@ impl Frames {
 }
 
 fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(), SendError> {
+    let applied = shared.applied().0;
+    if applied < request.index {
+        return Err(SendError::NotNow(format!(
+            "entry {} is asked for, and this node has applied the log up to entry {applied}",
+            request.index
+        )));
+    }
     let wanted = |name: &String| request.only.as_ref().is_none_or(|only| only == name);
     if request.progress {
         let missing = |(name, storage): (&String, &StorageShared)| {

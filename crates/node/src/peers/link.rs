@@ -479,12 +479,13 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream, stranger: Pass) {
                 // Answers go over a link of this node's own, to wherever the other one says that it is now.
                 Peers::learn(&shared, [info.peer_address.clone()], false);
             }
+            let dialling = Dialling { id, address: info.peer_address.clone(), epoch, signs };
             shared.peers.link_begins(id);
             shared.tell(Event::PeerUp(info)).await;
             let (read, write) = halves(stream);
             let ended = tokio::select! {
                 biased;
-                ended = receive_all(&shared, read, id, epoch, signs) => ended,
+                ended = receive_all(&shared, read, dialling) => ended,
                 ended = give_signs(&shared, write, id), if signs => ended,
             };
             if let Err(error) = ended {
@@ -579,14 +580,25 @@ fn is_gone(shared: &Shared, name: &str) -> bool {
     shared.settings().removed.contains(name) && !shared.reports.is_member(name)
 }
 
+/// The dialling side of a link.
+struct Dialling {
+    id: NodeId,
+    /// Where it listens.
+    address: String,
+    /// Of the timeline in which the link was made.
+    epoch: u64,
+    /// It is to be heard every second.
+    signs: bool,
+}
+
 async fn receive_all(
     shared: &Arc<Shared>,
     read: impl AsyncRead + Unpin,
-    from: NodeId,
-    epoch: u64,
-    gives_signs: bool,
+    peer: Dialling,
 ) -> Result<(), PeerError> {
-    let patience = gives_signs.then(|| shared.peer_silence());
+    let Dialling { id: from, address, epoch, signs } = peer;
+    let mut address = Some(address);
+    let patience = signs.then(|| shared.peer_silence());
     let mut read = tokio::io::BufReader::with_capacity(256 << 10, Progressing::new(read, patience));
     loop {
         let (kind, content) = read_frame(&mut read, MAX_FRAME).await?;
@@ -599,6 +611,10 @@ async fn receive_all(
                     .map_err(|error| PeerError::Protocol(error.to_string()))?;
                 if message.from() != from || message.to() != shared.id {
                     return Err(PeerError::Protocol("a message under another's name".into()));
+                }
+                // It takes part. If it joined while this node was away, nothing else tells this node where to answer.
+                if let Some(address) = address.take() {
+                    Peers::learn(shared, [address], false);
                 }
                 shared.tell(Event::Peer(message, epoch)).await;
             }

@@ -71,15 +71,25 @@ pub enum Profile {
     Lan,
     /// Between places: five times as patient.
     Wan,
+    /// As patient as the network between the nodes needs: within one place as `Lan`.
+    Auto,
 }
 
 impl Profile {
     /// The length of a tick; a heartbeat is two, an election 16 to 32.
     pub fn tick(self) -> Duration {
         Duration::from_millis(match self {
-            Profile::Lan => 50,
+            Profile::Lan | Profile::Auto => 50,
             Profile::Wan => 250,
         })
+    }
+
+    /// For so many ticks nodes wait for each other at most; zero if that does not depend on the network.
+    pub fn most_patience_ticks(self) -> usize {
+        match self {
+            Profile::Lan | Profile::Wan => 0,
+            Profile::Auto => 60,
+        }
     }
 }
 
@@ -285,7 +295,8 @@ impl Checker {
         let profile = |text: &str| match text {
             "lan" => Ok(Profile::Lan),
             "wan" => Ok(Profile::Wan),
-            _ => Err(format!("{text:?} is not a profile: lan, wan")),
+            "auto" => Ok(Profile::Auto),
+            _ => Err(format!("{text:?} is not a profile: lan, wan, auto")),
         };
         let secret = |file: &str| Ok((Secrets::read(Path::new(file))?, PathBuf::from(file)));
         let secret = reader.get("secret-file", secret)?;
