@@ -159,6 +159,55 @@ def test_without_a_majority_with_room_commits_are_refused(disks, nodes_on_disks)
     client.close()
 
 
+def test_disks_of_all_nodes_fill_up_while_clients_commit(disks, nodes_on_disks):
+    """Whoever is in the middle of something gets an answer, and somebody is primary who says why not."""
+    cluster = nodes_on_disks.cluster(options=RESERVE)
+    for node in cluster.nodes:
+        disks(node.directory)
+    cluster.configure()
+    cluster.start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=0))
+    answers = [[] for _ in range(3)]
+    filled = threading.Event()
+
+    def commit(mine):
+        each = Client(cluster.addresses)
+        while not (filled.is_set() and mine and "nearly full" in mine[-1]):
+            try:
+                each.commit(lambda root: root.update({"by %d" % id(mine): len(mine)}), attempts=1)
+                mine.append("committed")
+            except Exception as error:
+                mine.append(str(error))
+                each.manager.abort()
+                time.sleep(0.1)
+        each.close()
+
+    threads = [threading.Thread(target=commit, args=(mine,), daemon=True) for mine in answers]
+    for thread in threads:
+        thread.start()
+    harness.wait_for("commits", lambda: all(len(mine) > 10 for mine in answers))
+    ballast = [fill(node.directory) for node in cluster.nodes]
+    for node in cluster.nodes:
+        wait_for_room(cluster, node, False)
+    filled.set()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), [mine[-1] for mine in answers]
+    # Somebody is primary; a switchover is refused, or given up, and does not stay half done.
+    primary = cluster.primary()
+    other = next(node for node in cluster.nodes if node is not primary)
+    primary.ask("switchover", "--to", other.name, fails=True)
+    assert cluster.primary() is primary
+    assert all(node.process.poll() is None for node in cluster.nodes)
+    for path in ballast:
+        os.remove(path)
+    client.commit(lambda root: root.update(x=1))
+    cluster.wait_healthy()
+    client.close()
+    check_histories(cluster, [])
+
+
 def test_a_node_alone_refuses_and_goes_on(disks, nodes_on_disks, tmp_path):
     node = nodes_on_disks.alone(blobs=True)
     disks(node.directory)

@@ -45,6 +45,8 @@ const CALM_AFTER: Duration = Duration::from_secs(4);
 const SWALLOWED: Duration = Duration::from_secs(4);
 /// What could not be done is asked for again after this time.
 const ASKS_AGAIN: Duration = Duration::from_secs(1);
+/// An administrator waits for an answer for so long.
+const GIVES_UP: Duration = Duration::from_secs(15);
 /// Where a node keeps its data.
 const DATA: &str = "/site/Data.fs";
 /// Where it keeps the blobs.
@@ -504,7 +506,7 @@ impl Cluster {
     fn administer(&mut self) {
         for mut wish in std::mem::take(&mut self.wishes) {
             match wish.answer.as_mut().map(oneshot::Receiver::try_recv) {
-                Some(Err(TryRecvError::Empty)) => {}
+                Some(Err(TryRecvError::Empty)) if self.now < wish.next => {}
                 Some(Ok(Ok(done))) => {
                     tracing::info!("done: {}", done.text);
                     if let Some(token) = done.token {
@@ -515,7 +517,9 @@ impl Cluster {
                 }
                 Some(Ok(Err(reason))) if is_final(&reason) => continue,
                 Some(_) => (wish.answer, wish.next) = (None, self.now + ASKS_AGAIN),
-                None if self.now >= wish.next => wish.answer = self.ask(wish.ask.clone()),
+                None if self.now >= wish.next => {
+                    (wish.answer, wish.next) = (self.ask(wish.ask.clone()), self.now + GIVES_UP);
+                }
                 None => {}
             }
             self.wishes.push(wish);

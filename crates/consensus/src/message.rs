@@ -37,6 +37,11 @@ impl PeerMessage {
         self.0.get_msg_type() == MessageType::MsgAppend
     }
 
+    /// True if what it brings takes no room: of a leader that begins its term, or only news of what is committed.
+    pub fn is_without_data(&self) -> bool {
+        self.0.get_entries().iter().all(|entry| entry.data.is_empty() && entry.context.is_empty())
+    }
+
     /// The transactions with blobs among its entries: they may be persisted only with their blobs.
     pub fn endings_with_blobs(&self) -> Vec<Ending> {
         let entries = self.0.get_entries().iter();

@@ -95,8 +95,8 @@ impl Engine {
         if !message.is_append() {
             return self.step(Happened::Received(message));
         }
-        if self.shared.room.is_low() {
-            // Raft sends it again.
+        // Raft sends it again. But a leader must be able to begin: it tells clients why nothing can be committed.
+        if self.shared.room.is_low() && !message.is_without_data() {
             return Ok(());
         }
         let missing = self.missing(&message)?;
