@@ -163,6 +163,22 @@ class World:
 
         return end
 
+    def half_open(self, pid):
+        """The connections of a client's process of which the machine on the other side does not know."""
+
+        def connections(place, *more):
+            listed = subprocess.run(
+                [*self.places.command(place), "ss", "-Htn", *more], check=True, capture_output=True, text=True
+            )
+            return [line.split() for line in listed.stdout.splitlines()]
+
+        known = set()
+        for machine in self.machines:
+            known.update((there, here) for _, _, _, here, there, *_ in connections(machine.name))
+        mine = connections(CLIENTS, "-p", "state", "established")
+        mine = [(here, there) for _, _, here, there, *who in mine if "pid=%d," % pid in " ".join(who)]
+        return ["%s to %s" % ends for ends in mine if ends not in known]
+
     @property
     def everybody(self):
         return [machine.name for machine in self.machines] + [CLIENTS]
