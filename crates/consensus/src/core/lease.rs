@@ -193,9 +193,8 @@ impl Consensus {
 
     /// The leader's heartbeat may ask for patience: it is promised.
     pub(super) fn promise(&mut self, heartbeat: &Message) {
-        let mut context = heartbeat.context.clone();
-        let asks = context.len() % 8 == 2 && take(&mut context, 8).is_some();
-        let asked = if asks { take(&mut context, 2).unwrap_or(0).min(MOST) } else { 0 };
+        let asked = wanted_patience(&heartbeat.context).map_or(0, u16::from_be_bytes);
+        let asked = u64::from(asked).min(MOST);
         self.patience.asked = Duration::from_millis(asked);
         let ticks = self.patience.asked.as_micros() / self.config.tick.as_micros().max(1);
         if asked > 0 {
@@ -213,13 +212,20 @@ impl Consensus {
                 let time = (self.last_step.as_micros() as u64).to_be_bytes();
                 message.context = [context, patience, &time].concat().into();
             }
-            MessageType::MsgHeartbeatResponse if context.len() % 8 == 2 => {
-                let start = context.len() - 10;
-                message.context = [context, &context[start..start + 2]].concat().into();
+            MessageType::MsgHeartbeatResponse => {
+                if let Some(promise) = wanted_patience(context) {
+                    message.context = [context, &promise[..]].concat().into();
+                }
             }
             _ => {}
         }
     }
+}
+
+/// The patience that a heartbeat asks for, if it does.
+fn wanted_patience(context: &[u8]) -> Option<[u8; 2]> {
+    let (before_time, _) = context.split_last_chunk::<8>()?;
+    before_time.last_chunk().copied().filter(|_| context.len() % 8 == 2)
 }
 
 /// Takes the last bytes off, as a number. There are none in the answer to what was no heartbeat on the wire.

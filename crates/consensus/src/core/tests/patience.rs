@@ -103,3 +103,26 @@ fn somebody_is_elected_however_slow_the_network_is() {
         }
     }
 }
+
+proptest::proptest! {
+    /// Whatever a peer writes there: heartbeats to a follower, and answers to the leader.
+    #[test]
+    fn any_context_is_read_or_ignored(context: Vec<u8>) {
+        let mut cluster = Cluster::of(3);
+        be_patient(&mut cluster, 1);
+        cluster.ticks(5);
+        for (kind, from, to) in [
+            (raft::eraftpb::MessageType::MsgHeartbeat, 1, 2),
+            (raft::eraftpb::MessageType::MsgHeartbeatResponse, 2, 1),
+        ] {
+            let mut message = Message::default();
+            message.set_msg_type(kind);
+            (message.from, message.to) = (from, to);
+            message.term = cluster.nodes[&NodeId(1)].consensus.role().term.0;
+            message.context = context.clone().into();
+            cluster.event(NodeId(to), Event::Received(PeerMessage(message)));
+        }
+        cluster.ticks(5);
+        assert_eq!(cluster.primary(), Some(NodeId(1)));
+    }
+}
