@@ -63,6 +63,8 @@ def measure(cluster, committers, rounds, change):
         started = time.monotonic()
         change(primary)
         time.sleep(1)
+        # The pause may be longer than that.
+        harness.wait_for("a commit", lambda: any(t > time.monotonic() - 0.5 for c in committers for t in c.replies[-1:]))
         replies = sorted(t for c in committers for t in c.replies if t >= started - 0.1)
         times = [t for t in replies if t < started][-1:] + [t for t in replies if t >= started]
         pauses.append(max(b - a for a, b in zip(times, times[1:])) * 1000)
