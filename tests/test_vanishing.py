@@ -91,6 +91,21 @@ def test_row_48_swallowed_connections_are_dialled_anew(places, nodes, where):
     in_places(places, nodes, test)
 
 
+def commit_at_home(world, addresses):
+    """A client at home commits: the thread that does it, and a list that gets the moment when it is done."""
+    done = []
+
+    def commit():
+        far = Client(addresses, wait_timeout=120)
+        far.commit(lambda root: root.update(x=2))
+        done.append(time.monotonic())
+        far.close()
+
+    thread = threading.Thread(target=world.run, args=("home", commit), daemon=True)
+    thread.start()
+    return thread, done
+
+
 @needs_root
 @pytest.mark.parametrize("who", ["of the primary", "that is passed on"])
 def test_row_49_a_client_that_was_cut_off_for_long_goes_on(places, nodes, who):
@@ -103,17 +118,8 @@ def test_row_49_a_client_that_was_cut_off_for_long_goes_on(places, nodes, who):
         client.commit(lambda root: root.update(x=1))
         oid = client.root._p_oid
         holder = Voted(cluster.addresses, oid)
-        done = []
-
-        def commit():
-            far = Client(addresses, wait_timeout=120)
-            # Waits for the vote of the holder: nothing is to be sent meanwhile, in either direction.
-            far.commit(lambda root: root.update(x=2))
-            done.append(time.monotonic())
-            far.close()
-
-        thread = threading.Thread(target=world.run, args=("home", commit), daemon=True)
-        thread.start()
+        # Waits for the vote of the holder: nothing is to be sent meanwhile, in either direction.
+        thread, done = commit_at_home(world, addresses)
         harness.wait_for("its vote to wait", lambda: client.db.storage.server_status()["waiting"] == 1)
         world.cut("home")
         time.sleep(16)
@@ -135,16 +141,7 @@ def test_row_49_a_client_that_is_held_while_it_is_cut_off_goes_on(places, nodes)
         n1, n2, n3 = cluster.nodes
         for node in (n1, n3):
             node.stop()
-        done = []
-
-        def connect():
-            far = Client([n2.address], wait_timeout=120)
-            far.commit(lambda root: root.update(x=2))
-            done.append(time.monotonic())
-            far.close()
-
-        thread = threading.Thread(target=world.run, args=("home", connect), daemon=True)
-        thread.start()
+        thread, done = commit_at_home(world, [n2.address])
         time.sleep(3)
         world.cut("home")
         time.sleep(16)

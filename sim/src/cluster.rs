@@ -361,12 +361,11 @@ impl Cluster {
         trace::set_machine("");
         self.administer();
         let down = |node: usize| self.configs[node].is_some() && !self.machines[node].runs();
-        let all = 0..self.machines.len();
         let nobody_serves = !self.serves.contains(&true);
         if nobody_serves
             || !self.later.is_empty()
             || !self.wishes.is_empty()
-            || all.into_iter().any(down)
+            || (0..self.machines.len()).any(down)
         {
             self.troubled = self.troubled.max(self.now);
         }
@@ -936,82 +935,4 @@ fn name_of(fault: &Fault) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_same_plan_gives_the_same_trace() {
-        trace::install(tracing::level_filters::LevelFilter::INFO);
-        for seed in [16, 69, 755] {
-            let plan = Plan::of(seed);
-            assert_eq!(run(&plan), run(&plan), "seed {seed}");
-        }
-    }
-
-    /// The primary proposed something while it performed what its election had brought: its log got that first.
-    #[test]
-    fn entries_reach_the_log_in_their_order() {
-        trace::install(tracing::level_filters::LevelFilter::INFO);
-        let at = Duration::from_millis;
-        let steps = [
-            (1671, Fault::GroupMove { home: false }),
-            (2058, Fault::FailSync { node: 3, down: at(1818) }),
-            (3647, Fault::CutAll { torn: false, down: at(721) }),
-        ];
-        let steps = steps.map(|(millis, fault)| Step { at: at(millis), fault });
-        let plan = Plan { steps: steps.to_vec(), ..Plan::of(8868) };
-        assert_eq!(run(&plan).violations, Vec::<String>::new());
-    }
-
-    /// A primary that lost its role before the invitation was committed said that the node may join.
-    #[test]
-    fn a_decision_that_is_lost_is_not_answered_as_done() {
-        trace::install(tracing::level_filters::LevelFilter::INFO);
-        let at = Duration::from_millis;
-        let steps = [(1542, Fault::Swallow { all: true }), (1782, Fault::Add { node: 3 })];
-        let steps = steps.map(|(millis, fault)| Step { at: at(millis), fault });
-        let plan = Plan { steps: steps.to_vec(), ..Plan::of(418) };
-        assert_eq!(run(&plan).violations, Vec::<String>::new());
-    }
-
-    /// The source of a catch-up was restarted meanwhile, and sent what it had applied again by then: the node that caught
-    /// up lacked two acknowledged transactions, and could become primary.
-    #[test]
-    fn a_source_that_was_restarted_sends_all_that_was_asked_for() {
-        trace::install(tracing::level_filters::LevelFilter::INFO);
-        let at = Duration::from_millis;
-        let steps = [
-            (1920, Fault::Pause { node: 1, time: at(2360) }),
-            (2051, Fault::Add { node: 3 }),
-            (2207, Fault::Kill { node: 0, down: at(2965) }),
-        ];
-        let steps = steps.map(|(millis, fault)| Step { at: at(millis), fault });
-        let plan = Plan { steps: steps.to_vec(), ..Plan::of(2528) };
-        assert_eq!(run(&plan).violations, Vec::<String>::new());
-    }
-
-    /// A node that was away while another was added, and became primary, had no link to it: its answers went nowhere.
-    #[test]
-    fn a_node_answers_a_primary_that_was_added_while_it_was_away() {
-        trace::install(tracing::level_filters::LevelFilter::INFO);
-        let at = Duration::from_millis;
-        let steps = [
-            (5142, Fault::SlowNetwork { most: at(95), lost_one_in: 3, time: at(1187) }),
-            (5927, Fault::Add { node: 3 }),
-            (6017, Fault::FullDisk { node: 0, time: at(3454) }),
-            (6707, Fault::Remove { node: 2 }),
-            (7894, Fault::Swallow { all: false }),
-        ];
-        let steps = steps.map(|(millis, fault)| Step { at: at(millis), fault });
-        let plan = Plan { steps: steps.to_vec(), ..Plan::of(4983) };
-        assert_eq!(run(&plan).violations, Vec::<String>::new());
-    }
-
-    #[test]
-    fn every_fault_comes_in_some_plan() {
-        let mut seen = std::collections::BTreeSet::new();
-        let plans = (0..300).map(Plan::of);
-        plans.for_each(|plan| seen.extend(plan.steps.iter().map(|step| name_of(&step.fault))));
-        assert_eq!(seen.len(), 24, "{seen:?}");
-    }
-}
+mod tests;

@@ -91,7 +91,7 @@ pub type Asker = oneshot::Sender<Answer>;
 /// How long a primary is waited for.
 const NO_PRIMARY: Duration = Duration::from_secs(3);
 /// Longer than anything that is waited for.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Has the primary do what is asked for, or the node that it is about.
 pub async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {

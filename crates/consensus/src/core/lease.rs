@@ -80,15 +80,18 @@ impl Consensus {
             self.heard.iter().map(|(id, heard)| (until(heard), id.0)).collect();
         times.push((now + self.lease_length(), self.config.id.0));
         times.sort_unstable_by(|a, b| b.cmp(a));
+        Some(self.at_majority(times))
+    }
+
+    /// The time of the node with which those before it, in this order, are a majority; zero if they never are.
+    fn at_majority(&self, times: Vec<(Duration, u64)>) -> Duration {
         // Raft's own set type, with another hasher.
-        let mut quorum: HashSet<u64, _> = HashSet::default();
-        for (until, id) in times {
-            quorum.insert(id);
-            if self.raft.raft.prs().has_quorum(&quorum) {
-                return Some(until);
-            }
-        }
-        Some(Duration::ZERO)
+        let mut nodes: HashSet<u64, _> = HashSet::default();
+        let found = times.into_iter().find(|(_, id)| {
+            nodes.insert(*id);
+            self.raft.raft.prs().has_quorum(&nodes)
+        });
+        found.map_or(Duration::ZERO, |(time, _)| time)
     }
 
     /// How old the heartbeat may be that a majority has answered.
@@ -107,40 +110,39 @@ impl Consensus {
         self.config.tick * self.config.election_ticks as u32
     }
 
-    fn most_patience(&self) -> Duration {
-        self.config.tick * self.config.election_ticks.max(self.config.most_patience_ticks) as u32
-    }
-
     /// Time without a word of the leader, or for the leader of its followers, before anything follows from it.
     pub(super) fn patience(&self) -> Duration {
         let ordinary = self.ordinary_patience();
         if !self.role.leads {
             return self.patience.asked.max(ordinary);
         }
+        if !self.asks_for_patience() {
+            return ordinary;
+        }
         let answers = &self.patience.answers;
         let mut times: Vec<(Duration, u64)> = answers.iter().map(|(id, t)| (*t, id.0)).collect();
         times.push((Duration::ZERO, self.config.id.0));
         times.sort_unstable();
-        let mut quorum: HashSet<u64, _> = HashSet::default();
-        let with_majority = times.into_iter().find(|(_, id)| {
-            quorum.insert(*id);
-            self.raft.raft.prs().has_quorum(&quorum)
-        });
-        let took = with_majority.map_or(Duration::ZERO, |(took, _)| took);
+        let took = self.at_majority(times);
         if took < ordinary / 8 {
             return ordinary;
         }
         let wanted = (ordinary + 2 * took).as_millis() as u64;
-        Duration::from_millis(wanted.next_multiple_of(STEP)).min(self.most_patience())
+        let most = self.config.tick * self.config.most_patience_ticks as u32;
+        Duration::from_millis(wanted.next_multiple_of(STEP)).min(most)
     }
 
     /// Ticks without a leader before an election, at least. The longer there is none, the more patient are the candidates:
     /// their questions may need that long.
     pub(super) fn patience_ticks(&self) -> usize {
-        let asked =
-            (self.patience.asked.as_micros() / self.config.tick.as_micros().max(1)) as usize;
+        let asked = self.ticks_in(self.patience.asked);
         let most = self.config.election_ticks.max(self.config.most_patience_ticks);
         (self.leader_silence / 4).min(most).max(asked).max(self.config.election_ticks)
+    }
+
+    /// Whole ticks in a time.
+    pub(super) fn ticks_in(&self, time: Duration) -> usize {
+        (time.as_micros() / self.config.tick.as_micros().max(1)) as usize
     }
 
     /// A term begins, or this node leads in it now, or does not any more.
@@ -196,9 +198,9 @@ impl Consensus {
         let asked = wanted_patience(&heartbeat.context).map_or(0, u16::from_be_bytes);
         let asked = u64::from(asked).min(MOST);
         self.patience.asked = Duration::from_millis(asked);
-        let ticks = self.patience.asked.as_micros() / self.config.tick.as_micros().max(1);
         if asked > 0 {
-            self.patience.promised = self.patience.promised.max(ticks as usize + 1);
+            let ticks = self.ticks_in(self.patience.asked) + 1;
+            self.patience.promised = self.patience.promised.max(ticks);
         }
     }
 

@@ -885,7 +885,7 @@ impl Consensus {
     /// all disks are slow at the same time.
     fn ticks_of_syncs(&self) -> usize {
         match self.raft.raft.leader_id {
-            0 => (3 * self.sync_time().as_micros() / self.config.tick.as_micros().max(1)) as usize,
+            0 => self.ticks_in(3 * self.sync_time()),
             _ => 0,
         }
     }

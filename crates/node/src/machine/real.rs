@@ -66,10 +66,7 @@ pub fn free_room(dir: &Path) -> io::Result<FreeRoom> {
 /// From now on the connection fails when the other machine has acknowledged nothing for so long: neither what was
 /// sent, nor the kernel's own questions while nothing is sent. A machine that loses its power says nothing else.
 pub fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {
-    let seconds = Duration::from_secs(1);
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, (after * 2 / 5).max(seconds))?;
-    sockopt::set_tcp_keepintvl(stream, (after / 5).max(seconds))?;
+    ask_for_signs(stream, after)?;
     Ok(sockopt::set_tcp_user_timeout(stream, after.as_millis() as u32)?)
 }
 

@@ -6,11 +6,10 @@
 //!                         ◀─────  'a' JSON: what was done, or why not
 //! ```
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{MAX_FRAME, PeerError, Purpose, connect, read_frame, write_frame};
+use super::{MAX_FRAME, PeerError, Purpose, connect, read_frame, within, write_frame};
 use crate::ask::{Answer, Ask, here};
 use crate::node::Shared;
 use crate::stream::Stream;
@@ -18,15 +17,7 @@ use crate::stream::Stream;
 /// An administrator's node says soon what it wants.
 const PROMPT: Duration = Duration::from_secs(10);
 /// Longer than the other node waits for what was asked for.
-const PATIENCE: Duration = Duration::from_secs(125);
-
-async fn within<T>(
-    patience: Duration,
-    work: impl Future<Output = Result<T, PeerError>>,
-) -> Result<T, PeerError> {
-    let late = |_| std::io::Error::from(std::io::ErrorKind::TimedOut).into();
-    tokio::time::timeout(patience, work).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
-}
+const PATIENCE: Duration = crate::ask::PATIENCE.saturating_add(Duration::from_secs(5));
 
 /// Asks the node at `address`.
 pub async fn ask(shared: &Shared, address: &str, ask: &Ask) -> Result<Answer, PeerError> {

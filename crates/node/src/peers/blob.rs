@@ -25,7 +25,7 @@ use standby_types::{Blob, BlobSource, Oid, Tid, Transfer, Upload};
 use tokio::io::{AsyncWrite, BufReader};
 use tracing::info;
 
-use super::{PeerError, Purpose, connect, read_frame, write_frame};
+use super::{PeerError, Purpose, connect, read_frame, within, write_frame};
 use crate::blobs::{BlobReader, BlobWriter, mend_for_another, new_transfer};
 use crate::hex::{hex, unhex};
 use crate::machine;
@@ -229,8 +229,7 @@ impl Source {
     }
 
     async fn piece(&mut self) -> Result<Piece, PeerError> {
-        let next = tokio::time::timeout(PATIENCE, read_frame(&mut self.0, MAX_PIECE)).await;
-        match next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?? {
+        match within(PATIENCE, read_frame(&mut self.0, MAX_PIECE)).await? {
             (b'c', bytes) => Ok(Piece::Bytes(bytes)),
             (b'h', hash) => Ok(Piece::End(hash)),
             (b'p', _) => Err(PeerError::PackedAway),

@@ -45,7 +45,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::blob::obtain_old;
-use super::{PeerError, Purpose, blocking, connect, frame, read_frame, write_frame};
+use super::{PeerError, Purpose, blocking, connect, frame, read_frame, within, write_frame};
 use crate::applier::{CatchUpItem, CatchUpItems, Work};
 use crate::blobs::{BlobWriter, mend_for_another, new_transfer};
 use crate::config::Recovery;
@@ -208,9 +208,7 @@ async fn receive(
     let (mut told, mut progress, mut passed_on) = (begun, CatchUp::default(), 0);
     let rate = shared.config.standby.as_ref().and_then(|standby| standby.catch_up_rate);
     loop {
-        let next = tokio::time::timeout(PATIENCE, read_frame(&mut stream, MAX_RECORD)).await;
-        let (kind, content) =
-            next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+        let (kind, content) = within(PATIENCE, read_frame(&mut stream, MAX_RECORD)).await?;
         shared.room.check()?;
         progress.bytes += content.len() as u64;
         if told.elapsed() > Duration::from_secs(5) {

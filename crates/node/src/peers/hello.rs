@@ -23,7 +23,7 @@ use sha2::Sha256;
 use standby_consensus::Member;
 use standby_types::{LogIndex, NodeId};
 
-use super::{PeerError, read_frame, write_frame};
+use super::{PeerError, read_frame, within, write_frame};
 use crate::config::Secrets;
 use crate::hex::{hex, unhex};
 use crate::lineage::{Lineage, Relation};
@@ -309,9 +309,7 @@ pub async fn connect(
     address: &str,
     purpose: Purpose,
 ) -> Result<(Stream, PeerInfo), PeerError> {
-    tokio::time::timeout(PATIENCE, dial(me, address, purpose))
-        .await
-        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
+    within(PATIENCE, dial(me, address, purpose)).await
 }
 
 async fn dial(
@@ -319,9 +317,7 @@ async fn dial(
     address: &str,
     purpose: Purpose,
 ) -> Result<(Stream, PeerInfo), PeerError> {
-    let tcp = tokio::time::timeout(CONNECTING, TcpStream::connect(address))
-        .await
-        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+    let tcp = within(CONNECTING, TcpStream::connect(address)).await?;
     tcp.set_nodelay(true)?;
     end_when_silent(&tcp, me.silence)?;
     let mut stream = match &me.tls {
@@ -353,9 +349,7 @@ async fn dial(
 
 /// Takes a node's connection, or refuses it. The node waits for [`answer`] then.
 pub async fn receive(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo), PeerError> {
-    tokio::time::timeout(PATIENCE, accept(me, tcp))
-        .await
-        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
+    within(PATIENCE, accept(me, tcp)).await
 }
 
 /// Lets a node in whose connection was taken, or tells it why not.

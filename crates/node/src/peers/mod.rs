@@ -123,6 +123,15 @@ impl<R: AsyncRead + Unpin> AsyncRead for Progressing<R> {
     }
 }
 
+/// Waits for something for so long at most.
+async fn within<T, E: From<std::io::Error>>(
+    patience: Duration,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    let late = |_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
+    tokio::time::timeout(patience, work).await.unwrap_or_else(late)
+}
+
 /// Does what may wait for a disk where others do not wait for it.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, PeerError> + Send + 'static,
