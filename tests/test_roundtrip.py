@@ -9,6 +9,7 @@ import time
 import pytest
 import ZODB.FileStorage
 from ZODB.Connection import TransactionMetaData
+from ZODB.fsIndex import fsIndex
 from ZODB.serialize import referencesf
 from ZODB.utils import load_current, p64, z64
 
@@ -45,12 +46,12 @@ BLOBS = [p64(number) for number in range(100, 104)]
 class Maker:
     """Random transactions on any storage."""
 
-    def __init__(self, storage, seed, blob_files=None):
+    def __init__(self, storage, seed, blob_files=None, first=1):
         self.storage = storage
         # Where files are made that become blobs; None: there are none.
         self.blob_files = blob_files
         self.generator = random.Random(seed)
-        self.oids = [z64] + [p64(number) for number in range(1, 12)]
+        self.oids = [z64] + [p64(first + number) for number in range(11)]
         self.serials = {}
 
     def transaction(self, work):
@@ -223,6 +224,44 @@ def test_from_standby_to_python(nodes, seed):
     storage = open_storage(node.address)
     assert content(storage) == expected
     storage.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pythons_index_after_an_orderly_stop(nodes, seed):
+    node = nodes.alone()
+    index = node.data_file + ".index"
+    node.start()
+    storage = open_storage(node.address)
+    # The index has a piece for each 65536 oids.
+    maker = Maker(storage, seed, first=0xFFFC)
+    maker.run(60)
+    storage.close()
+    node.stop()
+    saved = fsIndex.load(index)
+    assert len({oid[:6] for oid in saved["index"]}) == 2
+    os.rename(index, index + ".saved")
+    scanned = ZODB.FileStorage.FileStorage(node.data_file, read_only=True)
+    assert saved["pos"] == scanned._pos == os.path.getsize(node.data_file)
+    assert list(saved["index"].iteritems()) == list(scanned._index.iteritems())
+    scanned.close()
+    # Python takes it, and does not read the data file.
+    os.rename(index + ".saved", index)
+    restored = ZODB.FileStorage.FileStorage(node.data_file, read_only=True)
+    assert restored._restore_index()[1] == saved["pos"]
+    restored.close()
+    # What a node that is killed leaves describes the beginning of the data file.
+    node.start()
+    maker.storage = open_storage(node.address)
+    assert any([maker.transaction(maker.store) for _ in range(20)])
+    maker.storage.close()
+    node.kill()
+    assert fsIndex.load(index)["pos"] == saved["pos"] < os.path.getsize(node.data_file)
+    restored = ZODB.FileStorage.FileStorage(node.data_file)
+    os.remove(index)
+    scanned = ZODB.FileStorage.FileStorage(node.data_file, read_only=True)
+    assert list(restored._index.iteritems()) == list(scanned._index.iteritems())
+    scanned.close()
+    restored.close()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -10,7 +10,7 @@ use standby_types::{File, Oid, Position, Tid};
 use crate::StorageError;
 use crate::format::{DATA_HEADER, DataHeader, REFERENCE_LIMIT, number};
 use crate::holes::{Hole, Holes};
-use crate::index::Sorted;
+use crate::index::{Sorted, write_python_index};
 use crate::storage::{Mark, Shared};
 use crate::sums::Damage;
 
@@ -214,6 +214,20 @@ impl Reader {
                 Err(StorageError::io(&self.shared.index_path, "write the index")(error))
             }
         }
+    }
+
+    /// Writes the index that Python's FileStorage keeps, if all is in the index file ([`Reader::merge_index`]); true if
+    /// it did. Without it, or with one of an earlier moment, Python reads the data file.
+    pub fn write_python_index(&self) -> Result<bool, StorageError> {
+        let (sorted, end) = {
+            let state = self.shared.read();
+            let Some(sorted) = state.index.merged() else { return Ok(false) };
+            (sorted, state.mark.position)
+        };
+        let path = &self.shared.path;
+        write_python_index(&*self.shared.disk, path, end, sorted.iter())
+            .map_err(StorageError::io(path, "write Python's index of"))?;
+        Ok(true)
     }
 
     /// All up to `mark` is durable, and a restart does not cut it off: it may get checksums.

@@ -10,7 +10,7 @@ use standby_types::{Disk, File, Position, Tid};
 use crate::StorageError;
 use crate::format::{DataHeader, Magic, TXN_HEADER};
 use crate::holes::Holes;
-use crate::index::{Index, Sorted};
+use crate::index::{Index, Sorted, python_index_path};
 use crate::read::Reader;
 use crate::scan::{Found, Scanner, Window};
 use crate::sums::{Checked, Mend};
@@ -341,7 +341,7 @@ impl FileStorage {
 /// Python's index (`PATH.index`) does not describe the data file any more: it names positions that another one had.
 fn forget_python_index(disk: &dyn Disk, path: &Path) -> Result<(), StorageError> {
     let io = |action| StorageError::io(path, action);
-    let index = PathBuf::from(format!("{}.index", path.display()));
+    let index = python_index_path(path);
     if disk.exists(&index).map_err(io("look for Python's index of"))? {
         disk.remove(&index).map_err(io("remove Python's index of"))?;
         disk.sync_dir(parent(path)).map_err(io("sync the directory of"))?;

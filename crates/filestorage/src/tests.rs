@@ -689,3 +689,30 @@ proptest! {
         }
     }
 }
+
+/// As `fsIndex.save` writes it, but for the opcodes: it may write a shorter length and a shorter position.
+#[test]
+fn pythons_index_is_written_of_what_is_in_the_index_file() {
+    let disk = MemoryDisk::new();
+    let mut storage = open(&disk);
+    let reader = storage.reader();
+    assert!(!reader.write_python_index().unwrap());
+    storage.append(&transaction(1, &[(0xFFFF, "a"), (0x10000, "b")])).unwrap();
+    assert!(!reader.write_python_index().unwrap());
+    assert!(reader.merge_index(1).unwrap() && reader.write_python_index().unwrap());
+    let expected: &[&[u8]] = &[
+        b"\x80\x03\x8a\x09",
+        &reader.size().to_le_bytes(),
+        b"\0.",
+        b"\x80\x03C\x06\0\0\0\0\0\0B\x08\0\0\0\xff\xff\0\0\0\0\0\x2a\x86.",
+        b"\x80\x03C\x06\0\0\0\0\0\x01B\x08\0\0\0\0\0\0\0\0\0\0\x55\x86.",
+        b"\x80\x03N.",
+    ];
+    let path = Path::new("/db/Data.fs.index");
+    assert_eq!(read_all(&disk, path).unwrap(), expected.concat());
+    assert!(!disk.exists(Path::new("/db/Data.fs.index.index_tmp")).unwrap());
+
+    // It goes with what it describes.
+    storage.rewind(Tid::NONE).unwrap();
+    assert!(!disk.exists(path).unwrap());
+}

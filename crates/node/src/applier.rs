@@ -844,7 +844,24 @@ impl Applier {
             self.write_checkpoint(&checkpoint).await?;
         }
         self.merge_indexes();
+        self.write_python_indexes();
         Ok(())
+    }
+
+    /// Whoever opens a data file with Python next need not read all of it.
+    fn write_python_indexes(&self) {
+        let written = |(name, _): &(&String, _)| !self.shared.config.protects(name);
+        for (name, storage) in self.replica.storages().filter(written) {
+            let room = self.shared.room.check().map_err(anyhow::Error::from);
+            let written = room.and_then(|()| Ok(storage.reader().write_python_index()?));
+            if let Err(error) = written {
+                warn!(
+                    storage = name,
+                    "Python will have to read the data file anew: {}",
+                    with_causes(&error)
+                );
+            }
+        }
     }
 }
 

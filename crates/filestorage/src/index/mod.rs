@@ -7,13 +7,16 @@
 //!
 //! The index repeats what `Data.fs` says. It can be thrown away at any time.
 
+mod python;
 mod sorted;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 
-use standby_types::{Oid, Position};
+use standby_types::{File, Oid, Position};
 
+pub(crate) use python::{python_index_path, write_python_index};
 pub(crate) use sorted::Sorted;
 
 type Layer = BTreeMap<Oid, Position>;
@@ -91,6 +94,11 @@ impl Index {
         self.overlay.len()
     }
 
+    /// The file's entries, if they are all there are: a merge was the last thing that happened.
+    pub fn merged(&self) -> Option<Arc<Sorted>> {
+        self.sorted.clone().filter(|_| self.overlay.is_empty() && self.frozen.is_none())
+    }
+
     /// Starts a merge; `None` while another one runs.
     pub fn freeze(&mut self) -> Option<Merge> {
         if self.frozen.is_some() {
@@ -143,5 +151,41 @@ impl Merge {
             if take_newer { newer.next() } else { older.next() }
         })
         .filter(|(_, position)| *position != Position(0))
+    }
+}
+
+/// A file that is written from one position on, a megabyte at a time.
+struct Growing {
+    file: Arc<dyn File>,
+    at: u64,
+    buffer: Vec<u8>,
+}
+
+impl Growing {
+    const PIECE: usize = 1 << 20;
+
+    fn new(file: Arc<dyn File>, at: u64) -> Growing {
+        Growing { file, at, buffer: Vec::with_capacity(Growing::PIECE) }
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() < Growing::PIECE {
+            return Ok(());
+        }
+        self.flush()
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.write_at(&self.buffer, self.at)?;
+        self.at += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    /// Writes what is left; the file.
+    fn finish(mut self) -> io::Result<Arc<dyn File>> {
+        self.flush()?;
+        Ok(self.file)
     }
 }

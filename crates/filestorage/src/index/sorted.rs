@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use standby_types::disk::{Mapped, Open, parent};
 use standby_types::{Disk, Oid, Position, Tid};
 
+use super::Growing;
 use crate::format::number;
 use crate::storage::Mark;
 
@@ -57,20 +58,14 @@ impl Sorted {
         let temporary = PathBuf::from(format!("{}.new", path.display()));
         let file = disk.open(&temporary, Open::Create)?;
         file.set_len(0)?;
-        let mut at = HEADER as u64;
-        let mut buffer = Vec::with_capacity(1 << 20);
+        let mut growing = Growing::new(file, HEADER as u64);
         let mut count = 0u64;
         for (oid, position) in entries {
-            buffer.extend_from_slice(&oid.to_bytes());
-            buffer.extend_from_slice(&position.to_bytes());
+            growing.put(&oid.to_bytes())?;
+            growing.put(&position.to_bytes())?;
             count += 1;
-            if buffer.len() >= 1 << 20 {
-                file.write_at(&buffer, at)?;
-                at += buffer.len() as u64;
-                buffer.clear();
-            }
         }
-        file.write_at(&buffer, at)?;
+        let file = growing.finish()?;
         let mut header = Vec::with_capacity(HEADER);
         header.extend_from_slice(MAGIC);
         header.extend_from_slice(&mark.position.to_bytes());
