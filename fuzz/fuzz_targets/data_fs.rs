@@ -1,5 +1,5 @@
 //! A data file: opened with recovery, walked forwards and backwards, every object loaded, a transaction
-//! appended, and opened again.
+//! appended, and opened again. If only its tids do not grow, it opens after it got new ones.
 #![no_main]
 
 use std::path::Path;
@@ -9,7 +9,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use standby_filestorage::{
     Access, Extent, FileStorage, Magic, Record, RecordData, StorageError, Transaction,
-    TransactionMeta,
+    TransactionMeta, new_tids, write_renumbered,
 };
 use standby_types::disk::Open;
 use standby_types::memory::MemoryDisk;
@@ -38,12 +38,29 @@ fn look(storage: &FileStorage) -> Result<(), StorageError> {
     Ok(())
 }
 
+fn renumber(disk: &MemoryDisk, path: &Path) -> Result<(), StorageError> {
+    let (shared, copy): (Arc<dyn Disk>, _) = (Arc::new(disk.clone()), Path::new("/db/copy"));
+    let plan = new_tids(disk, path, &mut |_, _| ())?;
+    write_renumbered(&shared, path, &plan, copy, &mut |_| (), &mut |_, _| ())?;
+    disk.rename(copy, path).unwrap();
+    Ok(())
+}
+
 fuzz_target!(|data: &[u8]| {
     let (disk, path) = (MemoryDisk::new(), Path::new("/db/Data.fs"));
     let file = disk.open(path, Open::Create).unwrap();
     file.write_at(b"FS30", 0).unwrap();
     file.write_at(data, 4).unwrap();
-    let Ok(mut storage) = open(&disk, path) else { return };
+    let opened = match open(&disk, path) {
+        Err(StorageError::TimeWentBack { .. }) => {
+            if renumber(&disk, path).is_err() {
+                return;
+            }
+            Ok(open(&disk, path).expect("a file with new tids opens"))
+        }
+        opened => opened,
+    };
+    let Ok(mut storage) = opened else { return };
     let _ = look(&storage);
     let tid = storage.mark().tid.next();
     if tid > Tid::MAX {

@@ -21,7 +21,7 @@ DISK_MB = 700
 DESCRIPTORS = 512
 # What of a node's directory is not on the disk that is lost.
 SETTINGS = ("zeo.conf", "ballast")
-# Connections that say nothing, until standard input ends.
+# Connections that say nothing, until it is killed, or standard input ends.
 SILENT = """
 import socket, sys
 held = []
@@ -331,7 +331,8 @@ class World:
         )
 
         def end():
-            crowd.stdin.close()
+            # It may still be connecting, over a slow network.
+            crowd.kill()
             crowd.wait()
 
         return end

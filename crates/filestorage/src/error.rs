@@ -36,6 +36,22 @@ pub enum StorageError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A sound transaction whose tid is not above the one before it: FileStorage wrote it after a clock had been set back.
+    /// Replicas, clients' caches and packs go by the order of tids.
+    #[error("{}: the transaction at byte {position} has the tid {tid} ({}), which is not above that of the transaction \
+        before it, {last} ({}): a clock was set back when it was written. Nothing is damaged, but a file whose tids do \
+        not grow cannot be replicated, nor packed. standby renumber {} gives new tids where that is needed, and keeps \
+        every transaction", path.display(), utc(*tid), utc(*last), path.display())]
+    TimeWentBack {
+        /// The file.
+        path: PathBuf,
+        /// Where the transaction begins.
+        position: Position,
+        /// The transaction before it.
+        last: Tid,
+        /// Its tid.
+        tid: Tid,
+    },
     /// What a record refers to cannot be told, so nothing may be removed.
     #[error("{}: not packed: {record}. What it refers to would be removed. Let the application store the object again, \
         or delete what refers to it, and pack to a later time; or pack without garbage collection (\"pack-gc false\" \

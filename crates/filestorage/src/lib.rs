@@ -6,8 +6,8 @@
 //!
 //! Reading order: `format.rs` (the bytes), `scan.rs` (walking over a file, telling a torn tail
 //! from damage), `index/` (oid → newest position), `storage.rs` (opening), `read.rs`,
-//! `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`, `undo.rs`, `pack.rs`, `blobs.rs`, `blob_sums.rs`, `transaction.rs` (a transaction as it travels
-//! between nodes).
+//! `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`, `undo.rs`, `pack.rs`, `blobs.rs`, `blob_sums.rs`,
+//! `transaction.rs` (a transaction as it travels between nodes), `renumber.rs` (files whose tids do not grow).
 //!
 //! What this crate does not do: it decides nothing about commits. Whoever appends has made sure
 //! that the transaction is committed and that its tid is above the last one.
@@ -23,6 +23,7 @@ mod index;
 mod iterate;
 mod pack;
 mod read;
+mod renumber;
 mod scan;
 mod storage;
 mod sums;
@@ -41,6 +42,7 @@ pub use pack::{
     Job, Need, Outcome, Packed, References, Removed, Room, copy, copy_most, copy_rest, pack,
 };
 pub use read::{Access, Reader, Revision};
+pub use renumber::{NewSerial, NewTids, Renumbered, new_tids, write_renumbered};
 pub use storage::{Extent, FileStorage, Mark, Opened, Source, Tail};
 pub use sums::{BLOCK, Damage, DamagedBlock, LostBlock, Mend, blocks_in};
 pub use transaction::{

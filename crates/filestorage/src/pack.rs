@@ -485,7 +485,7 @@ fn back_of(window: &mut Window<'_>, record: &DataHeader, at: u64) -> Result<u64,
 }
 
 /// The data of a record, its own or those that it shares.
-fn data_at(
+pub(crate) fn data_at(
     window: &mut Window<'_>,
     oid: Oid,
     position: Position,

@@ -12,6 +12,7 @@ use standby_types::{File, Position, Tid};
 
 use crate::StorageError;
 use crate::format::{DATA_HEADER, DataHeader, TXN_HEADER, TxnHeader, UNDONE, number};
+use crate::storage::Mark;
 
 const WINDOW_MIN: usize = 4 << 10;
 const WINDOW_MAX: usize = 1 << 20;
@@ -98,6 +99,8 @@ pub(crate) struct Scanner<'a> {
     pub last_tid: Tid,
     /// The scan does not look beyond this.
     limit: u64,
+    /// Tids need not grow.
+    any_order: bool,
 }
 
 impl<'a> Scanner<'a> {
@@ -109,7 +112,14 @@ impl<'a> Scanner<'a> {
         last_tid: Tid,
         limit: u64,
     ) -> Self {
-        Scanner { window: Window::new(path, file), position, last_tid, limit }
+        Scanner { window: Window::new(path, file), position, last_tid, limit, any_order: false }
+    }
+
+    /// Scans a whole file; its tids need not grow.
+    pub fn in_any_order(path: &'a Path, file: Arc<dyn File>, limit: u64) -> Self {
+        let mut scanner = Scanner::new(path, file, Mark::START.position, Tid::NONE, limit);
+        scanner.any_order = true;
+        scanner
     }
 
     /// Steps over one transaction; `visit` sees its records, and nothing of a torn tail or of one that was undone.
@@ -134,13 +144,63 @@ impl<'a> Scanner<'a> {
         if header.status == b'c' && end == self.limit {
             return Ok(Found::TornTail);
         }
-        if header.tid <= self.last_tid {
-            if self.only_zeros(start)? {
-                return Ok(Found::TornTail);
-            }
-            let reason = format!("transaction {} does not follow {}", header.tid, self.last_tid);
-            return self.window.damaged(start, reason);
+        let grows = header.tid > self.last_tid;
+        if !grows && self.only_zeros(start)? {
+            return Ok(Found::TornTail);
         }
+        if !grows && !self.any_order {
+            return match self.own_records(start, &header, end) {
+                Ok(()) => Err(StorageError::TimeWentBack {
+                    path: self.window.path.to_owned(),
+                    position: Position(start),
+                    last: self.last_tid,
+                    tid: header.tid,
+                }),
+                Err(StorageError::Damaged { .. }) => self.does_not_follow(start, &header),
+                Err(error) => Err(error),
+            };
+        }
+        if self.any_order {
+            self.own_records(start, &header, end)?;
+        }
+        self.records(start, &header, end, visit)?;
+        self.position = Position(end);
+        self.last_tid = header.tid;
+        Ok(Found::Transaction { header, position: Position(start), end: Position(end) })
+    }
+
+    fn does_not_follow<T>(&self, start: u64, header: &TxnHeader) -> Result<T, StorageError> {
+        let reason = format!("transaction {} does not follow {}", header.tid, self.last_tid);
+        self.window.damaged(start, reason)
+    }
+
+    /// Checks a transaction whose tid nothing else confirms: its records must have it too.
+    fn own_records(
+        &mut self,
+        start: u64,
+        header: &TxnHeader,
+        end: u64,
+    ) -> Result<(), StorageError> {
+        let mut other = None;
+        self.records(start, header, end, &mut |record, position| {
+            if record.serial != header.tid {
+                other.get_or_insert(position);
+            }
+        })?;
+        match other {
+            Some(record) => self.window.damaged(record.0 + 8, "the record of another transaction"),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks the transaction from `start` to `end`, except for its tid; `visit` sees its records if it was not undone.
+    fn records(
+        &mut self,
+        start: u64,
+        header: &TxnHeader,
+        end: u64,
+        visit: &mut dyn FnMut(&DataHeader, Position),
+    ) -> Result<(), StorageError> {
         if !matches!(header.status, b' ' | b'p' | b'u') {
             let status = char::from(header.status);
             return self
@@ -173,9 +233,7 @@ impl<'a> Scanner<'a> {
             }
             at += record.full_len();
         }
-        self.position = Position(end);
-        self.last_tid = header.tid;
-        Ok(Found::Transaction { header, position: Position(start), end: Position(end) })
+        Ok(())
     }
 
     /// The transaction at `start` claims to reach beyond the file. An interrupted write leaves a
@@ -184,9 +242,8 @@ impl<'a> Scanner<'a> {
         if self.only_zeros(start)? {
             return Ok(Found::TornTail);
         }
-        if header.tid <= self.last_tid || header.tid > Tid::MAX {
-            let reason = format!("transaction {} does not follow {}", header.tid, self.last_tid);
-            return self.window.damaged(start, reason);
+        if header.tid <= self.last_tid && !self.any_order || header.tid > Tid::MAX {
+            return self.does_not_follow(start, header);
         }
         if !matches!(header.status, b' ' | b'p' | b'u' | b'c') {
             return self.window.damaged(start + 16, "unknown transaction status");

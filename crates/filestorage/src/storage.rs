@@ -387,7 +387,8 @@ impl Tail {
                 Ok(Found::Transaction { header, end, .. }) => {
                     after.push(Mark { position: end, tid: header.tid });
                 }
-                Ok(Found::End | Found::TornTail) | Err(StorageError::Damaged { .. }) => break,
+                Ok(Found::End | Found::TornTail)
+                | Err(StorageError::Damaged { .. } | StorageError::TimeWentBack { .. }) => break,
                 Err(error) => return Err(error),
             }
         }
@@ -395,7 +396,7 @@ impl Tail {
     }
 }
 
-fn read_magic(path: &Path, file: &dyn File) -> Result<Magic, StorageError> {
+pub(crate) fn read_magic(path: &Path, file: &dyn File) -> Result<Magic, StorageError> {
     let mut bytes = [0; 4];
     let n = read_full(file, &mut bytes, 0).map_err(StorageError::io(path, "read"))?;
     Magic::parse(&bytes[..n]).ok_or_else(|| StorageError::NotFileStorage {

@@ -5,6 +5,7 @@ mod bench;
 mod demo;
 mod process;
 mod promote;
+mod renumber;
 mod serve;
 mod status;
 mod supervise;
@@ -109,6 +110,14 @@ enum Command {
     /// The timelines of the cluster, and what to do if there are two.
     #[command(subcommand)]
     Lineage(promote::LineageOf),
+    /// Gives new tids to transactions of a data file that was written while a clock was set back.
+    ///
+    /// The tids of such a file do not grow: Python's FileStorage serves it, but never packs it, and Standby
+    /// refuses it. As few transactions as possible get another tid, and every transaction is kept. DATA_FS is
+    /// replaced by a copy; the former file stays as DATA_FS.before-renumber. Nobody may be serving it meanwhile.
+    /// Afterwards remove the cache files of clients that have any (client, var in <zeoclient>).
+    #[command(verbatim_doc_comment)]
+    Renumber(renumber::Renumber),
     /// Starts three nodes on this machine, kills the primary while clients write, and shows that
     /// nothing is lost.
     Demo(demo::Options),
@@ -140,6 +149,7 @@ fn main() -> ExitCode {
             Command::RecoverQuorum(options) => promote::recover_quorum(options).await,
             Command::Lost(command) => promote::lost(command).await,
             Command::Lineage(command) => promote::lineage(command).await,
+            Command::Renumber(options) => renumber::run(&options),
             Command::Demo(options) => demo::run(&options).await,
             Command::Bench(options) => bench::run(&options).await,
         }
