@@ -54,6 +54,8 @@ const HEARTBEAT_TICKS: usize = 2;
 const STOPPING_GRACE: Duration = Duration::from_secs(5);
 /// Ticks without a word after which a link is closed.
 const SILENT_TICKS: u32 = 60;
+/// Bytes of committed entries that are held in memory until they are applied.
+const UNAPPLIED_LEN: u64 = if cfg!(feature = "simulated") { 4 << 10 } else { 64 << 20 };
 /// Requests of clients and messages of peers that wait for the engine.
 const EVENTS: usize = 1024;
 /// So many pieces of damage are shown; more are counted.
@@ -739,6 +741,7 @@ pub fn raft_config(shared: &Shared) -> RaftConfig {
         tick: shared.tick(),
         seed: shared.id.0,
         witness: shared.member.witness,
+        unapplied_len: UNAPPLIED_LEN,
     }
 }
 

@@ -12,6 +12,7 @@
 //! committed changes ahead, and does not stand for election before it has taken them. Otherwise the
 //! founder of a cluster, restarted with the membership of its founding, would elect itself alone.
 
+mod backlog;
 mod broken;
 mod hand_over;
 mod lease;
@@ -32,6 +33,7 @@ use crate::log::{Batch, LogError, LogView, Point, Recovered, Written};
 use crate::membership::{Change, Membership, decode_changes, encode_changes, to_raft};
 use crate::message::{PeerMessage, encode_message};
 
+use self::backlog::Backlog;
 pub use self::broken::Broken;
 use self::hand_over::Asked;
 use self::lease::{Heard, Patience};
@@ -64,6 +66,8 @@ pub struct Config {
     pub seed: u64,
     /// This node votes, but holds no data and never stands for election.
     pub witness: bool,
+    /// Bytes of committed entries that are handed out before the storage has applied them; more stay in the log.
+    pub unapplied_len: u64,
 }
 
 /// The state after some entry, as far as others need it to start from there.
@@ -215,6 +219,7 @@ pub struct Consensus {
     /// Committed entries from a change of membership on, with the ready that makes it durable
     /// that they are committed.
     held: VecDeque<(u64, Vec<Entry>)>,
+    backlog: Backlog,
     /// A snapshot message that waits for the catch-up it asks for.
     catching_up: Option<Message>,
     /// For how many ticks each follower has not been heard to have caught up.
@@ -303,6 +308,7 @@ impl Consensus {
             applied: index,
             unsent: VecDeque::new(),
             held: VecDeque::new(),
+            backlog: Backlog::new(config.unapplied_len),
             catching_up: None,
             awaited: BTreeMap::new(),
             heard: BTreeMap::new(),
@@ -473,6 +479,8 @@ impl Consensus {
                 self.applied = point.index;
                 self.raft.mut_store().set_applied(point);
                 self.advance_applied();
+                self.backlog.applied(self.applied);
+                self.hand_out_more(outputs)?;
             }
             Event::PeerLost(peer) => self.peer_lost(peer),
             Event::CaughtUp(index) => {
@@ -682,9 +690,30 @@ impl Consensus {
             self.advance_applied();
         }
         while let Some((_, entries)) = self.held.pop_front_if(|(held, _)| *held <= number) {
+            self.hand_out(entries, outputs);
+        }
+    }
+
+    fn hand_out(&mut self, entries: Vec<Entry>, outputs: &mut Vec<Output>) {
+        if self.backlog.committed(&entries) {
             let committed = self.take_committed(entries);
             outputs.push(Output::Commit(committed));
         }
+    }
+
+    /// What has waited for the storage comes from the log.
+    fn hand_out_more(&mut self, outputs: &mut Vec<Output>) -> Result<(), LogError> {
+        let mut entries = Vec::new();
+        while let Some(index) = self.backlog.wanted() {
+            let entry = self.raft.store().committed_entry(index)?;
+            self.backlog.hand_out(&entry);
+            entries.push(entry);
+        }
+        if !entries.is_empty() {
+            let committed = self.take_committed(entries);
+            outputs.push(Output::Commit(committed));
+        }
+        Ok(())
     }
 
     fn peer_lost(&mut self, peer: NodeId) {
@@ -728,6 +757,7 @@ impl Consensus {
                 // The storage stands there already. Raft must not look for the entries before.
                 self.raft.raft.raft_log.applied = point.index.0;
                 self.held.clear();
+                self.backlog.clear();
                 if let Ok((membership, _)) = Membership::decode(snapshot.data.clone()) {
                     self.membership = membership;
                 }
@@ -778,8 +808,7 @@ impl Consensus {
             if changes || !self.held.is_empty() {
                 self.held.push_back((number, entries));
             } else if !entries.is_empty() {
-                let committed = self.take_committed(entries);
-                outputs.push(Output::Commit(committed));
+                self.hand_out(entries, outputs);
             }
         }
         self.release_to_witnesses(outputs);

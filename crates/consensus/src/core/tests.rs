@@ -10,6 +10,7 @@ use crate::log::{LogWriter, recover};
 use crate::membership::Member;
 use crate::message::decode_message;
 
+mod backlog;
 mod hand_over;
 mod lease;
 mod patience;
@@ -55,6 +56,7 @@ struct Cluster {
 const DIR: &str = "/state/log";
 const TICK: Duration = Duration::from_millis(50);
 const WITNESS: NodeId = NodeId(9);
+const UNAPPLIED_LEN: u64 = 4096;
 
 fn member(id: u64) -> Member {
     Member {
@@ -76,6 +78,7 @@ fn config(id: u64) -> Config {
         tick: TICK,
         seed: id,
         witness: id == WITNESS.0,
+        unapplied_len: UNAPPLIED_LEN,
     }
 }
 

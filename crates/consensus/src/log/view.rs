@@ -148,6 +148,15 @@ impl LogView {
         }
     }
 
+    /// An entry that is committed and not applied, which is never forgotten.
+    pub fn committed_entry(&self, index: LogIndex) -> Result<Entry, LogError> {
+        self.entry(index)?.ok_or_else(|| LogError::Damaged {
+            path: self.dir.clone(),
+            offset: 0,
+            reason: format!("entry {index} is committed, and not there"),
+        })
+    }
+
     fn last(&self) -> u64 {
         self.start.index.0 + self.slots.len() as u64
     }
