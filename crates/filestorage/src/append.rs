@@ -5,9 +5,12 @@ use standby_types::{File, Oid, Position, Tid};
 
 use crate::StorageError;
 use crate::format::{DataHeader, TXN_HEADER, TxnHeader, UNDONE};
+use crate::index::Entry;
 use crate::storage::{FileStorage, Mark};
 use crate::transaction::{Record, RecordData, Transaction, TransactionMeta};
 
+/// Up to here the objects of a transaction are put into the index one by one.
+const MANY: usize = if cfg!(test) { 3 } else { 10_000 };
 /// Up to here a transaction is written by one call.
 const BUFFER: usize = 4 << 20;
 
@@ -142,17 +145,46 @@ impl Appender<'_> {
             self.write(&header, self.start.position.0)?;
         }
         let mark = Mark { position: Position(self.flushed_to), tid: self.header.tid };
-        let mut state = self.storage.shared.write();
-        let current = if self.header.status == UNDONE { &[] } else { &self.records[..] };
-        for (oid, position) in current {
-            state.index.insert(*oid, *position);
-        }
-        state.mark = mark;
-        drop(state);
+        self.publish(mark);
         if self.storage.again.pop_front().is_some_and(|again| again != mark) {
             self.storage.forget_what_follows()?;
         }
         Ok(mark)
+    }
+
+    /// Readers see the transaction from now on. They wait for the lock, so it is held for a moment only, however many
+    /// objects there are.
+    fn publish(&mut self, mark: Mark) {
+        let shared = &self.storage.shared;
+        let mut records = std::mem::take(&mut self.records);
+        if self.header.status == UNDONE {
+            records.clear();
+        }
+        if records.len() <= MANY {
+            let mut state = shared.write();
+            for (oid, position) in records {
+                state.index.insert(oid, position);
+            }
+            state.mark = mark;
+            return;
+        }
+        // Of two records of one object the last one counts.
+        records.sort_unstable();
+        records.dedup_by(|next, kept| {
+            next.0 == kept.0 && {
+                *kept = *next;
+                true
+            }
+        });
+        // Only this writer changes what is there.
+        let count = |some: &[Entry]| {
+            let index = &shared.read().index;
+            some.iter().filter(|(oid, _)| index.get(*oid).is_none()).count() as u64
+        };
+        let new = records.chunks(MANY).map(count).sum();
+        let mut state = shared.write();
+        state.index.insert_many(records, new);
+        state.mark = mark;
     }
 
     fn flush(&mut self) -> Result<(), StorageError> {

@@ -9,14 +9,15 @@ use standby_filestorage::{Access, Staged, StorageError};
 use standby_types::{Oid, Tid, Upload};
 use standby_zeo::{
     ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, StagedFile, Value,
-    VoteAnswer, VoteOutcome, VoteRequest, frame,
+    Vote, VoteAnswer, VoteOutcome, VoteRequest, frame,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, join};
 use tokio::sync::mpsc;
+use tokio::task::coop::consume_budget;
 use tracing::{debug, error, info, warn};
 
 use crate::blobs::{self, BlobReader, BlobWriter, StagedBlob};
-use crate::engine::{Event, Request, read_failed};
+use crate::engine::{Event, MANY, Request, read_failed};
 use crate::look::{self, Iterators};
 use crate::machine::{self, Instant, drain};
 use crate::node::{Shared, StorageShared};
@@ -190,6 +191,8 @@ impl Connection {
                 }
                 self.handle.outbox.room().await;
                 self.handle.few_unanswered(UNANSWERED).await;
+                // Who sends a million messages takes turns with the others.
+                consume_budget().await;
             }
             tokio::select! {
                 biased;
@@ -394,8 +397,18 @@ impl Connection {
                     self.voted(VoteOutcome::Failed(error));
                     return None;
                 }
-                self.warm(&request).await;
-                Request::Vote { session, storage, request }
+                let vote = match request.objects() > MANY {
+                    false => {
+                        self.warm(&request).await;
+                        Vote::from(request)
+                    }
+                    // The engine has it examined elsewhere.
+                    true => match machine::spawn_blocking(move || Vote::from(request)).await {
+                        Ok(vote) => vote,
+                        Err(error) => return Some(Some(error.to_string())),
+                    },
+                };
+                Request::Vote { session, storage, vote }
             }
             Effect::Finish { id, transaction } => {
                 if let Some(storage) = self.storage() {

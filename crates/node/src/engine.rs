@@ -4,7 +4,7 @@
 //! blocks, and no lock is held. Events of this process (`Internal`) come before those of others:
 //! whoever was told of a commit finds its locks free.
 //!
-//! A commit: `vote` → [`Transactions::vote`] and `examine` (locks, serials) → `finish` → a place in
+//! A commit: `vote` → [`Transactions::vote`] (locks) → an examination (serials) → `finish` → a place in
 //! `outgoing` → the tid and an entry of the log → durable on a majority → the applier, which makes it
 //! visible and replies → `Internal::Applied` frees the locks.
 
@@ -21,6 +21,7 @@ mod pack;
 mod readers;
 mod switchover;
 mod timeline;
+mod votes;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -31,11 +32,10 @@ use standby_consensus::{
     AppliedPoint, Caution, Command, Committed, Consensus, Event as Happened, LogError, Output,
     PeerMessage, Role, Written,
 };
-use standby_filestorage::{Access, StorageError};
+use standby_filestorage::StorageError;
 use standby_types::{LogIndex, Mutation, NodeId, Oid, Term, Tid, Transfer, mutation};
 use standby_zeo::{
-    Buffer, ClientError, Expected, SessionId, Transactions, Value, VoteAnswer, VoteOutcome,
-    VoteRequest,
+    Buffer, ClientError, Examination, SessionId, Transactions, Value, Vote, VoteAnswer,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -51,6 +51,7 @@ use self::pack::PackRequest;
 use self::readers::{Freshness, Readers};
 use self::switchover::Switchover;
 use self::timeline::Turn;
+pub use self::votes::MANY;
 use crate::applier::{CatchUpItems, Origin, Work, unknown_storage};
 use crate::ask::{Ask, Asker as AnswerTo};
 use crate::causes::with_causes;
@@ -88,6 +89,17 @@ pub enum Internal {
         /// Sessions whose transactions were among them.
         finished: Vec<SessionId>,
     },
+    /// A vote was compared with what is applied.
+    Examined {
+        /// Its storage.
+        storage: String,
+        /// The vote.
+        vote: Examination,
+        /// What came of it.
+        answer: Result<VoteAnswer, ClientError>,
+    },
+    /// A piece of a long transaction can go into the log.
+    Encoded,
     /// A catch-up is complete and durable.
     CaughtUp(LogIndex),
     /// A fetch of a blob has ended.
@@ -160,7 +172,7 @@ pub enum Request {
     /// `new_oids`
     NewOids { session: Arc<SessionHandle>, storage: String, id: Value, count: usize },
     /// `vote`
-    Vote { session: Arc<SessionHandle>, storage: String, request: VoteRequest },
+    Vote { session: Arc<SessionHandle>, storage: String, vote: Vote },
     /// `tpc_finish`
     Finish { session: Arc<SessionHandle>, storage: String, id: Value, transaction: Box<Buffer> },
     /// `pack`
@@ -435,6 +447,12 @@ impl Engine {
                 self.tend_watches();
                 Ok(())
             }
+            Internal::Examined { storage, vote, answer } => {
+                self.examined(&storage, &vote, answer);
+                Ok(())
+            }
+            // The engine looks after each event at what can go into the log.
+            Internal::Encoded => Ok(()),
             Internal::CaughtUp(index) => {
                 self.catch_up = None;
                 self.step(Happened::CaughtUp(index))?;
@@ -754,24 +772,7 @@ impl Engine {
                 }
                 self.give_oids()?;
             }
-            Request::Vote { session, storage, request } => {
-                if !self.serves() {
-                    session.cut("this node is not primary");
-                    return Ok(());
-                }
-                let refused = self
-                    .refuse_tid(&storage, request.tid)
-                    .or_else(|| self.no_room())
-                    .or_else(|| self.refuse_undo(&storage, &request))
-                    .or_else(|| self.over_quota(&storage, &request));
-                if let Some(error) = refused {
-                    // Without its own task the session is ending.
-                    let _ = session.mailbox.send(Mail::Voted(VoteOutcome::Failed(error)));
-                    return Ok(());
-                }
-                let session = session.id;
-                self.unlocked(&storage, |t| t.vote(now, session, request));
-            }
+            Request::Vote { session, storage, vote } => self.vote(&session, &storage, vote),
             Request::Finish { session, storage, id, transaction } => {
                 self.finish(session, storage, id, transaction);
             }
@@ -791,18 +792,6 @@ impl Engine {
         Ok(())
     }
 
-    /// As FileStorage: nothing is stored by a record that would begin beyond the quota.
-    fn over_quota(&self, storage: &str, request: &VoteRequest) -> Option<ClientError> {
-        let section = self.shared.config.storages.iter().find(|s| s.name == storage)?;
-        let quota = section.quota?;
-        let size = self.shared.storages.get(storage)?.reader().size();
-        let stores = request.writes.iter().any(|(_, expected)| *expected != Expected::Any);
-        (stores && size + request.len_before_last > quota).then(|| {
-            let name = "ZODB.FileStorage.FileStorage.FileStorageQuotaError";
-            ClientError::Other(name, vec![Value::str("The storage quota has been exceeded.")])
-        })
-    }
-
     fn register(
         &mut self,
         session: Arc<SessionHandle>,
@@ -820,51 +809,6 @@ impl Engine {
             return Ok(());
         }
         self.when_level(Work::Register { storage, session, id })
-    }
-
-    /// Something has freed locks: answers the votes of those who hold all of theirs now.
-    fn unlocked(
-        &mut self,
-        storage: &str,
-        change: impl FnOnce(&mut Transactions) -> Vec<SessionId>,
-    ) {
-        let Some(committing) = self.storages.get_mut(storage) else { return };
-        let mut complete = VecDeque::from(change(&mut committing.transactions));
-        let Some(stored) = self.shared.storages.get(storage) else { return };
-        while let Some(session) = complete.pop_front() {
-            // The session's own task has read these objects just before: they are in memory.
-            let committed = |oid| stored.reader().committed_serial(oid, Access::Blocking);
-            let outcome = match committing.transactions.examine(session, committed) {
-                Ok(None) => continue,
-                Ok(Some(answer)) => VoteOutcome::Answer(answer),
-                Err(error) => VoteOutcome::Failed(read_failed(&error)),
-            };
-            let dead = match &outcome {
-                VoteOutcome::Answer(VoteAnswer::Voted) => false,
-                VoteOutcome::Answer(VoteAnswer::Conflicts(_)) => {
-                    stored.stats.conflicts.fetch_add(1, Ordering::Relaxed);
-                    false
-                }
-                VoteOutcome::Answer(VoteAnswer::Refused(error)) => {
-                    if matches!(
-                        error,
-                        ClientError::Conflict { .. } | ClientError::ReadConflict { .. }
-                    ) {
-                        stored.stats.conflicts.fetch_add(1, Ordering::Relaxed);
-                    }
-                    true
-                }
-                VoteOutcome::Failed(_) => true,
-            };
-            let handle = self.shared.sessions.get(session);
-            let told =
-                handle.is_some_and(|handle| handle.mailbox.send(Mail::Voted(outcome)).is_ok());
-            if dead || !told {
-                complete.extend(committing.transactions.abort(self.shared.now(), session));
-            }
-        }
-        stored.stats.waiting.store(committing.transactions.waiting(), Ordering::Relaxed);
-        stored.stats.active.store(committing.transactions.len(), Ordering::Relaxed);
     }
 
     fn propose(

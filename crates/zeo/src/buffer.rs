@@ -99,6 +99,21 @@ pub trait StagedFile: Send + Sync {
     fn keep(self: Box<Self>);
 }
 
+/// The blobs of a transaction. Uploads are on disk as long as this lives, or for good if they are to be kept.
+#[derive(Default)]
+pub struct Blobs {
+    /// All of them.
+    pub all: Vec<Blob>,
+    staged: Vec<Box<dyn StagedFile>>,
+}
+
+impl Blobs {
+    /// The log is to name the uploads: they stay on disk.
+    pub fn keep(self) {
+        self.staged.into_iter().for_each(|staged| staged.keep());
+    }
+}
+
 /// A transaction before it is finished. Of several changes of one object the last one counts.
 pub struct Buffer {
     /// Its head.
@@ -165,21 +180,17 @@ impl Buffer {
         self.blobs.insert(oid, (source, staged));
     }
 
-    /// The blobs of all revisions that have one.
-    pub fn blobs(&self) -> Vec<Blob> {
-        let written =
-            |oid: &Oid| self.write_of(*oid).is_some_and(|write| !matches!(write.kept, Kept::Gone));
-        let written = self.blobs.iter().filter(|(oid, _)| written(oid));
-        written.map(|(oid, (source, _))| Blob { oid: *oid, source: *source }).collect()
-    }
-
-    /// The uploads stay on disk, whatever becomes of this buffer: the log is to name them.
-    pub fn keep_blobs(&mut self) {
-        for (_, staged) in self.blobs.values_mut() {
-            if let Some(staged) = staged.take() {
-                staged.keep();
+    /// Takes the blobs of all revisions that have one.
+    pub fn take_blobs(&mut self) -> Blobs {
+        let mut blobs = Blobs::default();
+        for (oid, (source, staged)) in std::mem::take(&mut self.blobs) {
+            let written = self.write_of(oid).is_some_and(|w| !matches!(w.kept, Kept::Gone));
+            if written {
+                blobs.all.push(Blob { oid, source });
+                blobs.staged.extend(staged);
             }
         }
+        blobs
     }
 
     /// Adds a check.
@@ -231,6 +242,16 @@ impl Buffer {
     /// The changes, in the order in which the objects first came.
     pub fn writes(&self) -> &[Write] {
         &self.writes
+    }
+
+    /// Bytes that the changes take in the data file.
+    pub fn len(&self) -> u64 {
+        self.writes.iter().map(|write| write.len).sum()
+    }
+
+    /// True if nothing is changed.
+    pub fn is_empty(&self) -> bool {
+        self.writes.is_empty()
     }
 
     /// What a change makes of its object.

@@ -21,7 +21,7 @@ mod session;
 mod spill;
 mod transactions;
 
-pub use buffer::{Buffer, Content, Expected, Later, Meta, SPILL_ABOVE, StagedFile, Write};
+pub use buffer::{Blobs, Buffer, Content, Expected, Later, Meta, SPILL_ABOVE, StagedFile, Write};
 pub use error::ClientError;
 pub use frame::{FrameReader, FrameTooLong, MAX_FRAME, MAX_FRAME_BEFORE_REGISTER, frame};
 pub use history::{History, Retention};
@@ -29,7 +29,9 @@ pub use message::{Call, Encoding, Incoming, Reply, WireError};
 pub use session::{CloseReason, Effect, Look, Options, Read, Session, VoteOutcome, WorkedOut};
 pub use spill::{MakeSpill, Slot, Spill};
 pub use standby_pickle::{Value, references};
-pub use transactions::{FinishRefused, Transactions, VoteAnswer, VoteRequest, Wait};
+pub use transactions::{
+    Examination, FinishRefused, Transactions, Vote, VoteAnswer, VoteRequest, Wait,
+};
 
 /// Reads a transaction's extension; `None` if it is empty, or no pickle of plain data. Nothing in it
 /// is executed.

@@ -1,13 +1,19 @@
 //! Locks per object, handed out in order of arrival.
 //!
-//! A transaction asks once, for all its objects. It waits in the queue of each; it is granted
-//! when nothing incompatible is before it in any of them. All queues hold transactions in the same
-//! order, that of arrival, so nobody ever waits in a circle.
+//! A transaction asks once, for all its objects. It is granted when no transaction that came before it, and is still
+//! there, has an object that the two cannot share. So nobody ever waits in a circle.
+//!
+//! Most transactions have few objects: they wait in a queue for each. One of many thousands would take long to get into
+//! as many queues, and out of them, while everybody waits: it stands beside them, and its sorted list is compared with the
+//! lists of the others.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
 
 use standby_types::Oid;
+
+/// A transaction of more objects is in no queue.
+const MANY: usize = 4096;
 
 /// Whether others may hold the object at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,77 +32,129 @@ struct Waiter<T> {
 
 /// Invariants: in each queue the granted entries come first, and they are either one exclusive or
 /// all shared; an owner stands in a queue at most once; `blocked[owner]` counts the queues in
-/// which it is not granted.
+/// which it is not granted, and the owners before it that it meets if it, or the other one, has many objects.
 pub(crate) struct Locks<T> {
     queues: HashMap<Oid, VecDeque<Waiter<T>>>,
     owners: HashMap<T, Held>,
+    /// Owners of many objects.
+    large: Vec<T>,
+    many: usize,
+    arrivals: u64,
 }
 
 struct Held {
+    /// Ascending, each object once.
     oids: Vec<(Oid, Mode)>,
+    arrived: u64,
     blocked: usize,
 }
 
 impl<T> Default for Locks<T> {
     fn default() -> Self {
-        Locks { queues: HashMap::new(), owners: HashMap::new() }
+        Locks::with_many(MANY)
+    }
+}
+
+impl<T> Locks<T> {
+    fn with_many(many: usize) -> Locks<T> {
+        let (queues, owners) = (HashMap::new(), HashMap::new());
+        Locks { queues, owners, large: Vec::new(), many, arrivals: 0 }
     }
 }
 
 impl<T: Copy + Eq + Hash> Locks<T> {
-    /// Queues `owner` for `oids`, each named once; true if it holds them all at once.
+    /// Queues `owner` for `oids`, which ascend, each named once; true if it holds them all at once.
     pub fn acquire(&mut self, owner: T, oids: Vec<(Oid, Mode)>) -> bool {
         assert!(!self.owners.contains_key(&owner), "a transaction asks for its locks once");
+        debug_assert!(oids.is_sorted_by(|(one, _), (next, _)| one < next), "oids ascend");
         let mut blocked = 0;
-        for (oid, mode) in &oids {
-            let queue = self.queues.entry(*oid).or_default();
-            let granted = match mode {
-                Mode::Exclusive => queue.is_empty(),
-                Mode::Shared => queue.iter().all(|w| w.granted && w.mode == Mode::Shared),
-            };
-            blocked += usize::from(!granted);
-            queue.push_back(Waiter { owner, mode: *mode, granted });
+        if oids.len() > self.many {
+            let met = self.owners.values().filter(|held| meet(&held.oids, &oids).is_some());
+            blocked += met.count();
+            self.large.push(owner);
+        } else {
+            for (oid, mode) in &oids {
+                let queue = self.queues.entry(*oid).or_default();
+                let granted = match mode {
+                    Mode::Exclusive => queue.is_empty(),
+                    Mode::Shared => queue.iter().all(|w| w.granted && w.mode == Mode::Shared),
+                };
+                blocked += usize::from(!granted);
+                queue.push_back(Waiter { owner, mode: *mode, granted });
+            }
+            let large = self.large.iter().filter_map(|large| self.owners.get(large));
+            blocked += large.filter(|held| meet(&held.oids, &oids).is_some()).count();
         }
-        self.owners.insert(owner, Held { oids, blocked });
+        let arrived = self.arrivals;
+        self.arrivals += 1;
+        self.owners.insert(owner, Held { oids, arrived, blocked });
         blocked == 0
     }
 
-    /// True if `owner` holds all of `oids` in these modes or stronger ones.
+    /// True if `owner` holds all of `oids`, which ascend, in these modes or stronger ones.
     pub fn holds(&self, owner: T, oids: &[(Oid, Mode)]) -> bool {
-        let Some(held) = self.owners.get(&owner) else {
+        let Some(held) = self.owners.get(&owner).filter(|held| held.blocked == 0) else {
             return false;
         };
-        held.blocked == 0
-            && oids.iter().all(|(oid, mode)| {
-                self.queues.get(oid).is_some_and(|queue| {
-                    queue.iter().any(|w| w.owner == owner && w.granted && w.mode >= *mode)
-                })
-            })
-    }
-
-    /// An object that `owner` waits for, and who is first in its queue.
-    pub fn blocker(&self, owner: T) -> Option<(Oid, T)> {
-        self.owners.get(&owner)?.oids.iter().find_map(|(oid, _)| {
-            let queue = self.queues.get(oid)?;
-            let waits = queue.iter().any(|waiter| waiter.owner == owner && !waiter.granted);
-            waits.then_some((*oid, queue.front()?.owner))
+        let mut rest = held.oids.iter();
+        oids.iter().all(|(oid, mode)| {
+            let found = rest.find(|(held, _)| held >= oid);
+            found.is_some_and(|(held, held_mode)| held == oid && held_mode >= mode)
         })
     }
 
-    /// Takes `owner` out of all queues; returns those who now hold all their locks, in order of
-    /// arrival as far as they met.
+    /// An object that `owner` waits for, and who has come first of those whom it waits for.
+    pub fn blocker(&self, owner: T) -> Option<(Oid, T)> {
+        let held = self.owners.get(&owner).filter(|held| held.blocked > 0)?;
+        let before = self.owners.iter().filter(|(_, other)| other.arrived < held.arrived);
+        let met = before
+            .filter_map(|(id, other)| Some((other.arrived, meet(&other.oids, &held.oids)?, *id)));
+        met.min_by_key(|(arrived, ..)| *arrived).map(|(_, oid, owner)| (oid, owner))
+    }
+
+    /// Takes `owner` out of all queues; returns those who now hold all their locks, in order of arrival.
     pub fn release(&mut self, owner: T) -> Vec<T> {
-        let Some(held) = self.owners.remove(&owner) else {
+        let Some(gone) = self.owners.remove(&owner) else {
             return Vec::new();
         };
+        let mut freed = Vec::new();
+        let is_large = gone.oids.len() > self.many;
+        if is_large {
+            self.large.retain(|large| *large != owner);
+        } else {
+            freed.extend(self.leave_queues(owner, &gone.oids));
+        }
+        let later = |id: &&T| {
+            let held = self.owners.get(id).filter(|held| held.arrived > gone.arrived);
+            held.is_some_and(|held| meet(&gone.oids, &held.oids).is_some())
+        };
+        match is_large {
+            true => freed.extend(self.owners.keys().filter(later)),
+            false => freed.extend(self.large.iter().filter(later)),
+        }
         let mut complete = Vec::new();
-        for (oid, _) in held.oids {
-            let Some(queue) = self.queues.get_mut(&oid) else {
+        for id in freed {
+            if let Some(held) = self.owners.get_mut(&id) {
+                held.blocked -= 1;
+                if held.blocked == 0 {
+                    complete.push((held.arrived, id));
+                }
+            }
+        }
+        complete.sort_by_key(|(arrived, _)| *arrived);
+        complete.into_iter().map(|(_, id)| id).collect()
+    }
+
+    /// Takes `owner` out of the queues of these objects; returns who has been granted one, once for each.
+    fn leave_queues(&mut self, owner: T, oids: &[(Oid, Mode)]) -> Vec<T> {
+        let mut freed = Vec::new();
+        for (oid, _) in oids {
+            let Some(queue) = self.queues.get_mut(oid) else {
                 continue;
             };
             queue.retain(|w| w.owner != owner);
             if queue.is_empty() {
-                self.queues.remove(&oid);
+                self.queues.remove(oid);
                 continue;
             }
             let shared_head = queue.front().is_some_and(|w| w.mode == Mode::Shared);
@@ -105,19 +163,12 @@ impl<T: Copy + Eq + Hash> Locks<T> {
                 if !may {
                     break;
                 }
-                if waiter.granted {
-                    continue;
-                }
-                waiter.granted = true;
-                if let Some(held) = self.owners.get_mut(&waiter.owner) {
-                    held.blocked -= 1;
-                    if held.blocked == 0 {
-                        complete.push(waiter.owner);
-                    }
+                if !std::mem::replace(&mut waiter.granted, true) {
+                    freed.push(waiter.owner);
                 }
             }
         }
-        complete
+        freed
     }
 
     #[cfg(test)]
@@ -132,12 +183,35 @@ impl<T: Copy + Eq + Hash> Locks<T> {
             assert!(exclusive == 0 || granted == 1);
         }
         for (owner, held) in &self.owners {
-            let blocked = held.oids.iter().filter(|(oid, _)| {
-                self.queues[oid].iter().any(|w| w.owner == *owner && !w.granted)
-            });
-            assert_eq!(blocked.count(), held.blocked);
+            let before = self.owners.values().filter(|other| other.arrived < held.arrived);
+            let waits = before.into_iter().any(|other| meet(&other.oids, &held.oids).is_some());
+            assert_eq!(held.blocked > 0, waits);
+            let queued = held.oids.len() <= self.many;
+            assert_eq!(self.large.contains(owner), !queued);
         }
     }
+}
+
+/// The first object that two transactions cannot share.
+fn meet(one: &[(Oid, Mode)], other: &[(Oid, Mode)]) -> Option<Oid> {
+    let (few, mut many) = if one.len() < other.len() { (one, other) } else { (other, one) };
+    for (oid, mode) in few {
+        let before = |(other, _): &(Oid, Mode)| other < oid;
+        let skipped = match many.len() / 16 > few.len() {
+            true => many.partition_point(before),
+            false => many.iter().take_while(|entry| before(entry)).count(),
+        };
+        many = &many[skipped..];
+        match many.first() {
+            None => break,
+            Some((other, other_mode)) => {
+                if other == oid && (*mode, *other_mode) != (Mode::Shared, Mode::Shared) {
+                    return Some(*oid);
+                }
+            }
+        }
+    }
+    None
 }
 
 #[cfg(test)]
@@ -188,14 +262,32 @@ mod tests {
         assert!(!locks.holds(3, &[(Oid(1), Exclusive)]));
     }
 
+    #[test]
+    fn one_of_many_objects_waits_and_is_waited_for() {
+        let mut locks = Locks::with_many(3);
+        let all: Vec<_> = (0..100).map(|oid| (oid, Exclusive)).collect();
+        assert!(ask(&mut locks, 1, &[(50, Exclusive)]));
+        assert!(!ask(&mut locks, 2, &all));
+        assert!(!ask(&mut locks, 3, &[(7, Shared), (200, Exclusive)]));
+        assert!(ask(&mut locks, 4, &[(201, Exclusive)]));
+        assert!(!ask(&mut locks, 5, &all[90..]));
+        assert_eq!(locks.blocker(2), Some((Oid(50), 1)));
+        assert_eq!(locks.blocker(3), Some((Oid(7), 2)));
+        assert_eq!(locks.release(1), [2]);
+        let asked: Vec<_> = all.iter().map(|(oid, mode)| (Oid(*oid), *mode)).collect();
+        assert!(locks.holds(2, &asked) && !locks.holds(5, &asked[90..]));
+        assert_eq!(locks.release(2), [3, 5]);
+        assert_eq!(locks.blocker(3), None);
+    }
+
     proptest! {
         /// Whoever asks is granted in the end, if those who are granted release.
         #[test]
         fn nobody_waits_for_ever(wishes in proptest::collection::vec(
             proptest::collection::btree_map(0u64..6, prop_oneof![Just(Shared), Just(Exclusive)], 1..4),
-            1..30), order in proptest::collection::vec(any::<usize>(), 30))
+            1..30), order in proptest::collection::vec(any::<usize>(), 30), many in 0usize..5)
         {
-            let mut locks = Locks::default();
+            let mut locks = Locks::with_many(many);
             let mut granted = Vec::new();
             for (owner, oids) in wishes.iter().enumerate() {
                 let oids: &BTreeMap<u64, Mode> = oids;
@@ -212,7 +304,7 @@ mod tests {
                 done += 1;
             }
             prop_assert_eq!(done, wishes.len());
-            prop_assert!(locks.queues.is_empty());
+            prop_assert!(locks.queues.is_empty() && locks.large.is_empty());
         }
     }
 }

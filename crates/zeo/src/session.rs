@@ -392,8 +392,8 @@ impl Session {
     pub fn worked_out(&mut self, out: WorkedOut) -> std::io::Result<()> {
         let WorkedOut { oid, content, undone, blob } = out;
         let Some(transaction) = &mut self.transaction else { return Ok(()) };
-        if undone && !transaction.changed.contains(&oid) {
-            transaction.changed.push(oid);
+        if undone {
+            transaction.changed.insert(oid);
         }
         transaction.buffer.put(oid, Expected::Any, content)?;
         if let Some(source) = blob {

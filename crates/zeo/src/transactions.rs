@@ -8,13 +8,17 @@
 //!                      (none)              Conflicted
 //! ```
 //!
+//! Whose locks are complete is examined: by whoever may read the data file, and takes as long as that takes
+//! ([`Transactions::examination`]). Nobody can change the objects meanwhile.
+//!
 //! A transaction holds the locks of its own objects from `Voted` or `Conflicted` until it is
 //! applied or aborted. Serials are compared only while they are held, with what is applied; so a
 //! transaction that voted without conflict has none when it is applied.
 //!
 //! `Finishing` cannot be aborted: the entry is in the log, and only the log knows its fate.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use standby_types::{Mutation, Oid, Tid, mutation};
@@ -37,6 +41,42 @@ pub struct VoteRequest {
     pub undos: Vec<Tid>,
     /// Bytes that the transaction takes in the data file before its last record begins.
     pub len_before_last: u64,
+}
+
+/// A request with the locks that it needs. Making it takes a while if the objects are many.
+#[derive(Clone, Debug, Default)]
+pub struct Vote {
+    /// The request.
+    pub request: VoteRequest,
+    locks: Vec<(Oid, Mode)>,
+}
+
+impl From<VoteRequest> for Vote {
+    fn from(request: VoteRequest) -> Vote {
+        let checks = request.checks.iter().map(|(oid, _)| (*oid, Mode::Shared));
+        let writes = request.writes.iter().map(|(oid, _)| (*oid, Mode::Exclusive));
+        let mut locks: Vec<_> = checks.chain(writes).collect();
+        // Of two modes the stronger one counts.
+        locks.sort_unstable_by(|(one, a), (other, b)| one.cmp(other).then(b.cmp(a)));
+        locks.dedup_by_key(|(oid, _)| *oid);
+        Vote { request, locks }
+    }
+}
+
+impl VoteRequest {
+    /// Objects that it names, each as often as it does.
+    pub fn objects(&self) -> usize {
+        self.writes.len() + self.checks.len()
+    }
+}
+
+/// A vote whose locks are complete: its serials are to be compared with what is applied.
+#[derive(Clone, Debug)]
+pub struct Examination {
+    /// Who votes.
+    pub session: SessionId,
+    number: u64,
+    request: Arc<VoteRequest>,
 }
 
 /// What became of a vote.
@@ -81,7 +121,9 @@ struct Transaction {
     phase: Phase,
     /// When it voted.
     since: Duration,
-    request: VoteRequest,
+    /// Of its last vote.
+    number: u64,
+    request: Arc<VoteRequest>,
     /// When the session is to be closed, if the transaction is then still undecided.
     deadline: Option<Duration>,
 }
@@ -91,91 +133,62 @@ pub struct Transactions {
     locks: Locks<SessionId>,
     transactions: HashMap<SessionId, Transaction>,
     timeout: Option<Duration>,
+    votes: u64,
 }
 
 impl Transactions {
     /// `timeout`: how long a transaction may hold its locks (`transaction-timeout`).
     pub fn new(timeout: Option<Duration>) -> Transactions {
-        Transactions { locks: Locks::default(), transactions: HashMap::new(), timeout }
+        Transactions { locks: Locks::default(), transactions: HashMap::new(), timeout, votes: 0 }
     }
 
     /// A client votes. Returns the sessions whose locks are complete now; the caller answers each
-    /// by way of [`Transactions::examine`].
-    pub fn vote(
-        &mut self,
-        now: Duration,
-        session: SessionId,
-        request: VoteRequest,
-    ) -> Vec<SessionId> {
-        let wanted = modes(&request);
+    /// by way of [`Transactions::examination`].
+    pub fn vote(&mut self, now: Duration, session: SessionId, vote: Vote) -> Vec<SessionId> {
+        let Vote { request, locks } = vote;
+        let request = Arc::new(request);
+        self.votes += 1;
+        let number = self.votes;
         if let Some(transaction) = self.transactions.get_mut(&session)
             && transaction.phase == Phase::Conflicted
-            && self.locks.holds(session, &wanted)
+            && self.locks.holds(session, &locks)
         {
-            transaction.request = request;
+            (transaction.request, transaction.number) = (request, number);
             return vec![session];
         }
         let mut complete = self.abort(now, session);
-        let phase = Phase::Waiting;
-        self.transactions
-            .insert(session, Transaction { phase, since: now, request, deadline: None });
-        if self.locks.acquire(session, wanted) {
+        let transaction =
+            Transaction { phase: Phase::Waiting, since: now, number, request, deadline: None };
+        self.transactions.insert(session, transaction);
+        if self.locks.acquire(session, locks) {
             self.start_clock(now, session);
             complete.push(session);
         }
         complete
     }
 
-    /// Compares the serials of a transaction whose locks are complete. `committed` gives the
-    /// serial of an object's newest revision, `None` if there is none. Answers `None` if the
-    /// session has no transaction any more.
-    pub fn examine<E>(
-        &mut self,
-        session: SessionId,
-        mut committed: impl FnMut(Oid) -> Result<Option<Tid>, E>,
-    ) -> Result<Option<VoteAnswer>, E> {
-        let Some(transaction) = self.transactions.get_mut(&session) else {
-            return Ok(None);
+    /// The vote of a session whose locks are complete; `None` if the session has no transaction any more.
+    pub fn examination(&self, session: SessionId) -> Option<Examination> {
+        let transaction = self.transactions.get(&session)?;
+        let (number, request) = (transaction.number, transaction.request.clone());
+        Some(Examination { session, number, request })
+    }
+
+    /// False if what comes of an examination does not count any more: the transaction is gone, or has voted again.
+    pub fn awaits(&self, examination: &Examination) -> bool {
+        let transaction = self.transactions.get(&examination.session);
+        transaction.is_some_and(|transaction| transaction.number == examination.number)
+    }
+
+    /// A vote was examined, and the transaction still awaits that.
+    pub fn examined(&mut self, examination: &Examination, answer: &VoteAnswer) {
+        let phase = match answer {
+            VoteAnswer::Voted => Phase::Voted,
+            VoteAnswer::Conflicts(_) => Phase::Conflicted,
+            VoteAnswer::Refused(_) => return,
         };
-        for (oid, read) in &transaction.request.checks {
-            match committed(*oid)? {
-                Some(serial) if serial != *read => {
-                    let conflict =
-                        ClientError::ReadConflict { oid: *oid, serials: (serial, *read) };
-                    return Ok(Some(VoteAnswer::Refused(conflict)));
-                }
-                _ => {}
-            }
-        }
-        let mut conflicts = Vec::new();
-        for (oid, expected) in &transaction.request.writes {
-            let refused = match expected {
-                Expected::Any => continue,
-                Expected::Serial(based_on) => {
-                    match committed(*oid)? {
-                        Some(serial) if serial != *based_on => conflicts.push((*oid, serial)),
-                        _ => {}
-                    }
-                    continue;
-                }
-                Expected::Existing(based_on) => match committed(*oid)? {
-                    Some(serial) if serial == *based_on => continue,
-                    Some(serial) => ClientError::Conflict {
-                        oid: *oid,
-                        serials: (serial, *based_on),
-                        class_name: None,
-                    },
-                    None => ClientError::PosKey(oid.to_bytes().into()),
-                },
-            };
-            return Ok(Some(VoteAnswer::Refused(refused)));
-        }
-        if conflicts.is_empty() || mutation::on(Mutation::LoseConflicts) {
-            transaction.phase = Phase::Voted;
-            Ok(Some(VoteAnswer::Voted))
-        } else {
-            transaction.phase = Phase::Conflicted;
-            Ok(Some(VoteAnswer::Conflicts(conflicts)))
+        if let Some(transaction) = self.transactions.get_mut(&examination.session) {
+            transaction.phase = phase;
         }
     }
 
@@ -276,15 +289,55 @@ impl Transactions {
     }
 }
 
-fn modes(request: &VoteRequest) -> Vec<(Oid, Mode)> {
-    let mut modes = BTreeMap::new();
-    for (oid, _) in &request.checks {
-        modes.insert(*oid, Mode::Shared);
+impl Examination {
+    /// Objects whose serials are compared.
+    pub fn objects(&self) -> usize {
+        self.request.objects()
     }
-    for (oid, _) in &request.writes {
-        modes.insert(*oid, Mode::Exclusive);
+
+    /// Compares the serials. `committed` gives the serial of an object's newest revision, `None` if there is none.
+    pub fn compare<E>(
+        &self,
+        mut committed: impl FnMut(Oid) -> Result<Option<Tid>, E>,
+    ) -> Result<VoteAnswer, E> {
+        for (oid, read) in &self.request.checks {
+            match committed(*oid)? {
+                Some(serial) if serial != *read => {
+                    let conflict =
+                        ClientError::ReadConflict { oid: *oid, serials: (serial, *read) };
+                    return Ok(VoteAnswer::Refused(conflict));
+                }
+                _ => {}
+            }
+        }
+        let mut conflicts = Vec::new();
+        for (oid, expected) in &self.request.writes {
+            let refused = match expected {
+                Expected::Any => continue,
+                Expected::Serial(based_on) => {
+                    match committed(*oid)? {
+                        Some(serial) if serial != *based_on => conflicts.push((*oid, serial)),
+                        _ => {}
+                    }
+                    continue;
+                }
+                Expected::Existing(based_on) => match committed(*oid)? {
+                    Some(serial) if serial == *based_on => continue,
+                    Some(serial) => ClientError::Conflict {
+                        oid: *oid,
+                        serials: (serial, *based_on),
+                        class_name: None,
+                    },
+                    None => ClientError::PosKey(oid.to_bytes().into()),
+                },
+            };
+            return Ok(VoteAnswer::Refused(refused));
+        }
+        Ok(match conflicts.is_empty() || mutation::on(Mutation::LoseConflicts) {
+            true => VoteAnswer::Voted,
+            false => VoteAnswer::Conflicts(conflicts),
+        })
     }
-    modes.into_iter().collect()
 }
 
 #[cfg(test)]
@@ -301,17 +354,29 @@ mod tests {
         VoteRequest { writes, ..VoteRequest::default() }
     }
 
+    fn vote(
+        t: &mut Transactions,
+        now: Duration,
+        session: u64,
+        request: VoteRequest,
+    ) -> Vec<SessionId> {
+        t.vote(now, SessionId(session), request.into())
+    }
+
     fn examine(t: &mut Transactions, session: u64, serial: Option<u64>) -> VoteAnswer {
-        t.examine(SessionId(session), |_| Ok::<_, Infallible>(serial.map(Tid)))
-            .unwrap_or_else(|never| match never {})
-            .unwrap()
+        let examination = t.examination(SessionId(session)).unwrap();
+        let answer = examination.compare(|_| Ok::<_, Infallible>(serial.map(Tid)));
+        let answer = answer.unwrap_or_else(|never| match never {});
+        assert!(t.awaits(&examination));
+        t.examined(&examination, &answer);
+        answer
     }
 
     #[test]
     fn disjoint_transactions_vote_at_the_same_time() {
         let mut t = Transactions::new(None);
-        assert_eq!(t.vote(NOW, SessionId(1), writes(&[(1, 5)])), [SessionId(1)]);
-        assert_eq!(t.vote(NOW, SessionId(2), writes(&[(2, 5)])), [SessionId(2)]);
+        assert_eq!(vote(&mut t, NOW, 1, writes(&[(1, 5)])), [SessionId(1)]);
+        assert_eq!(vote(&mut t, NOW, 2, writes(&[(2, 5)])), [SessionId(2)]);
         assert_eq!(examine(&mut t, 1, Some(5)), VoteAnswer::Voted);
         assert_eq!(examine(&mut t, 2, Some(5)), VoteAnswer::Voted);
         assert_eq!(t.finish(SessionId(1)), Ok(()));
@@ -321,12 +386,12 @@ mod tests {
     #[test]
     fn a_conflict_keeps_the_place() {
         let mut t = Transactions::new(None);
-        t.vote(NOW, SessionId(1), writes(&[(1, 4)]));
+        vote(&mut t, NOW, 1, writes(&[(1, 4)]));
         let conflict = VoteAnswer::Conflicts(vec![(Oid(1), Tid(5))]);
         assert_eq!(examine(&mut t, 1, Some(5)), conflict);
-        assert_eq!(t.vote(NOW, SessionId(2), writes(&[(1, 5)])), []);
+        assert_eq!(vote(&mut t, NOW, 2, writes(&[(1, 5)])), []);
         assert_eq!(t.finish(SessionId(1)), Err(FinishRefused));
-        assert_eq!(t.vote(NOW, SessionId(1), writes(&[(1, 5)])), [SessionId(1)]);
+        assert_eq!(vote(&mut t, NOW, 1, writes(&[(1, 5)])), [SessionId(1)]);
         assert_eq!(examine(&mut t, 1, Some(5)), VoteAnswer::Voted);
         assert_eq!(t.finish(SessionId(1)), Ok(()));
         assert_eq!(t.applied(NOW, SessionId(1)), [SessionId(2)]);
@@ -335,10 +400,10 @@ mod tests {
     #[test]
     fn a_second_vote_with_more_objects_goes_to_the_end_of_the_queue() {
         let mut t = Transactions::new(None);
-        t.vote(NOW, SessionId(1), writes(&[(1, 4)]));
+        vote(&mut t, NOW, 1, writes(&[(1, 4)]));
         examine(&mut t, 1, Some(5));
-        assert_eq!(t.vote(NOW, SessionId(2), writes(&[(1, 5), (2, 5)])), []);
-        assert_eq!(t.vote(NOW, SessionId(1), writes(&[(1, 5), (2, 5)])), [SessionId(2)]);
+        assert_eq!(vote(&mut t, NOW, 2, writes(&[(1, 5), (2, 5)])), []);
+        assert_eq!(vote(&mut t, NOW, 1, writes(&[(1, 5), (2, 5)])), [SessionId(2)]);
         examine(&mut t, 2, Some(5));
         assert_eq!(t.waiting(), 1);
     }
@@ -347,10 +412,10 @@ mod tests {
     fn who_has_waited_longest_is_known() {
         let mut t = Transactions::new(None);
         let at = Duration::from_secs;
-        t.vote(at(1), SessionId(1), writes(&[(1, 4), (2, 4)]));
+        vote(&mut t, at(1), 1, writes(&[(1, 4), (2, 4)]));
         assert_eq!(t.longest_wait(at(9), at(0)), None);
-        t.vote(at(3), SessionId(2), writes(&[(2, 4), (3, 4)]));
-        t.vote(at(5), SessionId(3), writes(&[(3, 4)]));
+        vote(&mut t, at(3), 2, writes(&[(2, 4), (3, 4)]));
+        vote(&mut t, at(5), 3, writes(&[(3, 4)]));
         let wait = |waiter, holder, oid, seconds| {
             let (waiter, holder) = (SessionId(waiter), SessionId(holder));
             Some(Wait { waiter, holder, oid: Oid(oid), time: at(seconds) })
@@ -365,10 +430,10 @@ mod tests {
     fn new_objects_and_checks() {
         let mut t = Transactions::new(None);
         let request = VoteRequest { checks: vec![(Oid(2), Tid(3))], ..writes(&[(1, 0)]) };
-        t.vote(NOW, SessionId(1), request.clone());
+        vote(&mut t, NOW, 1, request.clone());
         assert_eq!(examine(&mut t, 1, None), VoteAnswer::Voted);
         t.abort(NOW, SessionId(1));
-        t.vote(NOW, SessionId(1), request);
+        vote(&mut t, NOW, 1, request);
         let conflict = ClientError::ReadConflict { oid: Oid(2), serials: (Tid(7), Tid(3)) };
         assert_eq!(examine(&mut t, 1, Some(7)), VoteAnswer::Refused(conflict));
     }
@@ -377,7 +442,7 @@ mod tests {
     fn undos_are_known_until_they_are_applied() {
         let mut t = Transactions::new(None);
         let undo = VoteRequest { undos: vec![Tid(3)], ..writes(&[(1, 5)]) };
-        t.vote(NOW, SessionId(1), undo);
+        vote(&mut t, NOW, 1, undo);
         examine(&mut t, 1, Some(5));
         t.finish(SessionId(1)).unwrap();
         assert!(t.any_undo());
@@ -390,9 +455,9 @@ mod tests {
         let mut t = Transactions::new(None);
         let request =
             |expected| VoteRequest { writes: vec![(Oid(1), expected)], ..VoteRequest::default() };
-        t.vote(NOW, SessionId(1), request(Expected::Any));
+        vote(&mut t, NOW, 1, request(Expected::Any));
         assert_eq!(examine(&mut t, 1, Some(5)), VoteAnswer::Voted);
-        t.vote(NOW, SessionId(1), request(Expected::Existing(Tid(5))));
+        vote(&mut t, NOW, 1, request(Expected::Existing(Tid(5))));
         assert_eq!(examine(&mut t, 1, Some(5)), VoteAnswer::Voted);
         let missing = ClientError::PosKey(Oid(1).to_bytes().into());
         assert_eq!(examine(&mut t, 1, None), VoteAnswer::Refused(missing));
@@ -406,10 +471,10 @@ mod tests {
     #[test]
     fn row_11_a_hanging_client_loses_its_locks() {
         let mut t = Transactions::new(Some(Duration::from_secs(10)));
-        t.vote(NOW, SessionId(1), writes(&[(1, 0)]));
+        vote(&mut t, NOW, 1, writes(&[(1, 0)]));
         examine(&mut t, 1, None);
-        assert_eq!(t.vote(NOW, SessionId(2), writes(&[(1, 0)])), []);
-        assert_eq!(t.vote(NOW, SessionId(3), writes(&[(2, 0)])), [SessionId(3)]);
+        assert_eq!(vote(&mut t, NOW, 2, writes(&[(1, 0)])), []);
+        assert_eq!(vote(&mut t, NOW, 3, writes(&[(2, 0)])), [SessionId(3)]);
         t.abort(NOW, SessionId(3));
         assert_eq!(t.expired(NOW + Duration::from_secs(9)), []);
         let late = NOW + Duration::from_secs(10);
@@ -423,12 +488,35 @@ mod tests {
     #[test]
     fn what_is_finishing_cannot_be_aborted() {
         let mut t = Transactions::new(Some(Duration::from_secs(10)));
-        t.vote(NOW, SessionId(1), writes(&[(1, 0)]));
+        vote(&mut t, NOW, 1, writes(&[(1, 0)]));
         examine(&mut t, 1, None);
         t.finish(SessionId(1)).unwrap();
-        t.vote(NOW, SessionId(2), writes(&[(1, 0)]));
+        vote(&mut t, NOW, 2, writes(&[(1, 0)]));
         assert_eq!(t.abort(NOW, SessionId(1)), []);
         assert_eq!(t.expired(NOW + Duration::from_secs(99)), []);
         assert_eq!(t.applied(NOW, SessionId(1)), [SessionId(2)]);
+    }
+
+    #[test]
+    fn an_examination_counts_for_its_own_vote_only() {
+        let mut t = Transactions::new(None);
+        vote(&mut t, NOW, 1, writes(&[(1, 5)]));
+        let first = t.examination(SessionId(1)).unwrap();
+        vote(&mut t, NOW, 1, writes(&[(1, 4)]));
+        assert!(!t.awaits(&first));
+        let second = t.examination(SessionId(1)).unwrap();
+        t.clear();
+        vote(&mut t, NOW, 1, writes(&[(1, 4)]));
+        assert!(!t.awaits(&second));
+        let conflict = VoteAnswer::Conflicts(vec![(Oid(1), Tid(5))]);
+        assert_eq!(examine(&mut t, 1, Some(5)), conflict);
+    }
+
+    #[test]
+    fn the_stronger_of_two_locks_counts() {
+        let request =
+            VoteRequest { checks: vec![(Oid(2), Tid(3))], ..writes(&[(2, 3), (1, 0), (2, 3)]) };
+        let locks = Vote::from(request).locks;
+        assert_eq!(locks, [(Oid(1), Mode::Exclusive), (Oid(2), Mode::Exclusive)]);
     }
 }

@@ -1,12 +1,13 @@
 //! oid → position of the newest record.
 //!
-//! Three layers, looked through from the newest: `overlay` (a tree in memory: what was committed
-//! since the last merge), `frozen` (an overlay that is just being merged into a file), `sorted`
+//! Layers, looked through from the newest: `overlay` (a tree in memory: what was committed lately), `layers` (former
+//! overlays, and transactions of very many objects), `frozen` (layers that are just being merged into a file), `sorted`
 //! (an immutable file, mapped). Position 0 in a layer says that the object is not there, whatever
 //! the layers below say.
 //!
 //! The index repeats what `Data.fs` says. It can be thrown away at any time.
 
+mod layer;
 mod python;
 mod sorted;
 
@@ -16,15 +17,18 @@ use std::sync::Arc;
 
 use standby_types::{File, Oid, Position};
 
+pub(crate) use layer::Entry;
+use layer::{Layer, merged};
 pub(crate) use python::{python_index_path, write_python_index};
 pub(crate) use sorted::Sorted;
 
-type Layer = BTreeMap<Oid, Position>;
-
 #[derive(Default)]
 pub(crate) struct Index {
-    overlay: Layer,
-    frozen: Option<Arc<Layer>>,
+    overlay: BTreeMap<Oid, Position>,
+    /// The newest one comes last.
+    layers: Vec<Arc<Layer>>,
+    frozen: Vec<Arc<Layer>>,
+    merges: bool,
     sorted: Option<Arc<Sorted>>,
     /// Number of objects.
     count: u64,
@@ -37,9 +41,14 @@ impl Index {
 
     pub fn get(&self, oid: Oid) -> Option<Position> {
         let found = (self.overlay.get(&oid).copied())
-            .or_else(|| self.frozen.as_ref()?.get(&oid).copied())
+            .or_else(|| self.below().find_map(|layer| layer.get(oid)))
             .or_else(|| self.sorted.as_ref()?.get(oid));
         found.filter(|position| *position != Position(0))
+    }
+
+    /// The layers below the overlay, the newest one first.
+    fn below(&self) -> impl Iterator<Item = &Layer> {
+        self.frozen.iter().chain(&self.layers).rev().map(|layer| &**layer)
     }
 
     pub fn insert(&mut self, oid: Oid, position: Position) {
@@ -56,6 +65,20 @@ impl Index {
         self.overlay.insert(oid, Position(0));
     }
 
+    /// Inserts very many entries in no time: they ascend, each oid once, and `new` of them are not there yet.
+    pub fn insert_many(&mut self, entries: Vec<Entry>, new: u64) {
+        debug_assert!(entries.is_sorted_by(|(one, _), (next, _)| one < next), "oids ascend");
+        self.push_overlay();
+        self.layers.push(Arc::new(Layer::Many(entries)));
+        self.count += new;
+    }
+
+    fn push_overlay(&mut self) {
+        if !self.overlay.is_empty() {
+            self.layers.push(Arc::new(Layer::Tree(std::mem::take(&mut self.overlay))));
+        }
+    }
+
     pub fn len(&self) -> u64 {
         self.count
     }
@@ -64,12 +87,10 @@ impl Index {
     pub fn at_or_above(&self, oid: Oid) -> Option<(Oid, Position)> {
         let mut from = oid;
         loop {
-            let candidates = [
-                self.overlay.range(from..).next().map(|(o, _)| *o),
-                self.frozen.as_ref().and_then(|f| f.range(from..).next().map(|(o, _)| *o)),
-                self.sorted.as_ref().and_then(|s| s.at_or_above(from)),
-            ];
-            let oid = candidates.into_iter().flatten().min()?;
+            let overlay = self.overlay.range(from..).next().map(|(oid, _)| *oid);
+            let below = self.below().filter_map(|layer| layer.at_or_above(from));
+            let sorted = self.sorted.as_ref().and_then(|sorted| sorted.at_or_above(from));
+            let oid = below.chain(overlay).chain(sorted).min()?;
             if let Some(position) = self.get(oid) {
                 return Some((oid, position));
             }
@@ -79,78 +100,65 @@ impl Index {
 
     /// The highest oid that any layer names.
     pub fn highest(&self) -> Option<Oid> {
-        [
-            self.overlay.keys().next_back().copied(),
-            self.frozen.as_ref().and_then(|f| f.keys().next_back().copied()),
-            self.sorted.as_ref().and_then(|s| s.highest()),
-        ]
-        .into_iter()
-        .flatten()
-        .max()
+        let overlay = self.overlay.keys().next_back().copied();
+        let sorted = self.sorted.as_ref().and_then(|sorted| sorted.highest());
+        self.below().filter_map(Layer::highest).chain(overlay).chain(sorted).max()
     }
 
     /// Entries in memory that a merge would move to a file.
     pub fn overlay_len(&self) -> usize {
-        self.overlay.len()
+        self.overlay.len() + self.layers.iter().map(|layer| layer.len()).sum::<usize>()
     }
 
     /// The file's entries, if they are all there are: a merge was the last thing that happened.
     pub fn merged(&self) -> Option<Arc<Sorted>> {
-        self.sorted.clone().filter(|_| self.overlay.is_empty() && self.frozen.is_none())
+        let all = self.overlay.is_empty() && self.layers.is_empty() && self.frozen.is_empty();
+        self.sorted.clone().filter(|_| all)
     }
 
     /// Starts a merge; `None` while another one runs.
     pub fn freeze(&mut self) -> Option<Merge> {
-        if self.frozen.is_some() {
+        if std::mem::replace(&mut self.merges, true) {
             return None;
         }
-        let frozen = Arc::new(std::mem::take(&mut self.overlay));
-        self.frozen = Some(frozen.clone());
-        Some(Merge { frozen, sorted: self.sorted.clone() })
+        self.push_overlay();
+        self.frozen = std::mem::take(&mut self.layers);
+        Some(Merge { frozen: self.frozen.clone(), sorted: self.sorted.clone() })
     }
 
     /// Ends a merge: `merged` holds what `frozen` and `sorted` held.
     pub fn thaw(&mut self, merged: Sorted) {
         self.sorted = Some(Arc::new(merged));
-        self.frozen = None;
+        self.frozen.clear();
+        self.merges = false;
     }
 
-    /// Ends a merge that failed: its entries return to the overlay.
+    /// Ends a merge that failed: its entries stay in memory.
     pub fn thaw_failed(&mut self) {
-        if let Some(frozen) = self.frozen.take() {
-            for (oid, position) in frozen.iter() {
-                self.overlay.entry(*oid).or_insert(*position);
-            }
-        }
+        let newer = std::mem::take(&mut self.layers);
+        self.layers = std::mem::take(&mut self.frozen);
+        self.layers.extend(newer);
+        self.merges = false;
     }
 }
 
 /// What a merge reads; needs no lock.
 pub(crate) struct Merge {
-    frozen: Arc<Layer>,
+    frozen: Vec<Arc<Layer>>,
     sorted: Option<Arc<Sorted>>,
 }
 
 impl Merge {
     /// All entries in order of oid.
-    pub fn entries(&self) -> impl Iterator<Item = (Oid, Position)> + '_ {
-        let mut newer = self.frozen.iter().map(|(o, p)| (*o, *p)).peekable();
-        let mut older = self.sorted.iter().flat_map(|s| s.iter()).peekable();
-        std::iter::from_fn(move || {
-            let take_newer = match (newer.peek(), older.peek()) {
-                (Some((n, _)), Some((o, _))) => {
-                    if n == o {
-                        older.next();
-                        true
-                    } else {
-                        n < o
-                    }
-                }
-                (newer, _) => newer.is_some(),
-            };
-            if take_newer { newer.next() } else { older.next() }
-        })
-        .filter(|(_, position)| *position != Position(0))
+    pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        let sorted = self.sorted.iter().flat_map(|sorted| sorted.iter());
+        let all = self
+            .frozen
+            .iter()
+            .fold(Box::new(sorted) as Box<dyn Iterator<Item = Entry> + '_>, |older, layer| {
+                Box::new(merged(layer.iter(), older))
+            });
+        all.filter(|(_, position)| *position != Position(0))
     }
 }
 
@@ -189,3 +197,6 @@ impl Growing {
         Ok(self.file)
     }
 }
+
+#[cfg(test)]
+mod tests;

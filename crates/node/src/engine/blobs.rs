@@ -254,7 +254,7 @@ impl Engine {
 
     /// Lets a transaction go into the log, or holds it until its blobs are on a majority.
     pub(super) fn with_blobs(&mut self, outgoing: Outgoing) -> Option<Outgoing> {
-        if outgoing.buffer.blobs().is_empty() || self.at_majority(&outgoing) {
+        if outgoing.blobs.all.is_empty() || self.at_majority(&outgoing) {
             return Some(outgoing);
         }
         self.blobs.waiting.push(outgoing);
@@ -264,7 +264,7 @@ impl Engine {
     /// Some time has passed: what has been said may have been lost.
     pub(super) fn tend_blobs(&mut self) -> anyhow::Result<()> {
         for outgoing in &self.blobs.waiting {
-            for blob in outgoing.buffer.blobs() {
+            for blob in &outgoing.blobs.all {
                 if let BlobSource::Upload(upload) = blob.source {
                     self.shared.peers.announce(&Announcement::of(&outgoing.storage, upload));
                 }
@@ -285,7 +285,7 @@ impl Engine {
     }
 
     fn at_majority(&self, outgoing: &Outgoing) -> bool {
-        outgoing.buffer.blobs().iter().all(|blob| {
+        outgoing.blobs.all.iter().all(|blob| {
             let BlobSource::Upload(upload) = blob.source else { return true };
             let nowhere = BTreeSet::new();
             let arrived = self.blobs.arrived.get(&upload.transfer).unwrap_or(&nowhere);

@@ -1,5 +1,6 @@
 //! Finished transactions on their way into the log: short ones at once, of long ones a part each in turn.
 
+use std::io;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -7,26 +8,60 @@ use standby_consensus::{Command, Ending, PART_LEN};
 use standby_filestorage::{Record, TransactionMeta, put_meta, put_record};
 use standby_types::time::{new_tid, tid_at, time_of, utc};
 use standby_types::{LogIndex, Mutation, Tid, mutation};
-use standby_zeo::{Buffer, ClientError, Value};
+use standby_zeo::{Blobs, Buffer, ClientError, Meta, Value};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
 use tracing::error;
 
-use super::Engine;
+use super::{Engine, Internal, MANY};
 use crate::applier::Origin;
 use crate::look::record_data;
+use crate::machine;
 use crate::sessions::SessionHandle;
 
-/// Bytes of entries of ours without a majority, beyond which long transactions wait.
+/// Bytes of entries of ours without a majority, beyond which nothing more is proposed.
 const WINDOW: usize = 16 << 20;
+/// Bytes beyond which no parts of long transactions are. What others commit, and answers to heartbeats, come behind them
+/// on every link.
+const LONG_WINDOW: usize = 4 << 20;
+/// Parts of a long transaction that are at hand.
+const AT_HAND: usize = 2;
 
 /// A transaction on its way into the log.
 pub(super) struct Outgoing {
     pub(super) session: Arc<SessionHandle>,
     id: Value,
     pub(super) storage: String,
-    pub(super) buffer: Box<Buffer>,
-    next_write: usize,
-    records: BytesMut,
+    meta: Meta,
+    pub(super) blobs: Blobs,
+    records: Records,
     parts: Vec<LogIndex>,
+}
+
+/// The records of a transaction, as they go into the log.
+enum Records {
+    /// All that are not in the log yet.
+    Rest(Bytes),
+    /// They are encoded beside the engine's task, and come piece by piece.
+    Coming(mpsc::Receiver<io::Result<Piece>>),
+    /// This part comes next.
+    Part(Bytes, mpsc::Receiver<io::Result<Piece>>),
+}
+
+enum Piece {
+    Part(Bytes),
+    /// The last one, no longer than a part.
+    Rest(Bytes),
+}
+
+/// What the pump can do for a transaction.
+enum Next {
+    /// Its next piece is not there yet.
+    Waits,
+    /// A part is to be proposed.
+    Part(Bytes),
+    /// All that is left fits its closing entry.
+    Closes,
 }
 
 impl Engine {
@@ -35,7 +70,7 @@ impl Engine {
         session: Arc<SessionHandle>,
         storage: String,
         id: Value,
-        buffer: Box<Buffer>,
+        mut buffer: Box<Buffer>,
     ) {
         let Some(committing) = self.storages.get_mut(&storage) else { return };
         if committing.transactions.finish(session.id).is_err() {
@@ -44,21 +79,59 @@ impl Engine {
             session.answer(session.encoding().error(&id, &error));
             return;
         }
-        self.outgoing.push_back(Outgoing {
-            session,
-            id,
-            storage,
-            buffer,
-            next_write: 0,
-            records: BytesMut::new(),
-            parts: Vec::new(),
-        });
+        let (meta, blobs) = (buffer.meta.clone(), buffer.take_blobs());
+        let records = if buffer.writes().len() <= MANY && buffer.len() <= PART_LEN as u64 {
+            let mut rest = Bytes::new();
+            let mut keep = |piece| {
+                if let Piece::Rest(bytes) = piece {
+                    rest = bytes;
+                }
+                true
+            };
+            match encode(&buffer, &mut keep) {
+                Ok(()) => Records::Rest(rest),
+                Err(error) => return self.unreadable(&session, &storage, &error),
+            }
+        } else {
+            Records::Coming(self.encode_beside(buffer))
+        };
+        let parts = Vec::new();
+        self.outgoing.push_back(Outgoing { session, id, storage, meta, blobs, records, parts });
+    }
+
+    /// Encodes a long transaction, a few parts ahead of what is proposed.
+    fn encode_beside(&self, buffer: Box<Buffer>) -> mpsc::Receiver<io::Result<Piece>> {
+        let (pieces, coming) = machine::queue(AT_HAND);
+        let shared = self.shared.clone();
+        // It ends at the latest when nobody takes its pieces any more.
+        drop(machine::spawn_blocking(move || {
+            let mut each = |piece| {
+                let taken = machine::send_blocking(&pieces, Ok(piece)).is_ok();
+                shared.report(Internal::Encoded);
+                taken
+            };
+            if let Err(error) = encode(&buffer, &mut each) {
+                let _ = machine::send_blocking(&pieces, Err(error));
+                shared.report(Internal::Encoded);
+            }
+        }));
+        coming
+    }
+
+    /// What a client has stored is not there any more.
+    fn unreadable(&mut self, session: &SessionHandle, storage: &str, error: &io::Error) {
+        error!(%error, "cannot read a large transaction back");
+        session.cut("its transaction cannot be read back");
+        let (now, id) = (self.shared.now(), session.id);
+        self.unlocked(storage, |t| t.applied(now, id));
     }
 
     /// Moves finished transactions into the log: short ones at once, of long ones a part each
     /// in turn, as fast as they are committed.
     pub(super) fn pump(&mut self) -> anyhow::Result<()> {
-        while self.in_flight < WINDOW {
+        // How many have had their turn since something was proposed.
+        let mut passed = 0;
+        while self.in_flight < WINDOW && passed < self.outgoing.len() {
             let Some(mut outgoing) = self.outgoing.pop_front() else { break };
             if outgoing.parts.is_empty() {
                 if self.overtaken(&outgoing) {
@@ -69,36 +142,44 @@ impl Engine {
                     None => continue,
                 }
             }
-            if let Err(error) = outgoing.fill() {
-                error!(%error, "cannot read a large transaction back");
-                outgoing.session.cut("its transaction cannot be read back");
-                let now = self.shared.now();
-                self.unlocked(&outgoing.storage, |t| t.applied(now, outgoing.session.id));
-                continue;
-            }
-            let taken = if outgoing.records.len() > PART_LEN {
-                let part = outgoing.records.split_to(PART_LEN).freeze();
-                let proposed = self.propose(Command::Part(part.clone()), None)?;
-                match proposed {
-                    Some(index) => outgoing.parts.push(index),
-                    None => {
-                        let mut records = BytesMut::from(part);
-                        records.extend_from_slice(&outgoing.records);
-                        outgoing.records = records;
+            // Nothing may get a tid while one that brings its own is on its way.
+            let goes_first = outgoing.meta.tid.is_some();
+            match outgoing.next() {
+                Ok(Next::Part(part)) if self.in_flight < LONG_WINDOW => {
+                    match self.propose(Command::Part(part.clone()), None)? {
+                        Some(index) => outgoing.parts.push(index),
+                        None => {
+                            outgoing.put_back(part);
+                            self.outgoing.push_front(outgoing);
+                            break;
+                        }
                     }
+                    passed = 0;
                 }
-                if outgoing.buffer.meta.tid.is_some() {
-                    // Nothing may get a tid while it is on its way.
-                    self.outgoing.push_front(outgoing);
-                } else {
-                    self.outgoing.push_back(outgoing);
+                Ok(Next::Part(part)) => {
+                    outgoing.put_back(part);
+                    passed += 1;
                 }
-                proposed.is_some()
+                Ok(Next::Waits) => passed += 1,
+                Ok(Next::Closes) => {
+                    if !self.close(outgoing)? {
+                        break;
+                    }
+                    passed = 0;
+                    continue;
+                }
+                Err(error) => {
+                    self.unreadable(&outgoing.session, &outgoing.storage, &error);
+                    continue;
+                }
+            }
+            if goes_first {
+                self.outgoing.push_front(outgoing);
+                if passed > 0 {
+                    break;
+                }
             } else {
-                self.close(outgoing)?
-            };
-            if !taken {
-                break;
+                self.outgoing.push_back(outgoing);
             }
         }
         Ok(())
@@ -132,7 +213,7 @@ impl Engine {
 
     /// True if a transaction cannot have its tid any more; the client is told.
     fn overtaken(&mut self, outgoing: &Outgoing) -> bool {
-        let Some(error) = self.refuse_tid(&outgoing.storage, outgoing.buffer.meta.tid) else {
+        let Some(error) = self.refuse_tid(&outgoing.storage, outgoing.meta.tid) else {
             return false;
         };
         let session = &outgoing.session;
@@ -143,10 +224,11 @@ impl Engine {
     }
 
     /// Proposes the closing entry of a transaction; false if it has to be tried again.
-    fn close(&mut self, mut outgoing: Outgoing) -> anyhow::Result<bool> {
+    fn close(&mut self, outgoing: Outgoing) -> anyhow::Result<bool> {
         let wall_clock = self.time_of_commits();
         let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
-        let meta = &outgoing.buffer.meta;
+        let Records::Rest(rest) = &outgoing.records else { return Ok(true) };
+        let meta = &outgoing.meta;
         let tid = meta.tid;
         let behind = time_of(committing.last_tid).saturating_sub(wall_clock);
         let last = match mutation::on(Mutation::TidFromClock) {
@@ -170,8 +252,8 @@ impl Engine {
             storage: outgoing.storage.clone(),
             head: head.freeze(),
             parts: outgoing.parts.clone(),
-            blobs: outgoing.buffer.blobs(),
-            rest: Bytes::copy_from_slice(&outgoing.records),
+            blobs: outgoing.blobs.all.clone(),
+            rest: rest.clone(),
         };
         let origin = Origin { session: outgoing.session.clone(), id: outgoing.id.clone() };
         if self.propose(Command::Transaction(ending), Some(origin))?.is_none() {
@@ -184,7 +266,7 @@ impl Engine {
             session.outbox.push(session.encoding().reply(&outgoing.id, tid));
         }
         self.look_at_clock(behind);
-        outgoing.buffer.keep_blobs();
+        outgoing.blobs.keep();
         if let Some(committing) = self.storages.get_mut(&outgoing.storage) {
             committing.last_tid = tid;
         }
@@ -193,17 +275,62 @@ impl Engine {
 }
 
 impl Outgoing {
-    /// Encodes records until there is more than a part, or no more.
-    fn fill(&mut self) -> std::io::Result<()> {
-        while self.records.len() <= PART_LEN
-            && let Some(write) = self.buffer.writes().get(self.next_write)
-        {
-            let data = record_data(self.buffer.content(write)?);
-            put_record(&Record { oid: write.oid, data }, &mut self.records);
-            self.next_write += 1;
-        }
-        Ok(())
+    /// What comes next. What a part is taken for, and is not done, is put back.
+    fn next(&mut self) -> io::Result<Next> {
+        let coming = match std::mem::replace(&mut self.records, Records::Rest(Bytes::new())) {
+            Records::Rest(rest) => {
+                self.records = Records::Rest(rest);
+                return Ok(Next::Closes);
+            }
+            Records::Part(part, coming) => {
+                self.records = Records::Coming(coming);
+                return Ok(Next::Part(part));
+            }
+            Records::Coming(coming) => coming,
+        };
+        let mut coming = coming;
+        let piece = match coming.try_recv() {
+            Ok(piece) => piece?,
+            Err(TryRecvError::Empty) => {
+                self.records = Records::Coming(coming);
+                return Ok(Next::Waits);
+            }
+            Err(TryRecvError::Disconnected) => return Err(io::ErrorKind::BrokenPipe.into()),
+        };
+        Ok(match piece {
+            Piece::Part(part) => {
+                self.records = Records::Coming(coming);
+                Next::Part(part)
+            }
+            Piece::Rest(rest) => {
+                self.records = Records::Rest(rest);
+                Next::Closes
+            }
+        })
     }
+
+    fn put_back(&mut self, part: Bytes) {
+        self.records = match std::mem::replace(&mut self.records, Records::Rest(Bytes::new())) {
+            Records::Coming(coming) => Records::Part(part, coming),
+            other => other,
+        };
+    }
+}
+
+/// Encodes the changes of a transaction; `each` returns false if nobody wants more of them.
+fn encode(buffer: &Buffer, each: &mut dyn FnMut(Piece) -> bool) -> io::Result<()> {
+    let mut records = BytesMut::new();
+    for write in buffer.writes() {
+        let data = record_data(buffer.content(write)?);
+        put_record(&Record { oid: write.oid, data }, &mut records);
+        while records.len() > PART_LEN {
+            if !each(Piece::Part(records.split_to(PART_LEN).freeze())) {
+                return Ok(());
+            }
+        }
+    }
+    each(Piece::Rest(records.freeze()));
+    Ok(())
 }
 
 fn does_not_follow(tid: Tid, last: Tid) -> ClientError {

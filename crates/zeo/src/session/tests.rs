@@ -421,8 +421,9 @@ fn blobs_belong_to_the_transaction() {
         let mut effects = client.call("tpc_finish", vec![1.into()]);
         let Some(Effect::Finish { transaction, .. }) = effects.first_mut() else { panic!() };
         let source = BlobSource::Upload(upload());
-        assert_eq!(transaction.blobs(), [standby_types::Blob { oid: Oid(1), source }]);
-        transaction.keep_blobs();
+        let blobs = transaction.take_blobs();
+        assert_eq!(blobs.all, [standby_types::Blob { oid: Oid(1), source }]);
+        blobs.keep();
         assert_eq!(kept.load(std::sync::atomic::Ordering::Relaxed), 1);
     }
 }

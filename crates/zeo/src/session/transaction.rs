@@ -1,5 +1,7 @@
 //! The calls that make a transaction: `tpc_begin` to `tpc_finish`.
 
+use std::collections::BTreeSet;
+
 use base64::Engine as _;
 use bytes::Bytes;
 use standby_pickle::Value;
@@ -26,7 +28,7 @@ pub(super) struct Transaction {
     /// Why the vote will fail, if that is known already.
     pub doomed: Option<ClientError>,
     /// Objects that become something else than what the client has: what an undo changes.
-    pub changed: Vec<Oid>,
+    pub changed: BTreeSet<Oid>,
 }
 
 impl Session {
@@ -73,7 +75,7 @@ impl Session {
             phase: Phase::Open,
             buffer: Box::new(Buffer::new(meta, self.options.make_spill.clone())),
             doomed,
-            changed: Vec::new(),
+            changed: BTreeSet::new(),
         });
         Ok(())
     }

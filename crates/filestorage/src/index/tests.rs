@@ -1,0 +1,78 @@
+use std::path::Path;
+
+use proptest::prelude::*;
+use standby_types::Tid;
+use standby_types::memory::MemoryDisk;
+
+use super::*;
+use crate::storage::Mark;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Insert(u64, u64),
+    Remove(u64),
+    Many(BTreeMap<u64, u64>),
+    Freeze,
+    Thaw,
+    ThawFailed,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let (oid, position) = (0u64..20, 1u64..1000);
+    prop_oneof![
+        4 => (oid.clone(), position.clone()).prop_map(|(oid, at)| Step::Insert(oid, at)),
+        2 => oid.clone().prop_map(Step::Remove),
+        2 => prop::collection::btree_map(oid, position, 1..10).prop_map(Step::Many),
+        1 => Just(Step::Freeze),
+        1 => Just(Step::Thaw),
+        1 => Just(Step::ThawFailed),
+    ]
+}
+
+proptest! {
+    /// Whatever the layers are, the index says what a tree says.
+    #[test]
+    fn layers_agree_with_a_tree(steps in prop::collection::vec(step(), 1..60)) {
+        let (disk, path) = (MemoryDisk::new(), Path::new("/index"));
+        let (mut index, mut expected) = (Index::default(), BTreeMap::new());
+        let mut merge: Option<Merge> = None;
+        for step in steps {
+            match step {
+                Step::Insert(oid, at) => {
+                    index.insert(Oid(oid), Position(at));
+                    expected.insert(Oid(oid), Position(at));
+                }
+                Step::Remove(oid) => {
+                    index.remove(Oid(oid));
+                    expected.remove(&Oid(oid));
+                }
+                Step::Many(entries) => {
+                    let entries: Vec<_> = entries.into_iter().map(|(oid, at)| (Oid(oid), Position(at))).collect();
+                    let new = entries.iter().filter(|(oid, _)| index.get(*oid).is_none()).count();
+                    expected.extend(entries.iter().copied());
+                    index.insert_many(entries, new as u64);
+                }
+                Step::Freeze => merge = index.freeze().or(merge),
+                Step::Thaw => if let Some(merge) = merge.take() {
+                    let mark = Mark { position: Position(9), tid: Tid(9) };
+                    index.thaw(Sorted::write(&disk, path, mark, merge.entries()).unwrap());
+                },
+                Step::ThawFailed => if merge.take().is_some() {
+                    index.thaw_failed();
+                },
+            }
+            prop_assert_eq!(index.len(), expected.len() as u64);
+            for oid in (0..21).map(Oid) {
+                prop_assert_eq!(index.get(oid), expected.get(&oid).copied());
+                let above = expected.range(oid..).next().map(|(oid, at)| (*oid, *at));
+                prop_assert_eq!(index.at_or_above(oid), above);
+            }
+            prop_assert!(index.highest() >= expected.keys().next_back().copied());
+        }
+        if merge.take().is_some() {
+            index.thaw_failed();
+        }
+        let merge = index.freeze().unwrap();
+        prop_assert!(merge.entries().eq(expected));
+    }
+}
