@@ -3,12 +3,14 @@
 import time
 
 import pytest
+import ZODB.POSException
 from persistent.TimeStamp import TimeStamp
 from ZEO.ClientStorage import ClientStorage
 from ZODB.Connection import TransactionMetaData
 from ZODB.utils import maxtid, p64, u64, z64
 
 import cluster as harness
+from large import Others, Refused, commit_many
 from zeo_client import Client
 
 
@@ -83,3 +85,41 @@ def test_no_oid_is_given_out_when_the_highest_is_in_use(nodes):
     with pytest.raises(Exception, match="no new oids are left"):
         storage.new_oid()
     storage.close()
+
+
+def test_a_transaction_is_as_large_as_the_configuration_allows(nodes):
+    options = "  transaction-objects 1000\n  transaction-size 1MB\n"
+    cluster = nodes.cluster(options=options).start()
+    client = Client(cluster.addresses)
+    address = cluster.primary().address
+    commit_many(address, range(1 << 32, (1 << 32) + 1000))
+    with pytest.raises(Refused, match="at most 1000 objects.*transaction-objects in <standby>"):
+        commit_many(address, range(1 << 40, (1 << 40) + 1001))
+    with pytest.raises(ZODB.POSException.StorageError, match="transaction-size in <standby>"):
+        client.commit(lambda root: root.update(x=b"x" * (1 << 20)), attempts=1)
+    client.commit(lambda root: root.update(x=b"x" * 1000))
+    client.close()
+    cluster.wait_level()
+
+
+def test_a_transaction_of_very_many_objects_holds_nobody_up(nodes):
+    """Others commit meanwhile, none of them loses its connection, and all nodes have it in the end."""
+    cluster = nodes.cluster().start()
+    term = cluster.status()["term"]
+    others = [Others(Client(cluster.addresses), str(number)) for number in range(2)]
+    for other in others:
+        other.start()
+    began = time.monotonic()
+    stores, vote, finish = commit_many(cluster.primary().address, range(1 << 32, (1 << 32) + 200_000))
+    ended = time.monotonic()
+    for other in others:
+        other.stop()
+    taken = sorted(taken for other in others for taken in other.latencies(began, ended))
+    print(
+        "200,000 objects: stores %.1f s, vote %.1f s, end %.1f s; beside it %d commits, median %.0f ms, longest %.0f ms"
+        % (stores, vote, finish, len(taken), 1000 * taken[len(taken) // 2], 1000 * taken[-1])
+    )
+    assert cluster.status()["term"] == term
+    for other in others:
+        other.client.close()
+    cluster.wait_level()

@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use standby_types::Disk;
 use standby_types::disk::Open;
 use standby_types::memory::MemoryDisk;
-use standby_zeo::{Effect, FrameReader, Options, Session, VoteAnswer, VoteOutcome};
+use standby_zeo::{Effect, FrameReader, Limits, Options, Session, VoteAnswer, VoteOutcome};
 
 fuzz_target!(|data: &[u8]| {
     let disk = MemoryDisk::new();
@@ -19,6 +19,7 @@ fuzz_target!(|data: &[u8]| {
         read_only: false,
         read_only_storages: Arc::new([]),
         make_spill: Arc::new(move || disk.open(Path::new("/spill"), Open::Create)),
+        limits: Limits::default(),
     };
     let mut session = Session::new(options);
     let mut frames = FrameReader::default();
@@ -32,7 +33,7 @@ fuzz_target!(|data: &[u8]| {
                     Effect::Close(_) => return,
                     Effect::Register { .. } => session.registered(true),
                     Effect::Vote(_) => {
-                        session.take_later();
+                        session.take_later().unwrap_or_default();
                         let _: Option<Bytes> =
                             session.voted(VoteOutcome::Answer(VoteAnswer::Voted));
                     }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use standby_filestorage::{Access, Staged, StorageError};
+use standby_filestorage::{Access, Staged, StorageError, Undone};
 use standby_types::{Oid, Tid, Upload};
 use standby_zeo::{
     ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, StagedFile, Value,
@@ -83,6 +83,7 @@ async fn talk(
         read_only: read_only || shared.config.zeo.read_only,
         read_only_storages: shared.read_only_storages.clone(),
         make_spill: room::guarded(shared.clone()),
+        limits: shared.config.limits(),
     };
     let session = Session::new(options);
     handle.outbox.push(session.greeting());
@@ -261,34 +262,37 @@ impl Connection {
 
     /// The transaction holds its locks: works out what could not be known before.
     async fn work_out(&mut self) -> VoteOutcome {
-        let later = self.session.take_later();
         let voted = VoteOutcome::Answer(VoteAnswer::Voted);
-        let Some(storage) = self.storage().filter(|_| !later.is_empty()) else { return voted };
-        let reader = storage.reader().clone();
-        let blobs = storage.blobs.clone();
-        let (results, mut received) = machine::queue(16);
-        let working = machine::spawn_blocking(move || {
-            look::work_out(&reader, blobs.as_ref(), later, |out| {
-                machine::send_blocking(&results, out).is_ok()
-            })
-        });
-        let mut kept = Ok(());
-        while let Some(out) = received.recv().await {
-            kept = kept.and_then(|()| self.session.worked_out(out));
-        }
-        let worked =
-            working.await.unwrap_or_else(|error| Err(ClientError::storage(error.to_string())));
-        let kept = kept.map_err(|error| {
-            ClientError::storage(format!("cannot keep a large transaction: {error}"))
-        });
-        match worked.and(kept) {
-            Ok(()) => voted,
-            Err(error) => {
-                let (session, storage) = (self.handle.id, self.storage.clone().unwrap_or_default());
-                self.shared.tell(Event::Client(Request::Abort { session, storage })).await;
-                VoteOutcome::Failed(error)
+        let Some(storage) = self.storage() else { return voted };
+        let (reader, blobs) = (storage.reader(), storage.blobs.clone());
+        let mut undone = Undone::new();
+        let failed = loop {
+            let later = match self.session.take_later() {
+                Ok(later) if later.is_empty() => return voted,
+                Ok(later) => later,
+                Err(error) => break cannot_keep(&error),
+            };
+            let (reader, blobs) = (reader.clone(), blobs.clone());
+            let (results, mut received) = machine::queue(16);
+            let working = machine::spawn_blocking(move || {
+                let each = |out| machine::send_blocking(&results, out).is_ok();
+                let worked = look::work_out(&reader, blobs.as_ref(), later, &mut undone, each);
+                worked.map(|()| undone)
+            });
+            let mut kept = Ok(());
+            while let Some(out) = received.recv().await {
+                kept = kept.and_then(|()| self.session.worked_out(out));
             }
-        }
+            match (working.await, kept) {
+                (Ok(Ok(so_far)), Ok(())) => undone = so_far,
+                (Ok(Err(error)), _) => break error,
+                (Err(error), _) => break ClientError::storage(error.to_string()),
+                (_, Err(error)) => break cannot_keep(&error),
+            }
+        };
+        let (session, storage) = (self.handle.id, self.storage.clone().unwrap_or_default());
+        self.shared.tell(Event::Client(Request::Abort { session, storage })).await;
+        VoteOutcome::Failed(failed)
     }
 
     /// The objects that a vote's undos change.
@@ -297,7 +301,10 @@ impl Connection {
             return Ok(());
         };
         let (reader, undos) = (storage.reader().clone(), request.undos.clone());
-        let found = machine::spawn_blocking(move || look::undo_objects(&reader, &undos));
+        let (limits, objects) = (self.shared.config.limits(), request.objects());
+        let found = machine::spawn_blocking(move || {
+            look::undo_objects(&reader, &undos, |undone| limits.check(objects + undone, 0))
+        });
         let oids = found.await.unwrap_or_else(|e| Err(ClientError::storage(e.to_string())))?;
         request.writes.extend(oids.into_iter().map(|oid| (oid, Expected::Any)));
         Ok(())
@@ -668,6 +675,10 @@ impl Connection {
 }
 
 struct NotCached;
+
+fn cannot_keep(error: &std::io::Error) -> ClientError {
+    ClientError::storage(format!("cannot keep a large transaction: {error}"))
+}
 
 /// `get_info`: what the storage can do.
 fn info(storage: &StorageShared) -> Value {

@@ -276,11 +276,16 @@ pub fn not_here(error: &StorageError) -> ClientError {
     ClientError::Other("ZODB.POSException.POSKeyError", vec![Value::Str(error.to_string())])
 }
 
-/// The objects that undoing these transactions changes: their locks are needed.
-pub fn undo_objects(reader: &Reader, undos: &[Tid]) -> Result<Vec<Oid>, ClientError> {
+/// The objects that undoing these transactions changes: their locks are needed. `check` refuses if they are too many.
+pub fn undo_objects(
+    reader: &Reader,
+    undos: &[Tid],
+    check: impl Fn(usize) -> Result<(), ClientError>,
+) -> Result<Vec<Oid>, ClientError> {
     let mut oids = Vec::new();
     for tid in undos {
         oids.extend(reader.undo_objects(*tid).map_err(undo_failed)?);
+        check(oids.len())?;
     }
     Ok(oids)
 }
@@ -291,14 +296,14 @@ pub fn work_out(
     reader: &Reader,
     blobs: Option<&BlobDir>,
     later: Vec<Later>,
+    undone: &mut Undone,
     mut each: impl FnMut(WorkedOut) -> bool,
 ) -> Result<(), ClientError> {
-    let mut undone = Undone::new();
     let gone = || ClientError::storage("the client has left");
     for task in later {
         match task {
             Later::Undo(tid) => reader
-                .undo(tid, &mut undone, |oid, data| {
+                .undo(tid, undone, |oid, data| {
                     let blob = blob_brought_back(blobs, oid, &data).map_err(WorkError)?;
                     let out = WorkedOut { oid, content: content(data), undone: true, blob };
                     if each(out) { Ok(()) } else { Err(WorkError(gone())) }

@@ -3,12 +3,13 @@
 //! Data beyond [`SPILL_ABOVE`] go to a temporary file, so that a transaction of any size costs
 //! bounded memory.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 
 use bytes::Bytes;
 use standby_types::{Blob, BlobSource, Oid, Tid};
 
+use crate::error::ClientError;
 use crate::spill::{MakeSpill, Slot, Spill};
 use crate::transactions::VoteRequest;
 
@@ -78,6 +79,21 @@ pub struct Write {
     kept: Kept,
 }
 
+impl Write {
+    /// Bytes that its record takes in the data file.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The serial that the change relies on.
+    pub fn read(&self) -> Tid {
+        match self.expected {
+            Expected::Serial(read) | Expected::Existing(read) => read,
+            Expected::Any => Tid::NONE,
+        }
+    }
+}
+
 /// Bytes of a transaction and of a record in the data file, beside texts and data; and those of a
 /// pointer in place of data.
 const TRANSACTION_LEN: u64 = 23;
@@ -91,6 +107,45 @@ pub enum Later {
     Undo(Tid),
     /// Write this revision; a back pointer if the one that is hinted at has the same data.
     Restore(Oid, Option<Bytes>, Option<Tid>),
+}
+
+#[derive(Clone, Debug)]
+enum KeptLater {
+    Undo(Tid),
+    Restore(Oid, Option<Slot>, Option<Tid>),
+}
+
+/// What one transaction may ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Objects that it changes, checks or restores, and transactions that it undoes.
+    pub objects: usize,
+    /// Bytes that its records take in the data file.
+    pub bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { objects: 10_000_000, bytes: 64 << 30 }
+    }
+}
+
+impl Limits {
+    /// An error for a transaction with so many objects and bytes.
+    pub fn check(&self, objects: usize, bytes: u64) -> Result<(), ClientError> {
+        let Limits { objects: most, bytes: most_bytes } = *self;
+        let (what, option) = if objects > most {
+            (format!("{most} objects"), "transaction-objects")
+        } else if bytes > most_bytes {
+            (format!("{most_bytes} bytes"), "transaction-size")
+        } else {
+            return Ok(());
+        };
+        Err(ClientError::storage(format!(
+            "a transaction may have at most {what}, and this one has more: commit in smaller steps, or raise {option} in \
+             <standby>"
+        )))
+    }
 }
 
 /// Keeps an upload on disk as long as it lives.
@@ -122,7 +177,11 @@ pub struct Buffer {
     by_oid: HashMap<Oid, usize>,
     /// Objects that must not have changed since they were read.
     checks: Vec<(Oid, Tid)>,
-    later: Vec<Later>,
+    later: VecDeque<KeptLater>,
+    /// Something was to be worked out, or is.
+    has_later: bool,
+    /// Bytes of all changes so far, also of those that do not count any more.
+    bytes: u64,
     blobs: BTreeMap<Oid, (BlobSource, Option<Box<dyn StagedFile>>)>,
     spill: Spill,
 }
@@ -141,7 +200,9 @@ impl Buffer {
             writes: Vec::new(),
             by_oid: HashMap::new(),
             checks: Vec::new(),
-            later: Vec::new(),
+            later: VecDeque::new(),
+            has_later: false,
+            bytes: 0,
             blobs: BTreeMap::new(),
             spill: Spill::new(SPILL_ABOVE, make_spill),
         }
@@ -165,6 +226,7 @@ impl Buffer {
             Content::Gone => Kept::Gone,
         };
         let write = Write { oid, expected, len: RECORD_LEN + data_len, kept };
+        self.bytes += write.len;
         match self.by_oid.get(&oid) {
             Some(at) => self.writes[*at] = write,
             None => {
@@ -199,18 +261,57 @@ impl Buffer {
     }
 
     /// Adds what can be worked out only when the transaction holds its locks.
-    pub fn later(&mut self, later: Later) {
-        self.later.push(later);
+    pub fn later(&mut self, later: Later) -> io::Result<()> {
+        self.has_later = true;
+        self.later.push_back(match later {
+            Later::Undo(tid) => KeptLater::Undo(tid),
+            Later::Restore(oid, data, hint) => {
+                self.bytes +=
+                    RECORD_LEN + data.as_ref().map_or(POINTER_LEN, |data| data.len() as u64);
+                let slot = data.map(|data| self.spill.put(data)).transpose()?;
+                KeptLater::Restore(oid, slot, hint)
+            }
+        });
+        Ok(())
     }
 
     /// True if something is to be worked out: what comes after it must wait, to stay in order.
     pub fn has_later(&self) -> bool {
-        !self.later.is_empty()
+        self.has_later
     }
 
-    /// Takes what is to be worked out, in order.
-    pub fn take_later(&mut self) -> Vec<Later> {
-        std::mem::take(&mut self.later)
+    /// Takes what is to be worked out, in order, some megabytes of it; nothing if that was all.
+    pub fn take_later(&mut self) -> io::Result<Vec<Later>> {
+        let (mut taken, mut bytes) = (Vec::new(), 0);
+        while bytes < SPILL_ABOVE
+            && let Some(later) = self.later.pop_front()
+        {
+            taken.push(match later {
+                KeptLater::Undo(tid) => Later::Undo(tid),
+                KeptLater::Restore(oid, slot, hint) => {
+                    let data = slot.as_ref().map(|slot| self.spill.get(slot)).transpose()?;
+                    slot.into_iter().for_each(|slot| self.spill.release(slot));
+                    bytes += data.as_ref().map_or(0, Bytes::len);
+                    Later::Restore(oid, data, hint)
+                }
+            });
+            bytes += RECORD_LEN as usize;
+        }
+        Ok(taken)
+    }
+
+    /// An error if the transaction has more than it may.
+    pub fn check_limits(&self, limits: &Limits) -> Result<(), ClientError> {
+        let objects = self.writes.len() + self.checks.len() + self.later.len();
+        limits.check(objects, self.bytes)
+    }
+
+    /// The transaction will not be committed: nothing of it need be kept.
+    pub fn forget(&mut self) {
+        (self.writes, self.by_oid, self.checks) = Default::default();
+        self.later.clear();
+        self.blobs.clear();
+        self.spill.clear();
     }
 
     /// What a vote needs to know.
@@ -224,8 +325,8 @@ impl Buffer {
         };
         for later in &self.later {
             match later {
-                Later::Undo(tid) => request.undos.push(*tid),
-                Later::Restore(oid, ..) => request.writes.push((*oid, Expected::Any)),
+                KeptLater::Undo(tid) => request.undos.push(*tid),
+                KeptLater::Restore(oid, ..) => request.writes.push((*oid, Expected::Any)),
             }
         }
         request

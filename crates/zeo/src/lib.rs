@@ -21,7 +21,9 @@ mod session;
 mod spill;
 mod transactions;
 
-pub use buffer::{Blobs, Buffer, Content, Expected, Later, Meta, SPILL_ABOVE, StagedFile, Write};
+pub use buffer::{
+    Blobs, Buffer, Content, Expected, Later, Limits, Meta, SPILL_ABOVE, StagedFile, Write,
+};
 pub use error::ClientError;
 pub use frame::{FrameReader, FrameTooLong, MAX_FRAME, MAX_FRAME_BEFORE_REGISTER, frame};
 pub use history::{History, Retention};

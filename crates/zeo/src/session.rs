@@ -23,7 +23,7 @@ use standby_types::{BlobSource, Oid, Tid, Upload};
 
 use self::args::Args;
 use self::transaction::{Phase, Transaction, conflict_list};
-use crate::buffer::{Buffer, Content, Expected, Later, StagedFile};
+use crate::buffer::{Buffer, Content, Expected, Later, Limits, StagedFile};
 use crate::error::ClientError;
 use crate::frame::frame;
 use crate::message::{Call, Encoding, Incoming};
@@ -42,6 +42,8 @@ pub struct Options {
     pub read_only_storages: Arc<[String]>,
     /// Where large transactions spill to.
     pub make_spill: MakeSpill,
+    /// How large they may be.
+    pub limits: Limits,
 }
 
 /// A read. Reads are evaluated in the order in which they came.
@@ -380,11 +382,11 @@ impl Session {
     }
 
     /// The transaction holds its locks: takes what is to be worked out before
-    /// [`Session::voted`] may be told. Each result goes to [`Session::worked_out`].
-    pub fn take_later(&mut self) -> Vec<Later> {
+    /// [`Session::voted`] may be told, some of it at a time. Each result goes to [`Session::worked_out`].
+    pub fn take_later(&mut self) -> std::io::Result<Vec<Later>> {
         match &mut self.transaction {
             Some(Transaction { phase: Phase::Voting { .. }, buffer, .. }) => buffer.take_later(),
-            _ => Vec::new(),
+            _ => Ok(Vec::new()),
         }
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use standby_zeo::Retention;
+use standby_zeo::{Limits, Retention};
 use tracing::warn;
 
 mod standby;
@@ -238,6 +238,11 @@ impl Config {
     /// How far a tid that a client brings may be ahead of the primary's clock.
     pub fn future_tids(&self) -> Duration {
         self.standby.as_ref().map_or(DEFAULT_FUTURE_TIDS, |standby| standby.future_tids)
+    }
+
+    /// How large a transaction may be.
+    pub fn limits(&self) -> Limits {
+        self.standby.as_ref().map_or_else(Limits::default, |standby| standby.limits)
     }
 
     /// Tells of what every user of this machine can read and should not.

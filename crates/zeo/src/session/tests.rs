@@ -19,6 +19,7 @@ impl Client {
             read_only: read_only_listener,
             read_only_storages: Arc::from(["frozen".to_owned()]),
             make_spill: Arc::new(|| Err(io::ErrorKind::Unsupported.into())),
+            limits: Limits { objects: 5, bytes: 1000 },
         };
         let mut client = Client { session: Session::new(options), encoding };
         assert!(client.frame(Bytes::from_static(encoding.version())).is_empty());
@@ -211,7 +212,7 @@ fn undo_is_worked_out_when_the_locks_are_held() {
     let [Effect::Vote(request)] = &effects[..] else { panic!("{effects:?}") };
     let tid = Tid::from_slice(&TID).unwrap();
     assert_eq!((&request.undos[..], &request.writes[..]), (&[tid][..], &[][..]));
-    assert_eq!(client.session.take_later(), [Later::Undo(tid)]);
+    assert_eq!(client.session.take_later().unwrap(), [Later::Undo(tid)]);
     let content = Content::Back(Tid(7), None);
     let out = WorkedOut { oid: Oid(1), content, undone: true, blob: None };
     client.session.worked_out(out).unwrap();
@@ -251,7 +252,7 @@ fn copies_keep_their_tid_and_status() {
     assert!(request.writes.iter().copied().eq((1..5).map(|n| (Oid(n), Expected::Any))));
     // What follows a revision with a hint waits with it: records stay in order.
     assert!(matches!(
-        client.session.take_later()[..],
+        client.session.take_later().unwrap()[..],
         [Later::Restore(Oid(3), Some(_), Some(_)), Later::Restore(Oid(4), None, None)]
     ));
     client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
@@ -478,4 +479,54 @@ fn uploads_out_of_order_close_the_connection() {
         let effects = client.notify("storeBlobShared", shared(name));
         assert!(matches!(&effects[..], [Effect::BlobShared { oid: Oid(1), name: n }] if n == name));
     }
+}
+
+/// Each kind of change, of check, and of what is worked out later counts.
+#[test]
+fn a_transaction_of_too_many_objects_fails_at_the_vote() {
+    let oid = |n: u8| Value::bytes(&[0, 0, 0, 0, 0, 0, 0, n]);
+    let (serial, data, name) = (Value::bytes(&TID), Value::bytes(b"data"), Value::Int(1));
+    let undo = Value::bytes(b"AwAAAAAAAAE=");
+    let calls: [(&str, &dyn Fn(u8) -> Vec<Value>); 5] = [
+        ("storea", &|n| vec![oid(n), serial.clone(), data.clone(), name.clone()]),
+        ("deleteObject", &|n| vec![oid(n), serial.clone(), name.clone()]),
+        ("checkCurrentSerialInTransaction", &|n| vec![oid(n), serial.clone(), name.clone()]),
+        ("restorea", &|n| vec![oid(n), serial.clone(), data.clone(), serial.clone(), name.clone()]),
+        ("undoa", &|_| vec![undo.clone(), name.clone()]),
+    ];
+    for (method, args) in calls {
+        for (more, refused) in [(4, false), (5, true), (100, true)] {
+            let mut client = Client::registered(Encoding::Pickle);
+            client.begin_and_store(1);
+            (0..more).for_each(|n| assert!(client.notify(method, args(n + 10)).is_empty()));
+            let effects = client.call("vote", vec![name.clone()]);
+            match &effects[..] {
+                [Effect::Vote(_)] => assert!(!refused, "{method} {more}"),
+                [Effect::Send(frame)] => {
+                    let (_, error) = client.result(frame).unwrap_err();
+                    let error = format!("{error:?}");
+                    assert!(
+                        refused && error.contains("transaction-objects"),
+                        "{method} {more}: {error}"
+                    );
+                }
+                other => panic!("{method} {more}: {other:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_transaction_of_too_many_bytes_fails_at_the_vote() {
+    let mut client = Client::registered(Encoding::Pickle);
+    client.begin_and_store(1);
+    // The same object again and again is kept again and again.
+    for _ in 0..100 {
+        client.store(1, TID, &[7; 200]);
+    }
+    let (_, error) = client.replied("vote", vec![1.into()]).unwrap_err();
+    assert!(format!("{error:?}").contains("transaction-size"), "{error:?}");
+    // The next one is as any other.
+    client.begin_and_store(2);
+    assert!(matches!(client.call("vote", vec![2.into()])[..], [Effect::Vote(_)]));
 }

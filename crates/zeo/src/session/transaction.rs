@@ -119,12 +119,10 @@ impl Session {
         };
         let (oid, data) = (args.oid(oid)?, args.data_or_none(data)?);
         let hint = args.tid_or_none(hint)?;
-        let buffer = &mut self.open(name)?.buffer;
-        if hint.is_some() || buffer.has_later() {
-            buffer.later(Later::Restore(oid, data, hint));
-            return Ok(());
-        }
-        self.change(name, oid, Expected::Any, data.map_or(Content::Gone, Content::Data))
+        self.add(name, |buffer| match hint.is_some() || buffer.has_later() {
+            true => buffer.later(Later::Restore(oid, data, hint)),
+            false => buffer.put(oid, Expected::Any, data.map_or(Content::Gone, Content::Data)),
+        })
     }
 
     /// `undoa(transaction id, transaction)`: the id is the tid in base64.
@@ -133,13 +131,13 @@ impl Session {
             return Err(args.wrong());
         };
         let id = id.as_bytes().ok_or_else(|| args.wrong())?;
-        let transaction = self.open(name)?;
         let tid = base64::prelude::BASE64_STANDARD.decode(id.trim_ascii()).unwrap_or_default();
-        match Tid::from_slice(&tid) {
-            Some(tid) => transaction.buffer.later(Later::Undo(tid)),
-            None => transaction.doomed = Some(ClientError::Undo("Invalid transaction id".into())),
-        }
-        Ok(())
+        let Some(tid) = Tid::from_slice(&tid) else {
+            let error = ClientError::Undo("Invalid transaction id".into());
+            self.open(name)?.doomed = Some(error);
+            return Ok(());
+        };
+        self.add(name, |buffer| buffer.later(Later::Undo(tid)))
     }
 
     /// The transaction that a call names, for a change that needs another vote.
@@ -159,10 +157,28 @@ impl Session {
         expected: Expected,
         content: Content,
     ) -> Result<(), ClientError> {
+        self.add(name, |buffer| buffer.put(oid, expected, content))
+    }
+
+    /// Adds to the transaction. What cannot be added, or is too much, the client hears of when it votes; nothing more is kept
+    /// then.
+    fn add(
+        &mut self,
+        name: &Value,
+        add: impl FnOnce(&mut Buffer) -> std::io::Result<()>,
+    ) -> Result<(), ClientError> {
+        let limits = self.options.limits;
         let transaction = self.open(name)?;
-        if let Err(error) = transaction.buffer.put(oid, expected, content) {
-            transaction.doomed =
-                Some(ClientError::storage(format!("cannot keep a large transaction: {error}")));
+        if transaction.doomed.is_some() {
+            return Ok(());
+        }
+        let added = add(&mut transaction.buffer).map_err(|error| {
+            ClientError::storage(format!("cannot keep a large transaction: {error}"))
+        });
+        let added = added.and_then(|()| transaction.buffer.check_limits(&limits));
+        if let Err(error) = added {
+            transaction.doomed = Some(error);
+            transaction.buffer.forget();
         }
         Ok(())
     }
@@ -217,7 +233,14 @@ impl Session {
             return Err(args.wrong());
         };
         let (oid, serial) = (args.oid(oid)?, args.serial(serial)?);
-        self.current(name)?.buffer.check(oid, serial);
+        // A check needs no other vote.
+        let limits = self.options.limits;
+        let transaction = self.current(name)?;
+        if transaction.doomed.is_some() {
+            return Ok(());
+        }
+        transaction.buffer.check(oid, serial);
+        transaction.doomed = transaction.buffer.check_limits(&limits).err();
         Ok(())
     }
 
@@ -289,21 +312,33 @@ fn dict_of(value: &Value) -> Option<Vec<(Value, Value)>> {
     items.items()?.iter().map(pair).collect()
 }
 
-/// What the client needs to resolve conflicts by itself.
+/// Bytes of data that a client gets back to resolve conflicts.
+const MOST_TO_RESOLVE: u64 = 64 << 20;
+
+/// What the client needs to resolve conflicts by itself. If that is very much, the transaction has a conflict that nobody
+/// resolves.
 pub(super) fn conflict_list(
     buffer: &Buffer,
     conflicts: &[(Oid, Tid)],
 ) -> Result<Value, ClientError> {
     let unreadable =
         |error| ClientError::storage(format!("cannot read a large transaction: {error}"));
+    let len = |(oid, _): &(Oid, Tid)| buffer.write_of(*oid).map_or(0, |write| write.len());
+    if let Some((oid, committed)) = conflicts.first()
+        && conflicts.iter().map(len).sum::<u64>() > MOST_TO_RESOLVE
+    {
+        let read = buffer.write_of(*oid).map_or(Tid::NONE, |write| write.read());
+        return Err(ClientError::Conflict {
+            oid: *oid,
+            serials: (*committed, read),
+            class_name: None,
+        });
+    }
     conflicts
         .iter()
         .map(|(oid, committed)| {
             let Some(write) = buffer.write_of(*oid) else { return Ok(Value::None) };
-            let read = match write.expected {
-                Expected::Serial(read) | Expected::Existing(read) => read,
-                Expected::Any => Tid::NONE,
-            };
+            let read = write.read();
             let data = match buffer.content(write).map_err(unreadable)? {
                 Content::Data(data) => data.into(),
                 Content::Back(..) | Content::Gone => Value::None,

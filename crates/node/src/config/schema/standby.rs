@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use standby_zeo::Limits;
 
 use super::super::zconfig::{ConfigError, Section};
 use super::{Address, Checker, DEFAULT_FUTURE_TIDS, SectionReader, byte_size, path, word};
@@ -130,6 +131,8 @@ pub struct Standby {
     pub max_staleness: Option<Duration>,
     /// How far a tid that a client brings may be ahead of the primary's clock.
     pub future_tids: Duration,
+    /// How large a transaction may be.
+    pub limits: Limits,
     /// TLS between nodes.
     pub peer_ssl: Option<SslSection>,
     /// What the nodes prove to each other that they know.
@@ -210,6 +213,11 @@ fn recovery(text: &str) -> Result<Recovery, String> {
     }
 }
 
+fn count(text: &str) -> Result<usize, String> {
+    let count = text.parse().ok().filter(|count| *count > 0);
+    count.ok_or_else(|| format!("{text:?} is not a number above 0"))
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let number = text.parse().ok().and_then(|n| Duration::try_from_secs_f64(n).ok());
     number
@@ -238,6 +246,8 @@ impl Checker {
                 "witness",
                 "max-staleness",
                 "future-tids",
+                "transaction-objects",
+                "transaction-size",
                 "catch-up-rate",
                 "recovery",
                 "reserve",
@@ -307,6 +317,7 @@ impl Checker {
                            for example from: head -c 32 /dev/urandom | base64 > secret; or <peer-ssl>";
             return Err(reader.error(section.line, message));
         }
+        let default = Limits::default();
         Ok(Standby {
             cluster: reader.required("cluster", word)?,
             state_dir: reader.required("state-dir", path)?,
@@ -329,6 +340,10 @@ impl Checker {
                 .get("future-tids", seconds)?
                 .unwrap_or(DEFAULT_FUTURE_TIDS)
                 .min(MOST_FUTURE_TIDS),
+            limits: Limits {
+                objects: reader.get("transaction-objects", count)?.unwrap_or(default.objects),
+                bytes: reader.get("transaction-size", byte_size)?.unwrap_or(default.bytes),
+            },
             node: me.name,
             group: me.group,
             peer_address: me.address,
