@@ -1,5 +1,7 @@
 """What clients ask for beyond what can be: refused, and nothing else is harmed."""
 
+import os
+import subprocess
 import time
 
 import pytest
@@ -12,6 +14,8 @@ from ZODB.utils import maxtid, p64, u64, z64
 import cluster as harness
 from large import Others, Refused, commit_many
 from zeo_client import Client
+
+UNFIT = os.path.join(os.path.dirname(harness.STANDBY), "examples", "unfit")
 
 
 def store(storage, oid, serial, tid=None):
@@ -123,3 +127,52 @@ def test_a_transaction_of_very_many_objects_holds_nobody_up(nodes):
     for other in others:
         other.client.close()
     cluster.wait_level()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_entry_that_no_node_can_apply_is_left_out_by_decision(nodes, size):
+    """It ends all nodes, at each start. What was committed before it, and comes after it, is kept."""
+    cluster = nodes.cluster(count=size).start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(before=1))
+    client.close()
+    cluster.wait_level()
+    for node in cluster.nodes:
+        node.kill()
+    entries = set()
+    for node in cluster.nodes:
+        appended = subprocess.run([UNFIT, node.state_dir], capture_output=True, text=True, check=True, timeout=60)
+        entries.add(tuple(appended.stdout.split()))
+    ((index, term),) = entries
+    for _ in range(2):
+        for node in cluster.nodes:
+            node.start()
+        # Two of three are enough to commit it; whichever is the third waits for them.
+        ended = lambda: [node for node in cluster.nodes if node.process.poll()]
+        harness.wait_for("the end of the nodes", lambda: len(ended()) > size // 2, 60)
+        told = [node for node in cluster.nodes if "--index %s --term %s" % (index, term) in node.log()]
+        assert told
+        for node in cluster.nodes:
+            node.kill()
+
+    def skip(node):
+        command = [harness.STANDBY, "skip-entry", "-C", node.config_path, "--index", index, "--term", term]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    for node in cluster.nodes:
+        done = skip(node)
+        assert done.returncode == 0 and "on every other node" in done.stdout, done
+    # Twice, the second time with a log in which it still is.
+    for number in range(2):
+        for node in cluster.nodes:
+            node.start()
+        client = Client(cluster.addresses)
+        client.commit(lambda root: root.update(after=number))
+        assert (client.root["before"], client.root["after"]) == (1, number)
+        client.close()
+        cluster.wait_level()
+        assert any("was left out" in node.log() for node in cluster.nodes)
+        refused = skip(cluster.nodes[0])
+        assert refused.returncode == 1 and "stop the node first" in refused.stderr, refused
+        for node in cluster.nodes:
+            node.kill()

@@ -71,3 +71,4 @@ pub use causes::with_causes;
 #[cfg(feature = "simulated")]
 pub use node::Shared;
 pub use node::{Next, Running, start, start_on};
+pub use state::skip_entry;

@@ -686,7 +686,8 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         &prepared.recovered,
         point,
     )?;
-    let replica = Replica::new(&prepared.checkpoint, prepared.storages, prepared.blobs, make_spill);
+    let replica = Replica::new(&prepared.checkpoint, prepared.storages, prepared.blobs, make_spill)
+        .skipping(state.skipped(&*disk)?);
     let ceilings = replica.ceilings();
     let applied = replica.index();
     start_threads(&shared, &disk, replica, prepared.writer, work_receiver, log_receiver)?;

@@ -4,7 +4,7 @@
 //! Applying an entry again, or one whose transaction has already come from a peer, changes nothing:
 //! a transaction that is not above the storage's last one is there already.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use standby_filestorage::{
 };
 use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
-use tracing::warn;
+use tracing::{error, warn};
 
 use crate::lineage::{Departure, Fork, Promotion};
 use crate::settings::{Setting, Settings};
@@ -29,6 +29,20 @@ const SKIPPED_OIDS: u64 = 1 << 20;
 /// Why an entry cannot be applied. The node must stop: it would differ from the others.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
+    /// No node can apply it.
+    #[error(
+        "log entry {index} of term {term} cannot be applied, by no node: {reason}. If it is from a newer version of Standby, \
+         install that. Otherwise leave it out, which loses what it says and nothing else: stop all nodes, and run on each of \
+         them: standby skip-entry -C zeo.conf --index {index} --term {term}"
+    )]
+    Unfit {
+        /// The entry.
+        index: LogIndex,
+        /// Its term.
+        term: Term,
+        /// Why.
+        reason: Box<ApplyError>,
+    },
     /// The data file cannot be written, or contradicts the log.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -48,6 +62,20 @@ pub enum ApplyError {
         "the log has a blob of the storage {0:?}, for which this node's configuration has no blob-dir"
     )]
     NoBlobDir(String),
+}
+
+impl ApplyError {
+    /// True if every node fails alike: because of what the entry says, not of what this machine lacks.
+    fn is_of_the_entry(&self) -> bool {
+        let storage = |error: &StorageError| {
+            matches!(error, StorageError::OutOfOrder { .. } | StorageError::MetaTooLong(_))
+        };
+        match self {
+            ApplyError::Malformed(_) => true,
+            ApplyError::Storage(error) => storage(error),
+            _ => false,
+        }
+    }
 }
 
 /// A transaction that has just become visible.
@@ -72,6 +100,8 @@ pub struct Replica {
     parts: Parts,
     /// The log is to begin anew after this entry. Once an entry after it is applied, it has.
     log_begins_after: Option<LogIndex>,
+    /// Entries that are left out if they cannot be applied.
+    skipped: BTreeSet<(LogIndex, Term)>,
 }
 
 struct Stored {
@@ -125,7 +155,13 @@ impl Replica {
                 .collect(),
             parts: Parts::new(make_spill),
             log_begins_after: None,
+            skipped: BTreeSet::new(),
         }
+    }
+
+    /// These entries are left out if no node can apply them: an administrator has decided so, on every node.
+    pub fn skipping(self, skipped: BTreeSet<(LogIndex, Term)>) -> Replica {
+        Replica { skipped, ..self }
     }
 
     /// The last entry applied.
@@ -219,14 +255,30 @@ impl Replica {
                 self.membership = membership.clone();
                 Done::Nothing
             }
-            Committed::Command(_, _, data) => {
-                let command =
-                    Command::decode(data.clone()).map_err(|_| ApplyError::Malformed(index))?;
-                self.command(index, command)?
-            }
+            Committed::Command(_, _, data) => match self.decoded(index, data.clone()) {
+                Err(error) if error.is_of_the_entry() => {
+                    self.unfit(index, term, error)?;
+                    Done::Nothing
+                }
+                done => done?,
+            },
         };
         (self.index, self.term) = (index, term);
         Ok(applied)
+    }
+
+    fn decoded(&mut self, index: LogIndex, data: Bytes) -> Result<Done, ApplyError> {
+        let command = Command::decode(data).map_err(|_| ApplyError::Malformed(index))?;
+        self.command(index, command)
+    }
+
+    /// An entry that no node can apply: left out, if that was decided.
+    fn unfit(&mut self, index: LogIndex, term: Term, reason: ApplyError) -> Result<(), ApplyError> {
+        if !self.skipped.contains(&(index, term)) {
+            return Err(ApplyError::Unfit { index, term, reason: Box::new(reason) });
+        }
+        error!(%index, %term, %reason, "an entry of the log was left out, as an administrator has decided");
+        Ok(())
     }
 
     fn command(&mut self, index: LogIndex, command: Command) -> Result<Done, ApplyError> {
@@ -250,8 +302,11 @@ impl Replica {
                 Ok(Done::Nothing)
             }
             Command::Transaction(ending) => {
-                let applied = self.transaction(index, ending)?;
-                Ok(applied.map_or(Done::Nothing, Done::Applied))
+                let parts = ending.parts.clone();
+                let applied = self.transaction(index, ending);
+                // Whatever came of it, nobody asks for them again.
+                self.parts.remove(&parts);
+                Ok(applied?.map_or(Done::Nothing, Done::Applied))
             }
         }
     }
@@ -265,15 +320,21 @@ impl Replica {
         let meta = take_meta(&mut ending.head.clone()).map_err(malformed)?;
         let unknown = || ApplyError::UnknownStorage(ending.storage.clone());
         let stored = self.storages.get_mut(&ending.storage).ok_or_else(unknown)?;
-        let parts = &mut self.parts;
+        let parts = &self.parts;
         if meta.tid <= stored.storage.mark().tid {
-            parts.remove(&ending.parts);
             discard(stored.blobs.as_ref(), &ending.blobs)?;
             return Ok(None);
         }
+        let Stored { storage, blobs, ceiling, .. } = stored;
+        let mut appender = match storage.begin(&meta) {
+            Ok(appender) => appender,
+            Err(error) => {
+                discard(blobs.as_ref(), &ending.blobs)?;
+                return Err(error.into());
+            }
+        };
         // A blob is there before the record that tells of it can be read.
-        stored.place(&ending.storage, &ending.blobs, meta.tid)?;
-        let mut appender = stored.storage.begin(&meta)?;
+        place(blobs.as_ref(), &ending.storage, &ending.blobs, meta.tid)?;
         let mut oids = Vec::new();
         let mut pending = BytesMut::new();
         let mut take = |bytes: Bytes| -> Result<(), ApplyError> {
@@ -297,8 +358,7 @@ impl Replica {
             return Err(ApplyError::Malformed(index));
         }
         appender.finish()?;
-        parts.remove(&ending.parts);
-        note_oids(&mut stored.ceiling, &oids);
+        note_oids(ceiling, &oids);
         Ok(Some(Applied { storage: ending.storage, tid: meta.tid, oids: oids.into() }))
     }
 
@@ -510,12 +570,6 @@ fn discard(dir: Option<&BlobDir>, blobs: &[Blob]) -> Result<(), ApplyError> {
 fn note_oids(ceiling: &mut Oid, oids: &[Oid]) {
     let highest = oids.iter().max().copied().unwrap_or(Oid(0));
     *ceiling = (*ceiling).max(highest);
-}
-
-impl Stored {
-    fn place(&self, storage: &str, blobs: &[Blob], tid: Tid) -> Result<(), ApplyError> {
-        place(self.blobs.as_ref(), storage, blobs, tid)
-    }
 }
 
 /// Parts of long transactions that are not closed yet.

@@ -245,7 +245,8 @@ pub(crate) fn leave(
     let Prepared { checkpoint, storages, blobs, recovered, .. } = prepared;
     let spill_dir = state.0.clone();
     let make_spill = Arc::new(move || temporary_file(&spill_dir));
-    let mut replica = Replica::new(&checkpoint, storages, blobs.clone(), make_spill);
+    let replica = Replica::new(&checkpoint, storages, blobs.clone(), make_spill);
+    let mut replica = replica.skipping(state.skipped(&**disk)?);
     let log = state.log();
     let mut certain = replica.last_tids();
     for entry in recovered.entries_after(&**disk, &log, checkpoint.index) {

@@ -286,6 +286,8 @@ fn resume(
     }
     let mut recovered = lost_log::read(disk, state, &checkpoint)?;
     let interrupted = state.interrupted_catch_up(&**disk)?;
+    let skipped = state.skipped(&**disk)?;
+    let is_skipped = |at: LogIndex| skipped.iter().any(|(index, _)| *index == at);
     let mut extents = Vec::new();
     for section in &config.storages {
         let Some(point) = checkpoint.storages.get_mut(&section.name) else {
@@ -306,12 +308,17 @@ fn resume(
         }
         point.packed = None;
         // After a catch-up the data file is ahead of the entry that the checkpoint names.
-        expected.retain(|tid| *tid > point.mark.tid);
+        expected.retain(|(_, tid)| *tid > point.mark.tid);
+        if let Tail::Follows(found) = &found {
+            let is_there = |tid: Tid| found.iter().any(|mark| mark.tid == tid);
+            expected.retain(|(index, tid)| !is_skipped(*index) || is_there(*tid));
+        }
         let tail = match found {
             Tail::Different(reason) => Err(reason),
             Tail::Follows(_) if cuts || interrupted.is_some() => Ok(Vec::new()),
             Tail::Follows(found) => {
-                let strange = |(nth, mark): &(usize, &Mark)| expected.get(*nth) != Some(&mark.tid);
+                let tid = |nth| expected.get(nth).map(|(_, tid)| *tid);
+                let strange = |(nth, mark): &(usize, &Mark)| tid(*nth) != Some(mark.tid);
                 match found.iter().enumerate().find(strange) {
                     Some((_, mark)) => {
                         Err(format!("transaction {} is not in Standby's log", mark.tid))
@@ -390,21 +397,22 @@ fn adopt(
     begin(config, disk, state, menders, Some(identity.clone()), Beginning::Found)
 }
 
-/// The tids of a storage's transactions in the log after `applied`, in order.
+/// The tids of a storage's transactions in the log after `applied`, in order. Of an entry that says nothing whoever applies
+/// it tells.
 fn logged_tids(
     disk: &Arc<dyn Disk>,
     state: &StateDir,
     recovered: &Recovered,
     applied: LogIndex,
     storage: &str,
-) -> anyhow::Result<Vec<Tid>> {
+) -> anyhow::Result<Vec<(LogIndex, Tid)>> {
     let mut tids = Vec::new();
     for (index, data) in recovered.data_after(&**disk, &state.log(), applied)? {
         if let Ok(Command::Transaction(ending)) = Command::decode(data)
             && ending.storage == storage
+            && let Ok(meta) = take_meta(&mut ending.head.clone())
         {
-            let meta = take_meta(&mut ending.head.clone());
-            tids.push(meta.with_context(|| format!("log entry {index}"))?.tid);
+            tids.push((index, meta.tid));
         }
     }
     Ok(tids)

@@ -33,6 +33,8 @@ use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
 use tracing::warn;
 
 use crate::causes::with_causes;
+use crate::config::Config;
+use crate::disk::{LockFile, OsDisk};
 use crate::founding::Promise;
 use crate::hex::hex;
 use crate::lineage::Lineage;
@@ -154,6 +156,9 @@ impl DamagedFile {
     }
 }
 
+/// The file with the entries that are left out.
+const SKIPPED: &str = "skipped-entries";
+
 /// Something that the next start must know. Each is a file with a text for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Note {
@@ -173,6 +178,19 @@ impl Note {
             Note::RolledBack => "rolled-back",
         }
     }
+}
+
+/// Says durably that a node, which is stopped, leaves out an entry of its log if no node can apply it; the file that says
+/// so.
+pub fn skip_entry(config: &Config, index: LogIndex, term: Term) -> anyhow::Result<PathBuf> {
+    let state = StateDir(config.state_dir());
+    if state.identity(&OsDisk)?.is_none() {
+        bail!("{} is no state-dir of a node", state.0.display());
+    }
+    let locks = config.storages.iter().map(|storage| LockFile::take(&storage.path));
+    let _locks = locks.collect::<io::Result<Vec<_>>>().context("stop the node first")?;
+    state.skip(&OsDisk, index, term)?;
+    Ok(state.0.join(SKIPPED))
 }
 
 /// Paths in a state directory.
@@ -290,6 +308,34 @@ impl StateDir {
     /// Removes a note, durably.
     pub fn end_note(&self, disk: &dyn Disk, note: Note) -> io::Result<()> {
         remove(disk, &self.0.join(note.name()))
+    }
+
+    /// Entries of the log that are left out if they cannot be applied: a line each, an index and a term.
+    pub fn skipped(&self, disk: &dyn Disk) -> anyhow::Result<BTreeSet<(LogIndex, Term)>> {
+        let path = self.0.join(SKIPPED);
+        if !disk.exists(&path)? {
+            return Ok(BTreeSet::new());
+        }
+        let bytes =
+            read_all(disk, &path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = String::from_utf8_lossy(&bytes);
+        let entry = |line: &str| {
+            let (index, term) = line.split_once(' ')?;
+            Some((LogIndex(index.parse().ok()?), Term(term.trim().parse().ok()?)))
+        };
+        let lines = text.lines().map(|line| {
+            entry(line)
+                .with_context(|| format!("{}: {line:?} is no index and term", path.display()))
+        });
+        lines.collect()
+    }
+
+    /// Adds one of these, durably.
+    pub fn skip(&self, disk: &dyn Disk, index: LogIndex, term: Term) -> anyhow::Result<()> {
+        let mut skipped = self.skipped(disk)?;
+        skipped.insert((index, term));
+        let lines = skipped.iter().map(|(index, term)| format!("{index} {term}\n"));
+        Ok(replace(disk, &self.0.join(SKIPPED), lines.collect::<String>().as_bytes())?)
     }
 
     /// Says durably that this node leaves its timeline for another one at its next start.

@@ -7,6 +7,7 @@ mod process;
 mod promote;
 mod renumber;
 mod serve;
+mod skip_entry;
 mod status;
 mod supervise;
 
@@ -110,6 +111,12 @@ enum Command {
     /// The timelines of the cluster, and what to do if there are two.
     #[command(subcommand)]
     Lineage(promote::LineageOf),
+    /// Leaves out an entry of the log that no node can apply: the last resort if all nodes stop at it, at each start.
+    ///
+    /// The error names the entry. What it says is lost, for example one transaction, and nothing else. An entry that can
+    /// be applied is never left out. To be run for each node of the cluster while all are stopped.
+    #[command(verbatim_doc_comment)]
+    SkipEntry(skip_entry::SkipEntry),
     /// Gives new tids to transactions of a data file that was written while a clock was set back.
     ///
     /// The tids of such a file do not grow: Python's FileStorage serves it, but never packs it, and Standby
@@ -149,6 +156,7 @@ fn main() -> ExitCode {
             Command::RecoverQuorum(options) => promote::recover_quorum(options).await,
             Command::Lost(command) => promote::lost(command).await,
             Command::Lineage(command) => promote::lineage(command).await,
+            Command::SkipEntry(options) => skip_entry::run(&options),
             Command::Renumber(options) => renumber::run(&options),
             Command::Demo(options) => demo::run(&options).await,
             Command::Bench(options) => bench::run(&options).await,

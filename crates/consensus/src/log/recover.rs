@@ -41,6 +41,11 @@ impl Recovered {
         self.last().index
     }
 
+    /// The term of the last entry.
+    pub fn last_term(&self) -> Term {
+        self.last().term
+    }
+
     /// The first entry's index, if there were one: one above the entry before it.
     pub fn first_index(&self) -> LogIndex {
         LogIndex(self.start.index.0 + 1)

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use raft::eraftpb::{Entry, HardState};
 use standby_types::disk::Open;
 use standby_types::{Disk, File, LogIndex, Mutation, Term, mutation};
@@ -30,6 +30,13 @@ impl Batch {
     /// the log would have said. The storage's checkpoint must be durable before.
     pub fn reset(&self) -> Option<(LogIndex, Term)> {
         self.reset.map(|point| (point.index, point.term))
+    }
+
+    /// One entry that nobody has proposed: for tools and tests that write to the log of a node that is stopped.
+    pub fn of_entry(index: LogIndex, term: Term, data: Bytes) -> Batch {
+        let (index, term) = (index.0, term.0);
+        let entry = Entry { index, term, data, ..Entry::default() };
+        Batch { entries: vec![entry], ..Batch::default() }
     }
 
     /// Bytes of data.

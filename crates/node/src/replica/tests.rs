@@ -196,11 +196,11 @@ fn unknown_storages_and_garbage_are_errors() {
     let entry = Committed::Command(LogIndex(2), Term(1), Command::Transaction(ending).encode());
     assert!(matches!(replica.apply(&entry), Err(ApplyError::UnknownStorage(_))));
     let entry = Committed::Command(LogIndex(2), Term(1), Bytes::from_static(b"?"));
-    assert!(matches!(replica.apply(&entry), Err(ApplyError::Malformed(LogIndex(2)))));
+    assert!(matches!(replica.apply(&entry), Err(ApplyError::Unfit { index: LogIndex(2), .. })));
     let cut = records(&[(1, 50)]).slice(..30);
     assert!(matches!(
         replica.apply(&closing(2, 1, 10, &[], cut)),
-        Err(ApplyError::Malformed(LogIndex(2)))
+        Err(ApplyError::Unfit { index: LogIndex(2), .. })
     ));
 }
 
@@ -248,4 +248,62 @@ fn blobs_are_there_with_their_transaction_and_replayed() {
     // One that is nowhere stops the node: it would differ from the others.
     let missing = entry(5, 12, vec![Blob { oid: Oid(7), source: BlobSource::Upload(upload) }]);
     assert!(matches!(second.apply(&missing), Err(ApplyError::Storage(_))));
+}
+
+/// What no node can apply stops all of them, until all are told to leave it out. What can be applied is applied.
+#[test]
+fn an_entry_that_no_node_can_apply_is_left_out_if_that_is_decided() {
+    let unfit = [
+        Committed::Command(LogIndex(3), Term(1), Bytes::from_static(b"?")),
+        closing(3, 1, u64::MAX, &[2], records(&[(1, 5)])),
+        closing(3, 1, 30, &[2], Bytes::from_static(b"no record, nor the beginning of one ......")),
+    ];
+    for entry in unfit {
+        let part = Command::Part(records(&[(7, 5)])).encode();
+        let part = Committed::Command(LogIndex(2), Term(1), part);
+        for (skipped, is_left_out) in [((3, 1), true), ((3, 2), false), ((2, 1), false)] {
+            let disk = MemoryDisk::new();
+            let skipped = (LogIndex(skipped.0), Term(skipped.1));
+            let mut replica = replica(&disk).skipping(BTreeSet::from([skipped]));
+            assert!(matches!(replica.apply(&part), Ok(Done::Nothing)));
+            match replica.apply(&entry) {
+                Ok(Done::Nothing) => assert!(is_left_out),
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(!is_left_out && text.contains("skip-entry"), "{text}");
+                    assert!(text.contains("--index 3 --term 1"), "{text}");
+                    assert_eq!(replica.index(), LogIndex(2));
+                    continue;
+                }
+                Ok(done) => panic!("{done:?}"),
+            }
+            if entry.point().0 == LogIndex(3)
+                && !matches!(&entry, Committed::Command(_, _, data) if data == "?")
+            {
+                assert!(replica.checkpoint().is_some(), "its parts are not kept");
+            }
+            let next = closing(4, 2, 40, &[], records(&[(2, 5)]));
+            assert!(matches!(replica.apply(&next), Ok(Done::Applied(_))));
+            assert_eq!((replica.index(), replica.last_tids()["1"]), (LogIndex(4), Tid(40)));
+            let reader = replica.storage("1").unwrap().reader();
+            assert_eq!(reader.len(), 1, "nothing of it is there");
+        }
+    }
+}
+
+#[test]
+fn what_this_machine_lacks_is_never_left_out() {
+    let disk = MemoryDisk::new();
+    let skipped = BTreeSet::from([(LogIndex(2), Term(1))]);
+    let mut replica = replica(&disk).skipping(skipped);
+    let ending = Ending {
+        storage: "another".into(),
+        head: head(10),
+        parts: Vec::new(),
+        blobs: Vec::new(),
+        rest: Bytes::new(),
+    };
+    let entry = Command::Transaction(ending).encode();
+    let entry = Committed::Command(LogIndex(2), Term(1), entry);
+    assert!(matches!(replica.apply(&entry), Err(ApplyError::UnknownStorage(_))));
 }
