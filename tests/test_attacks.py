@@ -18,6 +18,7 @@ from ZODB.blob import Blob
 from ZODB.POSException import ReadOnlyError
 
 import cluster as harness
+from large import commit_many
 from test_alone import call, receive, registered, send
 from zeo_client import Client, Voted
 
@@ -221,6 +222,36 @@ def test_a_vote_that_is_held_is_told(nodes):
     committing.join(60)
     assert not committing.is_alive()
     harness.wait_for("the end of it", lambda: "held_vote" not in cluster.seen(primary))
+    client.close()
+
+
+def test_invalidations_are_asked_for_without_holding_anybody_up(nodes):
+    """A few bytes ask for hundreds of thousands of objects, again and again."""
+    node = nodes.alone().start()
+    client = Client(node.address)
+    client.commit(lambda root: root.update(x=0))
+    since = client.db.storage.lastTransaction()
+    commit_many(node.address, range(1 << 32, (1 << 32) + 200_000))
+    before, memory = latencies(client, 2), resident(node)
+    sock = registered(node.address)
+    sock.settimeout(60)
+    asks = [call(number, "getInvalidations", since) for number in range(2, 402)]
+    sock.sendall(b"".join(len(frame).to_bytes(4, "big") + frame for frame in asks))
+    taken, grown = [], 0
+    # Now and then an answer is taken.
+    for number in range(2, 12):
+        while (message := pickle.loads(receive(sock)))[0] != number:
+            pass
+        tid, oids = message[3]
+        assert tid > since and len(oids) > 200_000
+        taken += latencies(client, 0.5)
+        grown = max(grown, resident(node) - memory)
+    print(
+        "%d bytes sent: %d MB more memory; p99 of another client's commits %.1f ms before, %.1f ms during"
+        % (sum(map(len, asks)), grown >> 20, 1000 * p99(before), 1000 * p99(sorted(taken)))
+    )
+    assert grown < 300 << 20 and p99(sorted(taken)) < 1
+    sock.close()
     client.close()
 
 

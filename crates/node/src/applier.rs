@@ -244,7 +244,7 @@ impl Applier {
                     }
                 }
                 Ok(Some(Work::Invalidations { storage, session, id, since })) => {
-                    self.invalidations(&storage, &session, &id, since);
+                    self.invalidations(&storage, session, id, since);
                 }
                 Ok(Some(Work::CatchUp { items, target })) => self.catch_up(items, &target).await?,
                 Ok(Some(Work::Backfill(storage))) => self.backfill(&storage).await?,
@@ -623,24 +623,23 @@ impl Applier {
         session.answered();
     }
 
-    fn invalidations(&self, storage: &str, session: &SessionHandle, id: &Value, since: Tid) {
+    /// The answer has its place among the invalidations now, and is made beside this thread: it may name millions of objects.
+    fn invalidations(&self, storage: &str, session: Arc<SessionHandle>, id: Value, since: Tid) {
         let forget = mutation::on(Mutation::ForgetMissed);
         let doubtful = self.replica.settings().lineage.is_doubtful(storage, since);
         let history = self.histories.get(storage).filter(|_| !doubtful);
-        let known = history.and_then(|history| match forget {
-            true => Some((history.since(since)?.0, Vec::new())),
-            false => history.since(since),
-        });
-        let encoding = session.encoding();
-        let reply = match known {
-            Some((tid, oids)) => {
+        let changes = history.and_then(|history| history.since(since));
+        let place = session.outbox.push_later();
+        let making = machine::spawn_blocking(move || {
+            let value = changes.map_or(Value::None, |changes| {
+                let oids = if forget { Vec::new() } else { changes.oids() };
                 let oids = oids.iter().map(|oid: &Oid| oid.to_bytes().into()).collect();
-                let tid = tid.to_bytes().into();
-                encoding.reply(id, Value::Tuple(vec![tid, Value::List(oids)]))
-            }
-            None => encoding.reply(id, Value::None),
-        };
-        session.answer(reply);
+                Value::Tuple(vec![changes.last.to_bytes().into(), Value::List(oids)])
+            });
+            session.outbox.made(place, session.encoding().reply(&id, value));
+            session.answered();
+        });
+        drop(making);
     }
 
     async fn catch_up(

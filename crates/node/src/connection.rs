@@ -378,6 +378,9 @@ impl Connection {
                 Request::Register { session, id, storage, read_only }
             }
             Effect::Invalidations { id, since } => {
+                // Each answer may be long: one is made at a time, when there is room for it.
+                self.handle.few_unanswered(0).await;
+                self.handle.outbox.room().await;
                 Request::Invalidations { session, storage, id, since }
             }
             Effect::Ping { id } if self.read_only => Request::Sync { session, id },

@@ -45,6 +45,8 @@ pub type Told = Arc<oneshot::Sender<()>>;
 
 enum Piece {
     Bytes(Bytes),
+    /// It is made meanwhile.
+    Later(oneshot::Receiver<Bytes>),
     /// What stands before it is the invalidation.
     Told(Told),
     /// What stands after it waits until others have been told.
@@ -75,6 +77,23 @@ impl Outbox {
     pub fn push(&self, bytes: Bytes) {
         self.lock().push(bytes);
         self.wake.notify_one();
+    }
+
+    /// Queues bytes that are made meanwhile (see [`Outbox::made`]); what is queued after them waits.
+    pub fn push_later(&self) -> oneshot::Sender<Bytes> {
+        let (making, coming) = oneshot::channel();
+        self.lock().push_piece(Piece::Later(coming));
+        self.wake.notify_one();
+        making
+    }
+
+    /// The bytes are there. Only now is it known how much room they take.
+    pub fn made(&self, making: oneshot::Sender<Bytes>, bytes: Bytes) {
+        let mut queue = self.lock();
+        let len = bytes.len();
+        if making.send(bytes).is_ok() && queue.closed.is_none() {
+            queue.len += len;
+        }
     }
 
     /// Queues what tells of the transaction `tid`.
@@ -184,6 +203,15 @@ impl Outbox {
         }
     }
 
+    /// Nothing is written for a while: nobody waits for what is queued, nor for what its sender has taken.
+    fn excuse(&self, taken: &mut VecDeque<Piece>) {
+        let mut queue = self.lock();
+        queue.blocked = true;
+        for pieces in [&mut queue.pieces, taken] {
+            pieces.retain(|piece| !matches!(piece, Piece::Told(_)));
+        }
+    }
+
     /// Sends what is queued until the connection is closed.
     pub async fn send_to(&self, socket: impl AsyncWrite + Unpin) -> io::Result<()> {
         let _over = Over(self);
@@ -235,6 +263,10 @@ impl<S: AsyncWrite + Unpin> Sending<'_, S> {
         while let Some(piece) = self.pieces.pop_front() {
             let bytes = match piece {
                 Piece::Bytes(bytes) => bytes,
+                Piece::Later(coming) => {
+                    self.write_together().await?;
+                    self.made(coming).await?
+                }
                 Piece::Told(told) => {
                     self.tolds.push(told);
                     continue;
@@ -265,6 +297,17 @@ impl<S: AsyncWrite + Unpin> Sending<'_, S> {
         self.write_together().await
     }
 
+    /// Waits for bytes that are being made. Nobody else waits for what this connection is to be told after them.
+    async fn made(&mut self, mut coming: oneshot::Receiver<Bytes>) -> io::Result<Bytes> {
+        if let Ok(bytes) = coming.try_recv() {
+            return Ok(bytes);
+        }
+        self.outbox.excuse(&mut self.pieces);
+        let made = coming.await;
+        self.outbox.lock().blocked = false;
+        made.map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+
     async fn write_together(&mut self) -> io::Result<()> {
         let together = std::mem::take(&mut self.together);
         self.write(&together).await?;
@@ -286,13 +329,7 @@ impl<S: AsyncWrite + Unpin> Sending<'_, S> {
         if let Poll::Ready(written) = at_once {
             return written;
         }
-        {
-            let mut queue = outbox.lock();
-            queue.blocked = true;
-            for pieces in [&mut queue.pieces, pieces] {
-                pieces.retain(|piece| !matches!(piece, Piece::Told(_)));
-            }
-        }
+        outbox.excuse(pieces);
         tolds.clear();
         let written = writing.await;
         outbox.lock().blocked = false;
@@ -343,6 +380,28 @@ mod tests {
         let mut sent = Vec::new();
         outbox.send_to(&mut sent).await.unwrap();
         assert_eq!(sent, expected);
+    }
+
+    #[tokio::test]
+    async fn what_is_made_later_keeps_its_place_and_holds_up_nobody_else() {
+        let (asking, mut asked) = connected(100);
+        let (other, mut others) = connected(100);
+        asking.push(Bytes::from_static(&[1]));
+        let making = asking.push_later();
+        asking.push(Bytes::from_static(&[3]));
+        assert_eq!(read(&mut asked).await, 1);
+        // The reply to a commit of another connection does not wait for its invalidation behind the answer.
+        commit(4, &[&other, &asking]);
+        assert_eq!(read(&mut others).await, 4);
+        asking.made(making, Bytes::from_static(&[2]));
+        for expected in 2..=4 {
+            assert_eq!(read(&mut asked).await, expected);
+        }
+        // What is never made ends the connection.
+        drop(asking.push_later());
+        let mut rest = Vec::new();
+        tokio::io::AsyncReadExt::read_to_end(&mut asked, &mut rest).await.unwrap();
+        assert!(rest.is_empty());
     }
 
     /// A connection, and what the client reads of it.

@@ -1,6 +1,6 @@
 //! Which objects the recent transactions changed: the answer to `getInvalidations`.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -72,17 +72,34 @@ impl History {
         self.transactions.back().map_or(self.base, |(tid, _)| *tid)
     }
 
-    /// The objects changed after the transaction `tid`, each once; `None` if that is not known
-    /// for certain.
-    pub fn since(&self, tid: Tid) -> Option<(Tid, Vec<Oid>)> {
+    /// What was changed after the transaction `tid`; `None` if that is not known for certain.
+    pub fn since(&self, tid: Tid) -> Option<Changes> {
         let first = if tid == self.base {
             0
         } else {
             self.transactions.binary_search_by_key(&tid, |(tid, _)| *tid).ok()? + 1
         };
-        let oids: BTreeSet<Oid> =
-            self.transactions.range(first..).flat_map(|(_, oids)| oids.iter().copied()).collect();
-        Some((self.last(), oids.into_iter().collect()))
+        let transactions = self.transactions.range(first..).map(|(_, oids)| oids.clone());
+        Some(Changes { last: self.last(), transactions: transactions.collect() })
+    }
+}
+
+/// What some transactions changed. Cheap to have; to go through millions of objects takes seconds.
+#[derive(Clone, Debug)]
+pub struct Changes {
+    /// The newest transaction.
+    pub last: Tid,
+    transactions: Vec<Arc<[Oid]>>,
+}
+
+impl Changes {
+    /// The objects, each once.
+    pub fn oids(&self) -> Vec<Oid> {
+        let mut oids: Vec<Oid> =
+            self.transactions.iter().flat_map(|oids| oids.iter().copied()).collect();
+        oids.sort_unstable();
+        oids.dedup();
+        oids
     }
 }
 
@@ -96,11 +113,12 @@ mod tests {
         for tid in [10, 20, 30] {
             history.push(Tid(tid), Arc::from([Oid(tid), Oid(1)]));
         }
-        assert_eq!(history.since(Tid(5)), Some((Tid(30), vec![Oid(1), Oid(10), Oid(20), Oid(30)])));
-        assert_eq!(history.since(Tid(20)), Some((Tid(30), vec![Oid(1), Oid(30)])));
-        assert_eq!(history.since(Tid(30)), Some((Tid(30), vec![])));
+        let since = |tid| history.since(Tid(tid)).map(|changes| (changes.last, changes.oids()));
+        assert_eq!(since(5), Some((Tid(30), vec![Oid(1), Oid(10), Oid(20), Oid(30)])));
+        assert_eq!(since(20), Some((Tid(30), vec![Oid(1), Oid(30)])));
+        assert_eq!(since(30), Some((Tid(30), vec![])));
         for unknown in [4, 6, 15, 31] {
-            assert_eq!(history.since(Tid(unknown)), None);
+            assert_eq!(since(unknown), None);
         }
     }
 
@@ -114,11 +132,11 @@ mod tests {
             history.forget(at(seconds));
         }
         // 1050 is 70 seconds old, and there are more than two after it.
-        assert_eq!(history.since(at(1000)), None);
+        assert!(history.since(at(1000)).is_none());
         assert!(history.since(at(1050)).is_some());
         history.forget(at(5000));
-        assert_eq!(history.since(at(1100)).map(|(_, oids)| oids.len()), Some(2));
-        assert_eq!(history.since(at(1050)), None);
+        assert_eq!(history.since(at(1100)).map(|changes| changes.oids().len()), Some(2));
+        assert!(history.since(at(1050)).is_none());
     }
 
     #[test]
@@ -128,7 +146,7 @@ mod tests {
         for tid in 1..=3 {
             history.push(Tid(tid), many.clone());
         }
-        assert_eq!(history.since(Tid(0)), None);
+        assert!(history.since(Tid(0)).is_none());
         assert!(history.since(Tid(1)).is_some());
     }
 }
