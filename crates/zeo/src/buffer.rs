@@ -81,7 +81,7 @@ pub struct Write {
 
 impl Write {
     /// Bytes that its record takes in the data file.
-    pub fn len(&self) -> u64 {
+    pub fn record_len(&self) -> u64 {
         self.len
     }
 

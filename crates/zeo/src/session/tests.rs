@@ -487,7 +487,8 @@ fn a_transaction_of_too_many_objects_fails_at_the_vote() {
     let oid = |n: u8| Value::bytes(&[0, 0, 0, 0, 0, 0, 0, n]);
     let (serial, data, name) = (Value::bytes(&TID), Value::bytes(b"data"), Value::Int(1));
     let undo = Value::bytes(b"AwAAAAAAAAE=");
-    let calls: [(&str, &dyn Fn(u8) -> Vec<Value>); 5] = [
+    type Arguments<'a> = &'a dyn Fn(u8) -> Vec<Value>;
+    let calls: [(&str, Arguments<'_>); 5] = [
         ("storea", &|n| vec![oid(n), serial.clone(), data.clone(), name.clone()]),
         ("deleteObject", &|n| vec![oid(n), serial.clone(), name.clone()]),
         ("checkCurrentSerialInTransaction", &|n| vec![oid(n), serial.clone(), name.clone()]),

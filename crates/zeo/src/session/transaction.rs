@@ -323,7 +323,7 @@ pub(super) fn conflict_list(
 ) -> Result<Value, ClientError> {
     let unreadable =
         |error| ClientError::storage(format!("cannot read a large transaction: {error}"));
-    let len = |(oid, _): &(Oid, Tid)| buffer.write_of(*oid).map_or(0, |write| write.len());
+    let len = |(oid, _): &(Oid, Tid)| buffer.write_of(*oid).map_or(0, |write| write.record_len());
     if let Some((oid, committed)) = conflicts.first()
         && conflicts.iter().map(len).sum::<u64>() > MOST_TO_RESOLVE
     {
