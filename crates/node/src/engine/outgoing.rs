@@ -21,9 +21,9 @@ use crate::sessions::SessionHandle;
 
 /// Bytes of entries of ours without a majority, beyond which nothing more is proposed.
 const WINDOW: usize = 16 << 20;
-/// Bytes beyond which no parts of long transactions are. What others commit, and answers to heartbeats, come behind them
-/// on every link.
-const LONG_WINDOW: usize = 4 << 20;
+/// Parts of long transactions without a majority, each a megabyte. What others commit, and answers to heartbeats, come
+/// behind them on every link.
+const PARTS_IN_FLIGHT: usize = 4;
 /// Parts of a long transaction that are at hand.
 const AT_HAND: usize = 2;
 
@@ -145,7 +145,7 @@ impl Engine {
             // Nothing may get a tid while one that brings its own is on its way.
             let goes_first = outgoing.meta.tid.is_some();
             match outgoing.next() {
-                Ok(Next::Part(part)) if self.in_flight < LONG_WINDOW => {
+                Ok(Next::Part(part)) if self.parts_in_flight(&outgoing) < PARTS_IN_FLIGHT => {
                     match self.propose(Command::Part(part.clone()), None)? {
                         Some(index) => outgoing.parts.push(index),
                         None => {
@@ -183,6 +183,16 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Parts of this transaction, and of the others that are on their way, that are not committed yet.
+    fn parts_in_flight(&self, one: &Outgoing) -> usize {
+        // Entries are committed in order.
+        let of = |outgoing: &Outgoing| {
+            let parts = outgoing.parts.iter().rev();
+            parts.take_while(|index| self.pending.contains_key(index)).count()
+        };
+        self.outgoing.iter().chain([one]).map(of).sum()
     }
 
     /// Why a transaction with this tid, or with one that it will get, cannot be stored. What is in the log must be
@@ -275,9 +285,9 @@ impl Engine {
 }
 
 impl Outgoing {
-    /// What comes next. What a part is taken for, and is not done, is put back.
+    /// What comes next. A part that is not proposed is put back.
     fn next(&mut self) -> io::Result<Next> {
-        let coming = match std::mem::replace(&mut self.records, Records::Rest(Bytes::new())) {
+        let mut coming = match std::mem::replace(&mut self.records, Records::Rest(Bytes::new())) {
             Records::Rest(rest) => {
                 self.records = Records::Rest(rest);
                 return Ok(Next::Closes);
@@ -288,7 +298,6 @@ impl Outgoing {
             }
             Records::Coming(coming) => coming,
         };
-        let mut coming = coming;
         let piece = match coming.try_recv() {
             Ok(piece) => piece?,
             Err(TryRecvError::Empty) => {
