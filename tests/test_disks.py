@@ -13,6 +13,7 @@ from ZODB.blob import Blob
 from ZODB.POSException import StorageError
 
 import cluster as harness
+from large import commit_many
 from test_cluster import check_histories
 from test_membership import new_node, stopping, wait_for_voters  # noqa: F401  (a fixture)
 from zeo_client import Client, open_storage, transactions
@@ -312,6 +313,38 @@ def test_row_50_a_pack_without_room_fails_alone(disks, nodes_on_disks):
     client.close()
     cluster.wait_level()
     assert not any("Fatal" in node.log() or "cannot apply" in node.log() for node in cluster.nodes)
+
+
+def test_an_index_without_room_is_written_later(disks, nodes_on_disks):
+    """It could be made anew from the data file: it does not take the reserve, which commits need."""
+    cluster = nodes_on_disks.cluster(count=1, options=RESERVE)
+    (node,) = cluster.nodes
+    disks(node.directory, megabytes=400)
+    cluster.configure()
+    cluster.start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=0))
+    index = os.path.join(node.state_dir, "1.index")
+    refused = "the index takes a second file of"
+    for number in range(3):
+        # An index file of six megabytes.
+        commit_many(node.address, range((1 + number) << 32, ((1 + number) << 32) + 400_000))
+        before = os.path.exists(index) and os.path.getmtime(index)
+        ballast = fill(node.directory, left=36 * MB)
+        harness.wait_for(
+            "a checkpoint", lambda: refused in node.log() or (os.path.exists(index) and os.path.getmtime(index) != before), 30
+        )
+        if refused in node.log():
+            break
+        # It was written just before the disk was full.
+        os.remove(ballast)
+    assert refused in node.log() and not os.path.exists(index + ".new")
+    commit_some(client, 20, size=1000)
+    assert not no_room(cluster, node)
+    os.remove(ballast)
+    client.commit(lambda root: root.update(x=1))
+    harness.wait_for("the index", lambda: os.path.exists(index) and os.path.getsize(index) > 6 * MB, 30)
+    client.close()
 
 
 def test_without_room_for_more_files_another_node_is_primary(disks, nodes_on_disks):

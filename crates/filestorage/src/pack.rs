@@ -645,7 +645,7 @@ mod tests {
         append(&mut storage, 20, &[(1, data(&[3])), (3, data(&[9]))]);
         append(&mut storage, 30, &[(4, data(&[9]))]);
         append(&mut storage, 40, &[(1, data(&[3, 9]))]);
-        storage.reader().merge_index(1).unwrap();
+        storage.reader().merge_index(1, &|_| Ok(())).unwrap();
         let before = read_all(&disk, Path::new(DATA)).unwrap();
         let python_index = Path::new("/db/Data.fs.index");
         disk.open(python_index, Open::Create).unwrap();

@@ -11,6 +11,7 @@ use crate::StorageError;
 use crate::format::{DATA_HEADER, DataHeader, REFERENCE_LIMIT, number};
 use crate::holes::{Hole, Holes};
 use crate::index::{Sorted, write_python_index};
+use crate::pack::{Need, Room};
 use crate::storage::{Mark, Shared};
 use crate::sums::Damage;
 
@@ -189,20 +190,22 @@ impl Reader {
 
     /// Writes the index file anew if at least `least` entries are not in it; true if it did.
     /// Reads and appends go on meanwhile. Call after a checkpoint: the index file must not know
-    /// more than what is durable.
-    pub fn merge_index(&self, least: usize) -> Result<bool, StorageError> {
+    /// more than what is durable. `room` is asked first, and then for every megabyte.
+    pub fn merge_index(&self, least: usize, room: Room<'_>) -> Result<bool, StorageError> {
+        let failed = StorageError::io(&self.shared.index_path, "write the index");
+        if self.shared.read().index.overlay_len() < least.max(1) {
+            return Ok(false);
+        }
+        room(Need::All(Sorted::size_of(self.len()))).map_err(&failed)?;
         let (merge, mark) = {
             let mut state = self.shared.write();
-            if state.index.overlay_len() < least.max(1) {
-                return Ok(false);
-            }
             match state.index.freeze() {
                 Some(merge) => (merge, state.mark),
                 None => return Ok(false),
             }
         };
-        let written =
-            Sorted::write(&*self.shared.disk, &self.shared.index_path, mark, merge.entries());
+        let (disk, path) = (&*self.shared.disk, &self.shared.index_path);
+        let written = Sorted::write(disk, path, mark, merge.entries(), room);
         let mut state = self.shared.write();
         match written {
             Ok(sorted) => {
@@ -211,7 +214,7 @@ impl Reader {
             }
             Err(error) => {
                 state.index.thaw_failed();
-                Err(StorageError::io(&self.shared.index_path, "write the index")(error))
+                Err(failed(error))
             }
         }
     }

@@ -327,7 +327,7 @@ fn index_file_is_used_and_can_be_lost() {
     let disk = MemoryDisk::new();
     let mut storage = open(&disk);
     storage.append(&transaction(10, &[(0, "root"), (1, "one"), (9, "x")])).unwrap();
-    assert!(storage.reader().merge_index(1).unwrap());
+    assert!(storage.reader().merge_index(1, &|_| Ok(())).unwrap());
     storage.append(&transaction(20, &[(1, "uno"), (5, "y")])).unwrap();
     let (again, opened) = open_as(&disk, Extent::Whole).unwrap();
     assert_eq!(opened.scanned, 1);
@@ -341,7 +341,7 @@ fn index_file_is_used_and_can_be_lost() {
     assert_eq!(oids, [0, 1, 5, 9]);
     assert_eq!(reader.len(), 4);
     assert_eq!(reader.highest_oid(), Some(Oid(9)));
-    assert!(reader.merge_index(1).unwrap());
+    assert!(reader.merge_index(1, &|_| Ok(())).unwrap());
     assert_eq!(open_as(&disk, Extent::Whole).unwrap().1.scanned, 0);
 
     let index = disk.open(Path::new(INDEX), Open::Write).unwrap();
@@ -355,7 +355,7 @@ fn rewind_restores_the_former_state() {
     let mut storage = open(&disk);
     storage.append(&transaction(10, &[(0, "root"), (1, "one")])).unwrap();
     let before = storage.mark();
-    storage.reader().merge_index(1).unwrap();
+    storage.reader().merge_index(1, &|_| Ok(())).unwrap();
     storage.append(&transaction(20, &[(1, "uno"), (2, "two")])).unwrap();
     storage.append(&transaction(30, &[(1, "eins")])).unwrap();
     assert_eq!(storage.rewind(Tid(15)).unwrap(), before);
@@ -450,7 +450,7 @@ fn opening_at_a_mark_cuts_what_follows() {
     let mut storage = open(&disk);
     let mark = storage.append(&transaction(10, &[(0, "root")])).unwrap();
     storage.append(&transaction(20, &[(0, "later")])).unwrap();
-    storage.reader().merge_index(1).unwrap();
+    storage.reader().merge_index(1, &|_| Ok(())).unwrap();
     let (storage, _) = open_as(&disk, up_to(mark)).unwrap();
     assert_eq!(storage.mark(), mark);
     assert_eq!(loaded(&storage.reader(), 0, 99), Some(("root".into(), 10, None)));
@@ -669,7 +669,7 @@ proptest! {
         for (oid, what) in steps {
             tid += 10;
             match what {
-                0 => { storage.reader().merge_index(1).unwrap(); }
+                0 => { storage.reader().merge_index(1, &|_| Ok(())).unwrap(); }
                 1 => { storage.rewind(Tid(tid.saturating_sub(25))).unwrap(); }
                 2 => { storage = open(&disk); }
                 _ => { storage.append(&transaction(tid, &[(oid, "x"), (oid + 1, "y")])).unwrap(); }
@@ -699,7 +699,7 @@ fn pythons_index_is_written_of_what_is_in_the_index_file() {
     assert!(!reader.write_python_index().unwrap());
     storage.append(&transaction(1, &[(0xFFFF, "a"), (0x10000, "b")])).unwrap();
     assert!(!reader.write_python_index().unwrap());
-    assert!(reader.merge_index(1).unwrap() && reader.write_python_index().unwrap());
+    assert!(reader.merge_index(1, &|_| Ok(())).unwrap() && reader.write_python_index().unwrap());
     let expected: &[&[u8]] = &[
         b"\x80\x03\x8a\x09",
         &reader.size().to_le_bytes(),

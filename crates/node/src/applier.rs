@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Context;
 use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Committed};
-use standby_filestorage::{Hole, Outcome, Packed, Reader, Record, Staged, TransactionMeta};
+use standby_filestorage::{Hole, Need, Outcome, Packed, Reader, Record, Staged, TransactionMeta};
 use standby_types::time::{tid_at, utc};
 use standby_types::{Blob, Disk, LogIndex, Mutation, Oid, Tid, mutation};
 use standby_zeo::{ClientError, Encoding, History, SessionId, Value};
@@ -28,6 +28,7 @@ use crate::machine::{self, Instant, Job};
 use crate::node::Shared;
 use crate::packing::{Cause, Packs, pack_path, references};
 use crate::replica::{Applied, ApplyError, Done, Replica};
+use crate::room::room_for;
 use crate::sessions::{Mail, SessionHandle};
 use crate::state::Checkpoint;
 
@@ -391,11 +392,8 @@ impl Applier {
         }
         // The packed file has no index file yet; commits do not wait for it.
         let reader = storage.reader();
-        self.checkpoint_thread = Some(machine::background("index", move || {
-            if let Err(error) = reader.merge_index(1) {
-                warn!(storage = name, %error, "cannot write the index file");
-            }
-        })?);
+        self.checkpoint_thread =
+            Some(machine::background("index", move || merge_index(&shared, &name, &reader, 1))?);
         Ok(())
     }
 
@@ -775,10 +773,7 @@ impl Applier {
 
     fn merge_indexes(&self) {
         for (name, storage) in self.replica.storages() {
-            // The index can be made anew from the data file; it is not worth stopping for.
-            if let Err(error) = storage.reader().merge_index(1) {
-                warn!(storage = name, %error, "cannot write the index file");
-            }
+            merge_index(&self.shared, name, &storage.reader(), 1);
         }
     }
 
@@ -824,9 +819,7 @@ impl Applier {
                     for (name, reader) in &readers {
                         note_durable(reader, name, &checkpoint);
                         let least = INDEX_OVERLAY.max(reader.len() as usize / 8);
-                        if let Err(error) = reader.merge_index(least) {
-                            warn!(storage = name, %error, "cannot write the index file");
-                        }
+                        merge_index(&shared, name, reader, least);
                     }
                     shared.report(Internal::Checkpointed(checkpoint.index));
                 }
@@ -851,9 +844,13 @@ impl Applier {
     fn write_python_indexes(&self) {
         let written = |(name, _): &(&String, _)| !self.shared.config.protects(name);
         for (name, storage) in self.replica.storages().filter(written) {
-            let room = self.shared.room.check().map_err(anyhow::Error::from);
-            let written = room.and_then(|()| Ok(storage.reader().write_python_index()?));
-            if let Err(error) = written {
+            let Some(path) = self.shared.storages.get(name).map(|shared| &shared.path) else {
+                continue;
+            };
+            let (reader, room) = (storage.reader(), room_for(&self.shared, path, "Python's index"));
+            // It has eight bytes for each object.
+            let room = room(Need::All(8 * reader.len())).map_err(anyhow::Error::from);
+            if let Err(error) = room.and_then(|()| Ok(reader.write_python_index()?)) {
                 warn!(
                     storage = name,
                     "Python will have to read the data file anew: {}",
@@ -861,6 +858,15 @@ impl Applier {
                 );
             }
         }
+    }
+}
+
+/// Writes the index file anew, if so many entries are not in it. It can be made anew from the data file: it is not worth
+/// stopping for, nor worth the reserve.
+fn merge_index(shared: &Arc<Shared>, storage: &str, reader: &Reader, least: usize) {
+    let room = room_for(shared, &shared.state.index(storage), "the index");
+    if let Err(error) = reader.merge_index(least, &room) {
+        warn!(storage, %error, "cannot write the index file, and tries again later");
     }
 }
 

@@ -18,11 +18,14 @@ use standby_types::{Disk, Oid, Position, Tid};
 
 use super::Growing;
 use crate::format::number;
+use crate::pack::{Need, Room};
 use crate::storage::Mark;
 
 const MAGIC: &[u8; 8] = b"SBYINDEX";
 const HEADER: usize = 40;
 const ENTRY: usize = 16;
+/// So many entries are a megabyte.
+const MEGABYTE: u64 = 1 << 16;
 
 pub(crate) struct Sorted {
     bytes: Mapped,
@@ -48,15 +51,38 @@ impl Sorted {
         Some(Sorted { bytes, len, mark })
     }
 
-    /// Writes an index file and opens it.
+    /// Bytes of an index file with so many entries.
+    pub fn size_of(entries: u64) -> u64 {
+        HEADER as u64 + entries * ENTRY as u64
+    }
+
+    /// Writes an index file and opens it. Nothing of it is left if it cannot be written.
     pub fn write(
         disk: &dyn Disk,
         path: &Path,
         mark: Mark,
         entries: impl Iterator<Item = (Oid, Position)>,
+        room: Room<'_>,
     ) -> io::Result<Sorted> {
         let temporary = PathBuf::from(format!("{}.new", path.display()));
-        let file = disk.open(&temporary, Open::Create)?;
+        if let Err(error) = Sorted::write_to(disk, &temporary, mark, entries, room) {
+            let _ = disk.remove(&temporary);
+            return Err(error);
+        }
+        disk.rename(&temporary, path)?;
+        disk.sync_dir(parent(path))?;
+        Sorted::open(disk, path)
+            .ok_or_else(|| io::Error::other("the index file just written cannot be read back"))
+    }
+
+    fn write_to(
+        disk: &dyn Disk,
+        temporary: &Path,
+        mark: Mark,
+        entries: impl Iterator<Item = (Oid, Position)>,
+        room: Room<'_>,
+    ) -> io::Result<()> {
+        let file = disk.open(temporary, Open::Create)?;
         file.set_len(0)?;
         let mut growing = Growing::new(file, HEADER as u64);
         let mut count = 0u64;
@@ -64,6 +90,9 @@ impl Sorted {
             growing.put(&oid.to_bytes())?;
             growing.put(&position.to_bytes())?;
             count += 1;
+            if count % MEGABYTE == 0 {
+                room(Need::Next)?;
+            }
         }
         let file = growing.finish()?;
         let mut header = Vec::with_capacity(HEADER);
@@ -74,11 +103,7 @@ impl Sorted {
         header.extend_from_slice(&crc32c::crc32c(&header).to_be_bytes());
         header.extend_from_slice(&[0; 4]);
         file.write_at(&header, 0)?;
-        file.sync()?;
-        disk.rename(&temporary, path)?;
-        disk.sync_dir(parent(path))?;
-        Sorted::open(disk, path)
-            .ok_or_else(|| io::Error::other("the index file just written cannot be read back"))
+        file.sync()
     }
 
     pub fn len(&self) -> u64 {

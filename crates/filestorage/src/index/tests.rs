@@ -1,10 +1,11 @@
 use std::path::Path;
 
 use proptest::prelude::*;
-use standby_types::Tid;
+use standby_types::{Disk, Tid};
 use standby_types::memory::MemoryDisk;
 
 use super::*;
+use crate::pack::Need;
 use crate::storage::Mark;
 
 #[derive(Clone, Debug)]
@@ -55,7 +56,7 @@ proptest! {
                 Step::Freeze => merge = index.freeze().or(merge),
                 Step::Thaw => if let Some(merge) = merge.take() {
                     let mark = Mark { position: Position(9), tid: Tid(9) };
-                    index.thaw(Sorted::write(&disk, path, mark, merge.entries()).unwrap());
+                    index.thaw(Sorted::write(&disk, path, mark, merge.entries(), &|_| Ok(())).unwrap());
                 },
                 Step::ThawFailed => if merge.take().is_some() {
                     index.thaw_failed();
@@ -75,4 +76,23 @@ proptest! {
         let merge = index.freeze().unwrap();
         prop_assert!(merge.entries().eq(expected));
     }
+}
+
+#[test]
+fn an_index_file_without_room_leaves_nothing() {
+    let (disk, path) = (MemoryDisk::new(), Path::new("/index"));
+    let entries = || (0..200_000).map(|oid| (Oid(oid), Position(oid + 4)));
+    let mark = Mark { position: Position(9), tid: Tid(9) };
+    Sorted::write(&disk, path, mark, entries().take(7), &|_| Ok(())).unwrap();
+    // The first megabyte still fits.
+    let asked = std::cell::Cell::new(0);
+    let room = |need| {
+        assert_eq!(need, Need::Next);
+        asked.set(asked.get() + 1);
+        if asked.get() > 1 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    };
+    let refused = Sorted::write(&disk, path, mark, entries(), &room).err().unwrap();
+    assert_eq!(refused.kind(), io::ErrorKind::StorageFull);
+    assert_eq!(disk.list(Path::new("/")).unwrap(), [path]);
+    assert_eq!(Sorted::open(&disk, path).unwrap().len(), 7);
 }
