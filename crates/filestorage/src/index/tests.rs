@@ -1,8 +1,8 @@
 use std::path::Path;
 
 use proptest::prelude::*;
-use standby_types::{Disk, Tid};
 use standby_types::memory::MemoryDisk;
+use standby_types::{Disk, Tid};
 
 use super::*;
 use crate::pack::Need;
