@@ -90,7 +90,7 @@ impl Sorted {
             growing.put(&oid.to_bytes())?;
             growing.put(&position.to_bytes())?;
             count += 1;
-            if count % MEGABYTE == 0 {
+            if count.is_multiple_of(MEGABYTE) {
                 room(Need::Next)?;
             }
         }
