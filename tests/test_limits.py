@@ -6,6 +6,7 @@ import time
 
 import pytest
 import ZODB.POSException
+from persistent.mapping import PersistentMapping
 from persistent.TimeStamp import TimeStamp
 from ZEO.ClientStorage import ClientStorage
 from ZODB.Connection import TransactionMetaData
@@ -127,6 +128,26 @@ def test_a_transaction_of_very_many_objects_holds_nobody_up(nodes):
     for other in others:
         other.client.close()
     cluster.wait_level()
+
+
+def test_an_undo_brings_back_much_in_one_record(nodes):
+    """It takes a pointer in the data file, and all of the data on the way there."""
+    cluster = nodes.cluster().start()
+    client = Client(cluster.addresses)
+    large = [os.urandom(700_000) for _ in range(5)]
+    client.commit(lambda root: root.update({str(n): PersistentMapping(x=data) for n, data in enumerate(large)}))
+    client.commit(lambda root: [root[str(n)].update(x=b"small") for n in range(5)])
+    client.db.undo(client.db.undoLog(0, 1)[0]["id"], client.manager.get())
+    client.manager.commit()
+    client.sync()
+    client.connection.cacheMinimize()
+    assert [client.root[str(n)]["x"] for n in range(5)] == large
+    client.commit(lambda root: root.update(after=1))
+    client.close()
+    cluster.wait_level()
+    client = Client([cluster.nodes[-1].read_only_address], read_only=True)
+    assert [client.root[str(n)]["x"] for n in range(5)] == large
+    client.close()
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -345,16 +345,6 @@ impl Buffer {
         &self.writes
     }
 
-    /// Bytes that the changes take in the data file.
-    pub fn len(&self) -> u64 {
-        self.writes.iter().map(|write| write.len).sum()
-    }
-
-    /// True if nothing is changed.
-    pub fn is_empty(&self) -> bool {
-        self.writes.is_empty()
-    }
-
     /// What a change makes of its object.
     pub fn content(&self, write: &Write) -> io::Result<Content> {
         Ok(match &write.kept {

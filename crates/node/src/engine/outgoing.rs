@@ -80,20 +80,15 @@ impl Engine {
             return;
         }
         let (meta, blobs) = (buffer.meta.clone(), buffer.take_blobs());
-        let records = if buffer.writes().len() <= MANY && buffer.len() <= PART_LEN as u64 {
-            let mut rest = Bytes::new();
-            let mut keep = |piece| {
-                if let Piece::Rest(bytes) = piece {
-                    rest = bytes;
-                }
-                true
-            };
-            match encode(&buffer, &mut keep) {
-                Ok(()) => Records::Rest(rest),
-                Err(error) => return self.unreadable(&session, &storage, &error),
-            }
-        } else {
-            Records::Coming(self.encode_beside(buffer))
+        // Of one with few objects all fits the closing entry, as a rule.
+        let rest = match buffer.writes().len() <= MANY {
+            true => encode(&buffer, &mut |_| false),
+            false => Ok(None),
+        };
+        let records = match rest {
+            Ok(Some(rest)) => Records::Rest(rest),
+            Ok(None) => Records::Coming(self.encode_beside(buffer)),
+            Err(error) => return self.unreadable(&session, &storage, &error),
         };
         let parts = Vec::new();
         self.outgoing.push_back(Outgoing { session, id, storage, meta, blobs, records, parts });
@@ -105,14 +100,16 @@ impl Engine {
         let shared = self.shared.clone();
         // It ends at the latest when nobody takes its pieces any more.
         drop(machine::spawn_blocking(move || {
-            let mut each = |piece| {
-                let taken = machine::send_blocking(&pieces, Ok(piece)).is_ok();
+            let send = |piece| {
+                let taken = machine::send_blocking(&pieces, piece).is_ok();
                 shared.report(Internal::Encoded);
                 taken
             };
-            if let Err(error) = encode(&buffer, &mut each) {
-                let _ = machine::send_blocking(&pieces, Err(error));
-                shared.report(Internal::Encoded);
+            match encode(&buffer, &mut |part| send(Ok(Piece::Part(part)))) {
+                Ok(Some(rest)) => drop(send(Ok(Piece::Rest(rest)))),
+                // Nobody takes them.
+                Ok(None) => {}
+                Err(error) => drop(send(Err(error))),
             }
         }));
         coming
@@ -326,20 +323,20 @@ impl Outgoing {
     }
 }
 
-/// Encodes the changes of a transaction; `each` returns false if nobody wants more of them.
-fn encode(buffer: &Buffer, each: &mut dyn FnMut(Piece) -> bool) -> io::Result<()> {
+/// Encodes the changes of a transaction: gives parts to `each`, and returns what is left, which is no longer than a part;
+/// `None` if `each` takes no more.
+fn encode(buffer: &Buffer, each: &mut dyn FnMut(Bytes) -> bool) -> io::Result<Option<Bytes>> {
     let mut records = BytesMut::new();
     for write in buffer.writes() {
         let data = record_data(buffer.content(write)?);
         put_record(&Record { oid: write.oid, data }, &mut records);
         while records.len() > PART_LEN {
-            if !each(Piece::Part(records.split_to(PART_LEN).freeze())) {
-                return Ok(());
+            if !each(records.split_to(PART_LEN).freeze()) {
+                return Ok(None);
             }
         }
     }
-    each(Piece::Rest(records.freeze()));
-    Ok(())
+    Ok(Some(records.freeze()))
 }
 
 fn does_not_follow(tid: Tid, last: Tid) -> ClientError {
