@@ -205,15 +205,14 @@ impl Reader {
             }
         };
         let (disk, path) = (&*self.shared.disk, &self.shared.index_path);
-        let written = Sorted::write(disk, path, mark, merge.entries(), room);
-        let mut state = self.shared.write();
-        match written {
+        match Sorted::write(disk, path, mark, merge.entries(), room) {
             Ok(sorted) => {
-                state.index.thaw(sorted);
+                self.shared.write().index.thaw(sorted);
                 Ok(true)
             }
             Err(error) => {
-                state.index.thaw_failed();
+                let frozen = merge.one_layer();
+                self.shared.write().index.thaw_failed(frozen);
                 Err(failed(error))
             }
         }

@@ -7,7 +7,7 @@ use standby_types::{Oid, Position};
 /// An object and its newest record.
 pub(crate) type Entry = (Oid, Position);
 
-pub(super) enum Layer {
+pub(crate) enum Layer {
     /// What was an overlay.
     Tree(BTreeMap<Oid, Position>),
     /// Very many entries that came together, ascending.

@@ -13,9 +13,11 @@ mod sorted;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
-use standby_types::{File, Oid, Position};
+use standby_types::disk::{Open, parent};
+use standby_types::{Disk, File, Oid, Position};
 
 pub(crate) use layer::Entry;
 use layer::{Layer, merged};
@@ -27,8 +29,8 @@ pub(crate) struct Index {
     overlay: BTreeMap<Oid, Position>,
     /// The newest one comes last.
     layers: Vec<Arc<Layer>>,
-    frozen: Vec<Arc<Layer>>,
-    merges: bool,
+    /// `None` unless a merge runs.
+    frozen: Option<Vec<Arc<Layer>>>,
     sorted: Option<Arc<Sorted>>,
     /// Number of objects.
     count: u64,
@@ -48,7 +50,7 @@ impl Index {
 
     /// The layers below the overlay, the newest one first.
     fn below(&self) -> impl Iterator<Item = &Layer> {
-        self.frozen.iter().chain(&self.layers).rev().map(|layer| &**layer)
+        self.frozen.iter().flatten().chain(&self.layers).rev().map(|layer| &**layer)
     }
 
     pub fn insert(&mut self, oid: Oid, position: Position) {
@@ -112,33 +114,31 @@ impl Index {
 
     /// The file's entries, if they are all there are: a merge was the last thing that happened.
     pub fn merged(&self) -> Option<Arc<Sorted>> {
-        let all = self.overlay.is_empty() && self.layers.is_empty() && self.frozen.is_empty();
+        let all = self.overlay.is_empty() && self.layers.is_empty() && self.frozen.is_none();
         self.sorted.clone().filter(|_| all)
     }
 
     /// Starts a merge; `None` while another one runs.
     pub fn freeze(&mut self) -> Option<Merge> {
-        if std::mem::replace(&mut self.merges, true) {
+        if self.frozen.is_some() {
             return None;
         }
         self.push_overlay();
-        self.frozen = std::mem::take(&mut self.layers);
-        Some(Merge { frozen: self.frozen.clone(), sorted: self.sorted.clone() })
+        let frozen = std::mem::take(&mut self.layers);
+        self.frozen = Some(frozen.clone());
+        Some(Merge { frozen, sorted: self.sorted.clone() })
     }
 
     /// Ends a merge: `merged` holds what `frozen` and `sorted` held.
     pub fn thaw(&mut self, merged: Sorted) {
         self.sorted = Some(Arc::new(merged));
-        self.frozen.clear();
-        self.merges = false;
+        self.frozen = None;
     }
 
-    /// Ends a merge that failed: its entries stay in memory.
-    pub fn thaw_failed(&mut self) {
-        let newer = std::mem::take(&mut self.layers);
-        self.layers = std::mem::take(&mut self.frozen);
-        self.layers.extend(newer);
-        self.merges = false;
+    /// Ends a merge that failed: its entries stay in memory, as one layer ([`Merge::one_layer`]), however often that happens.
+    pub fn thaw_failed(&mut self, frozen: Layer) {
+        self.frozen = None;
+        self.layers.insert(0, Arc::new(frozen));
     }
 }
 
@@ -152,14 +152,43 @@ impl Merge {
     /// All entries in order of oid.
     pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
         let sorted = self.sorted.iter().flat_map(|sorted| sorted.iter());
-        let all = self
-            .frozen
-            .iter()
-            .fold(Box::new(sorted) as Box<dyn Iterator<Item = Entry> + '_>, |older, layer| {
-                Box::new(merged(layer.iter(), older))
-            });
-        all.filter(|(_, position)| *position != Position(0))
+        self.above(sorted).filter(|(_, position)| *position != Position(0))
     }
+
+    /// What was in memory.
+    pub fn one_layer(&self) -> Layer {
+        Layer::Many(self.above(std::iter::empty()).collect())
+    }
+
+    /// The entries in memory on top of others.
+    fn above<'a>(
+        &'a self,
+        below: impl Iterator<Item = Entry> + 'a,
+    ) -> impl Iterator<Item = Entry> + 'a {
+        let below: Box<dyn Iterator<Item = Entry> + 'a> = Box::new(below);
+        let layers = self.frozen.iter();
+        layers.fold(below, |older, layer| Box::new(merged(layer.iter(), older)))
+    }
+}
+
+/// Writes a file, durably, in the place of another one that may be there. Nothing is left of one that cannot be written.
+fn write_in_place(
+    disk: &dyn Disk,
+    temporary: &Path,
+    path: &Path,
+    write: impl FnOnce(Arc<dyn File>) -> io::Result<()>,
+) -> io::Result<()> {
+    let written = disk.open(temporary, Open::Create).and_then(|file| {
+        file.set_len(0)?;
+        write(file.clone())?;
+        file.sync()
+    });
+    if let Err(error) = written {
+        let _ = disk.remove(temporary);
+        return Err(error);
+    }
+    disk.rename(temporary, path)?;
+    disk.sync_dir(parent(path))
 }
 
 /// A file that is written from one position on, a megabyte at a time.
@@ -189,12 +218,6 @@ impl Growing {
         self.at += self.buffer.len() as u64;
         self.buffer.clear();
         Ok(())
-    }
-
-    /// Writes what is left; the file.
-    fn finish(mut self) -> io::Result<Arc<dyn File>> {
-        self.flush()?;
-        Ok(self.file)
     }
 }
 

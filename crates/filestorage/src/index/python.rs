@@ -12,10 +12,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use standby_types::disk::{Open, parent};
 use standby_types::{Disk, Oid, Position};
 
-use super::Growing;
+use super::{Growing, write_in_place};
 
 /// Protocol 3, as ZODB writes.
 const PROTO: &[u8] = b"\x80\x03";
@@ -36,9 +35,7 @@ pub(crate) fn write_python_index(
     let path = python_index_path(data);
     // As Python names it.
     let temporary = PathBuf::from(format!("{}.index_tmp", path.display()));
-    let write = || {
-        let file = disk.open(&temporary, Open::Create)?;
-        file.set_len(0)?;
+    write_in_place(disk, &temporary, &path, |file| {
         let mut file = Growing::new(file, 0);
         file.put(&[PROTO, &long(position.0), STOP].concat())?;
         let (mut prefix, mut suffixes, mut positions) = (None, Vec::new(), Vec::new());
@@ -53,14 +50,8 @@ pub(crate) fn write_python_index(
             file.put(&bucket(last, &mut suffixes, &mut positions))?;
         }
         file.put(&[PROTO, b"N", STOP].concat())?;
-        file.finish()?.sync()
-    };
-    if let Err(error) = write() {
-        let _ = disk.remove(&temporary);
-        return Err(error);
-    }
-    disk.rename(&temporary, &path)?;
-    disk.sync_dir(parent(&path))
+        file.flush()
+    })
 }
 
 /// A pair of byte strings; the vectors are empty then.

@@ -13,10 +13,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use standby_types::disk::{Mapped, Open, parent};
+use standby_types::disk::Mapped;
 use standby_types::{Disk, Oid, Position, Tid};
 
-use super::Growing;
+use super::{Growing, write_in_place};
 use crate::format::number;
 use crate::pack::{Need, Room};
 use crate::storage::Mark;
@@ -65,45 +65,29 @@ impl Sorted {
         room: Room<'_>,
     ) -> io::Result<Sorted> {
         let temporary = PathBuf::from(format!("{}.new", path.display()));
-        if let Err(error) = Sorted::write_to(disk, &temporary, mark, entries, room) {
-            let _ = disk.remove(&temporary);
-            return Err(error);
-        }
-        disk.rename(&temporary, path)?;
-        disk.sync_dir(parent(path))?;
+        write_in_place(disk, &temporary, path, |file| {
+            let mut growing = Growing::new(file.clone(), HEADER as u64);
+            let mut count = 0u64;
+            for (oid, position) in entries {
+                growing.put(&oid.to_bytes())?;
+                growing.put(&position.to_bytes())?;
+                count += 1;
+                if count.is_multiple_of(MEGABYTE) {
+                    room(Need::Next)?;
+                }
+            }
+            growing.flush()?;
+            let mut header = Vec::with_capacity(HEADER);
+            header.extend_from_slice(MAGIC);
+            header.extend_from_slice(&mark.position.to_bytes());
+            header.extend_from_slice(&mark.tid.to_bytes());
+            header.extend_from_slice(&count.to_be_bytes());
+            header.extend_from_slice(&crc32c::crc32c(&header).to_be_bytes());
+            header.extend_from_slice(&[0; 4]);
+            file.write_at(&header, 0)
+        })?;
         Sorted::open(disk, path)
             .ok_or_else(|| io::Error::other("the index file just written cannot be read back"))
-    }
-
-    fn write_to(
-        disk: &dyn Disk,
-        temporary: &Path,
-        mark: Mark,
-        entries: impl Iterator<Item = (Oid, Position)>,
-        room: Room<'_>,
-    ) -> io::Result<()> {
-        let file = disk.open(temporary, Open::Create)?;
-        file.set_len(0)?;
-        let mut growing = Growing::new(file, HEADER as u64);
-        let mut count = 0u64;
-        for (oid, position) in entries {
-            growing.put(&oid.to_bytes())?;
-            growing.put(&position.to_bytes())?;
-            count += 1;
-            if count.is_multiple_of(MEGABYTE) {
-                room(Need::Next)?;
-            }
-        }
-        let file = growing.finish()?;
-        let mut header = Vec::with_capacity(HEADER);
-        header.extend_from_slice(MAGIC);
-        header.extend_from_slice(&mark.position.to_bytes());
-        header.extend_from_slice(&mark.tid.to_bytes());
-        header.extend_from_slice(&count.to_be_bytes());
-        header.extend_from_slice(&crc32c::crc32c(&header).to_be_bytes());
-        header.extend_from_slice(&[0; 4]);
-        file.write_at(&header, 0)?;
-        file.sync()
     }
 
     pub fn len(&self) -> u64 {

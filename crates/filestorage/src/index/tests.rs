@@ -58,8 +58,8 @@ proptest! {
                     let mark = Mark { position: Position(9), tid: Tid(9) };
                     index.thaw(Sorted::write(&disk, path, mark, merge.entries(), &|_| Ok(())).unwrap());
                 },
-                Step::ThawFailed => if merge.take().is_some() {
-                    index.thaw_failed();
+                Step::ThawFailed => if let Some(merge) = merge.take() {
+                    index.thaw_failed(merge.one_layer());
                 },
             }
             prop_assert_eq!(index.len(), expected.len() as u64);
@@ -70,12 +70,29 @@ proptest! {
             }
             prop_assert!(index.highest() >= expected.keys().next_back().copied());
         }
-        if merge.take().is_some() {
-            index.thaw_failed();
+        if let Some(merge) = merge.take() {
+            index.thaw_failed(merge.one_layer());
         }
         let merge = index.freeze().unwrap();
         prop_assert!(merge.entries().eq(expected));
     }
+}
+
+#[test]
+fn merges_that_fail_again_and_again_leave_one_layer() {
+    let mut index = Index::default();
+    for oid in 1..100 {
+        index.insert(Oid(oid), Position(oid));
+        index.remove(Oid(oid / 2));
+        let merge = index.freeze().unwrap();
+        assert!(index.freeze().is_none(), "one at a time");
+        index.thaw_failed(merge.one_layer());
+        assert_eq!(index.layers.len(), 1);
+    }
+    assert_eq!(
+        (index.len(), index.get(Oid(49)), index.get(Oid(99))),
+        (50, None, Some(Position(99)))
+    );
 }
 
 #[test]
