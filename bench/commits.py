@@ -40,13 +40,18 @@ class RunZeo(harness.Process):
         return [sys.executable, "-m", "ZEO.runzeo", "-C", self.config_path]
 
 
+def command_of(ports, clients, seconds):
+    """Clients that commit for so long, and report as JSON."""
+    command = [harness.STANDBY, "bench", "--json", "--clients", str(clients), "--seconds", str(seconds)]
+    for port in ports:
+        command += ["--at", "127.0.0.1:%d" % port]
+    return command
+
+
 def measure(ports, seconds):
     row = []
     for clients in CLIENTS:
-        command = [harness.STANDBY, "bench", "--json", "--clients", str(clients)]
-        command += ["--seconds", str(seconds)]
-        for port in ports:
-            command += ["--at", "127.0.0.1:%d" % port]
+        command = command_of(ports, clients, seconds)
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         row.append(json.loads(output))
     return row

@@ -19,7 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "..", "tests")]
 
 import cluster as harness  # noqa: E402
-from commits import RunZeo  # noqa: E402
+from commits import RunZeo, command_of  # noqa: E402
 from large import commit_many  # noqa: E402
 from zeo_client import open_storage  # noqa: E402
 
@@ -35,10 +35,7 @@ def resident(process):
 
 def small(ports, seconds):
     """What small commits take, in eight clients."""
-    command = [harness.STANDBY, "bench", "--json", "--clients", "8", "--seconds", str(seconds)]
-    for port in ports:
-        command += ["--at", "127.0.0.1:%d" % port]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command_of(ports, 8, seconds), stdout=subprocess.PIPE, text=True)
 
 
 def told(process):
@@ -73,18 +70,13 @@ def main():
     directory = tempfile.mkdtemp(prefix="standby-bench-")
     started = []
     try:
-        if options.only in (None, "runzeo"):
-            print("runzeo", flush=True)
-            server = RunZeo(os.path.join(directory, "runzeo"))
-            started.append(server.start())
-            measure([server.port], server, options.objects)
-            server.stop()
-        if options.only in (None, "one"):
-            print("Standby, one node", flush=True)
-            node = harness.Node(os.path.join(directory, "alone"))
-            started.append(node.start())
-            measure([node.port], node, options.objects)
-            node.stop()
+        for name, title, make in (("runzeo", "runzeo", RunZeo), ("one", "Standby, one node", harness.Node)):
+            if options.only in (None, name):
+                print(title, flush=True)
+                server = make(os.path.join(directory, name))
+                started.append(server.start())
+                measure([server.port], server, options.objects)
+                server.stop()
         if options.only in (None, "three"):
             print("Standby, three nodes", flush=True)
             cluster = harness.Cluster(os.path.join(directory, "cluster"))

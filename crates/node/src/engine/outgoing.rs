@@ -60,8 +60,8 @@ enum Next {
     Waits,
     /// A part is to be proposed.
     Part(Bytes),
-    /// All that is left fits its closing entry.
-    Closes,
+    /// This is all that is left, and fits its closing entry.
+    Closes(Bytes),
 }
 
 impl Engine {
@@ -158,8 +158,8 @@ impl Engine {
                     passed += 1;
                 }
                 Ok(Next::Waits) => passed += 1,
-                Ok(Next::Closes) => {
-                    if !self.close(outgoing)? {
+                Ok(Next::Closes(rest)) => {
+                    if !self.close(outgoing, rest)? {
                         break;
                     }
                     passed = 0;
@@ -231,10 +231,9 @@ impl Engine {
     }
 
     /// Proposes the closing entry of a transaction; false if it has to be tried again.
-    fn close(&mut self, outgoing: Outgoing) -> anyhow::Result<bool> {
+    fn close(&mut self, outgoing: Outgoing, rest: Bytes) -> anyhow::Result<bool> {
         let wall_clock = self.time_of_commits();
         let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
-        let Records::Rest(rest) = &outgoing.records else { return Ok(true) };
         let meta = &outgoing.meta;
         let tid = meta.tid;
         let behind = time_of(committing.last_tid).saturating_sub(wall_clock);
@@ -260,7 +259,7 @@ impl Engine {
             head: head.freeze(),
             parts: outgoing.parts.clone(),
             blobs: outgoing.blobs.all.clone(),
-            rest: rest.clone(),
+            rest,
         };
         let origin = Origin { session: outgoing.session.clone(), id: outgoing.id.clone() };
         if self.propose(Command::Transaction(ending), Some(origin))?.is_none() {
@@ -284,35 +283,20 @@ impl Engine {
 impl Outgoing {
     /// What comes next. A part that is not proposed is put back.
     fn next(&mut self) -> io::Result<Next> {
-        let mut coming = match std::mem::replace(&mut self.records, Records::Rest(Bytes::new())) {
-            Records::Rest(rest) => {
-                self.records = Records::Rest(rest);
-                return Ok(Next::Closes);
-            }
-            Records::Part(part, coming) => {
-                self.records = Records::Coming(coming);
-                return Ok(Next::Part(part));
-            }
-            Records::Coming(coming) => coming,
+        let records = std::mem::replace(&mut self.records, Records::Rest(Bytes::new()));
+        let (next, records) = match records {
+            Records::Rest(rest) => (Next::Closes(rest.clone()), Records::Rest(rest)),
+            Records::Part(part, coming) => (Next::Part(part), Records::Coming(coming)),
+            Records::Coming(mut coming) => match coming.try_recv() {
+                Ok(Ok(Piece::Part(part))) => (Next::Part(part), Records::Coming(coming)),
+                Ok(Ok(Piece::Rest(rest))) => (Next::Closes(rest.clone()), Records::Rest(rest)),
+                Ok(Err(error)) => return Err(error),
+                Err(TryRecvError::Empty) => (Next::Waits, Records::Coming(coming)),
+                Err(TryRecvError::Disconnected) => return Err(io::ErrorKind::BrokenPipe.into()),
+            },
         };
-        let piece = match coming.try_recv() {
-            Ok(piece) => piece?,
-            Err(TryRecvError::Empty) => {
-                self.records = Records::Coming(coming);
-                return Ok(Next::Waits);
-            }
-            Err(TryRecvError::Disconnected) => return Err(io::ErrorKind::BrokenPipe.into()),
-        };
-        Ok(match piece {
-            Piece::Part(part) => {
-                self.records = Records::Coming(coming);
-                Next::Part(part)
-            }
-            Piece::Rest(rest) => {
-                self.records = Records::Rest(rest);
-                Next::Closes
-            }
-        })
+        self.records = records;
+        Ok(next)
     }
 
     fn put_back(&mut self, part: Bytes) {

@@ -8,15 +8,21 @@ fn of_entries(cluster: &Cluster, id: u64) -> usize {
     cluster.data(id).iter().filter(|data| **data == ENTRY).count()
 }
 
+/// A cluster in which one node has not applied what the primary has proposed since.
+fn with_a_slow_one(slow: u64, entries: usize) -> Cluster {
+    let mut cluster = Cluster::of(3);
+    cluster.applies_late.insert(NodeId(slow));
+    for _ in 0..entries {
+        cluster.propose(NodeId(1), ENTRY).unwrap();
+    }
+    cluster
+}
+
 /// The primary and a follower alike, and also if the log has nothing in memory any more.
 #[test]
 fn what_a_slow_storage_has_not_applied_stays_in_the_log() {
     for slow in [1, 2] {
-        let mut cluster = Cluster::of(3);
-        cluster.applies_late.insert(NodeId(slow));
-        for _ in 0..100 {
-            cluster.propose(NodeId(1), ENTRY).unwrap();
-        }
+        let mut cluster = with_a_slow_one(slow, 100);
         cluster.propose(NodeId(1), b"last").unwrap();
         cluster.ticks(20);
         let held = of_entries(&cluster, slow);
@@ -40,11 +46,7 @@ fn what_a_slow_storage_has_not_applied_stays_in_the_log() {
 
 #[test]
 fn a_change_of_membership_waits_with_the_entries_before_it() {
-    let mut cluster = Cluster::of(3);
-    cluster.applies_late.insert(NodeId(2));
-    for _ in 0..20 {
-        cluster.propose(NodeId(1), ENTRY).unwrap();
-    }
+    let mut cluster = with_a_slow_one(2, 20);
     cluster.change(NodeId(1), Change::Remove(NodeId(3)));
     cluster.ticks(20);
     let members =
@@ -59,11 +61,7 @@ fn a_change_of_membership_waits_with_the_entries_before_it() {
 /// A restart begins with what the storage has; the rest is handed out again.
 #[test]
 fn what_has_waited_is_handed_out_after_a_restart() {
-    let mut cluster = Cluster::of(3);
-    cluster.applies_late.insert(NodeId(2));
-    for _ in 0..50 {
-        cluster.propose(NodeId(1), ENTRY).unwrap();
-    }
+    let mut cluster = with_a_slow_one(2, 50);
     cluster.ticks(20);
     let node = cluster.kill(NodeId(2));
     cluster.applies_late.clear();
