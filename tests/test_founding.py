@@ -132,6 +132,8 @@ def test_row_45_the_younger_of_two_clusters_stops_serving(nodes):
     text = "n2 belongs to the cluster already"
     harness.wait_for("a reason", lambda: text in shown(first).get("waits", ""))
     wait_no_primary(second)
+    # By now it has links to both; they end with its timeline, and are made anew.
+    time.sleep(2)
     second.ask("recover-quorum", "--yes")
     cluster.wait_healthy()
     cluster.stop()

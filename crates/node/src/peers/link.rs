@@ -103,9 +103,13 @@ impl Peers {
         current
     }
 
-    fn remove(&self, id: NodeId, link: &mpsc::Sender<Bytes>) {
+    fn remove(&self, id: NodeId, link: &mpsc::WeakSender<Bytes>) {
         let mut links = lock(&self.links);
-        if links.get(&id).is_some_and(|current| current.same_channel(link)) {
+        let link = link.upgrade();
+        if links
+            .get(&id)
+            .is_some_and(|current| link.is_some_and(|link| current.same_channel(&link)))
+        {
             links.remove(&id);
         }
     }
@@ -349,7 +353,9 @@ async fn run_dialled(
     let (id, patience) = (info.id(), shared.peer_silence());
     let gives_signs = info.gives_signs;
     let (sender, mut queue) = mpsc::channel(QUEUE);
-    if !shared.peers.add(id, sender.clone(), epoch) {
+    // Only the list of links holds the sender: a link that is taken out of it ends.
+    let link = sender.downgrade();
+    if !shared.peers.add(id, sender, epoch) {
         return false;
     }
     let node = info.node.clone();
@@ -405,7 +411,7 @@ async fn run_dialled(
     }
     // Whoever is told next must find no link.
     queue.close();
-    shared.peers.remove(id, &sender);
+    shared.peers.remove(id, &link);
     true
 }
 
