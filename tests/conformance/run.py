@@ -435,10 +435,21 @@ class PortsApart:
         return random.randrange(first, first + width - 1)
 
 
+class Formatted(logging.LogRecord):
+    """A log record with its `message` before any handler has formatted it: ZEO's client-config.test reads the
+    message of what the client happened to log meanwhile, and nothing is formatted here."""
+
+    def __getattr__(self, name):
+        if name == "message":
+            return self.getMessage()
+        raise AttributeError(name)
+
+
 def main():
     warnings.simplefilter("ignore")
     # Nothing on the screen; tests that look at log lines have handlers of their own.
     logging.getLogger().addHandler(logging.NullHandler())
+    logging.setLogRecordFactory(Formatted)
     sys.unraisablehook = lambda unraisable: None
     import ZEO.tests.forker
 
