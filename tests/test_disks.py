@@ -62,6 +62,17 @@ def fill(directory, left=8 * MB):
     return path
 
 
+def fill_whole(directory):
+    """A file that takes whatever is free, while others write; returns its path."""
+    path = os.path.join(directory, "ballast")
+    with open(path, "wb", buffering=0) as file:
+        for piece in (8 * MB, 4096):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(piece)) == piece:
+                    pass
+    return path
+
+
 def no_room(cluster, node):
     return cluster.seen(node).get("no_room")
 
@@ -263,6 +274,47 @@ def test_a_node_alone_refuses_and_goes_on(disks, nodes_on_disks, tmp_path):
     assert client.root["x"] == acknowledged[-1]
     client.close()
     node.stop()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_disks_without_a_byte_left_end_no_node(disks, nodes_on_disks, count):
+    """Somebody else takes the reserve too, in one moment and among commits: the node waits for room with what it has
+    accepted, through checkpoints, refuses what comes, and goes on."""
+    cluster = nodes_on_disks.cluster(options=RESERVE, count=count)
+    for node in cluster.nodes:
+        disks(node.directory)
+    cluster.configure()
+    cluster.start()
+    acknowledged, stop = [], threading.Event()
+
+    def write():
+        client, number = Client(cluster.addresses), 0
+        while not stop.is_set():
+            number += 1
+            try:
+                text = os.urandom(50_000)
+                client.commit(lambda root: root.update(x=number, text=text), note="w %d" % number, attempts=1)
+                acknowledged.append(b"w %d" % number)
+            except Exception:
+                client.manager.abort()
+                time.sleep(0.1)
+        client.close()
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    harness.wait_for("commits", lambda: len(acknowledged) > 20)
+    ballast = [fill_whole(node.directory) for node in cluster.nodes]
+    # Longer than from one checkpoint to the next.
+    time.sleep(12)
+    assert all(node.process.poll() is None for node in cluster.nodes)
+    before = len(acknowledged)
+    for path in ballast:
+        os.remove(path)
+    harness.wait_for("commits", lambda: len(acknowledged) > before + 20)
+    stop.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    check_histories(cluster, acknowledged)
 
 
 def commit_some(client, count, first=0, size=200_000):

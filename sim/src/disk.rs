@@ -448,6 +448,9 @@ impl Disk for SimDisk {
         self.lock().find(path).map(drop)
     }
 
+    /// It never lacks any.
+    fn wait_for_room(&self) {}
+
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         let inner = &mut *self.lock();
         inner.change()?;

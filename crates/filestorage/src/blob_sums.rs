@@ -201,9 +201,20 @@ impl BlobSums {
         std::mem::take(&mut self.state().pending)
     }
 
-    /// Makes checksums durable.
+    /// They are to be made durable after all.
+    pub fn put_back(&self, noted: BTreeSet<BlobId>) {
+        self.state().pending.extend(noted);
+    }
+
+    /// Makes checksums durable. If that fails, the next call writes the file anew.
     pub fn write(&self, noted: &BTreeSet<BlobId>) -> io::Result<()> {
         let mut state = self.state();
+        let written = self.write_as(&mut state, noted);
+        state.stale |= written.is_err();
+        written
+    }
+
+    fn write_as(&self, state: &mut State, noted: &BTreeSet<BlobId>) -> io::Result<()> {
         if noted.is_empty() && !state.stale {
             return Ok(());
         }

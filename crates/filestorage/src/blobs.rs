@@ -404,11 +404,20 @@ impl BlobDir {
         let noted = self.0.sums.as_ref().map(BlobSums::take_pending).unwrap_or_default();
         let dirty =
             std::mem::take(&mut *self.0.dirty.lock().unwrap_or_else(PoisonError::into_inner));
-        for dir in dirty {
-            match self.0.disk.sync_dir(&dir) {
+        for dir in &dirty {
+            match self.0.disk.sync_dir(dir) {
                 // A pack has removed all that was in it.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                other => other.map_err(StorageError::io(&dir, "sync"))?,
+                Err(error) => {
+                    // What was not made durable is still to be: whoever tries again must not take it for done.
+                    if let Some(sums) = &self.0.sums {
+                        sums.put_back(noted);
+                    }
+                    let error = StorageError::io(dir, "sync")(error);
+                    self.0.dirty.lock().unwrap_or_else(PoisonError::into_inner).extend(dirty);
+                    return Err(error);
+                }
+                Ok(()) => {}
             }
         }
         self.write_sums(&noted)

@@ -1,6 +1,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use standby_types::disk::is_full;
 use standby_types::time::utc;
 use standby_types::{Oid, Position, Tid};
 
@@ -122,6 +123,11 @@ pub struct Unreadable {
 }
 
 impl StorageError {
+    /// True if there was no room to write. The same can be written again, unless it was a sync that failed.
+    pub fn is_full(&self) -> bool {
+        matches!(self, StorageError::Io { action, source, .. } if !action.starts_with("sync") && is_full(source))
+    }
+
     pub(crate) fn io(path: &Path, action: &'static str) -> impl Fn(io::Error) -> StorageError {
         move |source| match source.kind() {
             io::ErrorKind::WouldBlock => StorageError::NotCached,

@@ -299,6 +299,10 @@ impl Disk for PowerDisk {
         OsDisk.make_read_only(path)
     }
 
+    fn wait_for_room(&self) {
+        OsDisk.wait_for_room();
+    }
+
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         let _on = self.on();
         let mut names = locked(&self.0.names);

@@ -11,7 +11,10 @@ use std::time::Duration;
 use anyhow::Context;
 use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Committed};
-use standby_filestorage::{Hole, Need, Outcome, Packed, Reader, Record, Staged, TransactionMeta};
+use standby_filestorage::{
+    Hole, Need, Outcome, Packed, Reader, Record, Staged, StorageError, TransactionMeta,
+};
+use standby_types::disk::is_full;
 use standby_types::time::{tid_at, utc};
 use standby_types::{Blob, Disk, LogIndex, Mutation, Oid, Tid, mutation};
 use standby_zeo::{ClientError, Encoding, History, SessionId, Value};
@@ -39,6 +42,8 @@ const CHECKPOINT_EVERY: Duration =
     if cfg!(feature = "simulated") { Duration::from_secs(1) } else { Duration::from_secs(10) };
 /// How often a checkpoint that something waits for is tried, once a second.
 const CHECKPOINT_ATTEMPTS: u32 = 60;
+/// Until what failed for a reason that passes is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
 /// Objects in the index's memory above which it is written to its file.
 const INDEX_OVERLAY: usize = 200_000;
 /// During a catch-up, bytes after which the progress is made durable.
@@ -231,7 +236,7 @@ impl Applier {
         loop {
             // A packed file waits for the end of a checkpoint.
             match timeout(Duration::from_millis(200), work.recv()).await {
-                Ok(Some(Work::Entries(entries))) => self.entries(entries)?,
+                Ok(Some(Work::Entries(entries))) => self.entries(entries).await?,
                 Ok(Some(Work::Register { storage, session, id })) => {
                     self.register(&storage, session, &id)
                 }
@@ -247,7 +252,14 @@ impl Applier {
                 Ok(Some(Work::Invalidations { storage, session, id, since })) => {
                     self.invalidations(&storage, session, id, since);
                 }
-                Ok(Some(Work::CatchUp { items, target })) => self.catch_up(items, &target).await?,
+                Ok(Some(Work::CatchUp { items, target })) => {
+                    match self.catch_up(items, &target).await {
+                        Err(error) if is_for_room(&error) => {
+                            warn!("the catch-up was interrupted: {}", with_causes(&error));
+                        }
+                        done => done?,
+                    }
+                }
                 Ok(Some(Work::Backfill(storage))) => self.backfill(&storage).await?,
                 Ok(Some(Work::BeginTimeline { entries, promotion })) => {
                     self.begin_timeline(entries, &promotion).await?;
@@ -470,14 +482,23 @@ impl Applier {
         self.start_next(storage);
     }
 
-    fn entries(&mut self, entries: Vec<(Committed, Option<Origin>)>) -> anyhow::Result<()> {
+    async fn entries(&mut self, entries: Vec<(Committed, Option<Origin>)>) -> anyhow::Result<()> {
         let mut visible = Vec::new();
         let mut finished = Vec::new();
         for (entry, origin) in entries {
             if let Committed::Command(_, _, data) = &entry {
                 self.checkpointed.2 += data.len() as u64;
             }
-            let done = self.replica.apply(&entry)?;
+            let done = loop {
+                match self.replica.apply(&entry) {
+                    // It is committed: there is nobody to refuse it to. It ends with the room's return, or with the process.
+                    Err(error) if error.is_full() => {
+                        warn!(%error, "a committed transaction waits for room on the disk");
+                        tokio::time::sleep(AGAIN).await;
+                    }
+                    done => break done?,
+                }
+            };
             if let (Done::Applied(_), Some(origin)) = (&done, &origin) {
                 finished.push(origin.session.id);
             }
@@ -516,7 +537,7 @@ impl Applier {
         promotion: &Promotion,
     ) -> anyhow::Result<()> {
         let certain = self.replica.last_tids();
-        self.entries(entries.into_iter().map(|entry| (entry, None)).collect())?;
+        self.entries(entries.into_iter().map(|entry| (entry, None)).collect()).await?;
         self.replica.begin_timeline(promotion, &certain)?;
         // What was acknowledged of the former timeline's log says nothing of this one's.
         self.shared.forget_acknowledged();
@@ -645,7 +666,8 @@ impl Applier {
         mut items: CatchUpItems,
         target: &AppliedPoint,
     ) -> anyhow::Result<()> {
-        self.shared.state.set_catching_up(&*self.disk, &self.replica.all_holes())?;
+        let state = &self.shared.state;
+        state.set_catching_up(&*self.disk, &self.replica.all_holes()).map_err(no_room)?;
         let mut since_sync = 0;
         loop {
             // The sender is gone if the connection broke: what has come so far stays.
@@ -663,8 +685,8 @@ impl Applier {
                             }
                         }
                         Ok(None) => {}
-                        Err(ApplyError::Part(_)) => {
-                            warn!(tid = %meta.tid, "the catch-up was interrupted");
+                        Err(error) if matches!(error, ApplyError::Part(_)) || error.is_full() => {
+                            warn!(tid = %meta.tid, %error, "the catch-up was interrupted");
                             return Ok(());
                         }
                         Err(error) => return Err(error.into()),
@@ -698,7 +720,7 @@ impl Applier {
         let holes = all.entry(storage.to_owned()).or_default();
         holes.add(hole);
         let holes = holes.clone();
-        self.shared.state.set_catching_up(&*self.disk, &all)?;
+        self.shared.state.set_catching_up(&*self.disk, &all).map_err(no_room)?;
         self.replica.set_holes(storage, holes)?;
         let (after, through) = (utc(hole.after), utc(hole.through));
         info!(
@@ -747,9 +769,12 @@ impl Applier {
         loop {
             attempts += 1;
             match self.try_checkpoint(checkpoint) {
-                Err(error) if is_passing(&error) && attempts < CHECKPOINT_ATTEMPTS => {
+                Err(error)
+                    if is_passing(&error)
+                        && (attempts < CHECKPOINT_ATTEMPTS || is_for_room(&error)) =>
+                {
                     warn!("cannot make a checkpoint now, and tries again: {}", with_causes(&error));
-                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    tokio::time::sleep(AGAIN).await;
                 }
                 Err(error) => return Err(error),
                 Ok(()) => break,
@@ -768,7 +793,7 @@ impl Applier {
         for blobs in self.replica.blobs() {
             blobs.sync()?;
         }
-        Ok(self.shared.state.set_checkpoint(&*self.disk, checkpoint)?)
+        self.shared.state.set_checkpoint(&*self.disk, checkpoint).map_err(no_room)
     }
 
     fn merge_indexes(&self) {
@@ -806,8 +831,7 @@ impl Applier {
                 for dir in &blobs {
                     dir.sync()?;
                 }
-                shared.state.set_checkpoint(&*disk, &checkpoint)?;
-                Ok(())
+                shared.state.set_checkpoint(&*disk, &checkpoint).map_err(no_room)
             };
             match made() {
                 Err(error) if is_passing(&error) => {
@@ -833,7 +857,15 @@ impl Applier {
 
     async fn last_checkpoint(&mut self) -> anyhow::Result<()> {
         if let Some(checkpoint) = self.checkpoint() {
-            self.write_checkpoint(&checkpoint).await?;
+            if let Some(thread) = self.checkpoint_thread.take() {
+                thread.join().await;
+            }
+            match self.try_checkpoint(&checkpoint) {
+                Err(error) if is_passing(&error) => {
+                    warn!("the next start applies more of the log again: {}", with_causes(&error));
+                }
+                done => done?,
+            }
         }
         self.merge_indexes();
         self.write_python_indexes();
@@ -870,10 +902,27 @@ fn merge_index(shared: &Arc<Shared>, storage: &str, reader: &Reader, least: usiz
     }
 }
 
-/// True if a file could not be opened for a reason that passes. A sync that has failed is never tried again.
+/// A small file of the state directory could not be written for want of room. It is written as a whole, so that it can
+/// be tried again.
+#[derive(Debug, thiserror::Error)]
+#[error("there is no room for a file of the state directory")]
+struct NoRoom(#[source] std::io::Error);
+
+fn no_room(error: std::io::Error) -> anyhow::Error {
+    if is_full(&error) { NoRoom(error).into() } else { error.into() }
+}
+
+fn is_for_room(error: &anyhow::Error) -> bool {
+    error.is::<NoRoom>() || error.downcast_ref::<StorageError>().is_some_and(StorageError::is_full)
+}
+
+/// True if it failed for a reason that passes. A sync that has failed is never tried again.
 fn is_passing(error: &anyhow::Error) -> bool {
     use rustix::io::Errno;
     let passing = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error()));
+    if is_for_room(error) {
+        return true;
+    }
     let io_errors = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
     io_errors.into_iter().any(|error| passing.contains(&error.raw_os_error()))
 }

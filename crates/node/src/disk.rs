@@ -17,6 +17,9 @@ const SLOW_READ: Duration = Duration::from_micros(500);
 /// Reads that go to the blocking pool after a slow one.
 const AFTER_SLOW_READ: u32 = 256;
 
+/// Until who lacks room tries again.
+const ROOM: Duration = Duration::from_millis(100);
+
 /// The file system of the machine.
 pub struct OsDisk;
 
@@ -183,6 +186,10 @@ impl Disk for OsDisk {
         let of_dir = fs::metadata(standby_types::disk::parent(path))?.permissions().mode();
         let mode = fs::metadata(path)?.permissions().mode() & 0o7777;
         fs::set_permissions(path, fs::Permissions::from_mode((mode | of_dir & 0o444) & !0o222))
+    }
+
+    fn wait_for_room(&self) {
+        std::thread::sleep(ROOM);
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

@@ -159,6 +159,10 @@ impl Disk for Protected {
         self.changed(path)?.make_read_only(path)
     }
 
+    fn wait_for_room(&self) {
+        self.disk.wait_for_room();
+    }
+
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         if self.protects(dir) { Ok(()) } else { self.disk.sync_dir(dir) }
     }

@@ -15,6 +15,7 @@ use standby_filestorage::{
     Appender, BlobDir, FileStorage, Holes, Job, Packed, Record, References, StorageError,
     TransactionMeta, copy_rest, record_len, take_meta, take_record,
 };
+use standby_types::disk::is_full;
 use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
 use tracing::{error, warn};
@@ -65,6 +66,15 @@ pub enum ApplyError {
 }
 
 impl ApplyError {
+    /// True if there was no room: the same can be applied again.
+    pub fn is_full(&self) -> bool {
+        match self {
+            ApplyError::Storage(error) => error.is_full(),
+            ApplyError::Part(error) => is_full(error),
+            _ => false,
+        }
+    }
+
     /// True if every node fails alike: because of what the entry says, not of what this machine lacks.
     fn is_of_the_entry(&self) -> bool {
         let storage = |error: &StorageError| {
@@ -304,8 +314,10 @@ impl Replica {
             Command::Transaction(ending) => {
                 let parts = ending.parts.clone();
                 let applied = self.transaction(index, ending);
-                // Whatever came of it, nobody asks for them again.
-                self.parts.remove(&parts);
+                if !matches!(&applied, Err(error) if error.is_full()) {
+                    // Whatever came of it, nobody asks for them again.
+                    self.parts.remove(&parts);
+                }
                 Ok(applied?.map_or(Done::Nothing, Done::Applied))
             }
         }

@@ -90,8 +90,27 @@ pub trait Disk: Send + Sync {
     fn remove_dir(&self, dir: &Path) -> io::Result<()>;
     /// Nobody is to write to the file from now on; who may look into its directory may read it.
     fn make_read_only(&self, path: &Path) -> io::Result<()>;
+    /// Returns after a moment: whoever lacked room tries again then.
+    fn wait_for_room(&self);
     /// Makes the names in a directory durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// True if there was no room. What was written in part means nothing then and is written anew. A *sync* that fails
+/// like this is another matter: see [`File::sync`].
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Tries what needs room until there is some. Not for syncs (see [`is_full`]), nor where a caller can be refused.
+pub fn when_room<T>(disk: &dyn Disk, mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match attempt() {
+            // It ends with the process at the latest: without a log there is nothing else to do.
+            Err(error) if is_full(&error) => disk.wait_for_room(),
+            done => return done,
+        }
+    }
 }
 
 /// Reads until `buf` is full or the file ends; the number of bytes read.

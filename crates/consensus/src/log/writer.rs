@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use raft::eraftpb::{Entry, HardState};
-use standby_types::disk::Open;
+use standby_types::disk::{Open, when_room};
 use standby_types::{Disk, File, LogIndex, Mutation, Term, mutation};
 
 use crate::log::Point;
@@ -65,7 +65,7 @@ impl Written {
     }
 }
 
-/// The one writer of a log.
+/// The one writer of a log. Without room on the disk it waits for some.
 pub struct LogWriter {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
@@ -183,14 +183,22 @@ impl LogWriter {
             return Ok(());
         }
         let temporary = dir.join("next.making");
-        let file =
-            disk.open(&temporary, Open::Create).map_err(LogError::io(&temporary, "create"))?;
+        let made = LogWriter::zeros(disk, &temporary)
+            .and_then(|()| disk.rename(&temporary, &path).map_err(LogError::io(&path, "rename")));
+        if made.is_err() {
+            // It may have taken the last room.
+            let _ = disk.remove(&temporary);
+        }
+        made
+    }
+
+    fn zeros(disk: &dyn Disk, path: &Path) -> Result<(), LogError> {
+        let file = disk.open(path, Open::Create).map_err(LogError::io(path, "create"))?;
         let zeros = vec![0; SEGMENT_LEN.min(1 << 20) as usize];
         for at in (0..SEGMENT_LEN).step_by(zeros.len()) {
-            file.write_at(&zeros, at).map_err(LogError::io(&temporary, "write"))?;
+            file.write_at(&zeros, at).map_err(LogError::io(path, "write"))?;
         }
-        file.sync().map_err(LogError::io(&temporary, "sync"))?;
-        disk.rename(&temporary, &path).map_err(LogError::io(&path, "rename"))
+        file.sync().map_err(LogError::io(path, "sync"))
     }
 
     /// True once for each segment, when it is more than half full: time to prepare the next one. (A next one that is
@@ -220,7 +228,8 @@ impl LogWriter {
         let Some(segment) = self.segments.back_mut() else { return Ok(()) };
         let path = segment_path(&self.dir, segment.number);
         seal_frame(frame, self.next_frame);
-        self.file.write_at(frame, self.offset).map_err(LogError::io(&path, "write"))?;
+        when_room(&*self.disk, || self.file.write_at(frame, self.offset))
+            .map_err(LogError::io(&path, "write"))?;
         if !mutation::on(Mutation::SkipLogSync) {
             self.file.sync().map_err(LogError::io(&path, "sync"))?;
         }
@@ -242,9 +251,11 @@ impl LogWriter {
         let path = segment_path(&self.dir, number);
         let prepared = self.dir.join(PREPARED);
         if self.disk.exists(&prepared).map_err(LogError::io(&prepared, "look for"))? {
-            self.disk.rename(&prepared, &path).map_err(LogError::io(&path, "rename"))?;
+            when_room(&*self.disk, || self.disk.rename(&prepared, &path))
+                .map_err(LogError::io(&path, "rename"))?;
         }
-        let file = self.disk.open(&path, Open::Create).map_err(LogError::io(&path, "create"))?;
+        let file = when_room(&*self.disk, || self.disk.open(&path, Open::Create))
+            .map_err(LogError::io(&path, "create"))?;
         let header =
             SegmentHeader { number, first_frame: self.next_frame, before: self.last, reset };
         let mut bytes = header.to_bytes();
@@ -252,7 +263,8 @@ impl LogWriter {
         put_hard_state(&mut frame, &self.hard_state);
         seal_frame(&mut frame, self.next_frame);
         bytes.extend_from_slice(&frame);
-        file.write_at(&bytes, 0).map_err(LogError::io(&path, "write"))?;
+        when_room(&*self.disk, || file.write_at(&bytes, 0))
+            .map_err(LogError::io(&path, "write"))?;
         file.sync().map_err(LogError::io(&path, "sync"))?;
         self.disk.sync_dir(&self.dir).map_err(LogError::io(&self.dir, "sync"))?;
         self.file = file;
