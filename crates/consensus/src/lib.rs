@@ -25,6 +25,9 @@ pub use core::{
     AppliedPoint, Broken, Caution, Committed, Config, Consensus, Event, NotLeader, Output,
     Progress, Role,
 };
-pub use log::{Batch, LogError, LogWriter, PlacedEntry, Recovered, SEGMENT_LEN, Written, recover};
+pub use log::{
+    Batch, Fetch, Fetched, LogError, LogWriter, PlacedEntry, Recovered, SEGMENT_LEN, Written,
+    recover,
+};
 pub use membership::{Change, Member, Membership};
 pub use message::{PeerMessage, decode_message};

@@ -58,6 +58,7 @@ use crate::causes::with_causes;
 use crate::crashes;
 use crate::lineage::Lineage;
 use crate::log_thread::LogWork;
+use crate::machine;
 use crate::node::{Shared, Standing};
 use crate::oids::{Exhausted, Oids, exhausted};
 use crate::peers::{Announcement, PeerInfo, Peers, fetch};
@@ -78,6 +79,8 @@ const ENTRY_OVERHEAD: u64 = 64;
 pub enum Internal {
     /// Batches of the log are durable.
     Persisted(Result<Written, LogError>),
+    /// Entries were read from the log.
+    EntriesFetched(standby_consensus::Fetched),
     /// Entries are applied.
     Applied {
         /// Up to where.
@@ -427,6 +430,7 @@ impl Engine {
                 written if written.begins_log() => self.log_begun(),
                 written => self.step(Happened::Persisted(written)),
             },
+            Internal::EntriesFetched(fetched) => self.step(Happened::Fetched(fetched)),
             Internal::Applied { point, ceilings, settings, finished } => {
                 self.applied = point.index;
                 self.ceilings = ceilings;
@@ -597,6 +601,12 @@ impl Engine {
             match output {
                 Output::Send(to, message) => self.shared.peers.send(to, &message),
                 Output::Persist(batch) => self.to_log(LogWork::Persist(batch))?,
+                Output::Fetch(fetch) => {
+                    let shared = self.shared.clone();
+                    drop(machine::spawn_blocking(move || {
+                        shared.report(Internal::EntriesFetched(fetch.read()));
+                    }));
+                }
                 Output::Commit(entries) => self.committed(entries),
                 Output::Role(role) => self.role_changed(role)?,
                 Output::CatchUp { from, target } => self.begin_catch_up(from, target),

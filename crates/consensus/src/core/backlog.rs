@@ -6,6 +6,9 @@ use std::collections::VecDeque;
 use raft::eraftpb::Entry;
 use standby_types::LogIndex;
 
+use super::{Consensus, Output};
+use crate::log::{Fetched, For, LogError};
+
 /// Bytes that an entry takes beside its data, about.
 const OVERHEAD: u64 = 64;
 
@@ -53,13 +56,14 @@ impl Backlog {
         }
     }
 
-    /// The next entry that is to be read from the log, if there is room for more.
-    pub fn wanted(&self) -> Option<LogIndex> {
+    /// The first and the last entry that wait in the log, and for how many bytes of them there is room, if it is for many.
+    pub fn wanted(&self) -> Option<((LogIndex, LogIndex), u64)> {
         // Few and long pieces instead of many short ones.
-        self.waits.filter(|_| self.bytes <= self.limit / 2).map(|(first, _)| LogIndex(first))
+        let (first, last) = self.waits.filter(|_| self.bytes <= self.limit / 2)?;
+        Some(((LogIndex(first), LogIndex(last)), self.limit - self.bytes))
     }
 
-    /// That entry was read and is handed out.
+    /// The first of them is handed out.
     pub fn hand_out(&mut self, entry: &Entry) {
         self.note(entry.index, OVERHEAD + entry.data.len() as u64);
         self.waits = self
@@ -71,6 +75,71 @@ impl Backlog {
     fn note(&mut self, last: u64, bytes: u64) {
         self.out.push_back((last, bytes));
         self.bytes += bytes;
+    }
+}
+
+impl Consensus {
+    /// Entries have been committed.
+    pub(super) fn hand_out(&mut self, entries: Vec<Entry>, outputs: &mut Vec<Output>) {
+        if self.backlog.committed(&entries) {
+            self.hand_out_taken(entries, outputs);
+        }
+    }
+
+    /// What has waited for the storage comes from the log, as far as there is room for it.
+    pub(super) fn hand_out_more(&mut self, outputs: &mut Vec<Output>) -> Result<(), LogError> {
+        let mut entries = Vec::new();
+        while let Some((between, room)) = self.backlog.wanted() {
+            let store = self.raft.store();
+            let Some(entry) = store.in_memory(between.0) else {
+                if !self.fetching {
+                    outputs.push(Output::Fetch(store.fetch_for_storage(between, room)?));
+                    self.fetching = true;
+                }
+                break;
+            };
+            self.backlog.hand_out(entry);
+            entries.push(entry.clone());
+        }
+        self.hand_out_taken(entries, outputs);
+        Ok(())
+    }
+
+    fn hand_out_taken(&mut self, entries: Vec<Entry>, outputs: &mut Vec<Output>) {
+        if !entries.is_empty() {
+            let committed = self.take_committed(entries);
+            outputs.push(Output::Commit(committed));
+        }
+    }
+
+    /// Entries were read from the log, for whoever waits for them.
+    pub(super) fn fetched(
+        &mut self,
+        fetched: Fetched,
+        outputs: &mut Vec<Output>,
+    ) -> Result<(), LogError> {
+        let Fetched { first, entries, reader } = fetched;
+        match reader {
+            For::Follower(context) => {
+                self.raft.mut_store().fetched(first, entries);
+                self.raft.on_entries_fetched(context);
+                self.raft.mut_store().forget_fetched();
+            }
+            For::Storage => {
+                self.fetching = false;
+                // Otherwise a catch-up has replaced them, and may have removed what was to be read.
+                if self.backlog.wanted().is_some_and(|((wanted, _), _)| wanted == first) {
+                    let (entries, log) = (entries?, &self.raft.raft.raft_log);
+                    let is_ours = |e: &Entry| log.term(e.index).is_ok_and(|term| term == e.term);
+                    if entries.iter().all(is_ours) {
+                        entries.iter().for_each(|entry| self.backlog.hand_out(entry));
+                        self.hand_out_taken(entries, outputs);
+                    }
+                }
+                self.hand_out_more(outputs)?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -29,7 +29,7 @@ use raft::{RawNode, StateRole};
 use standby_types::{Disk, LogIndex, Mutation, NodeId, Term, mutation};
 
 use crate::codec::Malformed;
-use crate::log::{Batch, LogError, LogView, Point, Recovered, Written};
+use crate::log::{Batch, Fetch, Fetched, LogError, LogView, Point, Recovered, Written};
 use crate::membership::{Change, Membership, decode_changes, encode_changes, to_raft};
 use crate::message::{PeerMessage, encode_message};
 
@@ -105,6 +105,8 @@ pub enum Event {
     Persisted(Written),
     /// Entries are applied.
     Applied(AppliedPoint),
+    /// Entries were read from the log.
+    Fetched(Fetched),
     /// The connection to a peer was closed by the other side: its process is gone, most likely.
     PeerLost(NodeId),
     /// The storage holds all that the catch-up up to this index was to bring, durably.
@@ -123,6 +125,8 @@ pub enum Output {
     Send(NodeId, Bytes),
     /// Make durable, then say so.
     Persist(Batch),
+    /// Read these entries beside this machine, then say what came of it.
+    Fetch(Fetch),
     /// Apply, in order, then say so.
     Commit(Vec<Committed>),
     /// The role, the term or the leader is another now.
@@ -220,6 +224,8 @@ pub struct Consensus {
     /// that they are committed.
     held: VecDeque<(u64, Vec<Entry>)>,
     backlog: Backlog,
+    /// What the storage is to get next is being read from the log.
+    fetching: bool,
     /// A snapshot message that waits for the catch-up it asks for.
     catching_up: Option<Message>,
     /// For how many ticks each follower has not been heard to have caught up.
@@ -309,6 +315,7 @@ impl Consensus {
             unsent: VecDeque::new(),
             held: VecDeque::new(),
             backlog: Backlog::new(config.unapplied_len),
+            fetching: false,
             catching_up: None,
             awaited: BTreeMap::new(),
             heard: BTreeMap::new(),
@@ -398,11 +405,6 @@ impl Consensus {
         LogIndex(self.raft.raft.raft_log.last_index())
     }
 
-    /// The data of an entry that is still in the log.
-    pub fn entry_data(&self, index: LogIndex) -> Result<Option<Bytes>, LogError> {
-        Ok(self.raft.store().entry(index)?.map(|entry| entry.data))
-    }
-
     /// How far a node is; `None` unless this one leads.
     pub fn progress(&self, id: NodeId) -> Option<Progress> {
         let progress = self.raft.raft.prs().get(id.0).filter(|_| self.role.leads)?;
@@ -482,6 +484,7 @@ impl Consensus {
                 self.backlog.applied(self.applied);
                 self.hand_out_more(outputs)?;
             }
+            Event::Fetched(fetched) => self.fetched(fetched, outputs)?,
             Event::PeerLost(peer) => self.peer_lost(peer),
             Event::CaughtUp(index) => {
                 let arrived = |m: &Message| m.get_snapshot().get_metadata().index == index.0;
@@ -694,28 +697,6 @@ impl Consensus {
         }
     }
 
-    fn hand_out(&mut self, entries: Vec<Entry>, outputs: &mut Vec<Output>) {
-        if self.backlog.committed(&entries) {
-            let committed = self.take_committed(entries);
-            outputs.push(Output::Commit(committed));
-        }
-    }
-
-    /// What has waited for the storage comes from the log.
-    fn hand_out_more(&mut self, outputs: &mut Vec<Output>) -> Result<(), LogError> {
-        let mut entries = Vec::new();
-        while let Some(index) = self.backlog.wanted() {
-            let entry = self.raft.store().committed_entry(index)?;
-            self.backlog.hand_out(&entry);
-            entries.push(entry);
-        }
-        if !entries.is_empty() {
-            let committed = self.take_committed(entries);
-            outputs.push(Output::Commit(committed));
-        }
-        Ok(())
-    }
-
     fn peer_lost(&mut self, peer: NodeId) {
         self.heard.remove(&peer);
         self.witnesses.lost(peer);
@@ -811,6 +792,8 @@ impl Consensus {
                 self.hand_out(entries, outputs);
             }
         }
+        let fetches = self.raft.mut_store().take_fetches();
+        outputs.extend(fetches.into_iter().map(Output::Fetch));
         self.release_to_witnesses(outputs);
     }
 

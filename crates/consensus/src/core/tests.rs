@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use standby_types::disk::Open;
 use standby_types::memory::MemoryDisk;
 
 use super::*;
@@ -51,6 +52,11 @@ struct Cluster {
     /// Each message is so many ticks on its way.
     delay: usize,
     on_the_way_for: VecDeque<(Duration, NodeId, PeerMessage)>,
+    /// What is read from logs is read later.
+    reads_late: bool,
+    late: Vec<(NodeId, Fetch)>,
+    /// How often each node has read from its log.
+    fetched: BTreeMap<NodeId, usize>,
 }
 
 const DIR: &str = "/state/log";
@@ -219,6 +225,11 @@ impl Cluster {
                     self.nodes.get_mut(&id).unwrap().reads.push((context, index));
                 }
                 Output::Role(_) => {}
+                Output::Fetch(fetch) if self.reads_late => self.late.push((id, fetch)),
+                Output::Fetch(fetch) => {
+                    *self.fetched.entry(id).or_default() += 1;
+                    self.event(id, Event::Fetched(fetch.read()));
+                }
                 Output::Broken(broken) => self.nodes.get_mut(&id).unwrap().broken.push(broken),
                 Output::Purge(index) => {
                     self.nodes.get_mut(&id).unwrap().writer.purge(index).unwrap();
@@ -447,6 +458,51 @@ fn a_follower_behind_the_log_catches_up() {
     cluster.propose(NodeId(1), b"four").unwrap();
     cluster.ticks(40);
     assert_eq!(cluster.data(3).len(), 4);
+}
+
+/// Of what a follower lacks most is on the leader's disk only: it is read beside the machine.
+#[test]
+fn a_follower_far_behind_gets_what_is_on_disk_only() {
+    let mut cluster = Cluster::of(4);
+    let away = [NodeId(3), NodeId(4)].map(|id| (id, cluster.kill(id)));
+    let long: [&'static [u8]; 2] = [&[1; 3000], &[2; 3000]];
+    for number in 0..20 {
+        cluster.propose(NodeId(1), long[number % 2]).unwrap();
+    }
+    for (id, node) in away {
+        cluster.restart(id, node);
+    }
+    cluster.ticks(40);
+    cluster.propose(NodeId(1), b"last").unwrap();
+    cluster.ticks(5);
+    for id in [3, 4] {
+        assert!(cluster.nodes[&NodeId(id)].caught_up.is_empty());
+        assert_eq!(cluster.data(id), cluster.data(1));
+    }
+    // Two followers may wait for the same; hardly more is read than what they lack.
+    let fetched = cluster.fetched[&NodeId(1)];
+    assert!((2..=8).contains(&fetched), "{fetched}");
+}
+
+/// What cannot be read back from the log comes from the data file.
+#[test]
+fn a_follower_is_not_held_up_by_a_damaged_log() {
+    let mut cluster = Cluster::of(3);
+    let away = cluster.kill(NodeId(3));
+    for _ in 0..20 {
+        cluster.propose(NodeId(1), &[1; 3000]).unwrap();
+    }
+    let memory = &cluster.nodes[&NodeId(1)].memory;
+    for path in memory.list(Path::new(DIR)).unwrap() {
+        let file = memory.open(&path, Open::Write).unwrap();
+        file.write_at(&vec![0; file.len().unwrap() as usize], 0).unwrap();
+    }
+    cluster.restart(NodeId(3), away);
+    cluster.ticks(40);
+    cluster.propose(NodeId(1), b"last").unwrap();
+    cluster.ticks(5);
+    assert!(!cluster.nodes[&NodeId(3)].caught_up.is_empty());
+    assert_eq!(cluster.data(3), cluster.data(1));
 }
 
 /// The message that tells the leader of a completed catch-up may be lost.

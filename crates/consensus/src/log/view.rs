@@ -1,5 +1,6 @@
 //! The log as Raft reads it: terms of all entries, and the recent entries themselves.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,11 +10,14 @@ use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 use standby_types::{Disk, LogIndex, Term};
 
 use crate::core::AppliedPoint;
+use crate::log::fetch::{Fetch, Fetches, For};
 use crate::log::recover::{Recovered, read_entry};
 use crate::log::segment::{LogError, Place, PlacedEntry};
 
 /// Bytes of entries that are kept in memory; older ones are read from disk for slow followers.
-const CACHE_LEN: usize = 64 << 20;
+const CACHE_LEN: usize = if cfg!(any(test, feature = "simulated")) { 8 << 10 } else { 64 << 20 };
+/// What an entry takes in a message beside its data, at most.
+const ENTRY_OVERHEAD: u64 = 64;
 
 /// An entry's index and term.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub(crate) struct LogView {
     conf_state: ConfState,
     /// What a follower that is behind `start` gets instead of entries.
     applied: Option<AppliedPoint>,
+    /// Raft reads through a shared reference.
+    fetches: RefCell<Fetches>,
 }
 
 impl LogView {
@@ -63,6 +69,7 @@ impl LogView {
             hard_state: recovered.hard_state.clone(),
             conf_state,
             applied: None,
+            fetches: RefCell::default(),
         }
     }
 
@@ -137,10 +144,9 @@ impl LogView {
         self.start = point;
     }
 
-    /// The entry at `index`.
+    /// The entry at `index`. May read from the disk.
     pub fn entry(&self, index: LogIndex) -> Result<Option<Entry>, LogError> {
-        let at = index.0.checked_sub(self.start.index.0 + 1);
-        let Some(slot) = at.and_then(|at| self.slots.get(at as usize)) else { return Ok(None) };
+        let Some(slot) = self.slot(index) else { return Ok(None) };
         match (&slot.entry, slot.place) {
             (Some(entry), _) => Ok(Some(entry.clone())),
             (None, Some(place)) => read_entry(&*self.disk, &self.dir, place).map(Some),
@@ -148,13 +154,98 @@ impl LogView {
         }
     }
 
-    /// An entry that is committed and not applied, which is never forgotten.
-    pub fn committed_entry(&self, index: LogIndex) -> Result<Entry, LogError> {
-        self.entry(index)?.ok_or_else(|| LogError::Damaged {
-            path: self.dir.clone(),
-            offset: 0,
-            reason: format!("entry {index} is committed, and not there"),
-        })
+    fn slot(&self, index: LogIndex) -> Option<&Slot> {
+        let at = index.0.checked_sub(self.start.index.0 + 1)?;
+        self.slots.get(usize::try_from(at).ok()?)
+    }
+
+    /// The entry at `index`, if it is in memory.
+    pub fn in_memory(&self, index: LogIndex) -> Option<&Entry> {
+        self.slot(index)?.entry.as_ref()
+    }
+
+    /// Entries from `first` up to `last` at most that are on disk only, about `max_size` bytes, and one at least; none if
+    /// the first one is not among them.
+    fn places(&self, first: LogIndex, last: u64, max_size: u64) -> Vec<Place> {
+        let mut size = 0;
+        let places = (first.0..=last).map_while(|index| {
+            let slot = self.slot(LogIndex(index)).filter(|slot| slot.entry.is_none())?;
+            let place = slot.place?;
+            size += u64::from(place.len);
+            (index == first.0 || size <= max_size).then_some(place)
+        });
+        places.collect()
+    }
+
+    /// How to read entries for the storage, which are committed and not applied, and so never forgotten.
+    pub fn fetch_for_storage(
+        &self,
+        (first, last): (LogIndex, LogIndex),
+        max_size: u64,
+    ) -> Result<Fetch, LogError> {
+        match self.places(first, last.0, max_size) {
+            places if places.is_empty() => Err(LogError::Damaged {
+                path: self.dir.clone(),
+                offset: 0,
+                reason: format!("entry {first} is committed, and not there"),
+            }),
+            places => Ok(self.fetch(first, places, For::Storage)),
+        }
+    }
+
+    fn fetch(&self, first: LogIndex, places: Vec<Place>, reader: For) -> Fetch {
+        Fetch { disk: self.disk.clone(), dir: self.dir.clone(), first, places, reader }
+    }
+
+    /// What is to be read for followers, once each.
+    pub fn take_fetches(&mut self) -> Vec<Fetch> {
+        std::mem::take(&mut self.fetches.get_mut().wanted)
+    }
+
+    /// What was read for a follower is here, until [`LogView::forget_fetched`].
+    pub fn fetched(&mut self, first: LogIndex, entries: Result<Vec<Entry>, LogError>) {
+        let fetches = self.fetches.get_mut();
+        fetches.running.remove(&first);
+        match entries {
+            Ok(entries) => fetches.here = Some((first, entries)),
+            Err(_) => fetches.unreadable = Some(first),
+        }
+    }
+
+    /// Raft has looked at it.
+    pub fn forget_fetched(&mut self) {
+        let fetches = self.fetches.get_mut();
+        (fetches.here, fetches.unreadable) = (None, None);
+    }
+
+    /// Entries that are on disk only, for a follower: those that have been read, or word that they will be.
+    fn entries_from_disk(
+        &self,
+        (low, high): (u64, u64),
+        max_size: u64,
+        context: GetEntriesContext,
+    ) -> raft::Result<Vec<Entry>> {
+        let first = LogIndex(low);
+        let mut fetches = self.fetches.borrow_mut();
+        if fetches.unreadable == Some(first) {
+            // It is fed from the data file instead.
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        if let Some((_, entries)) = fetches.here.as_ref().filter(|(from, _)| *from == first) {
+            // The log may have become another one meanwhile.
+            let is_ours = |entry: &&Entry| {
+                entry.index < high && self.term(entry.index).is_ok_and(|term| term == entry.term)
+            };
+            let entries: Vec<_> = entries.iter().take_while(is_ours).cloned().collect();
+            if !entries.is_empty() {
+                return Ok(entries);
+            }
+        }
+        if fetches.running.insert(first) {
+            let places = self.places(first, high - 1, max_size);
+            fetches.wanted.push(self.fetch(first, places, For::Follower(context)));
+        }
+        Err(raft::Error::Store(StorageError::LogTemporarilyUnavailable))
     }
 
     fn last(&self) -> u64 {
@@ -181,19 +272,19 @@ impl Storage for LogView {
             return Err(raft::Error::Store(StorageError::Unavailable));
         }
         let max_size = max_size.into().unwrap_or(u64::MAX);
+        let on_disk = |slot: &Slot| slot.entry.is_none() && slot.place.is_some();
+        if context.can_async() && low < high && self.slot(LogIndex(low)).is_some_and(on_disk) {
+            return self.entries_from_disk((low, high), max_size, context);
+        }
         let (mut entries, mut size) = (Vec::new(), 0);
         for index in low..high {
             let entry = match self.entry(LogIndex(index)) {
                 Ok(entry) => entry.ok_or(raft::Error::Store(StorageError::Unavailable))?,
-                // For a follower: it is fed from the data file instead.
-                Err(_) if context.can_async() => {
-                    return Err(raft::Error::Store(StorageError::Compacted));
-                }
                 Err(error) => {
                     return Err(raft::Error::Store(StorageError::Other(Box::new(error))));
                 }
             };
-            size += entry.data.len() as u64 + 64;
+            size += entry.data.len() as u64 + ENTRY_OVERHEAD;
             if size > max_size && !entries.is_empty() {
                 break;
             }

@@ -69,3 +69,22 @@ fn what_has_waited_is_handed_out_after_a_restart() {
     cluster.ticks(40);
     assert_eq!(cluster.data(2), cluster.data(1));
 }
+
+/// While entries are read for the storage, a catch-up brings it beyond them, and their segments go.
+#[test]
+fn what_was_read_in_vain_does_no_harm() {
+    let mut cluster = with_a_slow_one(2, 30);
+    cluster.reads_late = true;
+    cluster.applies(NodeId(2));
+    let (id, fetch) = cluster.late.pop().expect("a read from the log");
+    assert_eq!(id, NodeId(2));
+    cluster.reads_late = false;
+    let node = cluster.nodes.get_mut(&NodeId(2)).unwrap();
+    // As a snapshot does that Raft takes when the catch-up is complete.
+    node.consensus.backlog.clear();
+    for path in node.memory.list(Path::new(DIR)).unwrap() {
+        node.memory.remove(&path).unwrap();
+    }
+    let fetched = Event::Fetched(fetch.read());
+    node.consensus.step(cluster.now, fetched, &mut Vec::new()).unwrap();
+}
