@@ -1,6 +1,7 @@
 """One node alone: what a site sees that changes nothing but the program that reads its zeo.conf."""
 
 import fcntl
+import json
 import os
 import pickle
 import shutil
@@ -320,6 +321,16 @@ def test_ruok(nodes):
     sock = connect(node.address)
     send(sock, b"ruok")
     assert b'"last-transaction"' in receive(sock)
+    # What a client was answered is over for everybody who asks then.
+    client = Client(node.address)
+    for number in range(200):
+        sock = connect(node.address)
+        client.commit(lambda root: root.update(x=number))
+        send(sock, b"ruok")
+        counted = json.loads(receive(sock))["1"]
+        assert (counted["commits"], counted["active_txns"]) == (number + 2, 0)
+        sock.close()
+    client.close()
 
 
 def test_row_11_a_client_that_hangs_after_its_vote(nodes):

@@ -1,11 +1,13 @@
 """What clients at the ports may do, and what the others see of it."""
 
 import contextlib
+import http.server
 import itertools
 import os
 import pickle
 import socket
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -18,8 +20,8 @@ from ZODB.blob import Blob
 from ZODB.POSException import ReadOnlyError
 
 import cluster as harness
-from large import commit_many
-from test_alone import call, receive, registered, send
+from large import commit_many, stores
+from test_alone import call, exactly, receive, registered, send
 from zeo_client import Client, Voted
 
 
@@ -293,4 +295,116 @@ def test_undo_logs_are_looked_for_one_at_a_time(nodes, monkeypatch):
     time.sleep(2)
     assert (ticks() - begun) / os.sysconf("SC_CLK_TCK") < 0.5
     assert len(client.db.undoLog(0, 5)) == 5
+    client.close()
+
+
+@pytest.mark.parametrize("way", ["messages in part", "replies that nobody takes", "transactions"])
+def test_all_sessions_together_hold_so_much(nodes, way):
+    """Many connections, each within its own limits: those that hold most end, the others do not notice."""
+    most = 64 << 20
+    cluster = nodes.cluster(count=1, options="  client-memory 64MB\n").start()
+    (node,) = cluster.nodes
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=0, text="x" * 1_000_000))
+    oid, size = client.root._p_oid, 1_000_000
+    before, memory = latencies(client, 2), resident(node)
+    shown = 0
+    socks = [registered(node.address, read_only=False) for _ in range(12)]
+    for number, sock in enumerate(socks):
+        sock.settimeout(60)
+        with contextlib.suppress(OSError):
+            if way == "messages in part":
+                sock.sendall((200 << 20).to_bytes(4, "big") + bytes(15 << 20))
+            elif way == "transactions":
+                send(sock, pickle.dumps((0, True, "tpc_begin", (7, b"", b"", {}, None, " ")), 3))
+                for piece in stores(range((number + 1) << 32, ((number + 1) << 32) + 70_000)):
+                    sock.sendall(piece)
+            else:
+                frame = call(2, "loadBefore", oid, b"\x7f" + b"\xff" * 7)
+                for _ in range(15 * (1 << 20) // size):
+                    send(sock, frame)
+        shown = max(shown, cluster.status()["nodes"][0]["client_memory"][0])
+    during = latencies(client, 2)
+    shown = max(shown, cluster.status()["nodes"][0]["client_memory"][0])
+    grown = resident(node) - memory
+    ended = node.log().count("its session ends")
+    limit = cluster.status()["nodes"][0]["client_memory"][1]
+    print(
+        "%s: %d sessions ended; %d MB more memory; p99 of another client's commits %.1f ms before, %.1f ms during"
+        % (way, ended, grown >> 20, 1000 * p99(before), 1000 * p99(during))
+    )
+    assert limit == most and 8 << 20 < shown < 2 * most
+    assert ended or way == "replies that nobody takes"
+    assert grown < 4 * most and p99(during) < 1
+    assert node.log().count("closed a client's connection") == ended, "nobody else"
+    for sock in socks:
+        sock.close()
+    harness.wait_for(
+        "the memory", lambda: cluster.status()["nodes"][0]["client_memory"][0] < 1 << 20
+    )
+    client.commit(lambda root: root.update(x=1))
+    client.close()
+
+
+def test_what_a_node_says_does_nothing_to_a_terminal():
+    """A node, a client that has named itself, or who pretends to be a node: what comes from there is read, not obeyed."""
+    evil = "n1\x1b]0;owned\x07\x9b2J\u202e"
+    answers = {"node": evil, "long": " " * (20 << 20)}
+
+    class Node(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            body = ("no\nbecause of " + answers[self.server.kind]).encode()
+            self.send_response(409)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(body)
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Node) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        command = [harness.STANDBY, "switchover", "--to", "n2", "--at", "127.0.0.1:%d" % server.server_port]
+        said = {}
+        for server.kind in answers:
+            done = subprocess.run(command, capture_output=True, timeout=60)
+            assert done.returncode
+            said[server.kind] = (done.stdout + done.stderr).decode()
+        server.shutdown()
+    thread.join()
+    assert "no\nbecause of n1\\u{1b}]0;owned\\u{7}\\u{9b}2J\\u{202e}" in said["node"], said["node"]
+    assert len(said["long"]) < 1000 and "its answer: length limit exceeded" in said["long"], said["long"][:1000]
+
+
+def test_one_address_does_not_take_the_places_of_others(nodes):
+    """Of clients from the address that has most connections, those who came last go; nobody else is refused."""
+    node = nodes.alone()
+    node.within = ["prlimit", "--nofile=200:200"]
+    node.start()
+    client = Client(node.address)
+    client.commit(lambda root: root.update(x=0))
+    host, port = node.address
+    crowd = []
+    for number in range(200):
+        sock = socket.create_connection((host, port), 10, source_address=("127.0.0.2", 0))
+        crowd.append(sock)
+    harness.wait_for("a refusal", lambda: "too many connections of clients" in node.log())
+    # From other addresses: more than there were places.
+    others = [socket.create_connection((host, port), 10, source_address=("127.0.0.%d" % n, 0)) for n in range(3, 23)]
+    for sock in others:
+        sock.settimeout(10)
+        assert exactly(sock, 4), "it is greeted"
+    reader = Client(node.address)
+    assert reader.root["x"] == 0
+    client.commit(lambda root: root.update(x=1))
+    assert "client=127.0.0.2" in node.log() and "another client needs its place" in node.log()
+    assert node.log().count("another client needs its place") <= len(others) + 5
+    for sock in crowd + others:
+        sock.close()
+    reader.close()
     client.close()

@@ -9,19 +9,25 @@ use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::ask::{Answer, Ask, route};
 use crate::gate::Gate;
+use crate::logging::harmless;
 use crate::metrics;
 use crate::node::Shared;
 use crate::status::Status;
 
 /// How long a node may take to do what it is asked for.
 const ASK_PATIENCE: Duration = Duration::from_secs(130);
+
+/// Bytes of an answer that are read.
+const LONGEST_ANSWER: usize = 16 << 20;
 
 /// Connections of administrators at a time.
 const CONNECTIONS: usize = 32;
@@ -61,15 +67,15 @@ pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER);
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 gate.failed(&error);
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
-        let Some(pass) = gate.enter() else { continue };
+        let Some(pass) = gate.enter(&from.to_string()) else { continue };
         let service = TowerToHyperService::new(app.clone());
         let served = http.serve_connection(TokioIo::new(stream), service);
         tokio::spawn(async move {
@@ -87,7 +93,7 @@ pub async fn fetch_status(address: &str) -> anyhow::Result<Status> {
     if !status.is_success() {
         bail!("the node at {address} answers {status}");
     }
-    serde_json::from_slice(&body).with_context(|| format!("{address} gives no status"))
+    read(&body).with_context(|| format!("{address} gives no status"))
 }
 
 /// Asks a node to have something done.
@@ -96,12 +102,31 @@ pub async fn ask(address: &str, ask: &Ask) -> anyhow::Result<Answer> {
     let (status, body) =
         call(address, request, serde_json::to_vec(ask)?.into(), ASK_PATIENCE).await?;
     match status {
-        hyper::StatusCode::CONFLICT => Ok(Err(String::from_utf8_lossy(&body).into_owned())),
-        status if status.is_success() => Ok(Ok(serde_json::from_slice(&body)?)),
-        status => {
-            bail!("the node at {address} answers {status}: {}", String::from_utf8_lossy(&body))
+        hyper::StatusCode::CONFLICT => Ok(Err(text(&body))),
+        status if status.is_success() => Ok(Ok(read(&body)?)),
+        status => bail!("the node at {address} answers {status}: {}", text(&body)),
+    }
+}
+
+/// What a node says is shown on terminals, and other nodes and clients have a part in it.
+fn text(body: &[u8]) -> String {
+    harmless(&String::from_utf8_lossy(body))
+}
+
+/// The same of all texts in an answer.
+fn read<T: DeserializeOwned>(body: &[u8]) -> anyhow::Result<T> {
+    fn harmless_texts(value: Value) -> Value {
+        match value {
+            Value::String(text) => Value::String(harmless(&text)),
+            Value::Array(values) => values.into_iter().map(harmless_texts).collect(),
+            Value::Object(fields) => {
+                let fields = fields.into_iter();
+                fields.map(|(name, value)| (harmless(&name), harmless_texts(value))).collect()
+            }
+            other => other,
         }
     }
+    Ok(serde_json::from_value(harmless_texts(serde_json::from_slice(body)?))?)
 }
 
 async fn call(
@@ -118,7 +143,9 @@ async fn call(
         let request = request.header("host", address).body(Full::new(body))?;
         let response = sender.send_request(request).await?;
         let status = response.status();
-        Ok((status, response.into_body().collect().await?.to_bytes()))
+        let body = Limited::new(response.into_body(), LONGEST_ANSWER).collect().await;
+        let body = body.map_err(|error| anyhow::anyhow!("its answer: {error}"))?;
+        Ok((status, body.to_bytes()))
     };
     tokio::time::timeout(patience, request)
         .await

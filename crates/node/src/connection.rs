@@ -1,5 +1,6 @@
 //! One client's connection: frames in, effects performed, replies out.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,12 +13,13 @@ use standby_zeo::{
     Vote, VoteAnswer, VoteOutcome, VoteRequest, frame,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, join};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::coop::consume_budget;
 use tracing::{debug, error, info, warn};
 
 use crate::blobs::{self, BlobReader, BlobWriter, StagedBlob};
 use crate::engine::{Event, MANY, Request, read_failed};
+use crate::gate::Pass;
 use crate::look::{self, Iterators};
 use crate::machine::{self, Instant, drain};
 use crate::node::{Shared, StorageShared};
@@ -34,6 +36,8 @@ const BLOB_QUEUE: usize = 2 << 20;
 const NO_BLOBS: &str = "the client stores a blob, but the storage has no blob-dir";
 /// How long a client whose session has ended may take to read what is queued for it.
 const LEAVING: Duration = Duration::from_secs(2);
+/// How long the counters of a status may wait for the engine.
+const SETTLING: Duration = Duration::from_secs(1);
 /// Calls of a client that the engine has to answer; beyond it no more are read.
 const UNANSWERED: usize = 1000;
 /// How long a client that is to leave must have said nothing.
@@ -45,18 +49,18 @@ const IDLE: Duration = Duration::from_millis(50);
 const HELLO: Duration = Duration::from_secs(20);
 
 /// Serves a client until one side closes.
-pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool) {
+pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool, pass: &Pass) {
     stream.set_nodelay();
     let peer = stream.peer();
     let (read, write, cutter) = split(stream);
     let Some(tls) = &shared.tls else {
-        return talk(shared, peer, cutter, read, write, read_only).await;
+        return talk(shared, (peer, cutter, pass), read, write, read_only).await;
     };
     let agreed = tokio::time::timeout(HELLO, tls.acceptor().accept(join(read, write))).await;
     match agreed.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
         Ok(stream) => {
             let (read, write) = tokio::io::split(stream);
-            talk(shared, peer, cutter, read, write, read_only).await;
+            talk(shared, (peer, cutter, pass), read, write, read_only).await;
         }
         Err(error) => shared
             .strangers_lines
@@ -66,15 +70,14 @@ pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool) {
 
 async fn talk(
     shared: Arc<Shared>,
-    peer: String,
-    cutter: Option<Cutter>,
+    (peer, cutter, pass): (String, Option<Cutter>, &Pass),
     mut read: impl AsyncRead + Unpin,
     write: impl AsyncWrite + Send + Unpin + 'static,
     read_only: bool,
 ) {
     let (mailbox, mail) = mpsc::unbounded_channel();
     let id = shared.sessions.next_id();
-    let handle = Arc::new(SessionHandle::new(id, peer.clone(), mailbox, cutter));
+    let handle = Arc::new(SessionHandle::new(id, peer.clone(), mailbox, cutter, &shared.memory));
     shared.sessions.add(handle.clone());
     // What may come to write must be cut off with the lease even before it has registered.
     handle.read_write.store(!read_only, Ordering::Release);
@@ -107,7 +110,17 @@ async fn talk(
             }
         })
     };
-    let ended = connection.run(&mut read, mail).await;
+    let ended = {
+        let mut running = pin!(connection.run(&mut read, mail));
+        tokio::select! {
+            biased;
+            ended = &mut running => ended,
+            () = pass.wanted() => {
+                handle.cut("another client needs its place");
+                running.await
+            }
+        }
+    };
     let storage = connection.storage.clone();
     let label = connection.session.label().unwrap_or("").to_owned();
     match (ended, handle.outbox.close_reason()) {
@@ -186,6 +199,7 @@ impl Connection {
                         return reason;
                     }
                 }
+                self.count_received(&frames);
                 if !self.session.in_transaction() {
                     // However it ended.
                     self.handle.uploads.store(false, Ordering::Release);
@@ -205,7 +219,7 @@ impl Connection {
                 }
                 read = socket.read_buf(frames.buffer()) => match read {
                     Ok(0) | Err(_) => return None,
-                    Ok(_) => {}
+                    Ok(_) => self.count_received(&frames),
                 },
                 () = tokio::time::sleep(if self.syncs { IDLE } else { QUIET }), if self.may_leave() => return None,
                 () = tokio::time::sleep_until(hello), if self.session.is_stranger() => {
@@ -214,6 +228,10 @@ impl Connection {
                 }
             }
         }
+    }
+
+    fn count_received(&self, frames: &FrameReader) {
+        self.handle.received.set(frames.held() + self.session.held());
     }
 
     /// True if the session is to end and nothing of it is under way. The client must be quiet too: of
@@ -367,6 +385,7 @@ impl Connection {
             }
             Effect::Close(reason) => return Some(Some(reason.to_string())),
             Effect::Ruok => {
+                self.shared.settled().await;
                 let status = self.shared.ruok();
                 self.handle.outbox.push(frame(status.to_string().as_bytes()));
                 return Some(None);
@@ -601,6 +620,9 @@ impl Connection {
     /// Evaluates a read and queues its reply, as one step.
     async fn read(&self, id: Value, read: Read) -> Result<(), String> {
         let Some(storage) = self.storage() else { return Err("no storage".into()) };
+        if let Read::Status = read {
+            self.shared.settled().await;
+        }
         if let Read::LoadBefore(..) = read {
             storage.stats.loads.fetch_add(1, Ordering::Relaxed);
         }
@@ -731,6 +753,16 @@ impl Shared {
 
     fn started_text(&self) -> String {
         crate::status::ctime(self.started)
+    }
+
+    /// Returns when the counters tell of all that any client has been answered; soon in any case.
+    async fn settled(&self) {
+        let (done, settled) = oneshot::channel();
+        let _ = tokio::time::timeout(SETTLING, async {
+            self.tell(Event::Settled(done)).await;
+            settled.await
+        })
+        .await;
     }
 
     /// `server_status`

@@ -37,7 +37,7 @@ use standby_types::{LogIndex, Mutation, NodeId, Oid, Term, Tid, Transfer, mutati
 use standby_zeo::{
     Buffer, ClientError, Examination, SessionId, Transactions, Value, Vote, VoteAnswer,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
@@ -160,6 +160,8 @@ pub enum Event {
     Client(Request),
     /// An administrator asks for something.
     Ask(Ask, AnswerTo),
+    /// Somebody waits until the engine has done what it was told before.
+    Settled(oneshot::Sender<()>),
     /// The process is to end in an orderly way.
     Stop,
 }
@@ -511,6 +513,8 @@ impl Engine {
             }
             Event::Client(request) => self.request(request)?,
             Event::Ask(ask, asker) => self.ask(ask, asker)?,
+            // Who waits may have gone.
+            Event::Settled(waits) => drop(waits.send(())),
             Event::Stop => {
                 self.tick_acknowledged();
                 return Ok(false);

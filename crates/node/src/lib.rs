@@ -39,6 +39,7 @@ pub mod logging;
 mod look;
 mod lost_log;
 pub mod machine;
+mod memory;
 mod metrics;
 mod node;
 mod oids;

@@ -39,8 +39,7 @@ pub async fn read_write(shared: Arc<Shared>, listener: Listener) {
         let (stream, pass) = accept(&shared.clients, &listener).await;
         let shared = shared.clone();
         tokio::spawn(async move {
-            hold(shared, stream).await;
-            drop(pass);
+            hold(shared, stream, pass).await;
         });
     }
 }
@@ -52,10 +51,14 @@ pub async fn read_only(shared: Arc<Shared>, listener: Listener) {
         let shared = shared.clone();
         tokio::spawn(async move {
             // A node that has nothing yet, or is far behind, holds its readers too.
-            if wait_for(&shared, &stream, |standing| standing.ready || standing.serves).await {
-                connection::serve(shared, stream, true).await;
+            let waited = tokio::select! {
+                biased;
+                () = pass.wanted() => false,
+                waited = wait_for(&shared, &stream, |standing| standing.ready || standing.serves) => waited,
+            };
+            if waited {
+                connection::serve(shared, stream, true, &pass).await;
             }
-            drop(pass);
         });
     }
 }
@@ -72,7 +75,7 @@ async fn accept(gate: &Arc<Gate>, listener: &Listener) -> (Stream, Pass) {
     loop {
         match listener.accept(SILENCE).await {
             Ok(stream) => {
-                if let Some(pass) = gate.enter() {
+                if let Some(pass) = gate.enter(&stream.peer()) {
                     return (stream, pass);
                 }
             }
@@ -86,21 +89,21 @@ async fn accept(gate: &Arc<Gate>, listener: &Listener) -> (Stream, Pass) {
 
 /// A client that another node has passed on.
 pub async fn passed_on(shared: Arc<Shared>, stream: Stream) {
-    let Some(_pass) = shared.clients.enter() else { return };
+    let Some(pass) = shared.clients.enter(&stream.peer()) else { return };
     // If this node is not primary (any more), the other one finds out by the closed connection.
     if shared.standing.borrow().serves {
-        connection::serve(shared, stream, false).await;
+        connection::serve(shared, stream, false, &pass).await;
     }
 }
 
-async fn hold(shared: Arc<Shared>, stream: Stream) {
+async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
     let arrived = Instant::now();
     let mut primary_since: Option<(String, Instant)> = None;
     let mut standing = shared.standing.subscribe();
     loop {
         let Standing { serves, other_primary, .. } = standing.borrow_and_update().clone();
         if serves {
-            return connection::serve(shared, stream, false).await;
+            return connection::serve(shared, stream, false, &pass).await;
         }
         primary_since = match (other_primary, primary_since) {
             (None, _) => None,
@@ -118,11 +121,12 @@ async fn hold(shared: Arc<Shared>, stream: Stream) {
             biased;
             changed = standing.changed() => if changed.is_err() { return },
             () = stream.gone() => return,
+            () = pass.wanted() => return,
             () = due => {
                 let Some((address, _)) = &primary_since else { continue };
                 let later = |address: &String| Some((address.clone(), Instant::now()));
                 // The connection to the primary takes a descriptor, too.
-                let Some(_pass) = shared.clients.enter() else {
+                let Some(second) = shared.clients.enter(&stream.peer()) else {
                     primary_since = later(address);
                     continue;
                 };
@@ -137,7 +141,10 @@ async fn hold(shared: Arc<Shared>, stream: Stream) {
                     connected = connect(&introduction, address, Purpose::Client) => connected,
                 };
                 match connected {
-                    Ok((primary, _)) => return pass_on(stream, primary, address, standing).await,
+                    Ok((primary, _)) => {
+                        let passes = [&pass, &second];
+                        return pass_on(stream, primary, address, standing, passes).await;
+                    }
                     Err(error) => {
                         debug!(address, %error, "cannot pass a client on");
                         primary_since = later(address);
@@ -155,6 +162,7 @@ async fn pass_on(
     mut primary: Stream,
     address: &str,
     standing: watch::Receiver<Standing>,
+    [first, second]: [&Pass; 2],
 ) {
     let peer = client.peer();
     debug!(client = peer, "passing a client on to the primary");
@@ -166,6 +174,8 @@ async fn pass_on(
         () = is_lost(address, standing) => {
             debug!(client = peer, address, "that node is not primary any more");
         }
+        () = first.wanted() => {}
+        () = second.wanted() => {}
         reason = is_gone(cutter.as_ref()) => debug!(client = peer, reason, "a client is gone"),
     }
     let _ = client.shutdown().await;

@@ -43,6 +43,10 @@ pub fn page(shared: &Shared) -> String {
     page.gauge("client_connections_limit", "The one that is too many is refused", limit);
     let refused = [(vec![], shared.clients.refused() as f64)];
     page.counter("client_connections_refused", "Connections that were too many", refused);
+    let memory = [(vec![], shared.memory.used() as f64)];
+    page.gauge("client_memory_bytes", "Memory that sessions of clients hold", memory);
+    let limit = [(vec![], shared.memory.limit() as f64)];
+    page.gauge("client_memory_limit_bytes", "Beyond it the session that holds most ends", limit);
     of_storages(&mut page, shared);
     let mut text = String::new();
     // Writing to a string cannot fail.

@@ -29,6 +29,7 @@ use crate::lineage::Lineage;
 use crate::listener;
 use crate::log_thread::{self, Busy};
 use crate::machine::{self, Instant, Lock, TcpListener};
+use crate::memory::{self, Memory};
 use crate::packing::Progress;
 use crate::peers::{self, CatchUp, Introduction, Peers};
 use crate::read_only;
@@ -183,6 +184,8 @@ pub struct Shared {
     pub log_busy: Busy,
     /// Clients' connections, held and passed on ones included.
     pub clients: Arc<Gate>,
+    /// What sessions of clients may hold.
+    pub memory: Arc<Memory>,
     /// Connections to the peer address of which nobody knows yet who they are from.
     pub strangers: Arc<Gate>,
     /// What they cause in the log.
@@ -489,7 +492,7 @@ impl Shared {
         let cluster = self.cluster_name();
         NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster)
             .under_way(self.percents(|storage| &storage.packing), lock(&self.catch_up).clone())
-            .room(self.room.reason())
+            .room(self.room.reason(), &self.memory)
             .acknowledging(self.all_acknowledged())
             .history(self.holes(), self.percents(|storage| &storage.backfilling))
             .lost(self.lost.clone())
@@ -651,6 +654,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         make_spill: make_spill.clone(),
         log_busy: Busy::default(),
         clients: Gate::new("clients", most_clients),
+        memory: Memory::new(standby.and_then(|standby| standby.client_memory)),
         strangers_lines: StrangersLines::default(),
         strangers: Gate::new("strangers at the peer address", most_strangers),
         promising: tokio::sync::Mutex::default(),
@@ -721,6 +725,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         tokio::spawn(listener::read_write(shared.clone(), zeo));
         tokio::spawn(listener::end_silent(shared.clone()));
     }
+    tokio::spawn(memory::guard(shared.clone()));
     if let Some(path) = &shared.config.zeo.pid_file {
         std::fs::write(path, format!("{}\n", std::process::id()))
             .with_context(|| format!("cannot write {}", path.display()))?;

@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
@@ -24,8 +25,12 @@ use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::coop::{consume_budget, unconstrained};
 
+use crate::memory::{Memory, Share};
+
 /// Bytes in a queue above which no further requests of that client are read.
 const FULL: usize = 16 << 20;
+/// The same while memory is scarce.
+const FULL_IF_SCARCE: usize = 256 << 10;
 /// Bytes in a queue above which a client that does not read is closed.
 const OVERFLOW: usize = 256 << 20;
 /// Shorter pieces are copied together before they are written.
@@ -35,6 +40,8 @@ const SMALL: usize = 16 << 10;
 #[derive(Default)]
 pub struct Outbox {
     queue: Mutex<Queue>,
+    /// What is queued. It changes under the queue's lock only.
+    held: Share,
     wake: Notify,
     drained: Notify,
     closing: Notify,
@@ -68,9 +75,46 @@ struct Queue {
     over: bool,
 }
 
+/// The queue, for as long as nobody else has it. What it holds is counted at the end.
+struct Locked<'a> {
+    queue: MutexGuard<'a, Queue>,
+    held: &'a Share,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Queue;
+
+    fn deref(&self) -> &Queue {
+        &self.queue
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Queue {
+        &mut self.queue
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.held.set(self.queue.len);
+    }
+}
+
 impl Outbox {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A queue that takes its part of the clients' memory.
+    pub fn within(memory: &Arc<Memory>) -> Outbox {
+        Outbox { held: Share::of(memory), ..Outbox::default() }
+    }
+
+    /// What is queued takes so much of the clients' memory.
+    pub fn held(&self) -> usize {
+        self.held.get()
+    }
+
+    fn lock(&self) -> Locked<'_> {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        Locked { queue, held: &self.held }
     }
 
     /// Queues bytes.
@@ -183,7 +227,7 @@ impl Outbox {
 
     /// Returns when there is room for more replies.
     pub async fn room(&self) {
-        self.room_below(FULL).await;
+        self.room_below(if self.held.is_scarce() { FULL_IF_SCARCE } else { FULL }).await;
     }
 
     /// Returns when there are no more than `limit` bytes in the queue.
@@ -360,6 +404,7 @@ impl Drop for Over<'_> {
         let mut queue = self.0.lock();
         queue.over = true;
         queue.pieces.clear();
+        queue.len = 0;
     }
 }
 

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use standby_zeo::{Encoding, SessionId, VoteOutcome};
 use tokio::sync::{Notify, mpsc};
 
+use crate::memory::{Memory, Share};
 use crate::outbox::Outbox;
 use crate::socket::Cutter;
 use crate::sync::lock;
@@ -34,6 +35,8 @@ pub struct SessionHandle {
     pub peer: String,
     /// What is to be sent.
     pub outbox: Outbox,
+    /// What was received: a message in part, and the transaction. Its own task says how much.
+    pub received: Share,
     /// To its own task.
     pub mailbox: mpsc::UnboundedSender<Mail>,
     encoding: OnceLock<Encoding>,
@@ -63,11 +66,13 @@ impl SessionHandle {
         peer: String,
         mailbox: mpsc::UnboundedSender<Mail>,
         cutter: Option<Cutter>,
+        memory: &Arc<Memory>,
     ) -> SessionHandle {
         SessionHandle {
             id,
             peer,
-            outbox: Outbox::default(),
+            outbox: Outbox::within(memory),
+            received: Share::of(memory),
             mailbox,
             encoding: OnceLock::new(),
             label: OnceLock::new(),
@@ -138,6 +143,11 @@ impl SessionHandle {
         let _ = self.encoding.set(encoding);
     }
 
+    /// Bytes of the clients' memory that it holds.
+    pub fn held(&self) -> usize {
+        self.outbox.held() + self.received.get()
+    }
+
     /// Why its client counts as gone, if it does.
     fn gone(&self, patience: Duration) -> Option<&'static str> {
         self.cutter.as_ref()?.gone(patience)
@@ -205,6 +215,14 @@ impl Sessions {
             lock(&self.all).values().filter(|session| which(session)).cloned().collect();
         chosen.iter().for_each(|session| session.cut(reason));
         chosen.len()
+    }
+
+    /// The session that holds most of the clients' memory, of those that are not ending; `None` if none holds any.
+    pub fn largest(&self) -> Option<Arc<SessionHandle>> {
+        let all = lock(&self.all);
+        let holding = all.values().filter(|session| !session.outbox.is_closed());
+        let largest = holding.max_by_key(|session| session.held());
+        largest.filter(|session| session.held() > 0).cloned()
     }
 
     /// Ends the sessions whose clients have been silent for so long.

@@ -13,6 +13,7 @@ use tracing::warn;
 
 use crate::lineage::{Fork, Lineage};
 use crate::machine::{self, Instant};
+use crate::memory::Memory;
 use crate::peers::CatchUp;
 use crate::rewind::LostTail;
 use crate::settings::{FEATURE_LEVEL, Settings};
@@ -111,6 +112,8 @@ pub struct NodeReport {
     moving_to: Option<String>,
     #[serde(default)]
     no_room: Option<String>,
+    #[serde(default)]
+    client_memory: (u64, u64),
     #[serde(default)]
     slow_disk: bool,
     /// How long a write of its log took of late, at worst.
@@ -229,6 +232,7 @@ impl NodeReport {
             failover: settings.failover.iter().cloned().collect(),
             moving_to: settings.moving_to.clone(),
             no_room: None,
+            client_memory: (0, 0),
             slow_disk: moment.slow_disk,
             slowest_write_seconds: moment.slowest_write.as_secs_f64(),
             clock: machine::wall_clock().as_secs_f64(),
@@ -297,9 +301,10 @@ impl NodeReport {
         &self.lineage
     }
 
-    /// The same, with the disk that is full, if one is.
-    pub fn room(self, no_room: Option<String>) -> NodeReport {
-        NodeReport { no_room, ..self }
+    /// The same, with the disk that is full, if one is, and the memory that clients' sessions hold.
+    pub fn room(self, no_room: Option<String>, memory: &Memory) -> NodeReport {
+        let client_memory = (memory.used() as u64, memory.limit() as u64);
+        NodeReport { no_room, client_memory, ..self }
     }
 
     /// The same, with what is damaged on its disk, and since which transactions its storages differ from the primary's.
@@ -707,6 +712,9 @@ pub struct NodeStatus {
     /// Which of its disks is full, if one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_room: Option<String>,
+    /// Bytes of memory that sessions of clients hold, and may hold.
+    #[serde(default)]
+    pub client_memory: (u64, u64),
     /// Whose vote has waited long for whose transaction, if one has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_vote: Option<String>,
@@ -821,6 +829,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 slow_disk: report.slow_disk,
                 clock_ahead_seconds: one.clock_ahead,
                 no_room: report.no_room.clone(),
+                client_memory: report.client_memory,
                 held_vote: report.held_vote.clone(),
                 holes: report.holes.clone(),
                 backfilling: report.backfilling.clone(),
@@ -864,6 +873,7 @@ fn compose(own: &NodeReport, seen: &[Seen]) -> Status {
                 slow_disk: false,
                 clock_ahead_seconds: None,
                 no_room: None,
+                client_memory: (0, 0),
                 held_vote: None,
                 holes: BTreeMap::new(),
                 backfilling: BTreeMap::new(),

@@ -128,6 +128,10 @@ pub fn table(status: &Status) -> String {
         let holes = node.holes.values().flatten();
         let holes = holes.map(|hole| format!("\nno history from\n{}\nto {}", hole.from, hole.to));
         let full = node.no_room.iter().map(|_| "\ndisk nearly full".to_owned());
+        let (held, limit) = node.client_memory;
+        let memory = (held > limit / 2)
+            .then(|| format!("\nclients hold {} of {} MB of memory", held >> 20, limit >> 20));
+        let full = full.chain(memory);
         let slow = node.slow_disk.then(|| "\ndisk slow".to_owned());
         let future = node
             .future_seconds

@@ -13,6 +13,8 @@ use crate::error::ClientError;
 use crate::spill::{MakeSpill, Slot, Spill};
 use crate::transactions::VoteRequest;
 
+/// What each object of a transaction takes in memory beside its data, about.
+const ENTRY_HELD: usize = 200;
 /// Bytes of a transaction that are kept in memory.
 pub const SPILL_ABOVE: usize = 4 << 20;
 
@@ -206,6 +208,12 @@ impl Buffer {
             blobs: BTreeMap::new(),
             spill: Spill::new(SPILL_ABOVE, make_spill),
         }
+    }
+
+    /// Bytes of memory that it takes, about.
+    pub fn held(&self) -> usize {
+        let entries = self.writes.len() + self.checks.len() + self.later.len() + self.blobs.len();
+        self.spill.held() + entries * ENTRY_HELD
     }
 
     /// Adds a store.

@@ -31,6 +31,11 @@ impl FrameReader {
         &mut self.buffer
     }
 
+    /// Bytes of memory that it holds.
+    pub fn held(&self) -> usize {
+        self.buffer.capacity()
+    }
+
     /// The next whole frame, without its header.
     pub fn next_frame(&mut self, limit: usize) -> Result<Option<Bytes>, FrameTooLong> {
         let Some(header) = self.buffer.first_chunk::<4>() else {

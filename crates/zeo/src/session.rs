@@ -299,6 +299,11 @@ impl Session {
         self.transaction.is_some() || self.uploading
     }
 
+    /// Bytes of memory that the transaction takes, about.
+    pub fn held(&self) -> usize {
+        self.transaction.as_ref().map_or(0, |transaction| transaction.buffer.held())
+    }
+
     /// True until `register` is called.
     pub fn is_stranger(&self) -> bool {
         matches!(self.state, State::AwaitingVersion | State::Unregistered)

@@ -88,6 +88,11 @@ impl Spill {
         }
     }
 
+    /// Bytes that are kept in memory.
+    pub fn held(&self) -> usize {
+        self.in_memory + self.file.as_ref().map_or(0, |spilled| spilled.tail.capacity())
+    }
+
     /// A byte string is not needed any more; the file shrinks only by [`Spill::clear`].
     pub fn release(&mut self, slot: Slot) {
         if let Kept::Memory(bytes) = slot.0 {

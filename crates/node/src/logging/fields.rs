@@ -72,6 +72,19 @@ impl Write for Line {
     }
 }
 
+/// A text of several lines for a terminal: what could do more there than be read is escaped.
+pub fn harmless(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for char in text.chars() {
+        if is_harmless(char) || matches!(char, '\n' | '\t') {
+            out.push(char);
+        } else {
+            out.extend(char.escape_default());
+        }
+    }
+    out
+}
+
 /// False for what moves a terminal's cursor, ends a line, or turns the direction of what follows.
 fn is_harmless(char: char) -> bool {
     !char.is_control()

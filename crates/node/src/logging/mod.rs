@@ -15,6 +15,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 use self::fields::SafeFields;
+pub use self::fields::harmless;
 pub use self::file::{LogFile, Rotation};
 pub use self::format::Format;
 use crate::config::{Config, LogFileSection};

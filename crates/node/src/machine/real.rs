@@ -63,6 +63,33 @@ pub fn free_room(dir: &Path) -> io::Result<FreeRoom> {
     Ok(FreeRoom { bytes: found.f_bavail * found.f_frsize, files })
 }
 
+/// Bytes of memory that this process may use: the machine's, or what the system grants the process's control group.
+pub fn memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let machine = total.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10;
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let granted = |root: &str, group: &str, name: &str| {
+        // Those around it bound it, too.
+        let around = Path::new(group.trim_start_matches('/')).ancestors();
+        let limits = around.filter_map(|group| {
+            let limit = std::fs::read_to_string(Path::new(root).join(group).join(name)).ok()?;
+            limit.trim().parse::<u64>().ok()
+        });
+        limits.min()
+    };
+    let of_line = |line: &str| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, group) = (parts.next()?, parts.next()?);
+        match controllers {
+            "" => granted("/sys/fs/cgroup", group, "memory.max"),
+            "memory" => granted("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes"),
+            _ => None,
+        }
+    };
+    Some(groups.lines().filter_map(of_line).fold(machine, u64::min))
+}
+
 /// From now on the connection fails when the other machine has acknowledged nothing for so long: neither what was
 /// sent, nor the kernel's own questions while nothing is sent. A machine that loses its power says nothing else.
 pub fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {

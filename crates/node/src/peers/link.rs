@@ -419,9 +419,9 @@ async fn run_dialled(
 pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, from)) => {
                 // Until the handshake is over, anybody may be there.
-                if let Some(pass) = shared.strangers.enter() {
+                if let Some(pass) = shared.strangers.enter(&from.to_string()) {
                     tokio::spawn(accept(shared.clone(), stream, pass));
                 }
             }

@@ -131,6 +131,8 @@ pub struct Standby {
     pub max_staleness: Option<Duration>,
     /// How far a tid that a client brings may be ahead of the primary's clock.
     pub future_tids: Duration,
+    /// Bytes of memory that all sessions of clients may hold together, if not what the machine's memory says.
+    pub client_memory: Option<u64>,
     /// How large a transaction may be.
     pub limits: Limits,
     /// TLS between nodes.
@@ -246,6 +248,7 @@ impl Checker {
                 "witness",
                 "max-staleness",
                 "future-tids",
+                "client-memory",
                 "transaction-objects",
                 "transaction-size",
                 "catch-up-rate",
@@ -340,6 +343,7 @@ impl Checker {
                 .get("future-tids", seconds)?
                 .unwrap_or(DEFAULT_FUTURE_TIDS)
                 .min(MOST_FUTURE_TIDS),
+            client_memory: reader.get("client-memory", byte_size)?.filter(|bytes| *bytes > 0),
             limits: Limits {
                 objects: reader.get("transaction-objects", count)?.unwrap_or(default.objects),
                 bytes: reader.get("transaction-size", byte_size)?.unwrap_or(default.bytes),
