@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import pytest
 import transaction
@@ -21,8 +22,16 @@ from ZODB.POSException import ReadOnlyError
 
 import cluster as harness
 from large import commit_many, stores
+from persistent import Persistent
 from test_alone import call, exactly, receive, registered, send
 from zeo_client import Client, Voted
+
+
+class Heavy(Persistent):
+    """An object with some bytes."""
+
+    def __init__(self, content):
+        self.content = content
 
 
 def latencies(client, seconds):
@@ -408,3 +417,54 @@ def test_one_address_does_not_take_the_places_of_others(nodes):
         sock.close()
     reader.close()
     client.close()
+
+
+@pytest.mark.parametrize("waits", ["replies", "a blob", "a look back", "answers beside the applier"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_client_that_goes_while_it_is_waited_for_leaves_nothing(nodes, tmp_path, waits, count):
+    """Whatever its connection waits for: its session ends, its locks are free, and nothing of it stays open."""
+    cluster = nodes.cluster(count=count, blobs=True).start()
+    primary = cluster.primary()
+    client = Client(cluster.addresses, blob_dir=str(tmp_path / "cache"))
+    client.commit(lambda root: root.update(locked=Heavy("x"), long=Heavy("x" * 4_000_000), blob=Blob(bytes(80_000_000))))
+    for number in range(20):
+        client.commit(lambda root: root.update(x=number))
+    oids = {name: client.root[name]._p_oid for name in ("locked", "long", "blob")}
+    serials = {}
+    for name in oids:
+        client.root[name]._p_activate()
+        serials[name] = client.root[name]._p_serial
+    sessions = lambda: gauge(primary, "standby_sessions")
+    files = lambda: len(os.listdir("/proc/%d/fd" % primary.process.pid))
+    before = (sessions(), files())
+    sock = registered(primary.address, read_only=False)
+    send(sock, pickle.dumps((0, True, "tpc_begin", (7, b"", b"", {}, None, " ")), 3))
+    record = pickle.dumps(Heavy, 2) + b"N."
+    send(sock, pickle.dumps((0, True, "storea", (oids["locked"], serials["locked"], record, 7)), 3))
+    send(sock, call(2, "vote", 7))
+    while pickle.loads(receive(sock))[0] != 2:
+        pass
+    asks = {
+        "replies": ("loadBefore", oids["long"], b"\x7f" + b"\xff" * 7),
+        "a blob": ("sendBlob", oids["blob"], serials["blob"]),
+        "a look back": ("undoLog", 0, 1 << 30),
+        "answers beside the applier": ("getInvalidations", serials["locked"]),
+    }
+    for number in range(3, 23):
+        send(sock, call(number, *asks[waits]))
+    # Some of it has been asked for, and nobody takes it.
+    time.sleep(1)
+    assert (sessions(), gauge(primary, "standby_transactions_active")) == (before[0] + 1, 1)
+    sock.close()
+    began = time.monotonic()
+    client.commit(lambda root: setattr(root["locked"], "content", "y"))
+    print("the lock was free after %.1f s" % (time.monotonic() - began))
+    harness.wait_for("the end of the session", lambda: (sessions(), files()) <= before, 20)
+    client.close()
+
+
+def gauge(node, name):
+    """A number that the node shows to monitoring systems."""
+    with urllib.request.urlopen("http://%s:%s/metrics" % (node.host, node.admin_port), timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))

@@ -649,7 +649,7 @@ impl Applier {
         let history = self.histories.get(storage).filter(|_| !doubtful);
         let changes = history.and_then(|history| history.since(since));
         let place = session.outbox.push_later();
-        let making = machine::spawn_blocking(move || {
+        let make = move || {
             let value = changes.map_or(Value::None, |changes| {
                 let oids = if forget { Vec::new() } else { changes.oids() };
                 let oids = oids.iter().map(|oid: &Oid| oid.to_bytes().into()).collect();
@@ -657,8 +657,13 @@ impl Applier {
             });
             session.outbox.made(place, session.encoding().reply(&id, value));
             session.answered();
+        };
+        let memory = self.shared.memory.clone();
+        tokio::spawn(async move {
+            let _turn = memory.invalidations_turn().await;
+            // If it fails, its place ends the connection.
+            let _ = machine::spawn_blocking(make).await;
         });
-        drop(making);
     }
 
     async fn catch_up(

@@ -346,10 +346,12 @@ impl Connection {
             // It may read the whole file: the client's other threads do not wait for it. But only one is looked for at a
             // time, when there is room for the answer, and as long as the client is there.
             let (handle, turn) = (self.handle.clone(), self.undo_log.clone());
+            let memory = self.shared.memory.clone();
             handle.unanswered.fetch_add(1, Ordering::AcqRel);
             tokio::spawn(async move {
                 let _turn = turn.lock().await;
                 handle.outbox.room().await;
+                let _of_all = memory.undo_log_turn().await;
                 let client = handle.clone();
                 let go_on = move || !client.outbox.is_closed();
                 let found = machine::spawn_blocking(move || {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tracing::warn;
 
 use crate::machine;
@@ -18,6 +18,8 @@ const PART: u64 = 4;
 const UNKNOWN: u64 = 1 << 30;
 /// Less is not counted: most sessions hold nothing for longer than a moment, and pay nothing for the count.
 const UNIT: usize = 64 << 10;
+/// Long answers of a kind that are made at a time, for all clients together.
+const TURNS: usize = 4;
 /// How long a session that was ended may take to give back what it holds, before another one is.
 const GIVEN_BACK: Duration = Duration::from_millis(50);
 
@@ -26,6 +28,10 @@ pub struct Memory {
     limit: usize,
     used: AtomicUsize,
     over: Notify,
+    /// Turns to make a long answer, which is counted only when it is made: one for each kind, so that the slow kind does
+    /// not hold up the other.
+    invalidations: Semaphore,
+    undo_logs: Semaphore,
 }
 
 impl Memory {
@@ -33,7 +39,19 @@ impl Memory {
     pub fn new(limit: Option<u64>) -> Arc<Memory> {
         let limit = limit.unwrap_or_else(|| machine::memory().unwrap_or(UNKNOWN) / PART);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        Arc::new(Memory { limit, used: AtomicUsize::new(0), over: Notify::new() })
+        let [invalidations, undo_logs] = [TURNS; 2].map(Semaphore::new);
+        let (used, over) = (AtomicUsize::new(0), Notify::new());
+        Arc::new(Memory { limit, used, over, invalidations, undo_logs })
+    }
+
+    /// The turn of an answer to `getInvalidations`, for as long as it is held.
+    pub async fn invalidations_turn(&self) -> impl Sized + '_ {
+        self.invalidations.acquire().await
+    }
+
+    /// The turn of an answer about the undo log.
+    pub async fn undo_log_turn(&self) -> impl Sized + '_ {
+        self.undo_logs.acquire().await
     }
 
     /// What all sessions may hold.
