@@ -1,4 +1,5 @@
-"""Commits per second: Standby on one node and on three, beside runzeo, in the same run.
+"""Commits per second: Standby on one node and on three, beside runzeo, in the same run. Three nodes encrypt what they say
+to each other if they share a secret.
 
     python bench/commits.py [--seconds 5]
 
@@ -73,11 +74,13 @@ def main():
         started.append(node.start())
         rows.append(("Standby, one node", measure([node.port], options.seconds)))
         node.stop()
-        cluster = harness.Cluster(os.path.join(directory, "cluster"))
-        started.extend(cluster.nodes)
-        cluster.start()
-        ports = [n.port for n in cluster.nodes]
-        rows.append(("Standby, three nodes", measure(ports, options.seconds)))
+        for name, secret in (("three nodes", False), ("with a secret", True)):
+            cluster = harness.Cluster(os.path.join(directory, name.replace(" ", "-")), secret=secret)
+            started.extend(cluster.nodes)
+            cluster.start()
+            ports = [n.port for n in cluster.nodes]
+            rows.append(("Standby, %s" % name, measure(ports, options.seconds)))
+            cluster.stop()
     finally:
         for process in started:
             process.kill()

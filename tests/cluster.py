@@ -224,9 +224,10 @@ class Cluster:
         groups=None,
         places=None,
         arguments=(),
+        secret=False,
     ):
-        """With `places`, each node is in the place of its name if there is one, else in that of its group;
-        `arguments` are those of serve."""
+        """With `places`, each node is in the place of its name if there is one, else in that of its group; they share a
+        secret then, or with `secret`. `arguments` are those of serve."""
         self.directory = str(directory)
         groups = groups or ["here"] * count
         self.failover = groups[0]
@@ -243,11 +244,11 @@ class Cluster:
             )
             for number, group in enumerate(groups, 1)
         ]
-        if places:
-            secret = os.path.join(self.directory, "secret")
-            with open(secret, "w") as file:
+        if places or secret:
+            path = os.path.join(self.directory, "secret")
+            with open(path, "w") as file:
                 file.write("as good as any secret of 32 bytes")
-            options += "  secret-file %s\n" % secret
+            options += "  secret-file %s\n" % path
         self.options = options
         self.configure()
 

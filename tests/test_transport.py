@@ -312,7 +312,7 @@ def test_nodes_show_certificates_to_each_other(nodes, tls, tmp_path):
         config.write(text[: text.index("<peer-ssl>")] + text[text.index("</peer-ssl>") + 11 :])
     replica.start()
     others = [node for node in cluster.nodes if node is not replica]
-    told = "this node has no <peer-ssl>"
+    told = "this node has neither <peer-ssl>"
     harness.wait_for("a hint", lambda: told in replica.log())
     # With a new certificate, and nodes that have read the new list of those they trust, it is back.
     replica.stop()

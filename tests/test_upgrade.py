@@ -1,6 +1,7 @@
 """A cluster of an older version: what a node of this one does in it, and after the level is raised."""
 
 import json
+import socket
 
 import cluster as harness
 from zeo_client import Client
@@ -52,7 +53,7 @@ def test_rows_36_and_37_an_upgraded_node_follows_and_leads_at_the_old_level(node
     before.start()
     cluster.wait_healthy()
     # All of them know more: it may be used.
-    assert "the feature level is 2" in n1.ask("feature-level", "raise")
+    assert "the feature level is 3" in n1.ask("feature-level", "raise")
     assert "already" in n1.ask("feature-level", "raise")
     n1.ask("node", "add", "n4")
     # What was so by itself is said now.
@@ -60,5 +61,38 @@ def test_rows_36_and_37_an_upgraded_node_follows_and_leads_at_the_old_level(node
     # It is so after a restart of all.
     cluster.stop()
     cluster.start()
-    assert n1.ask("feature-level", "show").strip() == "2"
+    assert n1.ask("feature-level", "show").strip() == "3"
     client.commit(lambda root: root.update(number=3))
+
+
+def begins_unsealed(node):
+    """What a node answers whoever begins without encryption, as nodes of older versions do."""
+    hello = dict(
+        protocol=1, purpose="probe", cluster="test", cluster_id="", id="f", node="n9", group="here", peer_address="", nonce="00"
+    )
+    content = b"h" + json.dumps(hello).encode()
+    with socket.create_connection((node.host, node.peer_port), 10) as sock:
+        sock.sendall(len(content).to_bytes(4, "big") + content)
+        return sock.recv(1 << 16)[4:5]
+
+
+def test_connections_are_sealed_when_all_nodes_can_do_it(nodes):
+    """Until then nodes of older versions are understood."""
+    cluster = nodes.cluster(secret=True).start()
+    n1 = cluster.nodes[0]
+    assert begins_unsealed(n1) == b"x"
+    cluster.stop()
+    for node in cluster.nodes:
+        as_before_there_were_settings(node)
+    cluster.start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(number=1))
+    assert begins_unsealed(n1) == b"h"
+    n1.ask("feature-level", "raise")
+    for node in cluster.nodes:
+        harness.wait_for("the level", lambda: begins_unsealed(node) == b"x")
+    cluster.wait_healthy()
+    client.commit(lambda root: root.update(number=2))
+    n1.ask("switchover", "--to", "n2" if cluster.primary() is not cluster.nodes[1] else "n3")
+    client.commit(lambda root: root.update(number=3))
+    client.close()

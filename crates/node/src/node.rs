@@ -31,14 +31,14 @@ use crate::log_thread::{self, Busy};
 use crate::machine::{self, Instant, Lock, TcpListener};
 use crate::memory::{self, Memory};
 use crate::packing::Progress;
-use crate::peers::{self, CatchUp, Introduction, Peers};
+use crate::peers::{self, CatchUp, Introduction, Peers, Wire};
 use crate::read_only;
 use crate::replica::Replica;
 use crate::rewind::{self, LostTail};
 use crate::room::{self, Room};
 use crate::scrub::{self, Helpers};
 use crate::sessions::Sessions;
-use crate::settings::Settings;
+use crate::settings::{SEALED_LEVEL, Settings};
 use crate::startup::{self, Beginning};
 use crate::state::{Note, StateDir, random_hex};
 use crate::status::{MissingHistory, Moment, NodeReport, Reports};
@@ -177,7 +177,7 @@ pub struct Shared {
     /// How clients' connections are secured.
     pub tls: Option<Tls>,
     /// How connections between nodes are secured.
-    pub peer_tls: Option<Arc<Tls>>,
+    pub wire: Wire,
     /// Makes temporary files.
     pub make_spill: MakeSpill,
     /// How long the log's disk takes.
@@ -394,12 +394,14 @@ impl Shared {
     /// What this node says of itself to others.
     pub fn introduction(&self) -> Introduction {
         let standby = self.config.standby.as_ref();
+        let unsealed = self.belongs() && self.settings().level() < SEALED_LEVEL;
         Introduction {
             member: self.member.clone(),
             cluster: self.cluster_name().into(),
             cluster_id: lock(&self.cluster_id).clone(),
             secrets: lock(&self.secrets).clone(),
-            tls: self.peer_tls.clone(),
+            wire: self.wire.clone(),
+            unsealed,
             join_token: standby.map_or_else(String::new, |s| s.join_token.clone()),
             lineage: self.settings().lineage.clone(),
             run: self.run.clone(),
@@ -436,7 +438,11 @@ impl Shared {
 
     /// It is another now.
     pub fn set_settings(&self, settings: Arc<Settings>) {
-        *lock(&self.settings) = settings;
+        let sealed = settings.level() >= SEALED_LEVEL;
+        let before = std::mem::replace(&mut *lock(&self.settings), settings);
+        if sealed && before.level() < SEALED_LEVEL && matches!(self.wire, Wire::Sealed(_)) {
+            self.peers.end_links();
+        }
     }
 
     /// True if a peer must still confirm that the data files belong to the cluster's history.
@@ -555,9 +561,8 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     }
     let state = StateDir(config.state_dir());
     let standby = config.standby.as_ref();
-    let peer_tls = standby.and_then(|s| s.peer_ssl.as_ref()).map(Tls::new).transpose()?;
-    let peer_tls = peer_tls.map(Arc::new);
-    let helpers = find_others(&config, &*disk, &state, peer_tls.clone()).await?;
+    let wire = Wire::of(standby)?;
+    let helpers = find_others(&config, &*disk, &state, wire.clone()).await?;
     // First the addresses: a second start of the same node must fail before it touches a file.
     let zeo = match &config.zeo.address {
         Some(address) => Some(Listener::bind(address).await?),
@@ -650,7 +655,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
             .map(|section| section.name.clone())
             .collect(),
         tls,
-        peer_tls,
+        wire,
         make_spill: make_spill.clone(),
         log_busy: Busy::default(),
         clients: Gate::new("clients", most_clients),
@@ -756,13 +761,14 @@ async fn bind(address: &Address, key: &str) -> anyhow::Result<TcpListener> {
 }
 
 /// How a node introduces itself before it takes part in anything.
-fn asker(config: &Config, standby: &Standby, id: NodeId, tls: Option<Arc<Tls>>) -> Introduction {
+fn asker(config: &Config, standby: &Standby, id: NodeId, wire: Wire) -> Introduction {
     Introduction {
         member: startup::self_as_member(config, id),
         cluster: standby.cluster.clone(),
         cluster_id: String::new(),
         secrets: standby.secrets.clone(),
-        tls,
+        wire,
+        unsealed: false,
         join_token: String::new(),
         lineage: Lineage::default(),
         run: String::new(),
@@ -783,7 +789,7 @@ async fn find_others(
     config: &Config,
     disk: &dyn Disk,
     state: &StateDir,
-    peer_tls: Option<Arc<Tls>>,
+    wire: Wire,
 ) -> anyhow::Result<Arc<Helpers>> {
     let helpers = Arc::<Helpers>::default();
     let Some(standby) = &config.standby else { return Ok(helpers) };
@@ -793,7 +799,8 @@ async fn find_others(
         cluster_id: checkpoint.cluster_id.clone(),
         lineage: checkpoint.settings.lineage.clone(),
         founded: Some(checkpoint.settings.founded),
-        ..asker(config, standby, identity.node_id()?, peer_tls)
+        unsealed: checkpoint.settings.level() < SEALED_LEVEL,
+        ..asker(config, standby, identity.node_id()?, wire)
     };
     let lines = standby.named_addresses().map(ToString::to_string);
     let members = checkpoint.membership.members.values();
@@ -890,7 +897,11 @@ impl Shared {
             Some(Err(error)) => error!("the former secrets stay in use: {error}"),
             None => {}
         }
-        for tls in self.tls.iter().chain(self.peer_tls.as_deref()) {
+        let of_peers = match &self.wire {
+            Wire::Tls(tls) => Some(&**tls),
+            Wire::Plain | Wire::Sealed(_) => None,
+        };
+        for tls in self.tls.iter().chain(of_peers) {
             match tls.reload() {
                 Ok(()) => info!("the certificates were read again"),
                 Err(error) => error!("the former certificates stay in use: {error:#}"),

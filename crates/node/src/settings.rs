@@ -11,8 +11,11 @@ use crate::lineage::Lineage;
 /// What this program can do. A cluster uses what its feature level includes; it is raised by command,
 /// when every node can do it.
 ///
-/// 1: transactions, packs, blobs. 2: settings, and with them groups, witnesses, invitations.
-pub const FEATURE_LEVEL: u32 = 2;
+/// 1: transactions, packs, blobs. 2: settings, and with them groups, witnesses, invitations. 3: connections between nodes
+/// that share a secret are sealed.
+pub const FEATURE_LEVEL: u32 = 3;
+/// The level from which connections between nodes are sealed.
+pub const SEALED_LEVEL: u32 = 3;
 /// The level from which there are settings.
 pub const SETTINGS_LEVEL: u32 = 2;
 

@@ -16,9 +16,9 @@ use simulated as chosen;
 use tokio::sync::watch;
 
 pub use chosen::{
-    Lock, TcpListener, TcpStream, apart, ask_for_signs, deliver, descriptors, device, drain,
-    end_when_silent, every, fill_random, free_room, listen_everywhere, lock_file, memory, queue,
-    send_blocking, spawn_blocking, temporary_file, thread, wall_clock,
+    Lock, TcpListener, TcpStream, apart, ask_for_signs, begins_tls, deliver, descriptors, device,
+    drain, end_when_silent, every, fill_random, free_room, listen_everywhere, lock_file, memory,
+    queue, send_blocking, spawn_blocking, temporary_file, thread, wall_clock,
 };
 /// A moment of the monotonic clock.
 pub use tokio::time::Instant;

@@ -90,6 +90,14 @@ pub fn memory() -> Option<u64> {
     Some(groups.lines().filter_map(of_line).fold(machine, u64::min))
 }
 
+/// True if what the other side has to say begins as TLS does. Waits for its first byte.
+pub async fn begins_tls(stream: &TcpStream) -> io::Result<bool> {
+    let mut first = [0];
+    let come = stream.peek(&mut first).await?;
+    // The record of a handshake: RFC 8446, section 5.1.
+    Ok(come == 1 && first == [0x16])
+}
+
 /// From now on the connection fails when the other machine has acknowledged nothing for so long: neither what was
 /// sent, nor the kernel's own questions while nothing is sent. A machine that loses its power says nothing else.
 pub fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {

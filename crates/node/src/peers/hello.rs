@@ -13,6 +13,10 @@
 //! Either side may send `'x'` with a reason instead and close. Both prove that they know the secret
 //! without showing it, and the nonces make every proof a new one. With `<peer-ssl>` all of this, and
 //! what follows, goes over TLS, in which each side has shown a certificate that the other trusts.
+//!
+//! Nodes that share a secret and have no certificates go over TLS too (`sealed.rs`): the proofs cover a value that only
+//! the two ends of the connection know, and the dialling node proves first, so that a stranger who dials gets nothing
+//! that was made with the secret. Clusters below feature level 3 do without it, as nodes of older versions do.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,8 +27,9 @@ use sha2::Sha256;
 use standby_consensus::Member;
 use standby_types::{LogIndex, NodeId};
 
+use super::sealed::{Bound, Sealed};
 use super::{PeerError, read_frame, within, write_frame};
-use crate::config::Secrets;
+use crate::config::{Secrets, Standby};
 use crate::hex::{hex, unhex};
 use crate::lineage::{Lineage, Relation};
 use crate::machine::{self, TcpStream, end_when_silent};
@@ -33,6 +38,12 @@ use crate::stream::Stream;
 use crate::tls::Tls;
 
 const PROTOCOL: u32 = 1;
+/// What the proofs of the two sides begin with.
+const DIALLING: &str = "dialling";
+const ACCEPTING: &str = "accepting";
+/// Why a connection is refused that does not begin with TLS.
+const UNSEALED: &str = "connections between the nodes of this cluster are encrypted: is the other one of an older version, or \
+                        without the secret-file?";
 /// A hello is short.
 const MAX_HELLO: usize = 64 << 10;
 /// How long a connection may take to be made: with round trips of a second, two of them fit.
@@ -64,6 +75,30 @@ pub enum Purpose {
     Found,
 }
 
+/// How connections between nodes are protected beyond the handshake.
+#[derive(Clone)]
+pub enum Wire {
+    /// Not at all: there is no secret, for all nodes are on one machine.
+    Plain,
+    /// Encrypted, and tied to the secret.
+    Sealed(Arc<Sealed>),
+    /// By certificates.
+    Tls(Arc<Tls>),
+}
+
+impl Wire {
+    /// As the configuration says.
+    pub fn of(standby: Option<&Standby>) -> anyhow::Result<Wire> {
+        Ok(match standby {
+            Some(Standby { peer_ssl: Some(section), .. }) => {
+                Wire::Tls(Arc::new(Tls::new(section)?))
+            }
+            Some(standby) if !standby.secrets.is_none() => Wire::Sealed(Arc::new(Sealed::new()?)),
+            _ => Wire::Plain,
+        })
+    }
+}
+
 /// What this node says of itself, and the secret.
 #[derive(Clone)]
 pub struct Introduction {
@@ -75,8 +110,10 @@ pub struct Introduction {
     pub cluster_id: String,
     /// What the nodes prove to each other that they know.
     pub secrets: Secrets,
-    /// How connections between nodes are encrypted.
-    pub tls: Option<Arc<Tls>>,
+    /// How connections between nodes are protected.
+    pub wire: Wire,
+    /// The cluster still works at a feature level at which connections are not sealed.
+    pub unsealed: bool,
     /// What proves that this node may join; empty if it needs no proof.
     pub join_token: String,
     /// Which history the node has.
@@ -255,10 +292,10 @@ fn compare_timelines(mine: &PeerInfo, theirs: &PeerInfo) -> Result<(), PeerError
 }
 
 fn invitation(token: &str, nonce: &str) -> Hmac<Sha256> {
-    proof(token.as_bytes(), "join", [nonce.as_bytes(), b""])
+    proof(token.as_bytes(), "join", [nonce.as_bytes(), b""], None)
 }
 
-fn proof(secret: &[u8], side: &str, hellos: [&[u8]; 2]) -> Hmac<Sha256> {
+fn proof(secret: &[u8], side: &str, hellos: [&[u8]; 2], bound: Option<&Bound>) -> Hmac<Sha256> {
     // HMAC takes keys of any length.
     let mut mac = Hmac::<Sha256>::new_from_slice(secret).unwrap_or_else(|_| unreachable!());
     mac.update(side.as_bytes());
@@ -266,13 +303,48 @@ fn proof(secret: &[u8], side: &str, hellos: [&[u8]; 2]) -> Hmac<Sha256> {
         mac.update(&(hello.len() as u64).to_be_bytes());
         mac.update(hello);
     }
+    if let Some(bound) = bound {
+        mac.update(bound);
+    }
     mac
 }
 
 /// True if the tag proves any of the secrets.
-fn knows(secrets: &Secrets, side: &str, hellos: [&[u8]; 2], tag: &[u8]) -> bool {
-    let proves = |secret: &[u8]| proof(secret, side, hellos).verify_slice(tag).is_ok();
+fn knows(
+    secrets: &Secrets,
+    side: &str,
+    hellos: [&[u8]; 2],
+    bound: Option<&Bound>,
+    tag: &[u8],
+) -> bool {
+    let proves = |secret: &[u8]| proof(secret, side, hellos, bound).verify_slice(tag).is_ok();
     secrets.all().fold(false, |known, secret| known | proves(secret))
+}
+
+/// What both sides of a handshake prove, and look at.
+struct Proofs<'a> {
+    secrets: &'a Secrets,
+    /// The dialling node's, and the accepting node's.
+    hellos: [&'a [u8]; 2],
+    bound: Option<&'a Bound>,
+    /// The two nodes, for people.
+    names: [&'a str; 2],
+}
+
+impl Proofs<'_> {
+    async fn show(&self, stream: &mut Stream, side: &str) -> Result<(), PeerError> {
+        let tag = proof(self.secrets.own(), side, self.hellos, self.bound).finalize().into_bytes();
+        write_frame(stream, b'm', &tag).await
+    }
+
+    async fn look(&self, stream: &mut Stream, side: &str) -> Result<(), PeerError> {
+        let tag = expect(stream, b'm').await?;
+        if knows(self.secrets, side, self.hellos, self.bound, &tag) {
+            return Ok(());
+        }
+        let [one, other] = self.names;
+        Err(refuse(stream, &format!("nodes {one} and {other} have different secrets")).await)
+    }
 }
 
 fn parse(kind: u8, content: &[u8]) -> Result<PeerInfo, PeerError> {
@@ -320,23 +392,32 @@ async fn dial(
     let tcp = within(CONNECTING, TcpStream::connect(address)).await?;
     tcp.set_nodelay(true)?;
     end_when_silent(&tcp, me.silence)?;
-    let mut stream = match &me.tls {
-        None => Stream::Tcp(tcp),
-        Some(tls) => tls.connect(tcp).await.map(Stream::from_tls).map_err(no_tls)?,
+    let (mut stream, bound) = match &me.wire {
+        Wire::Sealed(sealed) if !me.unsealed => {
+            let (tls, bound) = sealed.connect(tcp).await.map_err(not_sealed)?;
+            (Stream::from_tls(tls), Some(bound))
+        }
+        Wire::Plain | Wire::Sealed(_) => (Stream::Tcp(tcp), None),
+        Wire::Tls(tls) => (tls.connect(tcp).await.map(Stream::from_tls).map_err(no_tls)?, None),
     };
     let mine = PeerInfo::of(me, purpose)?;
     let my_hello = serde_json::to_vec(&mine)?;
     write_frame(&mut stream, b'h', &my_hello).await?;
     let (kind, their_hello) = read_frame(&mut stream, MAX_HELLO).await?;
     let mut theirs = parse(kind, &their_hello)?;
-    let hellos = [&my_hello[..], &their_hello[..]];
-    let tag = expect(&mut stream, b'm').await?;
-    if !knows(&me.secrets, "accepting", hellos, &tag) {
-        let reason = format!("nodes {} and {} have different secrets", mine.node, theirs.node);
-        return Err(refuse(&mut stream, &reason).await);
+    let proofs = Proofs {
+        secrets: &me.secrets,
+        hellos: [&my_hello, &their_hello],
+        bound: bound.as_ref(),
+        names: [&mine.node, &theirs.node],
+    };
+    if bound.is_some() {
+        proofs.show(&mut stream, DIALLING).await?;
+        proofs.look(&mut stream, ACCEPTING).await?;
+    } else {
+        proofs.look(&mut stream, ACCEPTING).await?;
+        proofs.show(&mut stream, DIALLING).await?;
     }
-    let tag = proof(me.secrets.own(), "dialling", hellos).finalize().into_bytes();
-    write_frame(&mut stream, b'm', &tag).await?;
     compare_timelines(&mine, &theirs)?;
     if let Some(error) = mine.mismatch(&theirs) {
         return Err(part(&mut stream, error).await);
@@ -363,12 +444,27 @@ pub async fn answer(stream: &mut Stream, answer: Result<Welcome, String>) -> Res
 async fn accept(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo), PeerError> {
     tcp.set_nodelay(true)?;
     end_when_silent(&tcp, me.silence)?;
-    let mut stream = match &me.tls {
-        None => Stream::Tcp(tcp),
-        Some(tls) => tls.acceptor().accept(tcp).await.map(Stream::from_tls).map_err(no_tls)?,
+    let (mut stream, bound) = match &me.wire {
+        Wire::Plain => (Stream::Tcp(tcp), None),
+        Wire::Tls(tls) => {
+            (tls.acceptor().accept(tcp).await.map(Stream::from_tls).map_err(no_tls)?, None)
+        }
+        Wire::Sealed(sealed) if machine::begins_tls(&tcp).await? => {
+            let (tls, bound) = sealed.accept(tcp).await.map_err(not_sealed)?;
+            (Stream::from_tls(tls), Some(bound))
+        }
+        Wire::Sealed(_) if me.unsealed => (Stream::Tcp(tcp), None),
+        Wire::Sealed(_) => return Err(refuse(&mut Stream::Tcp(tcp), UNSEALED).await),
     };
-    let info = greet(me, &mut stream).await?;
+    let info = greet(me, &mut stream, bound.as_ref()).await?;
     Ok((stream, info))
+}
+
+fn not_sealed(error: std::io::Error) -> PeerError {
+    PeerError::Protocol(format!(
+        "no encryption between the nodes: {error}; is the other one a node of this version, with a secret-file, and \
+         without <peer-ssl>?"
+    ))
 }
 
 fn no_tls(error: std::io::Error) -> PeerError {
@@ -378,19 +474,28 @@ fn no_tls(error: std::io::Error) -> PeerError {
     ))
 }
 
-async fn greet(me: &Introduction, stream: &mut Stream) -> Result<PeerInfo, PeerError> {
+async fn greet(
+    me: &Introduction,
+    stream: &mut Stream,
+    bound: Option<&Bound>,
+) -> Result<PeerInfo, PeerError> {
     let (kind, their_hello) = read_frame(stream, MAX_HELLO).await?;
     let theirs = parse(kind, &their_hello)?;
     let mine = PeerInfo::of(me, theirs.purpose)?;
     let my_hello = serde_json::to_vec(&mine)?;
-    let hellos = [&their_hello[..], &my_hello[..]];
     write_frame(stream, b'h', &my_hello).await?;
-    let tag = proof(me.secrets.own(), "accepting", hellos).finalize().into_bytes();
-    write_frame(stream, b'm', &tag).await?;
-    let tag = expect(stream, b'm').await?;
-    if !knows(&me.secrets, "dialling", hellos, &tag) {
-        let reason = format!("nodes {} and {} have different secrets", mine.node, theirs.node);
-        return Err(refuse(stream, &reason).await);
+    let proofs = Proofs {
+        secrets: &me.secrets,
+        hellos: [&their_hello, &my_hello],
+        bound,
+        names: [&mine.node, &theirs.node],
+    };
+    if bound.is_some() {
+        proofs.look(stream, DIALLING).await?;
+        proofs.show(stream, ACCEPTING).await?;
+    } else {
+        proofs.show(stream, ACCEPTING).await?;
+        proofs.look(stream, DIALLING).await?;
     }
     if let Some(error) = mine.mismatch(&theirs) {
         return Err(part(stream, error).await);
@@ -399,4 +504,134 @@ async fn greet(me: &Introduction, stream: &mut Stream) -> Result<PeerInfo, PeerE
         return Err(part(stream, error).await);
     }
     Ok(theirs)
+}
+
+#[cfg(all(test, not(feature = "simulated")))]
+mod tests {
+    use tokio::io::copy_bidirectional;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const SECRET: &str = "a secret that both nodes know";
+
+    fn introduction(id: u64, secret: &str, wire: Wire) -> Introduction {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), secret).unwrap();
+        Introduction {
+            member: Member {
+                id: NodeId(id),
+                name: format!("n{id}"),
+                group: "here".into(),
+                peer_address: String::new(),
+                witness: false,
+            },
+            cluster: "test".into(),
+            cluster_id: String::new(),
+            secrets: Secrets::read(file.path()).unwrap(),
+            wire,
+            unsealed: false,
+            join_token: String::new(),
+            lineage: Lineage::default(),
+            run: String::new(),
+            founded: None,
+            log_end: None,
+            silence: Duration::from_secs(10),
+        }
+    }
+
+    fn sealed(id: u64, secret: &str) -> Introduction {
+        introduction(id, secret, Wire::Sealed(Arc::new(Sealed::new().unwrap())))
+    }
+
+    /// What becomes of a handshake of two nodes, on both sides. `relay` gets the dialling node's connection, and where the
+    /// accepting node listens.
+    async fn shake<F>(
+        dials: Introduction,
+        accepts: Introduction,
+        relay: impl FnOnce(TcpStream, String) -> F,
+    ) -> [Result<(), String>; 2]
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let between = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to = listener.local_addr().unwrap().to_string();
+        let via = between.local_addr().unwrap().to_string();
+        let accepting = tokio::spawn(async move {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let (mut stream, _) = receive(&accepts, tcp).await?;
+            answer(&mut stream, Ok(Welcome::default())).await
+        });
+        let dialling =
+            tokio::spawn(async move { connect(&dials, &via, Purpose::Probe).await.map(|_| ()) });
+        let (tcp, _) = between.accept().await.unwrap();
+        let relaying = tokio::spawn(relay(tcp, to));
+        let results = [dialling.await.unwrap(), accepting.await.unwrap()];
+        relaying.abort();
+        results.map(|result: Result<(), PeerError>| result.map_err(|error| error.to_string()))
+    }
+
+    /// Passes on what it cannot read.
+    async fn passes_on(mut from: TcpStream, to: String) {
+        let mut to = TcpStream::connect(to).await.unwrap();
+        let _ = copy_bidirectional(&mut from, &mut to).await;
+    }
+
+    /// Ends the encryption of both, reads all, and passes it on.
+    async fn reads(from: TcpStream, to: String) {
+        let own = Sealed::new().unwrap();
+        let (mut from, _) = own.accept(from).await.unwrap();
+        let (mut to, _) = own.connect(TcpStream::connect(to).await.unwrap()).await.unwrap();
+        let _ = copy_bidirectional(&mut from, &mut to).await;
+    }
+
+    #[tokio::test]
+    async fn who_reads_between_two_nodes_is_noticed() {
+        let results = shake(sealed(1, SECRET), sealed(2, SECRET), passes_on).await;
+        assert_eq!(results, [Ok(()), Ok(())]);
+        for result in shake(sealed(1, SECRET), sealed(2, SECRET), reads).await {
+            assert!(result.unwrap_err().contains("nodes n2 and n1 have different secrets"));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stranger_who_dials_gets_nothing_that_was_made_with_the_secret() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to = listener.local_addr().unwrap();
+        let accepts = sealed(2, SECRET);
+        let accepting = tokio::spawn(async move {
+            let (tcp, _) = listener.accept().await.unwrap();
+            receive(&accepts, tcp).await.map(|_| ())
+        });
+        let stranger = sealed(1, "another secret of sixteen characters");
+        let tcp = TcpStream::connect(to).await.unwrap();
+        let (mut stream, _) = Sealed::new().unwrap().connect(tcp).await.unwrap();
+        let hello = serde_json::to_vec(&PeerInfo::of(&stranger, Purpose::Probe).unwrap()).unwrap();
+        write_frame(&mut stream, b'h', &hello).await.unwrap();
+        write_frame(&mut stream, b'm', &[0; 32]).await.unwrap();
+        let mut kinds = Vec::new();
+        while let Ok((kind, _)) = read_frame(&mut stream, MAX_HELLO).await {
+            kinds.push(kind);
+        }
+        assert_eq!(kinds, *b"hx");
+        assert!(accepting.await.unwrap().is_err());
+    }
+
+    #[tokio::test]
+    async fn who_does_not_seal_is_let_in_below_that_level_only() {
+        let before = |id| Introduction { unsealed: true, ..sealed(id, SECRET) };
+        for (dials, accepts) in [(before(1), before(2)), (sealed(1, SECRET), before(2))] {
+            assert_eq!(shake(dials, accepts, passes_on).await, [Ok(()), Ok(())]);
+        }
+        for dials in [before(1), introduction(1, SECRET, Wire::Plain)] {
+            for result in shake(dials, sealed(2, SECRET), passes_on).await {
+                assert!(result.unwrap_err().contains("of this cluster are encrypted"));
+            }
+        }
+        let [dialled, accepted] =
+            shake(sealed(1, SECRET), introduction(2, SECRET, Wire::Plain), passes_on).await;
+        assert!(dialled.unwrap_err().contains("no encryption between the nodes"));
+        assert!(accepted.unwrap_err().contains("neither <peer-ssl> nor a secret-file"));
+    }
 }

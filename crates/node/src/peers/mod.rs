@@ -13,13 +13,14 @@ mod catch_up;
 mod compare;
 mod hello;
 mod link;
+mod sealed;
 
 pub use ask::ask;
 pub use blob::{Announcement, Wanted, WantedBlob, fetch_right, obtain, obtain_old};
 pub use block::fetch_block;
 pub use catch_up::{CatchUp, fetch, fetch_history};
 pub use compare::{Comparison, Digest, digests, fetch_digests};
-pub use hello::{Introduction, PeerInfo, Purpose, Welcome, answer, connect, receive};
+pub use hello::{Introduction, PeerInfo, Purpose, Welcome, Wire, answer, connect, receive};
 pub use link::{Peers, listen};
 
 use std::pin::Pin;
@@ -149,7 +150,7 @@ async fn read_frame(
     let len = stream.read_u32().await? as usize;
     if len > limit && len >> 16 == TLS_HANDSHAKE {
         return Err(PeerError::Protocol(
-            "the other node begins TLS, but this node has no <peer-ssl> in its configuration"
+            "the other node begins TLS, but this node has neither <peer-ssl> nor a secret-file in its configuration"
                 .into(),
         ));
     }

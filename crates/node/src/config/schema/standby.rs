@@ -54,6 +54,11 @@ impl Secrets {
         Ok(Secrets(secrets))
     }
 
+    /// True if there is none.
+    pub fn is_none(&self) -> bool {
+        self.own().is_empty()
+    }
+
     /// The one that this node proves to know.
     pub fn own(&self) -> &[u8] {
         &self.0[0]
