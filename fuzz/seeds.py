@@ -1,7 +1,8 @@
 """Writes the seeds of the fuzz targets: what real programs write. Needs a Python with ZEO.
 
     python fuzz/seeds.py
-    cargo +nightly fuzz run data_fs -- -max_total_time=600
+
+`run.py` does it before it runs the targets.
 """
 
 import os

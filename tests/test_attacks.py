@@ -236,10 +236,12 @@ def test_a_vote_that_is_held_is_told(nodes):
     client.close()
 
 
-def test_invalidations_are_asked_for_without_holding_anybody_up(nodes):
+@pytest.mark.parametrize("count", [1, 3])
+def test_invalidations_are_asked_for_without_holding_anybody_up(nodes, count):
     """A few bytes ask for hundreds of thousands of objects, again and again."""
-    node = nodes.alone().start()
-    client = Client(node.address)
+    cluster = nodes.cluster(count=count).start()
+    node = cluster.primary()
+    client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0))
     since = client.db.storage.lastTransaction()
     commit_many(node.address, range(1 << 32, (1 << 32) + 200_000))
@@ -266,9 +268,11 @@ def test_invalidations_are_asked_for_without_holding_anybody_up(nodes):
     client.close()
 
 
-def test_undo_logs_are_looked_for_one_at_a_time(nodes, monkeypatch):
+@pytest.mark.parametrize("count", [1, 3])
+def test_undo_logs_are_looked_for_one_at_a_time(nodes, monkeypatch, count):
     """A few bytes ask for much: for each connection there is one thread, and room for some answers."""
-    node = nodes.alone()
+    cluster = nodes.cluster(count=count)
+    node = cluster.nodes[0]
     monkeypatch.setattr(sys.modules["ZODB.FileStorage.FileStorage"], "fsync", lambda _: None)
     storage = ZODB.FileStorage.FileStorage(node.data_file)
     db = ZODB.DB(storage)
@@ -276,8 +280,9 @@ def test_undo_logs_are_looked_for_one_at_a_time(nodes, monkeypatch):
         with db.transaction(note="x" * 100) as connection:
             connection.root()["x"] = number
     db.close()
-    node.start()
-    client = Client(node.address)
+    cluster.start()
+    cluster.make_primary(node)
+    client = Client(cluster.addresses)
     threads = lambda: len(os.listdir("/proc/%d/task" % node.process.pid))
     before, memory = threads(), resident(node)
     sock = registered(node.address)
@@ -308,11 +313,12 @@ def test_undo_logs_are_looked_for_one_at_a_time(nodes, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["messages in part", "replies that nobody takes", "transactions"])
-def test_all_sessions_together_hold_so_much(nodes, way):
+@pytest.mark.parametrize("count", [1, 3])
+def test_all_sessions_together_hold_so_much(nodes, way, count):
     """Many connections, each within its own limits: those that hold most end, the others do not notice."""
     most = 64 << 20
-    cluster = nodes.cluster(count=1, options="  client-memory 64MB\n").start()
-    (node,) = cluster.nodes
+    cluster = nodes.cluster(count=count, options="  client-memory 64MB\n").start()
+    node = cluster.primary()
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0, text="x" * 1_000_000))
     oid, size = client.root._p_oid, 1_000_000
@@ -332,12 +338,12 @@ def test_all_sessions_together_hold_so_much(nodes, way):
                 frame = call(2, "loadBefore", oid, b"\x7f" + b"\xff" * 7)
                 for _ in range(15 * (1 << 20) // size):
                     send(sock, frame)
-        shown = max(shown, cluster.status()["nodes"][0]["client_memory"][0])
+        shown = max(shown, cluster.seen(node)["client_memory"][0])
     during = latencies(client, 2)
-    shown = max(shown, cluster.status()["nodes"][0]["client_memory"][0])
+    shown = max(shown, cluster.seen(node)["client_memory"][0])
     grown = resident(node) - memory
     ended = node.log().count("its session ends")
-    limit = cluster.status()["nodes"][0]["client_memory"][1]
+    limit = cluster.seen(node)["client_memory"][1]
     print(
         "%s: %d sessions ended; %d MB more memory; p99 of another client's commits %.1f ms before, %.1f ms during"
         % (way, ended, grown >> 20, 1000 * p99(before), 1000 * p99(during))
@@ -349,7 +355,7 @@ def test_all_sessions_together_hold_so_much(nodes, way):
     for sock in socks:
         sock.close()
     harness.wait_for(
-        "the memory", lambda: cluster.status()["nodes"][0]["client_memory"][0] < 1 << 20
+        "the memory", lambda: cluster.seen(node)["client_memory"][0] < 1 << 20
     )
     client.commit(lambda root: root.update(x=1))
     client.close()
