@@ -2,7 +2,7 @@
 //! served already does not suffer, and neither do the node's own files. One address does not take the places of all
 //! others: if it has most connections, its last one goes when somebody comes from an address that has fewer.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub struct Gate {
 struct Inside {
     next: u64,
     count: usize,
-    by_host: HashMap<String, BTreeMap<u64, Arc<Notify>>>,
+    by_host: BTreeMap<String, BTreeMap<u64, Arc<Notify>>>,
 }
 
 impl Inside {
