@@ -473,4 +473,29 @@ def gauge(node, name):
     """A number that the node shows to monitoring systems."""
     with urllib.request.urlopen("http://%s:%s/metrics" % (node.host, node.admin_port), timeout=10) as page:
         lines = page.read().decode().splitlines()
-    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")))
+
+
+def test_five_hundred_clients_of_one_address_are_served(nodes):
+    """With 1024 descriptors and no other limits than those by default: nobody is refused, and nobody's session ends."""
+    cluster = nodes.cluster(count=1)
+    (node,) = cluster.nodes
+    node.within = ["prlimit", "--nofile=1024:1024"]
+    cluster.start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=0, long="x" * 200_000))
+    frame = call(2, "loadBefore", client.root._p_oid, b"\x7f" + b"\xff" * 7)
+    socks = [registered(node.address) for _ in range(500)]
+    for sock in socks:
+        for _ in range(4):
+            send(sock, frame)
+    held = [gauge(node, "standby_client_memory" + which) for which in ("_bytes", "_limit_bytes")]
+    for sock in socks:
+        for _ in range(4):
+            assert len(receive(sock)) > 200_000
+    print("500 clients, 400 MB asked for: %d MB held at a time, of %d MB" % tuple(one / 2**20 for one in held))
+    client.commit(lambda root: root.update(x=1))
+    assert "too many connections" not in node.log() and "closed a client's connection" not in node.log()
+    for sock in socks:
+        sock.close()
+    client.close()
