@@ -499,3 +499,52 @@ def test_five_hundred_clients_of_one_address_are_served(nodes):
     for sock in socks:
         sock.close()
     client.close()
+
+
+def test_row_38_five_hundred_clients_come_to_another_primary_at_once(nodes):
+    """All of them verify their caches there; none is refused, and those who commit do not wait for them."""
+    cluster = nodes.cluster()
+    for node in cluster.nodes:
+        node.within = ["prlimit", "--nofile=2048:2048"]
+    cluster.start()
+    client = Client(cluster.addresses)
+    client.commit(lambda root: root.update(x=0))
+    since = client.db.storage.lastTransaction()
+    for number in range(50):
+        client.commit(lambda root: root.update(x=number))
+    first = cluster.primary()
+    socks = [registered(first.address, read_only=False) for _ in range(500)]
+    first.kill()
+    for sock in socks:
+        sock.close()
+    second = cluster.primary()
+    assert second is not first
+    began = time.monotonic()
+    socks = []
+    for _ in range(500):
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.connect_ex(second.address)
+        socks.append(sock)
+    for sock in socks:
+        sock.settimeout(60)
+        assert receive(sock)
+        send(sock, b"Z5")
+        send(sock, call(1, "register", "1", False))
+    for sock in socks:
+        assert pickle.loads(receive(sock))[:2] == (1, 0)
+        send(sock, call(2, "getInvalidations", since))
+    taken = latencies(client, 1)
+    for sock in socks:
+        while (message := pickle.loads(receive(sock)))[0] != 2:
+            pass
+        assert message[3][0] >= since and len(message[3][1]) >= 1
+    print(
+        "500 clients have come after %.1f s; p99 of another client's commits meanwhile %.1f ms"
+        % (time.monotonic() - began, 1000 * p99(taken))
+    )
+    assert "too many connections" not in second.log()
+    assert gauge(second, "standby_sessions") >= 500
+    for sock in socks:
+        sock.close()
+    client.close()

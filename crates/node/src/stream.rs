@@ -14,7 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio_rustls::TlsStream;
 
 use crate::config::{Address, ZeoAddress};
-use crate::machine::{TcpListener, TcpStream, ask_for_signs, listen_everywhere};
+use crate::machine::{self, TcpListener, TcpStream, ask_for_signs, listen_everywhere};
 
 /// See the module.
 pub enum Stream {
@@ -61,7 +61,7 @@ impl Listener {
 pub async fn listen(address: &Address) -> io::Result<TcpListener> {
     match address.host.as_str() {
         "" => listen_everywhere(address.port).await,
-        _ => TcpListener::bind(address.to_string()).await,
+        _ => machine::listen(&address.to_string()).await,
     }
 }
 

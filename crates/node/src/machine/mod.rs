@@ -17,8 +17,8 @@ use tokio::sync::watch;
 
 pub use chosen::{
     Lock, TcpListener, TcpStream, apart, ask_for_signs, begins_tls, deliver, descriptors, device,
-    drain, end_when_silent, every, fill_random, free_room, listen_everywhere, lock_file, memory,
-    queue, send_blocking, spawn_blocking, temporary_file, thread, wall_clock,
+    drain, end_when_silent, every, fill_random, free_room, listen, listen_everywhere, lock_file,
+    memory, queue, send_blocking, spawn_blocking, temporary_file, thread, wall_clock,
 };
 /// A moment of the monotonic clock.
 pub use tokio::time::Instant;

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -29,22 +29,41 @@ pub fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
     getrandom::fill(bytes).map_err(|error| io::Error::other(format!("no randomness: {error}")))
 }
 
+/// Connections that may wait to be accepted; the system has a limit of its own (`net.core.somaxconn`). One more takes itself
+/// for connected, and waits for a word for ever, as ZEO clients do that lost their server all at once.
+const BACKLOG: u32 = 4096;
+
+/// Listens on an address: that of a host, or of all that it has.
+pub async fn listen(address: &str) -> io::Result<TcpListener> {
+    let mut failed = io::Error::new(io::ErrorKind::InvalidInput, "the name has no address");
+    for address in tokio::net::lookup_host(address).await? {
+        match listen_at(address, false) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
+}
+
 /// Listens on a port of all addresses of this machine, of both kinds if it has both.
 pub async fn listen_everywhere(port: u16) -> io::Result<TcpListener> {
-    let both = || -> io::Result<TcpListener> {
-        let socket = TcpSocket::new_v6()?;
-        sockopt::set_ipv6_v6only(&socket, false)?;
-        socket.set_reuseaddr(true)?;
-        socket.bind((Ipv6Addr::UNSPECIFIED, port).into())?;
-        socket.listen(1024)
-    };
-    match both() {
+    match listen_at((Ipv6Addr::UNSPECIFIED, port).into(), true) {
         // This machine may be without IPv6.
         Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
+            listen_at((Ipv4Addr::UNSPECIFIED, port).into(), false)
         }
         listening => listening,
     }
+}
+
+fn listen_at(address: SocketAddr, both: bool) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if both {
+        sockopt::set_ipv6_v6only(&socket, false)?;
+    }
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Holds a data file for this process.

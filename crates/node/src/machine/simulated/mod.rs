@@ -121,6 +121,11 @@ pub fn temporary_file(_dir: &Path) -> io::Result<Arc<dyn File>> {
     MemoryDisk::new().open(Path::new("temporary"), Open::Create)
 }
 
+/// Listens on an address.
+pub async fn listen(address: &str) -> io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}
+
 /// Listens on a port of all addresses of this machine.
 pub async fn listen_everywhere(port: u16) -> io::Result<TcpListener> {
     TcpListener::bind(format!("0.0.0.0:{port}")).await
