@@ -1,5 +1,6 @@
 //! What TLS must know of a certificate that is trusted by name, beside its bytes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -8,6 +9,20 @@ use tokio_rustls::rustls::{CertificateError, Error};
 use x509_cert::der::Decode;
 use x509_cert::ext::pkix::{BasicConstraints, KeyUsage};
 use x509_cert::{Certificate, Version};
+
+use crate::node::Shared;
+use crate::tls::Tls;
+
+/// How often it is looked whether a certificate ends soon.
+const LOOK: Duration = Duration::from_secs(3600);
+
+/// Tells in time of certificates that end, until the process does.
+pub async fn watch(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        shared.certificates().for_each(Tls::warn_of_ends);
+    }
+}
 
 /// A certificate whose time and purpose were read.
 #[derive(Debug)]

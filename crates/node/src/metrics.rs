@@ -10,6 +10,7 @@ use prometheus_client::registry::Registry;
 
 use crate::node::Shared;
 use crate::status::NodeStatus;
+use crate::tls::Tls;
 
 type Labels = Vec<(&'static str, String)>;
 /// Name, help, and the value for a storage.
@@ -47,6 +48,11 @@ pub fn page(shared: &Shared) -> String {
     page.gauge("client_memory_bytes", "Memory that sessions of clients hold", memory);
     let limit = [(vec![], shared.memory.limit() as f64)];
     page.gauge("client_memory_limit_bytes", "Beyond it the session that holds most ends", limit);
+    let ends = shared.certificates().flat_map(Tls::ends).map(|(file, subject, left)| {
+        (vec![("file", file.display().to_string()), ("subject", subject)], left.as_secs_f64())
+    });
+    let help = "How long each certificate is still valid; nobody is let in with it then";
+    page.gauge("certificate_seconds_left", help, ends);
     of_storages(&mut page, shared);
     let mut text = String::new();
     // Writing to a string cannot fail.

@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use crate::applier::{Applier, Work};
 use crate::ask::{Ask, here};
 use crate::causes::with_causes;
+use crate::certificate;
 use crate::config::{
     Address, Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Secrets, Standby, ZeoAddress,
 };
@@ -731,6 +732,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         tokio::spawn(listener::end_silent(shared.clone()));
     }
     tokio::spawn(memory::guard(shared.clone()));
+    tokio::spawn(certificate::watch(shared.clone()));
     if let Some(path) = &shared.config.zeo.pid_file {
         std::fs::write(path, format!("{}\n", std::process::id()))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -886,6 +888,15 @@ fn guard_lease(shared: &Shared) {
 }
 
 impl Shared {
+    /// Those for clients, and those for the other nodes.
+    pub fn certificates(&self) -> impl Iterator<Item = &Tls> {
+        let of_peers = match &self.wire {
+            Wire::Tls(tls) => Some(&**tls),
+            Wire::Plain | Wire::Sealed(_) => None,
+        };
+        self.tls.iter().chain(of_peers)
+    }
+
     /// Reads the certificates and the secrets again; connections that are open keep theirs.
     pub fn reload_certificates(&self) {
         let file = self.config.standby.as_ref().and_then(|standby| standby.secret_file.as_ref());
@@ -897,11 +908,7 @@ impl Shared {
             Some(Err(error)) => error!("the former secrets stay in use: {error}"),
             None => {}
         }
-        let of_peers = match &self.wire {
-            Wire::Tls(tls) => Some(&**tls),
-            Wire::Plain | Wire::Sealed(_) => None,
-        };
-        for tls in self.tls.iter().chain(of_peers) {
+        for tls in self.certificates() {
             match tls.reload() {
                 Ok(()) => info!("the certificates were read again"),
                 Err(error) => error!("the former certificates stay in use: {error:#}"),

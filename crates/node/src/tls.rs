@@ -5,10 +5,11 @@
 //! while it is valid. Nodes show certificates to each other and look
 //! at them in the same way, whichever has dialled; the names in them do not matter.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -31,6 +32,7 @@ use tracing::warn;
 
 use crate::certificate::Known;
 use crate::machine::{self, TcpStream};
+use crate::sync::lock;
 
 /// `<ssl>`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,26 +50,80 @@ pub struct SslSection {
 /// What new connections use; can be read again from the files.
 pub struct Tls {
     section: SslSection,
-    current: RwLock<(TlsAcceptor, TlsConnector)>,
+    current: RwLock<Current>,
+    /// What was told last of the end of each certificate, by its file and subject.
+    told: Mutex<BTreeMap<(PathBuf, String), u64>>,
+}
+
+struct Current {
+    acceptor: TlsAcceptor,
+    connector: TlsConnector,
+    /// What this side shows.
+    own: Vec<Known>,
+    /// What it trusts.
+    verifier: Arc<Verifier>,
 }
 
 impl Tls {
     /// Reads the files.
     pub fn new(section: &SslSection) -> anyhow::Result<Tls> {
         let current = RwLock::new(load(section)?);
-        Ok(Tls { section: section.clone(), current })
+        let tls = Tls { section: section.clone(), current, told: Mutex::default() };
+        tls.warn_of_ends();
+        Ok(tls)
     }
 
     /// Reads the files again; after an error the old certificates stay in use.
     pub fn reload(&self) -> anyhow::Result<()> {
         let read = load(&self.section)?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = read;
+        lock(&self.told).clear();
+        self.warn_of_ends();
         Ok(())
+    }
+
+    fn current(&self) -> RwLockReadGuard<'_, Current> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// For the next connection.
     pub fn acceptor(&self) -> TlsAcceptor {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).0.clone()
+        self.current().acceptor.clone()
+    }
+
+    /// Those that this side shows, and those that it trusts, with their files.
+    fn each(&self, mut look: impl FnMut(&Path, &Known)) {
+        let current = self.current();
+        current.own.iter().for_each(|known| look(&self.section.certificate, known));
+        current.verifier.known.iter().for_each(|known| look(&self.section.authenticate, known));
+    }
+
+    /// The file, the subject, and the time that is left of each certificate.
+    pub fn ends(&self) -> Vec<(PathBuf, String, Duration)> {
+        let (now, mut ends) = (now(), Vec::new());
+        self.each(|file, known| {
+            ends.push((file.to_owned(), known.subject.clone(), known.left(now)));
+        });
+        ends
+    }
+
+    /// Tells of certificates whose time is over, or will be soon, as often as the next of [`SOON`] comes: nobody is let in
+    /// with them then.
+    pub fn warn_of_ends(&self) {
+        let (now, mut told) = (now(), lock(&self.told));
+        self.each(|file, known| {
+            let (left, subject) = (known.left(now), &known.subject);
+            let wrong = known.check(now).err();
+            let Some(step) = wrong.as_ref().map_or_else(|| step(left), |_| Some(0)) else { return };
+            if told.insert((file.to_owned(), subject.clone()), step) == Some(step) {
+                return;
+            }
+            let (file, days) = (file.display(), left.as_secs() / DAY);
+            match wrong {
+                Some(error) => warn!(%file, subject, %error, "a certificate is of no use"),
+                None => warn!(%file, subject, days, "a certificate is valid for so many days only"),
+            }
+        });
     }
 
     /// Begins TLS with a node that was dialled.
@@ -75,13 +131,13 @@ impl Tls {
         &self,
         tcp: TcpStream,
     ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
-        let connector = self.current.read().unwrap_or_else(PoisonError::into_inner).1.clone();
+        let connector = self.current().connector.clone();
         let any_name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
         connector.connect(any_name, tcp).await
     }
 }
 
-fn load(section: &SslSection) -> anyhow::Result<(TlsAcceptor, TlsConnector)> {
+fn load(section: &SslSection) -> anyhow::Result<Current> {
     let provider = Arc::new(ring::default_provider());
     let chain = certificates(&section.certificate)?;
     let key = private_key(section)?;
@@ -91,8 +147,6 @@ fn load(section: &SslSection) -> anyhow::Result<(TlsAcceptor, TlsConnector)> {
     })?;
     let own = chain.iter().take(1).cloned().map(Known::read).collect::<anyhow::Result<Vec<_>>>();
     let own = own.with_context(|| section.certificate.display().to_string())?;
-    warn_of_ends(&section.certificate, &own);
-    warn_of_ends(&section.authenticate, &verifier.known);
     let verifier = Arc::new(verifier);
     let do_not_fit = || format!("{} and its key do not fit", section.certificate.display());
     let server = ServerConfig::builder_with_provider(provider.clone())
@@ -103,29 +157,24 @@ fn load(section: &SslSection) -> anyhow::Result<(TlsAcceptor, TlsConnector)> {
     let client = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .dangerous()
-        .with_custom_certificate_verifier(verifier)
+        .with_custom_certificate_verifier(verifier.clone())
         .with_client_auth_cert(chain, key)
         .with_context(do_not_fit)?;
-    Ok((TlsAcceptor::from(Arc::new(server)), TlsConnector::from(Arc::new(client))))
+    let (acceptor, connector) = (Arc::new(server).into(), Arc::new(client).into());
+    Ok(Current { acceptor, connector, own, verifier })
 }
 
-/// Certificates that are valid for less than this are told of.
-const SOON: Duration = Duration::from_secs(14 * 86_400);
+const DAY: u64 = 86_400;
+/// Days before its end at which a certificate is told of.
+const SOON: [u64; 3] = [1, 7, 30];
 
-/// Tells of certificates whose time is over, or will be soon: nobody is let in with them then.
-fn warn_of_ends(file: &Path, known: &[Known]) {
-    let now = UnixTime::since_unix_epoch(machine::wall_clock());
-    for known in known {
-        let (file, subject, days) =
-            (file.display(), &known.subject, known.left(now).as_secs() / 86_400);
-        match known.check(now) {
-            Err(error) => warn!(%file, subject, %error, "a certificate is of no use"),
-            Ok(()) if known.left(now) < SOON => {
-                warn!(%file, subject, days, "a certificate is valid for so many days only");
-            }
-            Ok(()) => {}
-        }
-    }
+fn now() -> UnixTime {
+    UnixTime::since_unix_epoch(machine::wall_clock())
+}
+
+/// The one of [`SOON`] that has come last; `None` before the first.
+fn step(left: Duration) -> Option<u64> {
+    SOON.into_iter().find(|days| left <= Duration::from_secs(days * DAY))
 }
 
 const ENCRYPTED: [&str; 2] =
@@ -228,7 +277,7 @@ impl Verifier {
         trusted: Vec<CertificateDer<'static>>,
     ) -> anyhow::Result<Verifier> {
         let known = trusted.into_iter().map(Known::read).collect::<anyhow::Result<Vec<_>>>()?;
-        let now = UnixTime::since_unix_epoch(machine::wall_clock());
+        let now = now();
         let issues = |known: &&Known| known.is_authority && !known.left(now).is_zero();
         let mut roots = RootCertStore::empty();
         for authority in known.iter().filter(issues) {
@@ -324,5 +373,19 @@ impl ServerCertVerifier for Verifier {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn row_40_a_certificate_is_told_of_as_its_end_comes() {
+        let days = |days: f64| step(Duration::from_secs_f64(days * DAY as f64));
+        assert_eq!(days(365.0), None);
+        assert_eq!(days(30.1), None);
+        let told = [29.9, 8.0, 6.9, 1.1, 0.9].map(days);
+        assert_eq!(told, [Some(30), Some(30), Some(7), Some(7), Some(1)]);
     }
 }
