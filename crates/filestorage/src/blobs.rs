@@ -767,6 +767,21 @@ mod tests {
     }
 
     #[test]
+    fn what_could_not_be_made_durable_is_made_so_by_the_next_try() {
+        let disk = MemoryDisk::new();
+        let blobs = open_checked(&disk);
+        put(&blobs, b"some bytes");
+        disk.refuse_dirs(true);
+        assert!(blobs.sync().is_err());
+        disk.refuse_dirs(false);
+        blobs.sync().unwrap();
+        disk.crash();
+        let blobs = open_checked(&disk);
+        assert!(blobs.has(Oid(1), Tid(5)).unwrap(), "its name");
+        assert!(blobs.should_have((Oid(1), Tid(5))), "its checksum");
+    }
+
+    #[test]
     fn uploads_are_placed_once_and_survive() {
         let disk = MemoryDisk::new();
         let blobs = open(&disk);

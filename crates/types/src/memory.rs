@@ -17,6 +17,8 @@ pub struct MemoryDisk {
 struct Names {
     current: BTreeMap<PathBuf, Arc<MemoryFile>>,
     durable: BTreeMap<PathBuf, Arc<MemoryFile>>,
+    /// No directory can be opened.
+    refuses_dirs: bool,
 }
 
 #[derive(Default)]
@@ -80,7 +82,13 @@ impl MemoryDisk {
             (path.clone(), Arc::new(MemoryFile { bytes: Mutex::new(content) }))
         };
         let durable: BTreeMap<_, _> = names.durable.iter().map(copied).collect();
-        MemoryDisk { names: Arc::new(Mutex::new(Names { current: durable.clone(), durable })) }
+        MemoryDisk {
+            names: Arc::new(Mutex::new(Names {
+                current: durable.clone(),
+                durable,
+                refuses_dirs: false,
+            })),
+        }
     }
 
     /// The next `sync` of this file fails. The one after it does not: Linux tells of an error once.
@@ -88,6 +96,11 @@ impl MemoryDisk {
         if let Some(file) = locked(&self.names).current.get(path) {
             locked(&file.bytes).fail_sync = true;
         }
+    }
+
+    /// From now on no directory can be opened, as in a process that has too many files open, or all can again.
+    pub fn refuse_dirs(&self, refuse: bool) {
+        locked(&self.names).refuses_dirs = refuse;
     }
 
     /// From now on these bytes of a file cannot be read, as on a device with a bad sector; until they are written.
@@ -228,6 +241,9 @@ impl Disk for MemoryDisk {
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         let mut guard = locked(&self.names);
         let names = &mut *guard;
+        if names.refuses_dirs {
+            return Err(io::Error::other("too many open files"));
+        }
         let inside: BTreeSet<PathBuf> = (names.current.keys().chain(names.durable.keys()))
             .filter(|p| parent(p) == dir)
             .cloned()
