@@ -263,7 +263,7 @@ def test_invalidations_are_asked_for_without_holding_anybody_up(nodes, count):
         "%d bytes sent: %d MB more memory; p99 of another client's commits %.1f ms before, %.1f ms during"
         % (sum(map(len, asks)), grown >> 20, 1000 * p99(before), 1000 * p99(sorted(taken)))
     )
-    assert grown < 300 << 20 and p99(sorted(taken)) < 1
+    assert grown < 300 << 20 and p99(sorted(taken)) < 1 + 5 * p99(before)
     sock.close()
     client.close()
 
@@ -327,6 +327,8 @@ def test_all_sessions_together_hold_so_much(nodes, way, count):
     socks = [registered(node.address, read_only=False) for _ in range(12)]
     for number, sock in enumerate(socks):
         sock.settimeout(60)
+        # What the system takes for them is not the node's.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         with contextlib.suppress(OSError):
             if way == "messages in part":
                 sock.sendall((200 << 20).to_bytes(4, "big") + bytes(15 << 20))
@@ -350,7 +352,7 @@ def test_all_sessions_together_hold_so_much(nodes, way, count):
     )
     assert limit == most and 8 << 20 < shown < 2 * most
     assert ended or way == "replies that nobody takes"
-    assert grown < 4 * most and p99(during) < 1
+    assert grown < 4 * most and p99(during) < 1 + 5 * p99(before)
     assert node.log().count("closed a client's connection") == ended, "nobody else"
     for sock in socks:
         sock.close()
