@@ -9,7 +9,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
@@ -24,6 +24,8 @@ use crate::machine::Instant;
 /// The kernel gives a connection up when its other side has been silent for so long: what Linux takes for a connection
 /// without settings.
 const FORGOTTEN: Duration = Duration::from_secs(924);
+/// Bytes for a client that the kernel holds and cannot send yet, above which it takes no more.
+const UNSENT: libc::c_int = 256 << 10;
 /// What a closed connection may have left unread is at most this.
 const LEFT: usize = 64 << 20;
 
@@ -34,7 +36,28 @@ pub fn ask_for_signs(stream: &TcpStream, after: Duration) -> io::Result<()> {
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, (after * 2 / 5).max(seconds))?;
     sockopt::set_tcp_keepintvl(stream, (after / 5).max(seconds))?;
+    keep_unsent_short(stream.as_fd())?;
     Ok(sockopt::set_tcp_user_timeout(stream, FORGOTTEN.as_millis() as u32)?)
+}
+
+/// From now on the kernel takes little more than it can send. It would keep megabytes for each client that does not read, and
+/// what the kernel has for all connections of the machine (`net.ipv4.tcp_mem`) would be gone with a thousand of them: other
+/// nodes could not be reached any more. What waits in the node instead is counted and bounded.
+fn keep_unsent_short(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let most: libc::c_int = UNSENT;
+    // SAFETY: the option takes an integer, of which the kernel reads as many bytes as are named, during the call only; the
+    // descriptor is open, for it is borrowed.
+    #[allow(unsafe_code)]
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_NOTSENT_LOWAT,
+            (&raw const most).cast(),
+            size_of_val(&most) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// What the other side of a connection has acknowledged.
@@ -162,6 +185,20 @@ mod tests {
         assert!(acknowledged(server.as_fd()).unwrap().more);
         let (unix, _other) = tokio::net::UnixStream::pair().unwrap();
         assert_eq!(acknowledged(unix.as_fd()), None);
+    }
+
+    #[tokio::test]
+    async fn the_kernel_takes_little_of_what_nobody_reads() {
+        let (_client, server) = pair().await;
+        ask_for_signs(&server, Duration::from_secs(10)).unwrap();
+        let mut taken = 0;
+        for _ in 0..20 {
+            while let Ok(n) = server.try_write(&[7; 64 << 10]) {
+                taken += n;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(taken < 2 << 20, "{taken}");
     }
 
     #[tokio::test]
