@@ -41,7 +41,7 @@ use crate::scrub::{self, Helpers};
 use crate::sessions::Sessions;
 use crate::settings::{SEALED_LEVEL, Settings};
 use crate::startup::{self, Beginning};
-use crate::state::{Note, StateDir, random_hex};
+use crate::state::{Checkpoint, Note, StateDir, random_hex};
 use crate::status::{MissingHistory, Moment, NodeReport, Reports};
 use crate::stream::{Listener, listen};
 use crate::sync::lock;
@@ -179,6 +179,8 @@ pub struct Shared {
     pub tls: Option<Tls>,
     /// How connections between nodes are secured.
     pub wire: Wire,
+    /// The cluster's feature level is known, and at that connections between nodes are not sealed.
+    unsealed: AtomicBool,
     /// Makes temporary files.
     pub make_spill: MakeSpill,
     /// How long the log's disk takes.
@@ -395,14 +397,13 @@ impl Shared {
     /// What this node says of itself to others.
     pub fn introduction(&self) -> Introduction {
         let standby = self.config.standby.as_ref();
-        let unsealed = self.belongs() && self.settings().level() < SEALED_LEVEL;
         Introduction {
             member: self.member.clone(),
             cluster: self.cluster_name().into(),
             cluster_id: lock(&self.cluster_id).clone(),
             secrets: lock(&self.secrets).clone(),
             wire: self.wire.clone(),
-            unsealed,
+            unsealed: self.unsealed.load(Ordering::Acquire),
             join_token: standby.map_or_else(String::new, |s| s.join_token.clone()),
             lineage: self.settings().lineage.clone(),
             run: self.run.clone(),
@@ -439,9 +440,10 @@ impl Shared {
 
     /// It is another now.
     pub fn set_settings(&self, settings: Arc<Settings>) {
-        let sealed = settings.level() >= SEALED_LEVEL;
-        let before = std::mem::replace(&mut *lock(&self.settings), settings);
-        if sealed && before.level() < SEALED_LEVEL && matches!(self.wire, Wire::Sealed(_)) {
+        let unsealed = settings.level() < SEALED_LEVEL;
+        *lock(&self.settings) = settings;
+        let was_unsealed = self.unsealed.swap(unsealed, Ordering::AcqRel);
+        if was_unsealed && !unsealed && matches!(self.wire, Wire::Sealed(_)) {
             self.peers.end_links();
         }
     }
@@ -657,6 +659,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
             .collect(),
         tls,
         wire,
+        unsealed: AtomicBool::new(is_unsealed(&prepared.checkpoint)),
         make_spill: make_spill.clone(),
         log_busy: Busy::default(),
         clients: Gate::new("clients", most_clients),
@@ -780,6 +783,12 @@ fn asker(config: &Config, standby: &Standby, id: NodeId, wire: Wire) -> Introduc
     }
 }
 
+/// True if the cluster is known to work at a level at which connections between nodes are not sealed. What a node that has
+/// nothing of the cluster yet takes for its settings says nothing.
+fn is_unsealed(checkpoint: &Checkpoint) -> bool {
+    checkpoint.index > LogIndex(0) && checkpoint.settings.level() < SEALED_LEVEL
+}
+
 /// After how long without a word a node counts as gone: long after its election timeout.
 fn silence_at(tick: Duration) -> Duration {
     tick * SILENT_TICKS
@@ -801,7 +810,7 @@ async fn find_others(
         cluster_id: checkpoint.cluster_id.clone(),
         lineage: checkpoint.settings.lineage.clone(),
         founded: Some(checkpoint.settings.founded),
-        unsealed: checkpoint.settings.level() < SEALED_LEVEL,
+        unsealed: is_unsealed(&checkpoint),
         ..asker(config, standby, identity.node_id()?, wire)
     };
     let lines = standby.named_addresses().map(ToString::to_string);
