@@ -766,10 +766,7 @@ impl Applier {
 
     /// Syncs the data files as they are and says so durably.
     async fn write_checkpoint(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
-        if let Some(thread) = self.checkpoint_thread.take() {
-            // It has reported its own errors.
-            thread.join().await;
-        }
+        self.end_running_checkpoint().await;
         let mut attempts = 0;
         loop {
             attempts += 1;
@@ -789,6 +786,14 @@ impl Applier {
             note_durable(&storage.reader(), name, checkpoint);
         }
         Ok(())
+    }
+
+    /// Only one writes the file at a time.
+    async fn end_running_checkpoint(&mut self) {
+        if let Some(thread) = self.checkpoint_thread.take() {
+            // It has reported its own errors.
+            thread.join().await;
+        }
     }
 
     fn try_checkpoint(&self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
@@ -862,9 +867,7 @@ impl Applier {
 
     async fn last_checkpoint(&mut self) -> anyhow::Result<()> {
         if let Some(checkpoint) = self.checkpoint() {
-            if let Some(thread) = self.checkpoint_thread.take() {
-                thread.join().await;
-            }
+            self.end_running_checkpoint().await;
             match self.try_checkpoint(&checkpoint) {
                 Err(error) if is_passing(&error) => {
                     warn!("the next start applies more of the log again: {}", with_causes(&error));

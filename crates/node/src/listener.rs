@@ -37,10 +37,7 @@ const LOST_PRIMARY: Duration = Duration::from_secs(2);
 pub async fn read_write(shared: Arc<Shared>, listener: Listener) {
     loop {
         let (stream, pass) = accept(&shared.clients, &listener).await;
-        let shared = shared.clone();
-        tokio::spawn(async move {
-            hold(shared, stream, pass).await;
-        });
+        tokio::spawn(hold(shared.clone(), stream, pass));
     }
 }
 

@@ -7,10 +7,7 @@ use raft::eraftpb::Entry;
 use standby_types::LogIndex;
 
 use super::{Consensus, Output};
-use crate::log::{Fetched, For, LogError};
-
-/// Bytes that an entry takes beside its data, about.
-const OVERHEAD: u64 = 64;
+use crate::log::{ENTRY_OVERHEAD, Fetched, For, LogError};
 
 /// Invariants: `waits` follows what was handed out last, without a gap; `bytes` is the sum of `out`.
 pub(super) struct Backlog {
@@ -65,7 +62,7 @@ impl Backlog {
 
     /// The first of them is handed out.
     pub fn hand_out(&mut self, entry: &Entry) {
-        self.note(entry.index, OVERHEAD + entry.data.len() as u64);
+        self.note(entry.index, ENTRY_OVERHEAD + entry.data.len() as u64);
         self.waits = self
             .waits
             .filter(|(_, last)| entry.index < *last)
@@ -144,5 +141,5 @@ impl Consensus {
 }
 
 fn len(entries: &[Entry]) -> u64 {
-    entries.iter().map(|entry| OVERHEAD + entry.data.len() as u64).sum()
+    entries.iter().map(|entry| ENTRY_OVERHEAD + entry.data.len() as u64).sum()
 }

@@ -13,7 +13,7 @@ pub(crate) use fetch::For;
 pub use fetch::{Fetch, Fetched};
 pub use recover::{Recovered, recover};
 pub use segment::{LogError, PlacedEntry, SEGMENT_LEN};
-pub(crate) use view::{LogView, Point};
+pub(crate) use view::{ENTRY_OVERHEAD, LogView, Point};
 pub use writer::{Batch, LogWriter, Written};
 
 #[cfg(test)]

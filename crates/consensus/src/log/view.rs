@@ -17,7 +17,7 @@ use crate::log::segment::{LogError, Place, PlacedEntry};
 /// Bytes of entries that are kept in memory; older ones are read from disk for slow followers.
 const CACHE_LEN: usize = if cfg!(any(test, feature = "simulated")) { 8 << 10 } else { 64 << 20 };
 /// What an entry takes in a message beside its data, at most.
-const ENTRY_OVERHEAD: u64 = 64;
+pub(crate) const ENTRY_OVERHEAD: u64 = 64;
 
 /// An entry's index and term.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

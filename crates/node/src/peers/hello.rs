@@ -309,18 +309,6 @@ fn proof(secret: &[u8], side: &str, hellos: [&[u8]; 2], bound: Option<&Bound>) -
     mac
 }
 
-/// True if the tag proves any of the secrets.
-fn knows(
-    secrets: &Secrets,
-    side: &str,
-    hellos: [&[u8]; 2],
-    bound: Option<&Bound>,
-    tag: &[u8],
-) -> bool {
-    let proves = |secret: &[u8]| proof(secret, side, hellos, bound).verify_slice(tag).is_ok();
-    secrets.all().fold(false, |known, secret| known | proves(secret))
-}
-
 /// What both sides of a handshake prove, and look at.
 struct Proofs<'a> {
     secrets: &'a Secrets,
@@ -332,14 +320,20 @@ struct Proofs<'a> {
 }
 
 impl Proofs<'_> {
+    fn with(&self, secret: &[u8], side: &str) -> Hmac<Sha256> {
+        proof(secret, side, self.hellos, self.bound)
+    }
+
     async fn show(&self, stream: &mut Stream, side: &str) -> Result<(), PeerError> {
-        let tag = proof(self.secrets.own(), side, self.hellos, self.bound).finalize().into_bytes();
+        let tag = self.with(self.secrets.own(), side).finalize().into_bytes();
         write_frame(stream, b'm', &tag).await
     }
 
     async fn look(&self, stream: &mut Stream, side: &str) -> Result<(), PeerError> {
         let tag = expect(stream, b'm').await?;
-        if knows(self.secrets, side, self.hellos, self.bound, &tag) {
+        let proves = |secret: &[u8]| self.with(secret, side).verify_slice(&tag).is_ok();
+        // Any of the secrets; as many are tried whichever it is.
+        if self.secrets.all().fold(false, |known, secret| known | proves(secret)) {
             return Ok(());
         }
         let [one, other] = self.names;
