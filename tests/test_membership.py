@@ -83,6 +83,8 @@ def test_row_18_two_nodes_are_told_that_they_survive_nothing(stopping):
     assert "witness" in cluster.nodes[0].ask("status")
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(number=1))
+    # The other has taken the commit, but does not know yet that it has been acknowledged.
+    cluster.wait_level()
     lost = cluster.primary()
     lost.kill()
     (left,) = cluster.running()
@@ -107,6 +109,7 @@ def test_remote_groups_never_take_over_and_follow(stopping):
         assert cluster.primary().group == "here"
         primary.start()
         cluster.wait_healthy()
+    cluster.wait_level()
     for node in cluster.nodes[:3]:
         node.kill()
     # A client that is held there all the same comes through when a primary is back.
