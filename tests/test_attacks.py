@@ -34,6 +34,10 @@ class Heavy(Persistent):
         self.content = content
 
 
+# Sessions and terms must last while the machine is busy with other tests: what ends them here is an attack.
+PATIENT = "  profile wan\n"
+
+
 def latencies(client, seconds):
     """How long each commit took, in order of length."""
     taken = []
@@ -57,7 +61,7 @@ def resident(node):
 
 def test_pings_at_a_replica_leave_the_primary_alone(nodes):
     """Each asks the primary how far a read must see; it asks the others whether it leads."""
-    cluster = nodes.cluster().start()
+    cluster = nodes.cluster(options=PATIENT).start()
     primary = cluster.primary()
     replica = next(node for node in cluster.nodes if node is not primary)
     client = Client(cluster.addresses)
@@ -216,7 +220,7 @@ def test_strangers_fill_no_log(nodes):
 
 def test_a_vote_that_is_held_is_told(nodes):
     """A client has voted and does nothing more; another one waits for the object."""
-    cluster = nodes.cluster().start()
+    cluster = nodes.cluster(options=PATIENT).start()
     client = Client(cluster.addresses, client_label="the one that waits")
     client.commit(lambda root: root.update(x=1))
     holder = Voted(cluster.addresses, client.root._p_oid)
@@ -239,7 +243,7 @@ def test_a_vote_that_is_held_is_told(nodes):
 @pytest.mark.parametrize("count", [1, 3])
 def test_invalidations_are_asked_for_without_holding_anybody_up(nodes, count):
     """A few bytes ask for hundreds of thousands of objects, again and again."""
-    cluster = nodes.cluster(count=count).start()
+    cluster = nodes.cluster(count=count, options=PATIENT).start()
     node = cluster.primary()
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0))
@@ -271,7 +275,7 @@ def test_invalidations_are_asked_for_without_holding_anybody_up(nodes, count):
 @pytest.mark.parametrize("count", [1, 3])
 def test_undo_logs_are_looked_for_one_at_a_time(nodes, monkeypatch, count):
     """A few bytes ask for much: for each connection there is one thread, and room for some answers."""
-    cluster = nodes.cluster(count=count)
+    cluster = nodes.cluster(count=count, options=PATIENT)
     node = cluster.nodes[0]
     monkeypatch.setattr(sys.modules["ZODB.FileStorage.FileStorage"], "fsync", lambda _: None)
     storage = ZODB.FileStorage.FileStorage(node.data_file)
@@ -317,7 +321,7 @@ def test_undo_logs_are_looked_for_one_at_a_time(nodes, monkeypatch, count):
 def test_all_sessions_together_hold_so_much(nodes, way, count):
     """Many connections, each within its own limits: those that hold most end, the others do not notice."""
     most = 64 << 20
-    cluster = nodes.cluster(count=count, options="  client-memory 64MB\n").start()
+    cluster = nodes.cluster(count=count, options=PATIENT + "  client-memory 64MB\n").start()
     node = cluster.primary()
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0, text="x" * 1_000_000))
@@ -431,7 +435,7 @@ def test_one_address_does_not_take_the_places_of_others(nodes):
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_client_that_goes_while_it_is_waited_for_leaves_nothing(nodes, tmp_path, waits, count):
     """Whatever its connection waits for: its session ends, its locks are free, and nothing of it stays open."""
-    cluster = nodes.cluster(count=count, blobs=True).start()
+    cluster = nodes.cluster(count=count, blobs=True, options=PATIENT).start()
     primary = cluster.primary()
     client = Client(cluster.addresses, blob_dir=str(tmp_path / "cache"))
     client.commit(lambda root: root.update(locked=Heavy("x"), long=Heavy("x" * 4_000_000), blob=Blob(bytes(80_000_000))))
