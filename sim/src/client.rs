@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use standby_node::machine::TcpStream;
-use standby_node::machine::simulated::Random;
+use standby_node::platform::TcpStream;
+use standby_node::platform::simulated::Random;
 use standby_types::{Oid, Tid};
 use standby_zeo::{Encoding, FrameReader, Incoming, MAX_FRAME, Value, frame};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -324,7 +324,7 @@ impl Client {
             return Ok(());
         }
         self.history.add(Event::Packing);
-        let now = standby_node::machine::wall_clock().as_secs_f64();
+        let now = standby_node::platform::wall_clock().as_secs_f64();
         self.call("pack", vec![Value::Float(now), Value::Bool(false)]).await.map(drop)
     }
 

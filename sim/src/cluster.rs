@@ -11,12 +11,14 @@ use standby_filestorage::{
     BLOCK, BlobDir, Extent, FileStorage, Magic, Mend, Reader, Record, RecordData, StorageError,
     Transaction, TransactionMeta, blocks_in,
 };
-use standby_node::Shared;
-use standby_node::ask::{Answer, Ask, here, route};
+use standby_node::admin::route::route;
+use standby_node::cells::command::{Answer, Ask};
+use standby_node::cells::shared::Shared;
 use standby_node::config::Config;
-use standby_node::machine::simulated::{Latency, Network, PLENTY, Random};
-use standby_node::machine::wall_clock;
-use standby_node::rewind::open_lost;
+use standby_node::peers::command::here;
+use standby_node::platform::simulated::{Latency, Network, PLENTY, Random};
+use standby_node::platform::wall_clock;
+use standby_node::replica::lost_transactions::open_lost;
 use standby_types::time::tid_at;
 use standby_types::{Disk, Oid, Tid};
 use tokio::sync::oneshot::{self, error::TryRecvError};

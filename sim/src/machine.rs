@@ -6,10 +6,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use standby_node::cells::shared::Shared;
 use standby_node::config::Config;
-use standby_node::machine::fill_random;
-use standby_node::machine::simulated::{Host, Network, Random};
-use standby_node::{Next, Shared, start_on};
+use standby_node::platform::fill_random;
+use standby_node::platform::simulated::{Host, Network, Random};
+use standby_node::start::node::{Next, start_on};
 use standby_types::Disk;
 use tokio::runtime::{Builder, RngSeed, Runtime};
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use standby_node::machine::simulated::Random;
+use standby_node::platform::simulated::Random;
 
 /// No fault but a forced promotion lasts longer.
 const LONGEST: Duration = Duration::from_secs(6);

@@ -14,6 +14,7 @@
 
 mod codec;
 mod command;
+mod committed;
 mod core;
 mod log;
 mod membership;
@@ -21,10 +22,8 @@ mod message;
 
 pub use codec::Malformed;
 pub use command::{Command, Ending, PART_LEN, ending_with_blobs};
-pub use core::{
-    AppliedPoint, Broken, Caution, Committed, Config, Consensus, Event, NotLeader, Output,
-    Progress, Role,
-};
+pub use committed::{AppliedPoint, Committed};
+pub use core::{Broken, Caution, Config, Consensus, Event, NotLeader, Output, Progress, Role};
 pub use log::{
     Batch, Fetch, Fetched, LogError, LogWriter, PlacedEntry, Recovered, SEGMENT_LEN, Written,
     recover,

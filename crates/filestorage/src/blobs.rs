@@ -11,7 +11,7 @@
 //! the transaction is applied it gets its own name. Doing that again changes nothing. The names are
 //! durable after [`BlobDir::sync`], which comes before a checkpoint.
 //!
-//! Damage is found by checksums (see `blob_sums.rs`), if the directory was opened with a file of them: before a blob
+//! Damage is found by checksums (see `checksums/blobs.rs`), if the directory was opened with a file of them: before a blob
 //! is read ([`BlobDir::look_at`]), and by whoever goes through all of them ([`BlobDir::checking`]).
 
 use std::collections::BTreeSet;
@@ -24,8 +24,8 @@ use standby_types::disk::{Open, parent, read_all, read_full, replace};
 use standby_types::{Blob, BlobSource, Disk, File, Mutation, Oid, Tid, Transfer, Upload, mutation};
 
 use crate::StorageError;
-use crate::blob_sums::{BlobDamage, BlobId, BlobSums, sum_of};
-use crate::read::{Access, Reader};
+use crate::checksums::blobs::{BlobDamage, BlobId, BlobSums, sum_of};
+use crate::file::read::{Access, Reader};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Layout {

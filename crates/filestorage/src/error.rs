@@ -5,7 +5,7 @@ use standby_types::disk::is_full;
 use standby_types::time::utc;
 use standby_types::{Oid, Position, Tid};
 
-use crate::holes::Hole;
+use crate::file::holes::Hole;
 
 /// Why the storage could not do what was asked.
 #[derive(Debug, thiserror::Error)]

@@ -4,53 +4,43 @@
 //! same time. What a reader sees is always a whole number of transactions. Everything blocks,
 //! and goes through [`standby_types::Disk`].
 //!
-//! Reading order: `format.rs` (the bytes), `scan.rs` (walking over a file, telling a torn tail
-//! from damage), `index/` (oid → newest position), `storage.rs` (opening), `read.rs`,
-//! `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`, `undo.rs`, `pack.rs`, `blobs.rs`, `blob_sums.rs`,
-//! `transaction.rs` (a transaction as it travels between nodes), `renumber.rs` (files whose tids do not grow).
+//! Reading order: `file/` (`format.rs`: the bytes; `scan.rs`: walking over a file, telling a torn tail from damage;
+//! `open.rs`, `read.rs`, `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`, `undo.rs`; `transaction.rs`: a transaction as
+//! it travels between nodes), `index/` (oid → newest position), `checksums/`, `pack.rs`, `blobs.rs`, `renumber.rs` (files
+//! whose tids do not grow).
 //!
 //! What this crate does not do: it decides nothing about commits. Whoever appends has made sure
 //! that the transaction is committed and that its tid is above the last one.
 
-mod append;
-mod blob_sums;
 mod blobs;
+mod checksums;
 mod error;
-mod format;
-mod history;
-mod holes;
+mod file;
 mod index;
-mod iterate;
 mod pack;
-mod read;
 mod renumber;
-mod scan;
-mod storage;
-mod sums;
-mod transaction;
-mod undo;
+mod room;
 
-pub use append::Appender;
-pub use blob_sums::{BlobDamage, BlobId};
 pub use blobs::{BlobDir, Checking, Found, Staged, Staging, may_be_blob};
+pub use checksums::blobs::{BlobDamage, BlobId};
+pub use checksums::blocks::{BLOCK, Damage, DamagedBlock, LostBlock, Mend, blocks_in};
 pub use error::{StorageError, Unreadable};
-pub use format::{Magic, REFERENCE_LIMIT};
-pub use history::{Backwards, PastRevision};
-pub use holes::{Hole, Holes};
-pub use iterate::{Records, StoredTransaction, Transactions};
-pub use pack::{
-    Job, Need, Outcome, Packed, References, Removed, Room, copy, copy_most, copy_rest, pack,
-};
-pub use read::{Access, Reader, Revision};
-pub use renumber::{NewSerial, NewTids, Renumbered, new_tids, write_renumbered};
-pub use storage::{Extent, FileStorage, Mark, Opened, Source, Tail};
-pub use sums::{BLOCK, Damage, DamagedBlock, LostBlock, Mend, blocks_in};
-pub use transaction::{
+pub use file::append::Appender;
+pub use file::format::{Magic, REFERENCE_LIMIT};
+pub use file::history::{Backwards, PastRevision};
+pub use file::holes::{Hole, Holes};
+pub use file::iterate::{Records, StoredTransaction, Transactions};
+pub use file::mark::Mark;
+pub use file::open::{Extent, FileStorage, Opened, Source, Tail};
+pub use file::read::{Access, Reader, Revision};
+pub use file::transaction::{
     DecodeError, Record, RecordData, Transaction, TransactionMeta, put_meta, put_record,
     record_len, take_meta, take_record,
 };
-
-pub use undo::{UndoError, Undone};
+pub use file::undo::{UndoError, Undone};
+pub use pack::{Job, Outcome, Packed, References, Removed, copy, copy_most, copy_rest, pack};
+pub use renumber::{NewSerial, NewTids, Renumbered, new_tids, write_renumbered};
+pub use room::{Need, Room};
 
 #[cfg(test)]
 mod tests;

@@ -20,18 +20,19 @@
 //!
 //! Memory: 16 bytes for each object and a bit, twice that while the file is scanned.
 
-use std::io;
 use std::path::Path;
 
 use standby_types::{Oid, Position, Tid};
 
 use crate::error::{StorageError, Unreadable};
-use crate::format::{DATA_HEADER, DataHeader, UNDONE};
-use crate::iterate::shared_data;
-use crate::read::{Access, Reader};
-use crate::scan::Window;
-use crate::storage::{FileStorage, Mark};
-use crate::transaction::{Record, RecordData};
+use crate::file::format::{DATA_HEADER, DataHeader, UNDONE};
+use crate::file::iterate::shared_data;
+use crate::file::mark::Mark;
+use crate::file::open::FileStorage;
+use crate::file::read::{Access, Reader};
+use crate::file::scan::Window;
+use crate::file::transaction::{Record, RecordData};
+use crate::room::{Need, Room};
 
 /// What is to be packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,18 +115,6 @@ impl Removed {
 
 /// Finds the references of a record's data; an error is the reason why it cannot be read.
 pub type References<'a> = &'a dyn Fn(&[u8], &mut dyn FnMut(Oid)) -> Result<(), String>;
-
-/// What is about to be written of a second file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Need {
-    /// So many bytes in all.
-    All(u64),
-    /// The next transaction.
-    Next,
-}
-
-/// Says whether there is room for it. An error ends the copying; what was written stays, for the caller to remove.
-pub type Room<'a> = &'a dyn Fn(Need) -> io::Result<()>;
 
 /// Remaining bytes that [`copy_most`] leaves to [`copy_rest`].
 const REST: u64 = 1 << 20;
@@ -528,6 +517,7 @@ fn refer(
 
 #[cfg(test)]
 mod tests {
+    use std::io;
     use std::sync::Arc;
 
     use bytes::Bytes;
@@ -537,9 +527,9 @@ mod tests {
     use standby_types::memory::MemoryDisk;
 
     use super::*;
-    use crate::format::Magic;
-    use crate::storage::Extent;
-    use crate::transaction::{Transaction, TransactionMeta};
+    use crate::file::format::Magic;
+    use crate::file::open::Extent;
+    use crate::file::transaction::{Transaction, TransactionMeta};
 
     const DATA: &str = "/db/Data.fs";
     const NEW: &str = "/db/Data.fs.pack";

@@ -11,9 +11,10 @@ use standby_types::{Disk, File, Oid, Position, Tid};
 
 use crate::StorageError;
 use crate::blobs::may_be_blob;
+use crate::file::mark::Mark;
+use crate::file::open::read_magic;
+use crate::file::scan::{Found, Scanner, Window};
 use crate::pack::data_at;
-use crate::scan::{Found, Scanner, Window};
-use crate::storage::{Mark, read_magic};
 
 /// A transaction that gets another tid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,7 +186,7 @@ mod tests {
     use standby_types::memory::MemoryDisk;
 
     use super::*;
-    use crate::format::Magic;
+    use crate::file::format::Magic;
     use crate::{Extent, FileStorage, Record, RecordData, Transaction, TransactionMeta};
 
     #[test]

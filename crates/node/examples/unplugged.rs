@@ -15,8 +15,9 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use standby_node::config::Config;
-use standby_node::disk::OsDisk;
-use standby_node::{Next, logging, start_on};
+use standby_node::logging;
+use standby_node::platform::os_disk::OsDisk;
+use standby_node::start::node::{Next, start_on};
 use standby_types::disk::{Disk, File, Mapped, Open, parent, read_full};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -332,7 +333,7 @@ async fn main() -> anyhow::Result<()> {
         anyhow::bail!("unplugged -C FILE");
     };
     let config = Config::read(Path::new(&file))?;
-    let _log_files = logging::start(&config)?;
+    let _log_files = logging::start(config.eventlog.as_ref())?;
     let directory = parent(Path::new(&file)).to_owned();
     let kept = directory.join("kept");
     std::fs::create_dir_all(&kept)?;

@@ -1,75 +1,39 @@
 //! A node: everything that touches sockets, threads, clocks, TLS or the configuration.
 //!
-//! The pure machines meet in `engine.rs`; `replica.rs` is what the log's entries do to the
-//! storages. Around them:
+//! Rooms, each of which uses only those above it:
 //!
 //! ```text
-//!   listener ─▶ connection ──votes, finishes──▶ engine ──batches──▶ log thread
+//! platform    what a node takes from its machine: time, randomness, threads, sockets, files
+//! logging     where log lines go
+//! config      zeo.conf
+//! replica     what the log's entries do to the storages; what is on disk, and how a node begins from it
+//! transport   connections: streams, TLS, frames, the handshake between nodes
+//! cells       what tasks share, and what they tell each other
+//! peers       conversations between nodes
+//! clients     conversations with ZEO clients
+//! primary     what the node decides: consensus, votes, commits, members, switchovers
+//! tasks       what runs beside that: the applier, packs, scrubs, the log's writer, who watches what
+//! admin       HTTP for people and monitoring
+//! start       from a configuration to a running node
+//! ```
+//!
+//! ```text
+//!   listener ─▶ connection ──votes, finishes──▶ engine ──batches──▶ log writer
 //!                   │  ▲                        ▲  │ committed       │ durable
 //!             reads │  │ replies, invalidations │  ▼                 │
 //!                   ▼  └───────────────────── applier ◀──────────────┘ (through the engine)
 //!               storages ◀──────appends──────────┘
 //! ```
-//!
-//! Reading order: `config/`, `state.rs`, `startup.rs`, `replica.rs`, `applier.rs`, `engine.rs`,
-//! `connection.rs`, `listener.rs`, `peers/`, `status.rs`, `admin.rs`. `client.rs` is a small
-//! ZEO client for the demo and the benchmark.
 
 pub mod admin;
-mod applier;
-pub mod ask;
-mod backfill;
-mod blobs;
-mod causes;
-mod certificate;
-pub mod client;
+pub mod cells;
+mod clients;
 pub mod config;
-mod connection;
-mod crashes;
-pub mod disk;
-mod engine;
-mod founding;
-mod gate;
-mod hex;
-mod hidden;
-pub mod lineage;
-mod listener;
-mod log_thread;
 pub mod logging;
-mod look;
-mod lost_log;
-pub mod machine;
-mod memory;
-mod metrics;
-mod node;
-mod oids;
-mod outbox;
-mod packing;
-mod peers;
-mod read_only;
-mod replica;
-pub mod rewind;
-mod room;
-mod scrub;
-mod sessions;
-pub mod settings;
-#[cfg(not(feature = "simulated"))]
-mod silence;
-#[cfg(not(feature = "simulated"))]
-mod socket;
-#[cfg(feature = "simulated")]
-#[path = "machine/simulated/socket.rs"]
-mod socket;
-mod startup;
-mod state;
-pub mod status;
-mod stream;
-mod sync;
-mod tls;
-pub mod watchdog;
-
-pub use causes::with_causes;
-#[cfg(feature = "simulated")]
-pub use node::Shared;
-pub use node::{Next, Running, start, start_on};
-pub use state::skip_entry;
+pub mod peers;
+pub mod platform;
+mod primary;
+pub mod replica;
+pub mod start;
+mod tasks;
+mod transport;

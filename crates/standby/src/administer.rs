@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
-use standby_node::admin::{ask, fetch_status};
-use standby_node::ask::{Ask, Done};
-use standby_node::status::{NodeStatus, Status};
+use standby_node::admin::http::{ask, fetch_status};
+use standby_node::cells::command::{Ask, Done};
+use standby_node::cells::status::{NodeStatus, Status};
 
 use crate::status::At;
 

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use crate::zeo_client::Client;
 use anyhow::bail;
 use bytes::Bytes;
 use clap::Args;
 use serde_json::json;
-use standby_node::client::Client;
 use standby_types::Tid;
 
 #[derive(Args)]

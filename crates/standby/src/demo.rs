@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::zeo_client::Client;
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use clap::Args;
 use serde_json::json;
-use standby_node::admin::{ask, fetch_status};
-use standby_node::ask::Ask;
-use standby_node::client::Client;
-use standby_node::status::Status;
+use standby_node::admin::http::{ask, fetch_status};
+use standby_node::cells::command::Ask;
+use standby_node::cells::status::Status;
 use standby_types::{Oid, Tid};
 
 use crate::process::{NodeProcess, configure};

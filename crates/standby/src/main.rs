@@ -10,6 +10,7 @@ mod serve;
 mod skip_entry;
 mod status;
 mod supervise;
+mod zeo_client;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -168,7 +169,7 @@ fn main() -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("standby: {}", standby_node::with_causes(&error));
+            eprintln!("standby: {}", standby_node::platform::error_text::with_causes(&error));
             ExitCode::FAILURE
         }
     }

@@ -9,13 +9,14 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use comfy_table::{Table, presets};
 use serde_json::json;
-use standby_node::admin::fetch_status;
-use standby_node::ask::Ask;
+use standby_node::admin::http::fetch_status;
+use standby_node::cells::command::Ask;
+use standby_node::cells::status::{NodeStatus, Status};
 use standby_node::config::Config;
-use standby_node::disk::OsDisk;
-use standby_node::lineage::Fork;
-use standby_node::rewind::{LostTail, blobs_of, describe_fork, open_lost};
-use standby_node::status::{NodeStatus, Status};
+use standby_node::platform::os_disk::OsDisk;
+use standby_node::replica::change_timeline::describe_fork;
+use standby_node::replica::lineage::Fork;
+use standby_node::replica::lost_transactions::{LostTail, blobs_of, open_lost};
 use standby_types::time::{tid_at, time_of, utc};
 use standby_types::{Disk, Oid, Tid};
 
@@ -326,7 +327,7 @@ pub async fn lineage(command: LineageOf) -> anyhow::Result<()> {
                     config.display()
                 );
             }
-            let path = standby_node::rewind::accept(&file, &name)?;
+            let path = standby_node::replica::change_timeline::accept(&file, &name)?;
             println!(
                 "when this node starts and meets a node of timeline {name}, it comes over to it; until then the choice \
                  stands in {}",

@@ -7,8 +7,9 @@ use std::process::Command;
 use anyhow::Context;
 use rustix::process::{Signal, set_parent_process_death_signal};
 use standby_node::config::Config;
-use standby_node::watchdog::{SUPERVISED, Watchdog};
-use standby_node::{Next, logging, start};
+use standby_node::logging;
+use standby_node::platform::watchdog::{SUPERVISED, Watchdog};
+use standby_node::start::node::{Next, start};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// In the environment of a process that has run the node before: what it made is its own.
@@ -30,7 +31,7 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
         // Without its supervisor a node would go on unwatched, and be in its successor's way.
         set_parent_process_death_signal(Some(Signal::KILL))?;
     }
-    let log_files = logging::start(&config)?;
+    let log_files = logging::start(config.eventlog.as_ref())?;
     config.warn_of_exposed_files();
     let watchdog = Watchdog::start()?;
     let mut terminate = signal(SignalKind::terminate())?;

@@ -23,7 +23,8 @@ pub struct SkipEntry {
 pub fn run(options: &SkipEntry) -> anyhow::Result<()> {
     let SkipEntry { config, index, term } = options;
     let config = Config::read(config)?;
-    let path = standby_node::skip_entry(&config, LogIndex(*index), Term(*term))?;
+    let path =
+        standby_node::replica::state_dir::skip_entry(&config, LogIndex(*index), Term(*term))?;
     println!(
         "when this node starts, entry {index} of term {term} is left out if it cannot be applied; that stands in {}. Do the \
          same on every other node before you start them.",

@@ -11,7 +11,7 @@ use standby_types::{Blob, BlobSource, Oid, Tid};
 
 use crate::error::ClientError;
 use crate::spill::{MakeSpill, Slot, Spill};
-use crate::transactions::VoteRequest;
+use crate::vote::{Expected, VoteRequest};
 
 /// What each object of a transaction takes in memory beside its data, about.
 const ENTRY_HELD: usize = 200;
@@ -38,17 +38,6 @@ impl Default for Meta {
         let empty = Bytes::new;
         Meta { tid: None, status: b' ', user: empty(), description: empty(), extension: empty() }
     }
-}
-
-/// What must hold of an object's current revision when it is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expected {
-    /// It has this serial, or there is none: a store.
-    Serial(Tid),
-    /// There is one, and it has this serial: a deletion.
-    Existing(Tid),
-    /// Nothing: a restore, or an undo, which has rules of its own.
-    Any,
 }
 
 /// What an object becomes.

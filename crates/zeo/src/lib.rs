@@ -6,7 +6,7 @@
 //! transactions changed, for clients that come back with a cache.
 //!
 //! Reading order: `frame.rs`, `message.rs` (with `msgpack.rs`), `error.rs`, `session.rs`,
-//! `spill.rs`, `buffer.rs`, `locks.rs`, `transactions.rs`, `history.rs`.
+//! `spill.rs`, `buffer.rs`, `locks.rs`, `vote.rs`, `transactions.rs`, `history.rs`.
 //!
 //! Source of the protocol: `ZEO/asyncio/server.py`, `ZEO/StorageServer.py`, `ZEO/asyncio/client.py`.
 
@@ -20,10 +20,9 @@ mod msgpack;
 mod session;
 mod spill;
 mod transactions;
+mod vote;
 
-pub use buffer::{
-    Blobs, Buffer, Content, Expected, Later, Limits, Meta, SPILL_ABOVE, StagedFile, Write,
-};
+pub use buffer::{Blobs, Buffer, Content, Later, Limits, Meta, SPILL_ABOVE, StagedFile, Write};
 pub use error::ClientError;
 pub use frame::{FrameReader, FrameTooLong, MAX_FRAME, MAX_FRAME_BEFORE_REGISTER, frame};
 pub use history::{History, Retention};
@@ -31,9 +30,8 @@ pub use message::{Call, Encoding, Incoming, Reply, WireError};
 pub use session::{CloseReason, Effect, Look, Options, Read, Session, VoteOutcome, WorkedOut};
 pub use spill::{MakeSpill, Slot, Spill};
 pub use standby_pickle::{Value, references};
-pub use transactions::{
-    Examination, FinishRefused, Transactions, Vote, VoteAnswer, VoteRequest, Wait,
-};
+pub use transactions::{Examination, FinishRefused, Transactions, VoteAnswer, Wait};
+pub use vote::{Expected, Vote, VoteRequest};
 
 /// Reads a transaction's extension; `None` if it is empty, or no pickle of plain data. Nothing in it
 /// is executed.

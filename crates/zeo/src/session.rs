@@ -23,12 +23,13 @@ use standby_types::{BlobSource, Oid, Tid, Upload};
 
 use self::args::Args;
 use self::transaction::{Phase, Transaction, conflict_list};
-use crate::buffer::{Buffer, Content, Expected, Later, Limits, StagedFile};
+use crate::buffer::{Buffer, Content, Later, Limits, StagedFile};
 use crate::error::ClientError;
 use crate::frame::frame;
 use crate::message::{Call, Encoding, Incoming};
 use crate::spill::MakeSpill;
-use crate::transactions::{VoteAnswer, VoteRequest};
+use crate::transactions::VoteAnswer;
+use crate::vote::{Expected, VoteRequest};
 use crate::{MAX_FRAME, MAX_FRAME_BEFORE_REGISTER};
 
 /// What a session needs to know about its listener.

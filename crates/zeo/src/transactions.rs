@@ -24,51 +24,9 @@ use std::time::Duration;
 use standby_types::{Mutation, Oid, Tid, mutation};
 
 use crate::SessionId;
-use crate::buffer::Expected;
 use crate::error::ClientError;
-use crate::locks::{Locks, Mode};
-
-/// What a transaction wants to change, and on what it relies.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct VoteRequest {
-    /// The tid that the transaction must get.
-    pub tid: Option<Tid>,
-    /// Objects to write, with what the change relies on.
-    pub writes: Vec<(Oid, Expected)>,
-    /// Objects that must still have this serial.
-    pub checks: Vec<(Oid, Tid)>,
-    /// Transactions to undo: before the vote, whoever can read them adds their objects to `writes`.
-    pub undos: Vec<Tid>,
-    /// Bytes that the transaction takes in the data file before its last record begins.
-    pub len_before_last: u64,
-}
-
-/// A request with the locks that it needs. Making it takes a while if the objects are many.
-#[derive(Clone, Debug, Default)]
-pub struct Vote {
-    /// The request.
-    pub request: VoteRequest,
-    locks: Vec<(Oid, Mode)>,
-}
-
-impl From<VoteRequest> for Vote {
-    fn from(request: VoteRequest) -> Vote {
-        let checks = request.checks.iter().map(|(oid, _)| (*oid, Mode::Shared));
-        let writes = request.writes.iter().map(|(oid, _)| (*oid, Mode::Exclusive));
-        let mut locks: Vec<_> = checks.chain(writes).collect();
-        // Of two modes the stronger one counts.
-        locks.sort_unstable_by(|(one, a), (other, b)| one.cmp(other).then(b.cmp(a)));
-        locks.dedup_by_key(|(oid, _)| *oid);
-        Vote { request, locks }
-    }
-}
-
-impl VoteRequest {
-    /// Objects that it names, each as often as it does.
-    pub fn objects(&self) -> usize {
-        self.writes.len() + self.checks.len()
-    }
-}
+use crate::locks::Locks;
+use crate::vote::{Expected, Vote, VoteRequest};
 
 /// A vote whose locks are complete: its serials are to be compared with what is applied.
 #[derive(Clone, Debug)]
@@ -345,6 +303,7 @@ mod tests {
     use std::convert::Infallible;
 
     use super::*;
+    use crate::locks::Mode;
 
     const NOW: Duration = Duration::from_secs(100);
 

@@ -23,12 +23,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use raft::eraftpb::{Entry, EntryType, HardState, Message, MessageType};
 use raft::{RawNode, StateRole};
 use standby_types::{Disk, LogIndex, Mutation, NodeId, Term, mutation};
 
 use crate::codec::Malformed;
+use crate::committed::{AppliedPoint, Committed, said};
 use crate::log::{Batch, Fetch, Fetched, LogError, LogView, Point, Recovered, Written};
 use crate::membership::{Change, Membership, decode_changes, encode_changes, to_raft};
 use crate::message::{PeerMessage, encode_message};
@@ -68,30 +69,6 @@ pub struct Config {
     pub witness: bool,
     /// Bytes of committed entries that are handed out before the storage has applied them; more stay in the log.
     pub unapplied_len: u64,
-}
-
-/// The state after some entry, as far as others need it to start from there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AppliedPoint {
-    /// The entry.
-    pub index: LogIndex,
-    /// Its term.
-    pub term: Term,
-    /// The members as of that entry.
-    pub membership: Membership,
-    /// What the node adds: this crate does not look into it.
-    pub state: Bytes,
-    /// A transaction has parts at or before `index` and is not closed there.
-    pub open_parts: bool,
-}
-
-impl AppliedPoint {
-    pub(crate) fn encode(&self) -> Bytes {
-        let mut out = BytesMut::new();
-        self.membership.encode(&mut out);
-        out.extend_from_slice(&self.state);
-        out.freeze()
-    }
 }
 
 /// Something has happened.
@@ -145,28 +122,6 @@ pub enum Output {
     Purge(LogIndex),
     /// Something is wrong that Raft rules out: a disk has forgotten what was durable on it.
     Broken(Broken),
-}
-
-/// A committed entry.
-#[derive(Clone, Debug)]
-pub enum Committed {
-    /// What was proposed; see [`crate::Command`].
-    Command(LogIndex, Term, Bytes),
-    /// The membership is another from here on.
-    Membership(LogIndex, Term, Membership),
-    /// A new leader's first entry, which says nothing.
-    Empty(LogIndex, Term),
-}
-
-impl Committed {
-    /// The entry's index and term.
-    pub fn point(&self) -> (LogIndex, Term) {
-        match self {
-            Committed::Command(index, term, _)
-            | Committed::Membership(index, term, _)
-            | Committed::Empty(index, term) => (*index, *term),
-        }
-    }
 }
 
 /// What this node is.
@@ -934,17 +889,6 @@ impl Consensus {
     #[cfg(test)]
     fn hard_state(&self) -> raft::eraftpb::HardState {
         self.raft.raft.hard_state()
-    }
-}
-
-/// What an entry says, if it is no change of membership; otherwise nothing.
-pub(crate) fn said(entry: Entry) -> Committed {
-    let (index, term) = (LogIndex(entry.index), Term(entry.term));
-    match entry.get_entry_type() {
-        EntryType::EntryNormal if !entry.data.is_empty() => {
-            Committed::Command(index, term, entry.data)
-        }
-        _ => Committed::Empty(index, term),
     }
 }
 

@@ -8,7 +8,7 @@ use raft::eraftpb::HardState;
 use standby_types::disk::{read_all, read_full};
 use standby_types::{Disk, LogIndex, Term};
 
-use crate::core::{Committed, said};
+use crate::committed::{Committed, said};
 use crate::log::Point;
 use crate::log::segment::{
     FRAME_HEADER, HEADER, Item, LogError, Place, PlacedEntry, SegmentHeader, parse_frame,

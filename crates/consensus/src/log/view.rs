@@ -9,7 +9,7 @@ use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 use standby_types::{Disk, LogIndex, Term};
 
-use crate::core::AppliedPoint;
+use crate::committed::AppliedPoint;
 use crate::log::fetch::{Fetch, Fetches, For};
 use crate::log::recover::{Recovered, read_entry};
 use crate::log::segment::{LogError, Place, PlacedEntry};

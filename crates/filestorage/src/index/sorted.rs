@@ -17,9 +17,9 @@ use standby_types::disk::Mapped;
 use standby_types::{Disk, Oid, Position, Tid};
 
 use super::{Growing, write_in_place};
-use crate::format::number;
-use crate::pack::{Need, Room};
-use crate::storage::Mark;
+use crate::file::format::number;
+use crate::file::mark::Mark;
+use crate::room::{Need, Room};
 
 const MAGIC: &[u8; 8] = b"SBYINDEX";
 const HEADER: usize = 40;

@@ -5,8 +5,8 @@ use standby_types::memory::MemoryDisk;
 use standby_types::{Disk, Tid};
 
 use super::*;
-use crate::pack::Need;
-use crate::storage::Mark;
+use crate::file::mark::Mark;
+use crate::room::Need;
 
 #[derive(Clone, Debug)]
 enum Step {

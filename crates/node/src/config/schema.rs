@@ -2,7 +2,6 @@
 //!
 //! Source: `ZEO/schema.xml`, `ZEO/server.xml` and `ZODB/component.xml`.
 
-use std::fmt;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -12,77 +11,14 @@ use anyhow::{Context, bail};
 use standby_zeo::{Limits, Retention};
 use tracing::warn;
 
-mod standby;
-
-pub use standby::{
-    DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, MemberLine, Profile, Recovery, Secrets, Standby,
-};
-
-use super::zconfig::{ConfigError, Section, parse};
-use crate::logging::{Format, Rotation};
-use crate::tls::SslSection;
-
-/// A host and a port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Address {
-    /// Name or number; empty for all interfaces.
-    pub host: String,
-    /// The port.
-    pub port: u16,
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let host = if self.host.is_empty() { "0.0.0.0" } else { &self.host };
-        if host.contains(':') {
-            write!(f, "[{host}]:{}", self.port)
-        } else {
-            write!(f, "{host}:{}", self.port)
-        }
-    }
-}
-
-/// Where read-write clients connect.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ZeoAddress {
-    /// A host and a port.
-    Tcp(Address),
-    /// A Unix socket: anything with a `/`.
-    Unix(PathBuf),
-}
-
-impl fmt::Display for ZeoAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ZeoAddress::Tcp(address) => address.fmt(f),
-            ZeoAddress::Unix(path) => path.display().fmt(f),
-        }
-    }
-}
-
-impl Address {
-    /// Reads `PORT`, `HOST:PORT` or `[HOST]:PORT`; the host `*` is none.
-    pub fn parse(text: &str) -> Result<Address, String> {
-        let wrong = || format!("{text:?} is not an address: HOST:PORT or PORT");
-        let (host, port) = match text.rsplit_once(':') {
-            Some((host, port)) => (host.trim(), port.trim()),
-            None => ("", text),
-        };
-        let host = match host {
-            "*" => "",
-            other => other.trim_start_matches('[').trim_end_matches(']'),
-        };
-        Ok(Address { host: host.into(), port: port.parse().map_err(|_| wrong())? })
-    }
-
-    /// True if it can be reached from this machine only.
-    pub fn is_loopback(&self) -> bool {
-        match self.host.parse::<std::net::IpAddr>() {
-            Ok(ip) => ip.is_loopback(),
-            Err(_) => self.host == "localhost",
-        }
-    }
-}
+use crate::config::address::{Address, ZeoAddress};
+use crate::config::reader::{Checker, byte_size, level, path};
+use crate::config::ssl::SslSection;
+use crate::config::standby::{DEFAULT_FUTURE_TIDS, Standby};
+use crate::config::zconfig::{ConfigError, Section, parse};
+use crate::logging::file::Rotation;
+use crate::logging::format::Format;
+use crate::logging::{EventLog, LogFileSection};
 
 /// `<zeo>`
 #[derive(Debug, Clone, Default)]
@@ -129,38 +65,6 @@ pub struct StorageSection {
     pub blob_dir: Option<PathBuf>,
     /// A pack keeps the blobs of before as `BLOBDIR.old`, as `blob-dir` in a `<filestorage>` asks for.
     pub blob_keep_old: bool,
-}
-
-/// `<eventlog>`
-#[derive(Debug, Clone)]
-pub struct EventLog {
-    /// The least level that is logged.
-    pub level: tracing::Level,
-    /// Where to.
-    pub files: Vec<LogFileSection>,
-}
-
-/// `<logfile>`
-#[derive(Debug, Clone)]
-pub struct LogFileSection {
-    /// A path, `STDOUT` or `STDERR`.
-    pub path: String,
-    /// The least level that is written there; `None` for that of the `<eventlog>`.
-    pub level: Option<tracing::Level>,
-    /// How lines look; `None` for Standby's own way.
-    pub format: Option<Format>,
-    /// When the file is moved away, and how many old ones are kept.
-    pub rotation: Option<(Rotation, usize)>,
-    /// The file is made by its first line.
-    pub delay: bool,
-}
-
-impl LogFileSection {
-    /// Where lines go without an `<eventlog>`.
-    pub fn stderr() -> LogFileSection {
-        let (level, format, rotation) = (None, None, None);
-        LogFileSection { path: "STDERR".into(), level, format, rotation, delay: false }
-    }
 }
 
 /// A whole configuration.
@@ -315,173 +219,10 @@ impl Config {
 /// Seconds after which a transaction that has voted and does not finish loses its locks, unless the configuration says
 /// otherwise; 0 there means never.
 const DEFAULT_TRANSACTION_TIMEOUT: f64 = 300.0;
-/// A day: copies bring old tids, and clocks differ.
-const DEFAULT_FUTURE_TIDS: Duration = Duration::from_secs(86_400);
 const WITNESS_SERVES: &str =
     "a witness holds no data and serves no clients: <zeo> and storages do not belong in its file";
 
-struct Checker {
-    file: String,
-    notes: Vec<String>,
-}
-
-/// Takes the keys of one section, each at most once.
-struct SectionReader<'a> {
-    file: &'a str,
-    section: &'a Section,
-}
-
-impl<'a> SectionReader<'a> {
-    fn error(&self, line: usize, message: impl Into<String>) -> ConfigError {
-        ConfigError { file: self.file.into(), line, message: message.into() }
-    }
-
-    fn sections(&mut self, allowed: &[&str]) -> Result<(), ConfigError> {
-        for inner in &self.section.sections {
-            if !allowed.contains(&inner.kind.as_str()) {
-                let hint = match inner.kind.as_str() {
-                    "mappingstorage" | "demostorage" => {
-                        "its data would be gone at a restart; use <filestorage>".into()
-                    }
-                    "zlibstorage" => {
-                        "clients compress records, with <zlibstorage> in their configuration; \
-                         here stands <serverzlibstorage>"
-                            .into()
-                    }
-                    _ => allowed_text("sections", allowed),
-                };
-                return Err(self
-                    .error(inner.line, format!("<{}> is not possible here: {hint}", inner.kind)));
-            }
-        }
-        Ok(())
-    }
-
-    fn text(&self, key: &str) -> Option<(&'a str, usize)> {
-        let found = self.section.keys.iter().find(|(k, _, _)| k == key)?;
-        Some((found.1.as_str(), found.2))
-    }
-
-    fn get<T>(
-        &self,
-        key: &str,
-        read: impl Fn(&str) -> Result<T, String>,
-    ) -> Result<Option<T>, ConfigError> {
-        self.text(key)
-            .map(|(text, line)| read(text).map_err(|m| self.error(line, format!("{key}: {m}"))))
-            .transpose()
-    }
-
-    fn required<T>(
-        &self,
-        key: &str,
-        read: impl Fn(&str) -> Result<T, String>,
-    ) -> Result<T, ConfigError> {
-        let missing =
-            || self.error(self.section.line, format!("<{}> has no {key:?}", self.section.kind));
-        self.get(key, read)?.ok_or_else(missing)
-    }
-
-    fn boolean(&self, key: &str, default: bool) -> Result<bool, ConfigError> {
-        let read = |text: &str| match text.to_lowercase().as_str() {
-            "true" | "yes" | "on" => Ok(true),
-            "false" | "no" | "off" => Ok(false),
-            _ => Err(format!("{text:?} is neither true nor false")),
-        };
-        Ok(self.get(key, read)?.unwrap_or(default))
-    }
-}
-
-fn allowed_text(what: &str, allowed: &[&str]) -> String {
-    format!("allowed {what} are {}", allowed.join(", "))
-}
-
-fn path(text: &str) -> Result<PathBuf, String> {
-    if text.is_empty() { Err("no path is given".into()) } else { Ok(text.into()) }
-}
-
-/// A number with KB, MB or GB behind it, or without.
-fn byte_size(text: &str) -> Result<u64, String> {
-    let upper = text.to_uppercase();
-    let (digits, unit) = match upper.find(|c: char| !c.is_ascii_digit()) {
-        Some(at) => (&upper[..at], upper[at..].trim()),
-        None => (upper.as_str(), ""),
-    };
-    let shift = match unit {
-        "" => Some(0),
-        "KB" => Some(10),
-        "MB" => Some(20),
-        "GB" => Some(30),
-        _ => None,
-    };
-    let size = shift.and_then(|shift| digits.parse::<u64>().ok()?.checked_mul(1 << shift));
-    size.ok_or_else(|| format!("{text:?} is not a size, such as 256MB"))
-}
-
-/// A name: of a node, a group, a cluster.
-pub fn word(text: &str) -> Result<String, String> {
-    let fine = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
-    if fine {
-        Ok(text.into())
-    } else {
-        Err(format!("{text:?} is not a name (letters, digits, -_.)"))
-    }
-}
-
-fn level(text: &str) -> Result<tracing::Level, String> {
-    match text.to_lowercase().as_str() {
-        "critical" | "fatal" | "error" | "50" | "40" => Ok(tracing::Level::ERROR),
-        "warn" | "warning" | "30" => Ok(tracing::Level::WARN),
-        "info" | "blather" | "20" | "15" => Ok(tracing::Level::INFO),
-        "debug" | "10" => Ok(tracing::Level::DEBUG),
-        "trace" | "all" | "notset" | "5" | "1" | "0" => Ok(tracing::Level::TRACE),
-        _ => Err(format!("{text:?} is not a level: critical, error, warn, info, debug, trace")),
-    }
-}
-
 impl Checker {
-    fn error(&self, line: usize, message: impl Into<String>) -> ConfigError {
-        ConfigError { file: self.file.clone(), line, message: message.into() }
-    }
-
-    fn reader<'a>(
-        &'a self,
-        section: &'a Section,
-        allowed: &[&str],
-    ) -> Result<SectionReader<'a>, ConfigError> {
-        let kind = if section.kind.is_empty() {
-            "the top of the file".into()
-        } else {
-            format!("<{}>", section.kind)
-        };
-        for (nth, (key, _, line)) in section.keys.iter().enumerate() {
-            if !allowed.contains(&key.as_str()) {
-                let hint = if allowed.is_empty() {
-                    "only sections may stand there".into()
-                } else {
-                    allowed_text("keys", allowed)
-                };
-                return Err(self.error(*line, format!("unknown key {key:?} in {kind}; {hint}")));
-            }
-            let repeated = section.keys[..nth].iter().any(|(other, _, _)| other == key);
-            if repeated && key != "member" {
-                return Err(self.error(*line, format!("{key:?} stands twice in {kind}")));
-            }
-        }
-        Ok(SectionReader { file: &self.file, section })
-    }
-
-    fn note(&mut self, section: &Section, keys: &[&str]) {
-        for (key, _, line) in &section.keys {
-            if keys.contains(&key.as_str()) {
-                self.notes.push(format!(
-                    "{}:{line}: {key:?} has no meaning for Standby and is ignored",
-                    self.file
-                ));
-            }
-        }
-    }
-
     fn zeo(&mut self, section: &Section) -> Result<ZeoSection, ConfigError> {
         let mut reader = self.reader(
             section,
@@ -530,28 +271,6 @@ impl Checker {
         };
         self.note(section, &["client-conflict-resolution"]);
         Ok(zeo)
-    }
-
-    fn ssl(&self, section: &Section) -> Result<SslSection, ConfigError> {
-        let mut reader =
-            self.reader(section, &["certificate", "key", "password-function", "authenticate"])?;
-        reader.sections(&[])?;
-        let function = |text: &str| match text.rsplit_once('.') {
-            Some((module, name)) if !module.is_empty() && !name.is_empty() => Ok(text.to_owned()),
-            _ => Err(format!("{text:?} is not the dotted name of a Python function")),
-        };
-        let password_function = reader.get("password-function", function)?;
-        let certificate = reader.required("certificate", path)?;
-        let authenticate = reader.required("authenticate", |text| match text {
-            "DYNAMIC" | "SIGNED" => {
-                Err("name a file with the clients' certificates or with those \
-                                         of their authority, or a folder of such files"
-                    .into())
-            }
-            text => path(text),
-        })?;
-        let key = reader.get("key", path)?.unwrap_or_else(|| certificate.clone());
-        Ok(SslSection { certificate, key, password_function, authenticate })
     }
 
     fn storage(&mut self, section: &Section) -> Result<StorageSection, ConfigError> {

@@ -1,8 +1,8 @@
 //! Where log lines go: the `<eventlog>` section, or standard error.
 
 mod fields;
-mod file;
-mod format;
+pub(crate) mod file;
+pub(crate) mod format;
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Mutex};
@@ -14,12 +14,43 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-use self::fields::SafeFields;
-pub use self::fields::harmless;
-pub use self::file::{LogFile, Rotation};
-pub use self::format::Format;
-use crate::config::{Config, LogFileSection};
-use crate::sync::lock;
+use crate::logging::fields::SafeFields;
+pub use crate::logging::fields::harmless;
+use crate::logging::file::{LogFile, Rotation};
+use crate::logging::format::Format;
+use crate::platform::lock::lock;
+
+/// `<eventlog>`
+#[derive(Debug, Clone)]
+pub struct EventLog {
+    /// The least level that is logged.
+    pub level: tracing::Level,
+    /// Where to.
+    pub files: Vec<LogFileSection>,
+}
+
+/// `<logfile>`
+#[derive(Debug, Clone)]
+pub struct LogFileSection {
+    /// A path, `STDOUT` or `STDERR`.
+    pub path: String,
+    /// The least level that is written there; `None` for that of the `<eventlog>`.
+    pub level: Option<tracing::Level>,
+    /// How lines look; `None` for Standby's own way.
+    pub format: Option<Format>,
+    /// When the file is moved away, and how many old ones are kept.
+    pub rotation: Option<(Rotation, usize)>,
+    /// The file is made by its first line.
+    pub delay: bool,
+}
+
+impl LogFileSection {
+    /// Where lines go without an `<eventlog>`.
+    pub fn stderr() -> LogFileSection {
+        let (level, format, rotation) = (None, None, None);
+        LogFileSection { path: "STDERR".into(), level, format, rotation, delay: false }
+    }
+}
 
 /// The log files, to open them anew after somebody has moved them away.
 pub struct LogFiles(Vec<Target>);
@@ -39,13 +70,13 @@ impl LogFiles {
 
 /// Sends log lines where the configuration says. The environment variable `STANDBY_LOG` (for
 /// example `debug`) overrides the levels.
-pub fn start(config: &Config) -> anyhow::Result<LogFiles> {
-    let level = config.eventlog.as_ref().map_or(tracing::Level::INFO, |log| log.level);
+pub fn start(eventlog: Option<&EventLog>) -> anyhow::Result<LogFiles> {
+    let level = eventlog.map_or(tracing::Level::INFO, |log| log.level);
     let from_environment = EnvFilter::try_from_env("STANDBY_LOG");
     let overridden = from_environment.is_ok();
     let filter = from_environment.unwrap_or_else(|_| EnvFilter::new(level.to_string()));
     let stderr = [LogFileSection::stderr()];
-    let sections = match &config.eventlog {
+    let sections = match eventlog {
         Some(log) if !log.files.is_empty() => &log.files[..],
         _ => &stderr,
     };

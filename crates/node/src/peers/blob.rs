@@ -14,57 +14,26 @@
 //!
 //! A list of blobs is sent in the same way, without a hash.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use standby_filestorage::{Access, BlobDir, BlobId, Staged, StorageError};
+use standby_filestorage::{BlobDir, BlobId, Staged};
 use standby_types::{Blob, BlobSource, Oid, Tid, Transfer, Upload};
-use tokio::io::{AsyncWrite, BufReader};
+use tokio::io::BufReader;
 use tracing::info;
 
-use super::{PeerError, Purpose, connect, read_frame, within, write_frame};
-use crate::blobs::{BlobReader, BlobWriter, mend_for_another, new_transfer};
-use crate::hex::{hex, unhex};
-use crate::machine;
-use crate::node::Shared;
-use crate::stream::Stream;
+use crate::cells::shared::Shared;
+use crate::platform;
+use crate::transport::blob_files::{BlobReader, BlobWriter, new_transfer};
+use crate::transport::frames::{PeerError, read_frame, within, write_frame};
+use crate::transport::handshake::{Purpose, connect};
+use crate::transport::stream::Stream;
 
 /// Silence after which a fetch is given up.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest piece of a blob.
 const MAX_PIECE: usize = 4 << 20;
-
-/// What is said of an upload: that it is to be had, or that it is given up.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Announcement {
-    storage: String,
-    transfer: String,
-    len: u64,
-    sha256: String,
-}
-
-impl Announcement {
-    /// An announcement of an upload.
-    pub fn of(storage: &str, upload: Upload) -> Announcement {
-        let sha256 = hex(&upload.sha256);
-        let transfer = upload.transfer.to_string();
-        Announcement { storage: storage.into(), transfer, len: upload.len, sha256 }
-    }
-
-    /// The storage.
-    pub fn storage(&self) -> &str {
-        &self.storage
-    }
-
-    /// The upload; `None` if this is none.
-    pub fn upload(&self) -> Option<Upload> {
-        let sha256 = unhex(&self.sha256)?.try_into().ok()?;
-        Some(Upload { transfer: Transfer::parse(&self.transfer)?, len: self.len, sha256 })
-    }
-}
 
 /// A blob that a node is to have.
 #[derive(Debug, Clone)]
@@ -103,7 +72,7 @@ impl WantedBlob {
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Request {
+pub(super) enum Request {
     Blob { storage: String, transfer: Option<String>, revision: Option<(u64, u64)> },
     List { storage: String, up_to: u64 },
 }
@@ -192,7 +161,7 @@ pub async fn fetch_right(
             let to = new_transfer()?;
             let (upload, _staged) = source.fetch(blobs, storage, None, to, Some(id)).await?;
             let blobs = blobs.clone();
-            let mended = machine::spawn_blocking(move || blobs.mend(&upload, id));
+            let mended = platform::spawn_blocking(move || blobs.mend(&upload, id));
             Ok::<_, PeerError>(mended.await.map_err(std::io::Error::other)??)
         };
         match fetched.await {
@@ -250,7 +219,7 @@ impl Source {
         let (upload, _staged) = self.fetch(blobs, storage, None, transfer, revision).await?;
         let blob = Blob { oid, source: BlobSource::Upload(upload) };
         let blobs = blobs.clone();
-        machine::spawn_blocking(move || blobs.place(&blob, tid))
+        platform::spawn_blocking(move || blobs.place(&blob, tid))
             .await
             .map_err(std::io::Error::other)??;
         Ok(())
@@ -295,129 +264,11 @@ async fn is_here(
     }
 }
 
-fn blobs_of<'a>(shared: &'a Shared, storage: &str) -> Result<&'a BlobDir, PeerError> {
+pub(super) fn blobs_of<'a>(shared: &'a Shared, storage: &str) -> Result<&'a BlobDir, PeerError> {
     shared.storages.get(storage).and_then(|s| s.blobs.as_ref()).ok_or_else(|| {
         PeerError::Protocol(format!(
             "node {} has no blob-dir for the storage {storage:?} in its configuration",
             shared.member.name
         ))
     })
-}
-
-/// Serves a node that fetches blobs, until it leaves.
-pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
-    loop {
-        let request = match read_frame(&mut stream, 4 << 10).await {
-            Ok((b'q', json)) => serde_json::from_slice(&json)?,
-            Ok(_) => return Err(PeerError::Protocol("no request for a blob".into())),
-            Err(PeerError::Io(_)) => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        match request {
-            Request::Blob { storage, transfer, revision } => {
-                let blobs = blobs_of(shared, &storage)?;
-                let transfer = transfer.as_deref().and_then(Transfer::parse);
-                let revision = revision.map(|(oid, tid)| (Oid(oid), Tid(tid)));
-                let found = BlobReader::open(blobs, transfer, revision).await;
-                let sent = match found {
-                    Ok(reader) => {
-                        let right = |sha256: &[u8; 32]| {
-                            revision.is_none_or(|revision| blobs.may_be(revision, sha256))
-                        };
-                        send(&mut stream, reader, right).await
-                    }
-                    Err(_) if is_packed_away(shared, &storage, revision).await? => {
-                        write_frame(&mut stream, b'p', b"").await
-                    }
-                    Err(error) => {
-                        write_frame(&mut stream, b'x', error.to_string().as_bytes()).await?;
-                        let lacks = revision.is_some_and(|revision| blobs.should_have(revision));
-                        if lacks { Err(PeerError::Damaged) } else { Ok(()) }
-                    }
-                };
-                match sent {
-                    Err(PeerError::Damaged) if let Some(revision) = revision => {
-                        let shared = shared.clone();
-                        tokio::spawn(async move {
-                            mend_for_another(&shared, &storage, revision).await;
-                        });
-                    }
-                    sent => sent?,
-                }
-            }
-            Request::List { storage, up_to } => {
-                let blobs = shared.storages.get(&storage).and_then(|s| s.blobs.clone());
-                send_list(&mut stream, blobs, Tid(up_to)).await?;
-            }
-        }
-    }
-}
-
-/// True if the storage has come further than the revision, and has it no more.
-async fn is_packed_away(
-    shared: &Shared,
-    storage: &str,
-    revision: Option<(Oid, Tid)>,
-) -> Result<bool, PeerError> {
-    let reader = shared.storages.get(storage).map(|storage| storage.reader().clone());
-    let (Some(reader), Some((oid, tid))) = (reader, revision) else { return Ok(false) };
-    let look = move || {
-        let found = reader.load_serial(oid, tid, Access::Blocking);
-        reader.last_tid() >= tid && matches!(found, Err(StorageError::NoKey(_)))
-    };
-    Ok(machine::spawn_blocking(look).await.map_err(std::io::Error::other)?)
-}
-
-/// Sends the names of the blobs of revisions up to `up_to`: oid 8, tid 8 each.
-async fn send_list(
-    stream: &mut Stream,
-    blobs: Option<BlobDir>,
-    up_to: Tid,
-) -> Result<(), PeerError> {
-    let (names, mut queue) = machine::queue::<Bytes>(16);
-    let walking = machine::spawn_blocking(move || {
-        let Some(blobs) = blobs else { return Ok(()) };
-        let mut batch = BytesMut::new();
-        blobs.walk(&mut |oid, tid, _| {
-            if tid <= up_to {
-                batch.put_u64(oid.0);
-                batch.put_u64(tid.0);
-            }
-            if batch.len() >= 1 << 16 {
-                // Without a receiver the other node is gone.
-                let _ = machine::send_blocking(&names, batch.split().freeze());
-            }
-            Ok(())
-        })?;
-        let _ = machine::send_blocking(&names, batch.freeze());
-        Ok::<_, StorageError>(())
-    });
-    while let Some(batch) = queue.recv().await {
-        write_frame(stream, b'c', &batch).await?;
-    }
-    walking.await.map_err(std::io::Error::other)??;
-    write_frame(stream, b'h', b"").await
-}
-
-/// Sends the pieces of a blob. If it is not `right`, or cannot be read, who fetches it is told so.
-async fn send(
-    stream: &mut (impl AsyncWrite + Unpin),
-    mut reader: BlobReader,
-    right: impl Fn(&[u8; 32]) -> bool,
-) -> Result<(), PeerError> {
-    let mut hash = Sha256::new();
-    loop {
-        let Ok(bytes) = reader.next().await else { break };
-        if bytes.is_empty() {
-            let sha256 = std::mem::take(&mut hash).finalize().into();
-            if !right(&sha256) {
-                break;
-            }
-            return write_frame(stream, b'h', &sha256).await;
-        }
-        hash.update(&bytes);
-        write_frame(stream, b'c', &bytes).await?;
-    }
-    write_frame(stream, b'x', b"the blob is damaged on that node").await?;
-    Err(PeerError::Damaged)
 }

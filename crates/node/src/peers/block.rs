@@ -11,13 +11,19 @@
 //! another way): who asks compares what comes with its own checksum.
 
 use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use standby_filestorage::{BLOCK, DamagedBlock};
+use standby_filestorage::{BLOCK, DamagedBlock, Mend};
+use tokio::runtime::Handle;
+use tracing::{info, warn};
 
-use super::{Introduction, PeerError, Purpose, blocking, connect, read_frame, write_frame};
-use crate::node::Shared;
-use crate::stream::Stream;
+use crate::cells::repair_sources::RepairSources;
+use crate::cells::shared::Shared;
+use crate::transport::frames::{PeerError, blocking, read_frame, write_frame};
+use crate::transport::handshake::{Introduction, Purpose, connect};
+use crate::transport::stream::Stream;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Wanted {
@@ -55,4 +61,42 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
         Some(bytes) => write_frame(&mut stream, b'd', &bytes).await,
         None => write_frame(&mut stream, b'x', b"this node does not have these bytes either").await,
     }
+}
+
+/// How long somebody who reads a damaged block waits for it.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Gets blocks of a storage from them. To be called within the runtime.
+pub fn mender(helpers: &Arc<RepairSources>, storage: &str) -> Mend {
+    let (helpers, storage, runtime) = (helpers.clone(), storage.to_owned(), Handle::current());
+    #[cfg(feature = "simulated")]
+    if let Some(mend) = crate::platform::simulated::mender() {
+        return mend;
+    }
+    Arc::new(move |damaged| {
+        let (me, addresses) = helpers.get();
+        let (me, name) = (me?, storage.clone());
+        let (sender, answer) = channel();
+        runtime.spawn(async move {
+            for address in addresses {
+                match fetch_block(&me, &address, &name, damaged).await {
+                    Ok(bytes) if crc32c::crc32c(&bytes) == damaged.sum => {
+                        let offset = damaged.offset;
+                        warn!(storage = name, offset, address, "damage is mended from a node");
+                        let _ = sender.send(bytes);
+                        return;
+                    }
+                    Ok(_) => info!(
+                        address,
+                        offset = damaged.offset,
+                        "the data file of that node is not the same there"
+                    ),
+                    Err(error) => {
+                        info!(address, %error, "cannot get a damaged block from a node")
+                    }
+                }
+            }
+        });
+        answer.recv_timeout(PATIENCE).ok()
+    })
 }

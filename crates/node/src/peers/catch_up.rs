@@ -44,16 +44,20 @@ use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use super::blob::obtain_old;
-use super::{PeerError, Purpose, blocking, connect, frame, read_frame, within, write_frame};
-use crate::applier::{CatchUpItem, CatchUpItems, Work};
-use crate::blobs::{BlobWriter, mend_for_another, new_transfer};
+use crate::cells::apply_task::{ApplyTask, CatchUpItem, CatchUpItems};
+use crate::cells::events::TaskReport;
+use crate::cells::shared::Shared;
+use crate::cells::status::CatchUp;
+use crate::cells::storage::StorageShared;
 use crate::config::Recovery;
-use crate::engine::Internal;
-use crate::hex::hex;
-use crate::machine::{self, Instant};
-use crate::node::{Shared, StorageShared};
-use crate::stream::Stream;
+use crate::peers::blob::obtain_old;
+use crate::peers::blob_repair::mend_for_another;
+use crate::platform::hex::hex;
+use crate::platform::{self, Instant};
+use crate::transport::blob_files::{BlobWriter, new_transfer};
+use crate::transport::frames::{PeerError, blocking, frame, read_frame, within, write_frame};
+use crate::transport::handshake::{Purpose, connect};
+use crate::transport::stream::Stream;
 
 /// Silence after which a catch-up is given up and begun again.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -97,19 +101,6 @@ struct Request {
     index: u64,
 }
 
-/// How far a catch-up is.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct CatchUp {
-    /// Bytes that have come.
-    pub bytes: u64,
-    /// Bytes that were to come when it began, about.
-    pub total_bytes: u64,
-    /// Transactions that have come.
-    pub transactions: u64,
-    /// Since its beginning.
-    pub seconds: f64,
-}
-
 #[derive(Debug, Serialize, Deserialize)]
 struct Have {
     tid: u64,
@@ -129,7 +120,7 @@ pub async fn fetch(shared: Arc<Shared>, from: NodeId, address: String, target: A
                 let error = anyhow::anyhow!(
                     "node {from} at {address} refuses to let this node catch up: {reason}"
                 );
-                return shared.report(Internal::Fatal(error));
+                return shared.report(TaskReport::Fatal(error));
             }
             Err(error) => warn!(address, %error, "the catch-up was interrupted; trying again"),
         }
@@ -159,7 +150,7 @@ async fn attempt(
     info!(peer = peer.node, target = %target.index, "catching up");
     write_frame(&mut stream, b'q', &serde_json::to_vec(&request)?).await?;
     let (items, receiver) = mpsc::channel(QUEUE);
-    shared.apply(Work::CatchUp { items: CatchUpItems::new(receiver), target: target.clone() });
+    shared.apply(ApplyTask::CatchUp { items: CatchUpItems::new(receiver), target: target.clone() });
     let _shown = Shown(shared);
     receive(shared, stream, &peer.node, items, |progress| {
         shared.show_catch_up(Some(progress.clone()));
@@ -369,9 +360,9 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
             b'q' => serde_json::from_slice(&content)?,
             _ => return Err(PeerError::Protocol("no request for a catch-up".into())),
         };
-        let (frames, mut queue) = machine::queue(QUEUE);
+        let (frames, mut queue) = platform::queue(QUEUE);
         let reading_from = shared.clone();
-        let reading = machine::spawn_blocking(move || {
+        let reading = platform::spawn_blocking(move || {
             let mut frames = Frames { together: BytesMut::new(), queue: frames, sent: 0 };
             send_all(&reading_from, &request, &mut frames)?;
             frames.flush()
@@ -437,7 +428,7 @@ impl Frames {
 
     fn flush(&mut self) -> Result<(), SendError> {
         let frames = self.together.split().freeze();
-        machine::send_blocking(&self.queue, frames).map_err(|_| SendError::Gone)
+        platform::send_blocking(&self.queue, frames).map_err(|_| SendError::Gone)
     }
 }
 

@@ -17,11 +17,10 @@ use serde::{Deserialize, Serialize};
 use standby_filestorage::Reader;
 use standby_types::Tid;
 
-use super::{
-    Introduction, MAX_FRAME, PeerError, Purpose, blocking, connect, read_frame, write_frame,
-};
-use crate::node::Shared;
-use crate::stream::Stream;
+use crate::cells::shared::Shared;
+use crate::transport::frames::{MAX_FRAME, PeerError, blocking, read_frame, write_frame};
+use crate::transport::handshake::{Introduction, Purpose, connect};
+use crate::transport::stream::Stream;
 
 /// Bytes of the data file that one answer is about.
 const BYTES: u64 = 16 << 20;

@@ -9,9 +9,10 @@ use standby_types::{Oid, Tid};
 
 use super::args::Args;
 use super::{Effect, Session};
-use crate::buffer::{Buffer, Content, Expected, Later, Meta};
+use crate::buffer::{Buffer, Content, Later, Meta};
 use crate::error::{ClientError, serial_pair};
 use crate::message::Call;
+use crate::vote::Expected;
 
 pub(super) enum Phase {
     Open,

@@ -1,0 +1,5 @@
+//! HTTP for people and for monitoring.
+
+pub mod http;
+pub(crate) mod metrics;
+pub mod route;

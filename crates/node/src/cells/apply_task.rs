@@ -1,0 +1,145 @@
+//! What the applier is asked to do.
+
+use std::sync::Arc;
+
+use standby_consensus::{AppliedPoint, Committed};
+use standby_filestorage::{Hole, Job, Outcome, Record, Staged, TransactionMeta};
+use standby_types::{Blob, Tid};
+use standby_zeo::Value;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::cells::sessions::SessionHandle;
+use crate::replica::lineage::Promotion;
+
+/// What the thread is asked to do.
+pub enum ApplyTask {
+    /// Apply; reply to the sessions that committed.
+    Entries(Vec<(Committed, Option<Origin>)>),
+    /// Answer `register` and begin to send invalidations.
+    Register {
+        /// The storage, which exists.
+        storage: String,
+        /// Who.
+        session: Arc<SessionHandle>,
+        /// The call.
+        id: Value,
+    },
+    /// Answer a call by `None`, after what was applied before.
+    Answer {
+        /// Who.
+        session: Arc<SessionHandle>,
+        /// The call.
+        id: Value,
+    },
+    /// End the sessions that may write, after what was applied before has been sent.
+    SendWritersAway,
+    /// Answer `getInvalidations`.
+    Invalidations {
+        /// The storage.
+        storage: String,
+        /// Who.
+        session: Arc<SessionHandle>,
+        /// The call.
+        id: Value,
+        /// The last transaction that the client knows.
+        since: Tid,
+    },
+    /// Append what comes from a peer, until the state is `target`.
+    CatchUp {
+        /// What comes.
+        items: CatchUpItems,
+        /// Where it leads.
+        target: AppliedPoint,
+    },
+    /// Fill the holes of a storage.
+    Backfill(String),
+    /// Apply these entries as the last ones of a timeline, and begin another one.
+    BeginTimeline {
+        /// What was in the log.
+        entries: Vec<Committed>,
+        /// What the new timeline is to be.
+        promotion: Box<Promotion>,
+    },
+    /// A new data file has been made, or not.
+    Packed {
+        /// The storage.
+        storage: String,
+        /// Why it was made.
+        cause: Cause,
+        /// The file.
+        packed: anyhow::Result<Outcome>,
+    },
+    /// The data file of a storage is not where it was.
+    Missing(String),
+    /// The blobs that a pack has made needless are gone.
+    BlobsRemoved(String),
+    /// Make a last checkpoint and end.
+    Stop(oneshot::Sender<()>),
+}
+
+/// Who is to get the reply to a commit.
+pub struct Origin {
+    /// The session.
+    pub session: Arc<SessionHandle>,
+    /// The `tpc_finish` call.
+    pub id: Value,
+}
+
+/// A piece of a catch-up.
+pub enum CatchUpItem {
+    /// These transactions of a storage come only as far as they are current at the hole's end.
+    Hole(String, Hole),
+    /// A transaction begins.
+    Begin(String, TransactionMeta),
+    /// The blob of the next record.
+    Blob(Blob, Staged),
+    /// One of its records.
+    Record(Record),
+    /// It ends.
+    End,
+    /// Everything has come.
+    Done,
+}
+
+/// The pieces of a catch-up, one after the other. They come in batches.
+pub struct CatchUpItems {
+    batches: mpsc::Receiver<Vec<CatchUpItem>>,
+    batch: std::vec::IntoIter<CatchUpItem>,
+}
+
+impl CatchUpItems {
+    /// What will come.
+    pub fn new(batches: mpsc::Receiver<Vec<CatchUpItem>>) -> CatchUpItems {
+        CatchUpItems { batches, batch: Vec::new().into_iter() }
+    }
+
+    /// A catch-up that brings nothing.
+    pub fn nothing() -> CatchUpItems {
+        let (_, batches) = mpsc::channel(1);
+        CatchUpItems { batches, batch: vec![CatchUpItem::Done].into_iter() }
+    }
+
+    /// The next piece; `None` if there are no more.
+    pub async fn next(&mut self) -> Option<CatchUpItem> {
+        loop {
+            match self.batch.next() {
+                Some(item) => return Some(item),
+                None => self.batch = self.batches.recv().await?.into_iter(),
+            }
+        }
+    }
+}
+
+/// Why a new data file is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// To remove what is not needed.
+    Pack(Job),
+    /// To fill the holes in the history.
+    Backfill {
+        /// Up to here, what was missing is in the new file.
+        through: Tid,
+    },
+    /// Somebody has removed it; this process has it open still.
+    Missing,
+}

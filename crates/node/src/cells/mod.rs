@@ -1,0 +1,21 @@
+//! What the tasks of a node share, and what they tell each other. Nothing here runs by itself.
+
+pub(crate) mod announcement;
+pub(crate) mod apply_task;
+pub(crate) mod client_errors;
+pub mod command;
+pub(crate) mod disk_space;
+pub(crate) mod events;
+pub(crate) mod gate;
+pub(crate) mod log_work;
+pub(crate) mod memory;
+pub(crate) mod outbox;
+pub(crate) mod peer_links;
+pub(crate) mod progress;
+pub(crate) mod repair_sources;
+pub(crate) mod reserve;
+pub(crate) mod serving_state;
+pub(crate) mod sessions;
+pub mod shared;
+pub mod status;
+pub(crate) mod storage;

@@ -1,0 +1,281 @@
+//! The clients' sessions, as the engine and the applier see them.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use standby_zeo::{Encoding, SessionId, VoteOutcome};
+use tokio::sync::{Notify, mpsc};
+
+use crate::cells::memory::{Memory, Share};
+use crate::cells::outbox::Outbox;
+use crate::platform::lock::lock;
+use crate::transport::socket::Cutter;
+
+/// Something that the session's own task must know.
+#[derive(Debug)]
+pub enum Mail {
+    /// `register` was accepted or refused; the client is answered already.
+    Registered(bool),
+    /// What became of a vote; the session answers.
+    Voted(VoteOutcome),
+    /// The session is to end when its transaction has, and its calls are answered.
+    Leave,
+    /// The session is to end as soon as what is queued has been sent.
+    LeaveNow,
+}
+
+/// A session's handle for others.
+pub struct SessionHandle {
+    /// Its name in this process.
+    pub id: SessionId,
+    /// Who it is.
+    pub peer: String,
+    /// What is to be sent.
+    pub outbox: Outbox,
+    /// What was received: a message in part, and the transaction. Its own task says how much.
+    pub received: Share,
+    /// To its own task.
+    pub mailbox: mpsc::UnboundedSender<Mail>,
+    encoding: OnceLock<Encoding>,
+    label: OnceLock<String>,
+    /// It may write: it must end when this node is not primary any more.
+    pub read_write: AtomicBool,
+    /// It wanted to write and took read-only: it must end when a primary appears.
+    pub settled: AtomicBool,
+    /// Its transaction has uploads.
+    pub uploads: AtomicBool,
+    /// It waits for a pack to end.
+    pub packs: AtomicBool,
+    /// Calls that the engine or the applier is to answer.
+    pub unanswered: AtomicUsize,
+    one_answered: Notify,
+    /// It ends when nothing of it is under way.
+    pub leaving: AtomicBool,
+    /// It ends as soon as what is queued has been sent.
+    pub departing: AtomicBool,
+    cutter: Option<Cutter>,
+}
+
+impl SessionHandle {
+    /// A handle for a new session.
+    pub fn new(
+        id: SessionId,
+        peer: String,
+        mailbox: mpsc::UnboundedSender<Mail>,
+        cutter: Option<Cutter>,
+        memory: &Arc<Memory>,
+    ) -> SessionHandle {
+        SessionHandle {
+            id,
+            peer,
+            outbox: Outbox::within(memory),
+            received: Share::of(memory),
+            mailbox,
+            encoding: OnceLock::new(),
+            label: OnceLock::new(),
+            read_write: AtomicBool::new(false),
+            settled: AtomicBool::new(false),
+            uploads: AtomicBool::new(false),
+            packs: AtomicBool::new(false),
+            unanswered: AtomicUsize::new(0),
+            one_answered: Notify::new(),
+            leaving: AtomicBool::new(false),
+            departing: AtomicBool::new(false),
+            cutter,
+        }
+    }
+
+    /// Queues the answer to a call that was counted as unanswered.
+    pub fn answer(&self, frame: Bytes) {
+        self.outbox.push(frame);
+        self.answered();
+    }
+
+    /// A call that was counted as unanswered is answered.
+    pub fn answered(&self) {
+        self.unanswered.fetch_sub(1, Ordering::AcqRel);
+        self.one_answered.notify_one();
+        if self.leaving.load(Ordering::Acquire) {
+            // Without its own task it is ending.
+            let _ = self.mailbox.send(Mail::Leave);
+        }
+    }
+
+    /// Returns when no more than `most` calls are unanswered, or the session is to end.
+    pub async fn few_unanswered(&self, most: usize) {
+        let many = || self.unanswered.load(Ordering::Acquire) > most;
+        while many() && !self.departing.load(Ordering::Acquire) {
+            tokio::select! {
+                () = self.one_answered.notified() => {}
+                () = self.outbox.closed() => return,
+            }
+        }
+    }
+
+    /// True if it only reads, whatever this node is.
+    pub fn is_reader(&self) -> bool {
+        !self.read_write.load(Ordering::Acquire)
+    }
+
+    /// Its address, and its label (`client-label`) if it has one.
+    pub fn who(&self) -> String {
+        match self.label.get().filter(|label| !label.is_empty()) {
+            Some(label) => format!("{} ({label})", self.peer),
+            None => self.peer.clone(),
+        }
+    }
+
+    /// Notes the label; the first time counts.
+    pub fn set_label(&self, label: &str) {
+        let _ = self.label.set(label.to_owned());
+    }
+
+    /// The encoding that the client chose.
+    pub fn encoding(&self) -> Encoding {
+        self.encoding.get().copied().unwrap_or(Encoding::Pickle)
+    }
+
+    /// Notes the encoding; the first time counts.
+    pub fn set_encoding(&self, encoding: Encoding) {
+        let _ = self.encoding.set(encoding);
+    }
+
+    /// Bytes of the clients' memory that it holds.
+    pub fn held(&self) -> usize {
+        self.outbox.held() + self.received.get()
+    }
+
+    /// Why its client counts as gone, if it does.
+    fn gone(&self, patience: Duration) -> Option<&'static str> {
+        self.cutter.as_ref()?.gone(patience)
+    }
+
+    /// Ends the session at once, from any thread; nothing that is queued is sent any more.
+    pub fn cut(&self, reason: &str) {
+        self.outbox.close(reason);
+        if let Some(cutter) = &self.cutter {
+            cutter.cut();
+        }
+    }
+}
+
+/// All sessions of the node, and those registered for each storage.
+#[derive(Default)]
+pub struct Sessions {
+    next: AtomicU64,
+    all: Mutex<BTreeMap<SessionId, Arc<SessionHandle>>>,
+    registered: Mutex<BTreeMap<String, BTreeMap<SessionId, Arc<SessionHandle>>>>,
+}
+
+impl Sessions {
+    /// A fresh name.
+    pub fn next_id(&self) -> SessionId {
+        SessionId(self.next.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// Adds a session.
+    pub fn add(&self, session: Arc<SessionHandle>) {
+        lock(&self.all).insert(session.id, session);
+    }
+
+    /// Registers a session for a storage: from now on it gets invalidations.
+    pub fn register(&self, storage: &str, session: Arc<SessionHandle>) {
+        lock(&self.registered).entry(storage.into()).or_default().insert(session.id, session);
+    }
+
+    /// Removes a session from everywhere.
+    pub fn remove(&self, id: SessionId) {
+        lock(&self.all).remove(&id);
+        for sessions in lock(&self.registered).values_mut() {
+            sessions.remove(&id);
+        }
+    }
+
+    /// The sessions registered for a storage.
+    pub fn of(&self, storage: &str) -> Vec<Arc<SessionHandle>> {
+        lock(&self.registered).get(storage).map_or_else(Vec::new, |s| s.values().cloned().collect())
+    }
+
+    /// Number of sessions registered for a storage.
+    pub fn count(&self, storage: &str) -> usize {
+        lock(&self.registered).get(storage).map_or(0, BTreeMap::len)
+    }
+
+    /// A session.
+    pub fn get(&self, id: SessionId) -> Option<Arc<SessionHandle>> {
+        lock(&self.all).get(&id).cloned()
+    }
+
+    /// Cuts off the sessions that `which` says; their number.
+    pub fn cut(&self, reason: &str, which: impl Fn(&SessionHandle) -> bool) -> usize {
+        let chosen: Vec<_> =
+            lock(&self.all).values().filter(|session| which(session)).cloned().collect();
+        chosen.iter().for_each(|session| session.cut(reason));
+        chosen.len()
+    }
+
+    /// The session that holds most of the clients' memory, of those that are not ending; `None` if none holds any.
+    pub fn largest(&self) -> Option<Arc<SessionHandle>> {
+        let all = lock(&self.all);
+        let holding = all.values().filter(|session| !session.outbox.is_closed());
+        let largest = holding.max_by_key(|session| session.held());
+        largest.filter(|session| session.held() > 0).cloned()
+    }
+
+    /// Ends the sessions whose clients have been silent for so long.
+    pub fn end_silent(&self, patience: Duration) {
+        let all: Vec<_> = lock(&self.all).values().cloned().collect();
+        for session in all {
+            if let Some(reason) = session.gone(patience) {
+                session.cut(reason);
+            }
+        }
+    }
+
+    /// True if an upload is under way, or its transaction, or a pack that its client waits for.
+    pub fn any_long_call(&self) -> bool {
+        let long = |session: &SessionHandle| {
+            session.uploads.load(Ordering::Acquire) || session.packs.load(Ordering::Acquire)
+        };
+        lock(&self.all).values().any(|session| long(session))
+    }
+
+    /// Cuts off all sessions that may write, but those that are departing.
+    pub fn cut_writers(&self, reason: &str) -> usize {
+        self.cut(reason, |session| {
+            !session.is_reader() && !session.departing.load(Ordering::Acquire)
+        })
+    }
+
+    /// The sessions that may write.
+    fn writers(&self) -> Vec<Arc<SessionHandle>> {
+        lock(&self.all).values().filter(|session| !session.is_reader()).cloned().collect()
+    }
+
+    /// Ends all sessions that may write, each as soon as nothing of it is under way.
+    pub fn let_writers_leave(&self) {
+        for session in self.writers() {
+            session.leaving.store(true, Ordering::Release);
+            let _ = session.mailbox.send(Mail::Leave);
+        }
+    }
+
+    /// Ends all sessions that may write when what is queued for them has been sent; their number.
+    pub fn send_writers_away(&self) -> usize {
+        let writers = self.writers();
+        for session in &writers {
+            session.departing.store(true, Ordering::Release);
+            session.one_answered.notify_one();
+            let _ = session.mailbox.send(Mail::LeaveNow);
+        }
+        writers.len()
+    }
+
+    /// True if there are sessions that may write.
+    pub fn any_writer(&self) -> bool {
+        lock(&self.all).values().any(|session| !session.is_reader())
+    }
+}

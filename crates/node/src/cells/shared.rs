@@ -1,0 +1,552 @@
+//! What all tasks of a node share.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use standby_consensus::Member;
+use standby_filestorage::BlobDir;
+use standby_types::{Disk, LogIndex, NodeId};
+use standby_zeo::{MakeSpill, Retention, Value};
+use tokio::sync::{mpsc, watch};
+use tracing::{error, info};
+
+use crate::cells::apply_task::ApplyTask;
+use crate::cells::disk_space::Room;
+use crate::cells::events::{Event, TaskReport};
+use crate::cells::gate::{self, Gate, StrangersLines};
+use crate::cells::log_work::Busy;
+use crate::cells::memory::Memory;
+use crate::cells::peer_links::Peers;
+use crate::cells::progress::Progress;
+use crate::cells::repair_sources::RepairSources;
+use crate::cells::serving_state::{Lease, ServingState};
+use crate::cells::sessions::Sessions;
+use crate::cells::status::{CatchUp, MissingHistory, NodeReport, OwnState, Reports};
+use crate::cells::storage::StorageShared;
+use crate::config::{Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Secrets};
+use crate::platform::hex::random_hex;
+use crate::platform::lock::lock;
+use crate::platform::watchdog::Pulse;
+use crate::platform::{self, Instant};
+use crate::replica::lost_transactions::LostTail;
+use crate::replica::prepare;
+use crate::replica::prepared::Prepared;
+use crate::replica::settings::{SEALED_LEVEL, Settings};
+use crate::replica::state_dir::{Checkpoint, StateDir};
+use crate::transport::handshake::{Introduction, Wire};
+use crate::transport::tls::Tls;
+
+/// Ticks without a word after which a link is closed.
+const SILENT_TICKS: u32 = 60;
+
+/// So many pieces of damage are shown; more are counted.
+const SHOWN: usize = 10;
+
+/// What a node has opened before its tasks begin.
+pub struct Opened {
+    /// How clients' connections are secured.
+    pub tls: Option<Tls>,
+    /// How connections between nodes are secured.
+    pub wire: Wire,
+    /// Who may have what is damaged here.
+    pub helpers: Arc<RepairSources>,
+    /// What this node has lost by leaving timelines.
+    pub lost: Vec<LostTail>,
+}
+
+/// Where what tasks tell each other goes.
+pub struct Queues {
+    /// To the engine, from this process's own threads.
+    pub internal: mpsc::UnboundedSender<TaskReport>,
+    /// To the engine, from tasks that serve others.
+    pub events: mpsc::Sender<Event>,
+    /// To the applier.
+    pub work: mpsc::UnboundedSender<ApplyTask>,
+}
+
+/// What all tasks of a node share.
+pub struct Shared {
+    /// The configuration.
+    pub config: Config,
+    /// Who this node is.
+    pub id: NodeId,
+    /// As the others know it.
+    pub member: Member,
+    /// Where the node's files are.
+    pub disk: Arc<dyn Disk>,
+    /// The state directory.
+    pub state: StateDir,
+    /// The storages.
+    pub storages: BTreeMap<String, StorageShared>,
+    /// The clients.
+    pub sessions: Sessions,
+    /// The other nodes.
+    pub peers: Peers,
+    /// What the nodes say of themselves.
+    pub reports: Reports,
+    /// The node's role.
+    pub standing: watch::Sender<ServingState>,
+    /// The primary's lease.
+    pub lease: Lease,
+    /// Storages that nobody may write to.
+    pub read_only_storages: Arc<[String]>,
+    /// How clients' connections are secured.
+    pub tls: Option<Tls>,
+    /// How connections between nodes are secured.
+    pub wire: Wire,
+    /// The cluster's feature level is known, and at that connections between nodes are not sealed.
+    unsealed: AtomicBool,
+    /// Makes temporary files.
+    pub make_spill: MakeSpill,
+    /// How long the log's disk takes.
+    pub log_busy: Busy,
+    /// Clients' connections, held and passed on ones included.
+    pub clients: Arc<Gate>,
+    /// What sessions of clients may hold.
+    pub memory: Arc<Memory>,
+    /// Connections to the peer address of which nobody knows yet who they are from.
+    pub strangers: Arc<Gate>,
+    /// What they cause in the log.
+    pub strangers_lines: StrangersLines,
+    /// Taken by who is about to promise this node to a founding.
+    pub promising: tokio::sync::Mutex<()>,
+    /// Room on the disks.
+    pub room: Room,
+    /// Beats while the engine works.
+    pub pulse: Arc<Pulse>,
+    /// Who may have what is damaged here.
+    pub helpers: Arc<RepairSources>,
+    /// What this node has lost by leaving timelines.
+    pub lost: Vec<LostTail>,
+    /// When the process started, since 1970.
+    pub started: Duration,
+    clock: Instant,
+    run: String,
+    cluster_id: Mutex<String>,
+    settings: Mutex<Arc<Settings>>,
+    catch_up: Mutex<Option<CatchUp>>,
+    /// What the nodes prove to each other that they know.
+    secrets: Mutex<Secrets>,
+    /// What a founding waits for.
+    founding: Mutex<Option<String>>,
+    /// Up to where each node has acknowledged what is committed.
+    acknowledged: Mutex<BTreeMap<NodeId, LogIndex>>,
+    /// The last entry of the log that is durable.
+    log_end: AtomicU64,
+    applied: AtomicU64,
+    unconfirmed: AtomicBool,
+    internal: mpsc::UnboundedSender<TaskReport>,
+    events: mpsc::Sender<Event>,
+    work: mpsc::UnboundedSender<ApplyTask>,
+}
+
+impl Shared {
+    /// Of a node that was just opened.
+    pub fn new(
+        config: Config,
+        disk: Arc<dyn Disk>,
+        prepared: &Prepared,
+        Opened { tls, wire, helpers, lost }: Opened,
+        Queues { internal, events, work }: Queues,
+    ) -> anyhow::Result<Shared> {
+        let state = StateDir(config.state_dir());
+        let spill_dir = state.0.clone();
+        let standby = config.standby.as_ref();
+        let storages = config.storages.iter().filter_map(|section| {
+            let source = prepared.storages.get(&section.name)?.source();
+            let blobs = prepared.blobs.get(&section.name).cloned();
+            Some((section.name.clone(), StorageShared::new(source, &section.path, blobs)))
+        });
+        let (most_clients, most_strangers) = gate::limits()?;
+        Ok(Shared {
+            id: prepared.id,
+            member: prepare::self_as_member(&config, prepared.id),
+            storages: storages.collect(),
+            sessions: Sessions::default(),
+            peers: Peers::default(),
+            reports: Reports::default(),
+            standing: watch::Sender::new(ServingState::default()),
+            lease: Lease::default(),
+            read_only_storages: (config.storages.iter())
+                .filter(|section| section.read_only)
+                .map(|section| section.name.clone())
+                .collect(),
+            tls,
+            wire,
+            unsealed: AtomicBool::new(is_unsealed(&prepared.checkpoint)),
+            make_spill: Arc::new(move || platform::temporary_file(&spill_dir)),
+            log_busy: Busy::default(),
+            clients: Gate::new("clients", most_clients),
+            memory: Memory::new(standby.and_then(|standby| standby.client_memory)),
+            strangers_lines: StrangersLines::default(),
+            strangers: Gate::new("strangers at the peer address", most_strangers),
+            promising: tokio::sync::Mutex::default(),
+            room: Room::default(),
+            pulse: Arc::default(),
+            helpers,
+            lost,
+            started: platform::wall_clock(),
+            clock: Instant::now(),
+            run: random_hex(8)?,
+            cluster_id: Mutex::new(prepared.checkpoint.cluster_id.clone()),
+            settings: Mutex::new(Arc::new(prepared.checkpoint.settings.clone())),
+            catch_up: Mutex::default(),
+            secrets: Mutex::new(standby.map_or_else(Secrets::none, |s| s.secrets.clone())),
+            founding: Mutex::default(),
+            acknowledged: Mutex::new(prepared.checkpoint.acknowledged.clone()),
+            log_end: AtomicU64::new(prepared.recovered.last_index().0),
+            applied: AtomicU64::new(prepared.checkpoint.index.0),
+            unconfirmed: AtomicBool::new(prepared.unconfirmed),
+            internal,
+            events,
+            work,
+            state,
+            disk,
+            config,
+        })
+    }
+
+    /// A monotonic time.
+    pub fn now(&self) -> Duration {
+        self.clock.elapsed()
+    }
+
+    /// The time of day, since 1970. Only tids and people look at it.
+    pub fn wall_clock(&self) -> Duration {
+        platform::wall_clock()
+    }
+
+    /// The length of a tick.
+    pub fn tick(&self) -> Duration {
+        self.profile().tick()
+    }
+
+    /// How patient the node is with its network.
+    pub fn profile(&self) -> Profile {
+        self.config.standby.as_ref().map_or(Profile::Lan, |s| s.profile)
+    }
+
+    /// After how long without a word another node, or its machine, counts as gone.
+    pub fn peer_silence(&self) -> Duration {
+        silence_at(self.tick())
+    }
+
+    /// The storages have what the log says up to here.
+    pub fn set_applied(&self, index: LogIndex) {
+        self.applied.store(index.0, Ordering::Release);
+    }
+
+    /// See [`Shared::set_applied`]. It may go back when the node begins another timeline.
+    pub fn applied(&self) -> LogIndex {
+        LogIndex(self.applied.load(Ordering::Acquire))
+    }
+
+    /// The log is durable up to here.
+    pub fn set_log_end(&self, index: LogIndex) {
+        self.log_end.store(index.0, Ordering::Release);
+    }
+
+    /// A founding waits for this; `None` if there is none.
+    pub fn set_founding(&self, waits: Option<String>) {
+        let mut founding = lock(&self.founding);
+        if let Some(text) = waits.as_ref().filter(|_| *founding != waits) {
+            info!("{text}");
+        }
+        *founding = waits;
+    }
+
+    /// Up to where a node has acknowledged what is committed, as far as this one knows.
+    pub fn acknowledged(&self, node: NodeId) -> LogIndex {
+        lock(&self.acknowledged).get(&node).copied().unwrap_or(LogIndex(0))
+    }
+
+    /// The same of all nodes.
+    pub fn all_acknowledged(&self) -> BTreeMap<NodeId, LogIndex> {
+        lock(&self.acknowledged).clone()
+    }
+
+    /// Another timeline begins, with a log of its own.
+    pub fn forget_acknowledged(&self) {
+        lock(&self.acknowledged).clear();
+    }
+
+    /// Who is no member any more has no promises to keep.
+    pub fn retain_acknowledged(&self, is_member: impl Fn(NodeId) -> bool) {
+        lock(&self.acknowledged).retain(|id, _| is_member(*id));
+    }
+
+    /// The primary, or this node itself, knows this of the members.
+    pub fn add_acknowledged(&self, found: impl IntoIterator<Item = (NodeId, LogIndex)>) {
+        let mut known = lock(&self.acknowledged);
+        for (node, index) in found {
+            let entry = known.entry(node).or_default();
+            *entry = index.max(*entry);
+        }
+    }
+
+    /// Takes what another node says of the same log.
+    pub fn note_acknowledged(&self, report: &NodeReport) {
+        if report.lineage() == &self.settings().lineage {
+            self.add_acknowledged(report.acknowledged());
+        }
+    }
+
+    /// What this node waits for to become a member, if it is none.
+    pub fn waits(&self) -> Option<String> {
+        self.config.standby.as_ref()?;
+        if let Some(founding) = lock(&self.founding).clone() {
+            return Some(founding);
+        }
+        let troubles = self.peers.troubles();
+        let troubles = troubles.iter().map(|(address, trouble)| format!("{address}: {trouble}"));
+        let troubles: Vec<_> = troubles.collect();
+        Some(match troubles.is_empty() {
+            true => "it waits for a primary that takes it in".to_owned(),
+            false => format!("it waits for a primary that takes it in; {}", troubles.join("; ")),
+        })
+    }
+
+    /// What is remembered to answer `getInvalidations`. One node alone does what its zeo.conf says;
+    /// in a cluster, clients must be able to come over from another node: never less than fits.
+    pub fn retention(&self) -> Retention {
+        match self.config.standby {
+            None => self.config.zeo.retention,
+            Some(_) => Retention::default(),
+        }
+    }
+
+    /// Bytes that are left free on the disks.
+    pub fn reserve(&self) -> u64 {
+        self.config.standby.as_ref().map_or(DEFAULT_RESERVE, |s| s.reserve)
+    }
+
+    /// Bytes per second of the data files that are compared with their checksums; `None` for none.
+    pub fn scrub_rate(&self) -> Option<u64> {
+        self.config.standby.as_ref().map_or(Some(DEFAULT_SCRUB_RATE), |s| s.scrub_rate)
+    }
+
+    /// Says who may help out with what is damaged here: those that are up, the primary first.
+    pub fn tell_helpers(&self) {
+        let mut nodes = self.reports.status().nodes;
+        nodes.retain(|node| {
+            node.node != self.member.name
+                && !node.peer_address.is_empty()
+                && node.role != "witness"
+                && node.state != "down"
+        });
+        nodes.sort_by_key(|node| node.role != "primary");
+        let addresses: Vec<_> = nodes.into_iter().map(|node| node.peer_address).collect();
+        // Just after the start nobody has been heard of: those of before may be there.
+        if !addresses.is_empty() {
+            self.helpers.set(self.introduction(), addresses);
+        }
+    }
+
+    /// What is damaged in the data files and among the blobs, and has not been mended.
+    pub fn damage(&self) -> Option<String> {
+        self.storages.iter().find_map(|(name, storage)| {
+            let blocks = storage.reader().damage().blocks.into_iter();
+            let blocks = blocks.map(|offset| format!("at byte {offset}"));
+            let blobs = storage.blobs.as_ref().map(BlobDir::damage).unwrap_or_default().blobs;
+            let blobs = blobs.into_iter().map(|(oid, tid)| format!("the blob of {oid} at {tid}"));
+            let all: Vec<_> = blocks.chain(blobs).collect();
+            let more = all.len().saturating_sub(SHOWN);
+            let shown = all[..all.len() - more].join(", ");
+            let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+            (!all.is_empty()).then(|| format!("storage {name}, {shown}{more}"))
+        })
+    }
+
+    /// True if some of what the data files held is lost. A blob that is lost is not needed to commit, nor to vote.
+    pub fn lacks_data(&self) -> bool {
+        self.storages.values().any(|storage| !storage.reader().damage().blocks.is_empty())
+    }
+
+    /// Since when the data files are not those of the primary, if they are not.
+    fn differences(&self) -> BTreeMap<String, String> {
+        let since = |(name, storage): (&String, &StorageShared)| {
+            lock(&storage.differs).map(|tid| (name.clone(), tid.to_string()))
+        };
+        self.storages.iter().filter_map(since).collect()
+    }
+
+    /// Bytes of log that are kept for nodes that are behind.
+    pub fn log_tail(&self) -> u64 {
+        self.config.standby.as_ref().map_or(16 << 20, |s| s.log_tail)
+    }
+
+    /// What this node says of itself to others.
+    pub fn introduction(&self) -> Introduction {
+        let standby = self.config.standby.as_ref();
+        Introduction {
+            member: self.member.clone(),
+            cluster: self.cluster_name().into(),
+            cluster_id: lock(&self.cluster_id).clone(),
+            secrets: lock(&self.secrets).clone(),
+            wire: self.wire.clone(),
+            unsealed: self.unsealed.load(Ordering::Acquire),
+            join_token: standby.map_or_else(String::new, |s| s.join_token.clone()),
+            lineage: self.settings().lineage.clone(),
+            run: self.run.clone(),
+            founded: Some(self.settings().founded),
+            log_end: Some(LogIndex(self.log_end.load(Ordering::Acquire))),
+            silence: self.peer_silence(),
+        }
+    }
+
+    /// The cluster's name.
+    pub fn cluster_name(&self) -> &str {
+        self.config.standby.as_ref().map_or("alone", |s| &s.cluster)
+    }
+
+    /// True if this node belongs to a cluster.
+    pub fn belongs(&self) -> bool {
+        !lock(&self.cluster_id).is_empty()
+    }
+
+    /// This node belongs to that cluster from now on.
+    pub fn set_cluster_id(&self, id: &str) {
+        *lock(&self.cluster_id) = id.to_owned();
+    }
+
+    /// A catch-up is so far, or has ended.
+    pub fn show_catch_up(&self, progress: Option<CatchUp>) {
+        *lock(&self.catch_up) = progress;
+    }
+
+    /// What administrators have decided, as far as it is applied here.
+    pub fn settings(&self) -> Arc<Settings> {
+        lock(&self.settings).clone()
+    }
+
+    /// It is another now.
+    pub fn set_settings(&self, settings: Arc<Settings>) {
+        let unsealed = settings.level() < SEALED_LEVEL;
+        *lock(&self.settings) = settings;
+        let was_unsealed = self.unsealed.swap(unsealed, Ordering::AcqRel);
+        if was_unsealed && !unsealed && matches!(self.wire, Wire::Sealed(_)) {
+            self.peers.end_links();
+        }
+    }
+
+    /// True if a peer must still confirm that the data files belong to the cluster's history.
+    pub fn is_unconfirmed(&self) -> bool {
+        self.unconfirmed.load(Ordering::Acquire)
+    }
+
+    /// A peer has confirmed it.
+    pub fn confirm(&self) {
+        self.unconfirmed.store(false, Ordering::Release);
+    }
+
+    /// Tells the engine, from a thread of this process.
+    pub fn report(&self, told: TaskReport) {
+        // Without an engine the process is ending.
+        let _ = self.internal.send(told);
+    }
+
+    /// Tells the engine, from a task that serves others.
+    pub async fn tell(&self, event: Event) {
+        let _ = self.events.send(event).await;
+    }
+
+    /// Gives work to the applier.
+    pub fn apply(&self, work: ApplyTask) {
+        let _ = self.work.send(work);
+    }
+
+    /// What `info` tells clients.
+    pub fn short_info(&self, storage: &str) -> Value {
+        let Some(storage) = self.storages.get(storage) else { return Value::Dict(Vec::new()) };
+        Value::Dict(vec![
+            (Value::str("length"), Value::Int(storage.reader().len() as i64)),
+            (Value::str("size"), Value::Int(storage.reader().size() as i64)),
+        ])
+    }
+
+    /// What this node says of itself.
+    pub fn own_report(&self, moment: OwnState<'_>) -> NodeReport {
+        fn text(address: Option<&impl ToString>) -> String {
+            address.map_or_else(String::new, ToString::to_string)
+        }
+        let standby = self.config.standby.as_ref();
+        let last_tids =
+            |(name, s): (&String, &StorageShared)| (name.clone(), s.reader().last_tid());
+        let addresses = [
+            text(self.config.zeo.address.as_ref()),
+            text(standby.and_then(|s| s.read_only_address.as_ref())),
+            self.member.peer_address.clone(),
+            text(standby.map(|s| &s.admin_address)),
+        ];
+        let tids = self.storages.iter().map(last_tids);
+        let cluster = self.cluster_name();
+        NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster)
+            .under_way(self.percents(|storage| &storage.packing), lock(&self.catch_up).clone())
+            .room(self.room.reason(), &self.memory)
+            .acknowledging(self.all_acknowledged())
+            .history(self.holes(), self.percents(|storage| &storage.backfilling))
+            .lost(self.lost.clone())
+            .damage(self.damage(), self.differences())
+    }
+
+    fn percents(&self, of: impl Fn(&StorageShared) -> &Progress) -> BTreeMap<String, u32> {
+        let percent = |(name, storage): (&String, &StorageShared)| {
+            of(storage).percent().map(|percent| (name.clone(), percent))
+        };
+        self.storages.iter().filter_map(percent).collect()
+    }
+
+    fn holes(&self) -> BTreeMap<String, Vec<MissingHistory>> {
+        let missing = |(name, storage): (&String, &StorageShared)| {
+            let holes: Vec<_> = storage.reader().holes().iter().map(MissingHistory::of).collect();
+            (!holes.is_empty()).then(|| (name.clone(), holes))
+        };
+        self.storages.iter().filter_map(missing).collect()
+    }
+
+    /// True if what the data files show is a moment that was.
+    pub fn is_whole(&self) -> bool {
+        self.storages.values().all(|storage| storage.reader().is_whole())
+    }
+
+    /// Those for clients, and those for the other nodes.
+    pub fn certificates(&self) -> impl Iterator<Item = &Tls> {
+        let of_peers = match &self.wire {
+            Wire::Tls(tls) => Some(&**tls),
+            Wire::Plain | Wire::Sealed(_) => None,
+        };
+        self.tls.iter().chain(of_peers)
+    }
+
+    /// Reads the certificates and the secrets again; connections that are open keep theirs.
+    pub fn reload_certificates(&self) {
+        let file = self.config.standby.as_ref().and_then(|standby| standby.secret_file.as_ref());
+        match file.map(|file| Secrets::read(file)) {
+            Some(Ok(secrets)) => {
+                info!(secrets = secrets.all().count(), "the secret-file was read again");
+                *lock(&self.secrets) = secrets;
+            }
+            Some(Err(error)) => error!("the former secrets stay in use: {error}"),
+            None => {}
+        }
+        for tls in self.certificates() {
+            match tls.reload() {
+                Ok(()) => info!("the certificates were read again"),
+                Err(error) => error!("the former certificates stay in use: {error:#}"),
+            }
+        }
+    }
+}
+
+/// True if the cluster is known to work at a level at which connections between nodes are not sealed. What a node that has
+/// nothing of the cluster yet takes for its settings says nothing.
+pub fn is_unsealed(checkpoint: &Checkpoint) -> bool {
+    checkpoint.index > LogIndex(0) && checkpoint.settings.level() < SEALED_LEVEL
+}
+
+/// After how long without a word a node counts as gone: long after its election timeout.
+pub fn silence_at(tick: Duration) -> Duration {
+    tick * SILENT_TICKS
+}

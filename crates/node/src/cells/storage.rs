@@ -1,0 +1,62 @@
+//! A storage, for those who read it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+
+use standby_filestorage::{BlobDir, Reader, Source};
+use standby_types::Tid;
+
+use crate::cells::progress::Progress;
+
+/// Counters of a storage, as `server_status` shows them.
+#[derive(Default)]
+pub struct Stats {
+    /// `loadBefore` calls.
+    pub loads: AtomicU64,
+    /// Objects stored.
+    pub stores: AtomicU64,
+    /// Transactions applied.
+    pub commits: AtomicU64,
+    /// Transactions aborted.
+    pub aborts: AtomicU64,
+    /// Votes that ended in a conflict.
+    pub conflicts: AtomicU64,
+    /// Votes that wait for locks.
+    pub waiting: AtomicUsize,
+    /// Transactions between vote and the end.
+    pub active: AtomicUsize,
+}
+
+/// A storage, for those who read.
+pub struct StorageShared {
+    /// The data file as it is now.
+    pub source: Source,
+    /// The data file.
+    pub path: PathBuf,
+    /// The blobs.
+    pub blobs: Option<BlobDir>,
+    /// From this transaction on, the data file was not the primary's when they were compared.
+    pub differs: Mutex<Option<Tid>>,
+    /// How far a pack is.
+    pub packing: Progress,
+    /// How far the filling of its holes is.
+    pub backfilling: Progress,
+    /// Counters.
+    pub stats: Stats,
+}
+
+impl StorageShared {
+    /// A storage that was just opened.
+    pub fn new(source: Source, path: &Path, blobs: Option<BlobDir>) -> StorageShared {
+        let (packing, backfilling) = (Progress::default(), Progress::default());
+        let (differs, stats) = (Mutex::default(), Stats::default());
+        let path = path.to_owned();
+        StorageShared { source, path, blobs, differs, packing, backfilling, stats }
+    }
+
+    /// Reads the data file as it is now; not to be kept for long, for a pack replaces the file.
+    pub fn reader(&self) -> Reader {
+        self.source.reader()
+    }
+}

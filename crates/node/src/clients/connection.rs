@@ -1,0 +1,712 @@
+//! One client's connection: frames in, effects performed, replies out.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use standby_filestorage::{Access, Staged, StorageError, Undone};
+use standby_types::{Oid, Tid, Upload};
+use standby_zeo::{
+    ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, StagedFile, Value,
+    Vote, VoteAnswer, VoteOutcome, VoteRequest, frame,
+};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, join};
+use tokio::sync::mpsc;
+use tokio::task::coop::consume_budget;
+use tracing::{debug, error, info, warn};
+
+use crate::cells::client_errors::{read_failed, undo_disabled};
+use crate::cells::events::{Event, MANY, Request};
+use crate::cells::gate::Pass;
+use crate::cells::reserve;
+use crate::cells::sessions::{Mail, SessionHandle};
+use crate::cells::shared::Shared;
+use crate::cells::storage::StorageShared;
+use crate::clients::history_calls::{self, Iterators};
+use crate::clients::staged_blob::StagedBlob;
+use crate::clients::status_calls::info as storage_info;
+use crate::peers::blob_repair::open_right;
+use crate::platform::{self, Instant, drain};
+use crate::transport::blob_files::{self, BlobWriter};
+use crate::transport::socket::{Cutter, split};
+use crate::transport::stream::Stream;
+
+/// Bytes of a blob in one message to a client, as the Python server sends them.
+const BLOB_CHUNK: usize = 59_000;
+/// Bytes in a client's queue above which a blob waits.
+const BLOB_QUEUE: usize = 2 << 20;
+/// Why an upload cannot begin.
+const NO_BLOBS: &str = "the client stores a blob, but the storage has no blob-dir";
+/// How long a client whose session has ended may take to read what is queued for it.
+const LEAVING: Duration = Duration::from_secs(2);
+/// Calls of a client that the engine has to answer; beyond it no more are read.
+const UNANSWERED: usize = 1000;
+/// How long a client that is to leave must have said nothing.
+const QUIET: Duration = Duration::from_millis(2);
+/// The same of a client that begins its transactions with a call (`server-sync`): it leaves just after the answer to that,
+/// unless it is idle.
+const IDLE: Duration = Duration::from_millis(50);
+/// How long a client may take to agree on TLS, and then to ask for a storage. Stock clients do both at once.
+const HELLO: Duration = Duration::from_secs(20);
+
+/// Serves a client until one side closes.
+pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool, pass: &Pass) {
+    stream.set_nodelay();
+    let peer = stream.peer();
+    let (read, write, cutter) = split(stream);
+    let Some(tls) = &shared.tls else {
+        return talk(shared, (peer, cutter, pass), read, write, read_only).await;
+    };
+    let agreed = tokio::time::timeout(HELLO, tls.acceptor().accept(join(read, write))).await;
+    match agreed.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+        Ok(stream) => {
+            let (read, write) = tokio::io::split(stream);
+            talk(shared, (peer, cutter, pass), read, write, read_only).await;
+        }
+        Err(error) => shared
+            .strangers_lines
+            .tell(|untold| warn!(client = peer, %error, untold, "no TLS with a client")),
+    }
+}
+
+async fn talk(
+    shared: Arc<Shared>,
+    (peer, cutter, pass): (String, Option<Cutter>, &Pass),
+    mut read: impl AsyncRead + Unpin,
+    write: impl AsyncWrite + Send + Unpin + 'static,
+    read_only: bool,
+) {
+    let (mailbox, mail) = mpsc::unbounded_channel();
+    let id = shared.sessions.next_id();
+    let handle = Arc::new(SessionHandle::new(id, peer.clone(), mailbox, cutter, &shared.memory));
+    shared.sessions.add(handle.clone());
+    // What may come to write must be cut off with the lease even before it has registered.
+    handle.read_write.store(!read_only, Ordering::Release);
+    let options = Options {
+        msgpack: shared.config.zeo.msgpack,
+        read_only: read_only || shared.config.zeo.read_only,
+        read_only_storages: shared.read_only_storages.clone(),
+        make_spill: reserve::guarded(shared.clone()),
+        limits: shared.config.limits(),
+    };
+    let session = Session::new(options);
+    handle.outbox.push(session.greeting());
+    let mut connection = Connection {
+        shared: shared.clone(),
+        handle: handle.clone(),
+        session,
+        storage: None,
+        read_only,
+        iterators: Iterators::default(),
+        undo_log: Arc::default(),
+        upload: None,
+        syncs: false,
+    };
+    let sending = {
+        let handle = handle.clone();
+        tokio::spawn(async move {
+            if handle.outbox.send_to(write).await.is_err() {
+                // Whoever waits for room in the queue must not wait for a client that is gone.
+                handle.cut("the client cannot be reached any more");
+            }
+        })
+    };
+    let ended = {
+        let mut running = pin!(connection.run(&mut read, mail));
+        tokio::select! {
+            biased;
+            ended = &mut running => ended,
+            () = pass.wanted() => {
+                handle.cut("another client needs its place");
+                running.await
+            }
+        }
+    };
+    let storage = connection.storage.clone();
+    let label = connection.session.label().unwrap_or("").to_owned();
+    match (ended, handle.outbox.close_reason()) {
+        (Some(reason), _) if connection.session.is_stranger() => {
+            shared.strangers_lines.tell(|untold| {
+                warn!(client = %peer, %reason, untold, "closed the connection of a stranger");
+            });
+        }
+        (Some(reason), _) => {
+            warn!(client = %peer, label, %reason, "closed a client's connection");
+        }
+        (None, Some(reason)) => {
+            info!(client = %peer, label, reason, "closed a client's connection")
+        }
+        (None, None) => debug!(client = %peer, label, "a client has left"),
+    }
+    shared.tell(Event::Client(Request::Closed { session: handle.id, storage })).await;
+    handle.outbox.finish();
+    if !handle.is_reader() {
+        let _ = tokio::time::timeout(LEAVING, sending).await;
+        handle.cut("it does not take what was queued for it");
+    } else {
+        let _ = sending.await;
+    }
+    // Blobs that are still being sent wait for room that nobody makes any more.
+    handle.outbox.close("the connection is closed");
+    drain(read).await;
+}
+
+struct Connection {
+    shared: Arc<Shared>,
+    handle: Arc<SessionHandle>,
+    session: Session,
+    /// The storage that the client asked for.
+    storage: Option<String>,
+    read_only: bool,
+    iterators: Iterators,
+    /// Held while the undo log is looked at.
+    undo_log: Arc<tokio::sync::Mutex<()>>,
+    /// The upload that has begun and not ended, or why it has failed.
+    upload: Option<Result<BlobWriter, StorageError>>,
+    /// The client has begun a transaction with a call.
+    syncs: bool,
+}
+
+impl Connection {
+    /// Returns why the connection is to be closed, `None` if the client closed it or the node
+    /// has other reasons.
+    async fn run(
+        &mut self,
+        mut socket: impl AsyncReadExt + Unpin,
+        mut mail: mpsc::UnboundedReceiver<Mail>,
+    ) -> Option<String> {
+        let mut frames = FrameReader::default();
+        let mut effects = Vec::new();
+        let hello = Instant::now() + HELLO;
+        loop {
+            loop {
+                while let Ok(mail) = mail.try_recv() {
+                    if !self.mail(mail).await {
+                        return None;
+                    }
+                }
+                let frame = match frames.next_frame(self.session.frame_limit()) {
+                    Ok(Some(frame)) => frame,
+                    Ok(None) => break,
+                    Err(error) => return Some(error.to_string()),
+                };
+                if !self.read_only && !self.shared.lease.holds(self.shared.now()) {
+                    // Not a word more: another node may be primary.
+                    return Some("this node is not primary any more".into());
+                }
+                self.session.receive(frame, &mut effects);
+                for effect in effects.drain(..) {
+                    if let Some(reason) = self.perform(effect).await {
+                        return reason;
+                    }
+                }
+                self.count_received(&frames);
+                if !self.session.in_transaction() {
+                    // However it ended.
+                    self.handle.uploads.store(false, Ordering::Release);
+                }
+                self.handle.outbox.room().await;
+                self.handle.few_unanswered(UNANSWERED).await;
+                // Who sends a million messages takes turns with the others.
+                consume_budget().await;
+            }
+            tokio::select! {
+                biased;
+                () = self.handle.outbox.closed() => return None,
+                Some(mail) = mail.recv() => {
+                    if !self.mail(mail).await {
+                        return None;
+                    }
+                }
+                read = socket.read_buf(frames.buffer()) => match read {
+                    Ok(0) | Err(_) => return None,
+                    Ok(_) => self.count_received(&frames),
+                },
+                () = tokio::time::sleep(if self.syncs { IDLE } else { QUIET }), if self.may_leave() => return None,
+                () = tokio::time::sleep_until(hello), if self.session.is_stranger() => {
+                    let seconds = HELLO.as_secs();
+                    return Some(format!("it has not asked for a storage within {seconds} seconds"));
+                }
+            }
+        }
+    }
+
+    fn count_received(&self, frames: &FrameReader) {
+        self.handle.received.set(frames.held() + self.session.held());
+    }
+
+    /// True if the session is to end and nothing of it is under way. The client must be quiet too: of
+    /// a connection that closes it only notices what is in flight. What it sends within a transaction, and is lost,
+    /// applications try again without a word; a call that begins a transaction they do not.
+    fn may_leave(&self) -> bool {
+        self.handle.leaving.load(Ordering::Acquire)
+            && self.handle.unanswered.load(Ordering::Acquire) == 0
+            && !self.session.in_transaction()
+    }
+
+    /// False if the session is to end.
+    async fn mail(&mut self, mail: Mail) -> bool {
+        match mail {
+            // See `may_leave`.
+            Mail::Leave => {}
+            Mail::LeaveNow => return false,
+            Mail::Registered(accepted) => {
+                self.session.registered(accepted);
+                if accepted {
+                    let settled = self.session.settled_for_read_only();
+                    self.handle.settled.store(settled, Ordering::Release);
+                    let read_write = self.session.is_read_write();
+                    self.handle.read_write.store(read_write || !self.read_only, Ordering::Release);
+                    debug!(
+                        client = %self.handle.peer, storage = self.storage, read_write, "a client has registered"
+                    );
+                }
+            }
+            Mail::Voted(outcome) => {
+                let outcome = match outcome {
+                    VoteOutcome::Answer(VoteAnswer::Voted) => self.work_out().await,
+                    other => other,
+                };
+                self.voted(outcome);
+            }
+        }
+        true
+    }
+
+    fn voted(&mut self, outcome: VoteOutcome) {
+        if let Some(reply) = self.session.voted(outcome) {
+            self.handle.outbox.push(reply);
+        }
+    }
+
+    /// The transaction holds its locks: works out what could not be known before.
+    async fn work_out(&mut self) -> VoteOutcome {
+        let voted = VoteOutcome::Answer(VoteAnswer::Voted);
+        let Some(storage) = self.storage() else { return voted };
+        let (reader, blobs) = (storage.reader(), storage.blobs.clone());
+        let mut undone = Undone::new();
+        let failed = loop {
+            let later = match self.session.take_later() {
+                Ok(later) if later.is_empty() => return voted,
+                Ok(later) => later,
+                Err(error) => break cannot_keep(&error),
+            };
+            let (reader, blobs) = (reader.clone(), blobs.clone());
+            let (results, mut received) = platform::queue(16);
+            let working = platform::spawn_blocking(move || {
+                let each = |out| platform::send_blocking(&results, out).is_ok();
+                let worked =
+                    history_calls::work_out(&reader, blobs.as_ref(), later, &mut undone, each);
+                worked.map(|()| undone)
+            });
+            let mut kept = Ok(());
+            while let Some(out) = received.recv().await {
+                kept = kept.and_then(|()| self.session.worked_out(out));
+            }
+            match (working.await, kept) {
+                (Ok(Ok(so_far)), Ok(())) => undone = so_far,
+                (Ok(Err(error)), _) => break error,
+                (Err(error), _) => break ClientError::storage(error.to_string()),
+                (_, Err(error)) => break cannot_keep(&error),
+            }
+        };
+        let (session, storage) = (self.handle.id, self.storage.clone().unwrap_or_default());
+        self.shared.tell(Event::Client(Request::Abort { session, storage })).await;
+        VoteOutcome::Failed(failed)
+    }
+
+    /// The objects that a vote's undos change.
+    async fn undo_objects(&self, request: &mut VoteRequest) -> Result<(), ClientError> {
+        let Some(storage) = self.storage().filter(|_| !request.undos.is_empty()) else {
+            return Ok(());
+        };
+        let (reader, undos) = (storage.reader().clone(), request.undos.clone());
+        let (limits, objects) = (self.shared.config.limits(), request.objects());
+        let found = platform::spawn_blocking(move || {
+            history_calls::undo_objects(&reader, &undos, |undone| limits.check(objects + undone, 0))
+        });
+        let oids = found.await.unwrap_or_else(|e| Err(ClientError::storage(e.to_string())))?;
+        request.writes.extend(oids.into_iter().map(|oid| (oid, Expected::Any)));
+        Ok(())
+    }
+
+    /// Answers a look back.
+    async fn look(&mut self, id: Option<Value>, look: Look) {
+        let Some(storage) = self.storage() else { return };
+        let (reader, handle) = (storage.reader().clone(), self.handle.clone());
+        let answer = move |found: Result<Value, ClientError>| {
+            let Some(id) = id else { return };
+            handle.outbox.push(match found {
+                Ok(value) => handle.encoding().reply(&id, value),
+                Err(error) => handle.encoding().error(&id, &error),
+            });
+        };
+        if let Look::UndoLog(range, specification) = look {
+            if storage.packing.percent().is_some() {
+                return answer(Err(undo_disabled()));
+            }
+            // It may read the whole file: the client's other threads do not wait for it. But only one is looked for at a
+            // time, when there is room for the answer, and as long as the client is there.
+            let (handle, turn) = (self.handle.clone(), self.undo_log.clone());
+            let memory = self.shared.memory.clone();
+            handle.unanswered.fetch_add(1, Ordering::AcqRel);
+            tokio::spawn(async move {
+                let _turn = turn.lock().await;
+                handle.outbox.room().await;
+                let _of_all = memory.undo_log_turn().await;
+                let client = handle.clone();
+                let go_on = move || !client.outbox.is_closed();
+                let found = platform::spawn_blocking(move || {
+                    history_calls::undo_log(&reader, range, &specification, &go_on)
+                });
+                answer(found.await.unwrap_or_else(|e| Err(ClientError::storage(e.to_string()))));
+                handle.answered();
+            });
+            return;
+        }
+        let mut iterators = std::mem::take(&mut self.iterators);
+        let looked = platform::spawn_blocking(move || {
+            let found = history_calls::look(&reader, &mut iterators, look);
+            (found, iterators)
+        });
+        match looked.await {
+            Ok((found, iterators)) => {
+                self.iterators = iterators;
+                answer(found);
+            }
+            Err(error) => answer(Err(ClientError::storage(error.to_string()))),
+        }
+    }
+
+    /// `Some` ends the session, with a reason if the client is to blame.
+    async fn perform(&mut self, effect: Effect) -> Option<Option<String>> {
+        let session = self.handle.clone();
+        let storage = self.storage.clone().unwrap_or_default();
+        let request = match effect {
+            Effect::Send(frame) => {
+                self.handle.outbox.push(frame);
+                return None;
+            }
+            Effect::Close(reason) => return Some(Some(reason.to_string())),
+            Effect::Ruok => {
+                self.shared.settled().await;
+                let status = self.shared.ruok();
+                self.handle.outbox.push(frame(status.to_string().as_bytes()));
+                return Some(None);
+            }
+            Effect::Read { id, read } => return self.read(id, read).await.err().map(Some),
+            Effect::Register { id, storage, read_only } => {
+                self.storage = Some(storage.clone());
+                self.handle.set_encoding(self.session.encoding());
+                Request::Register { session, id, storage, read_only }
+            }
+            Effect::Invalidations { id, since } => {
+                // Each answer may be long: one is made at a time, when there is room for it.
+                self.handle.few_unanswered(0).await;
+                self.handle.outbox.room().await;
+                Request::Invalidations { session, storage, id, since }
+            }
+            Effect::Ping { id } if self.read_only => Request::Sync { session, id },
+            Effect::Ping { id } => {
+                // This node is primary: what it has acknowledged is visible.
+                self.handle.outbox.push(self.handle.encoding().reply(&id, Value::None));
+                self.syncs = true;
+                return self.may_leave().then_some(None);
+            }
+            Effect::NewOids { id, count } => Request::NewOids { session, storage, id, count },
+            Effect::Labelled => {
+                // In the words of the Python server: sites look for them in their logs.
+                let label = self.session.label().unwrap_or_default();
+                self.handle.set_label(label);
+                info!("ZEO.StorageServer ({label} {}) connected", self.handle.peer);
+                return None;
+            }
+            Effect::Look { id, look } => {
+                self.look(id, look).await;
+                return None;
+            }
+            Effect::Vote(mut request) => {
+                if let Err(error) = self.undo_objects(&mut request).await {
+                    self.voted(VoteOutcome::Failed(error));
+                    return None;
+                }
+                let vote = match request.objects() > MANY {
+                    false => {
+                        self.warm(&request).await;
+                        Vote::from(request)
+                    }
+                    // The engine has it examined elsewhere.
+                    true => match platform::spawn_blocking(move || Vote::from(request)).await {
+                        Ok(vote) => vote,
+                        Err(error) => return Some(Some(error.to_string())),
+                    },
+                };
+                Request::Vote { session, storage, vote }
+            }
+            Effect::Finish { id, transaction } => {
+                if let Some(storage) = self.storage() {
+                    let count = transaction.writes().len() as u64;
+                    storage.stats.stores.fetch_add(count, Ordering::Relaxed);
+                }
+                Request::Finish { session, storage, id, transaction }
+            }
+            Effect::BlobStart => {
+                session.uploads.store(true, Ordering::Release);
+                return self.begin_upload().err().map(Some);
+            }
+            Effect::BlobChunk(bytes) => {
+                if let Some(Ok(upload)) = &mut self.upload {
+                    let written = match self.shared.room.check() {
+                        Ok(()) => upload.write(&bytes).await,
+                        Err(source) => Err(upload.failed(source)),
+                    };
+                    if let Err(error) = written {
+                        // The client sends the rest all the same, and hears of it when it votes.
+                        self.upload = Some(Err(error));
+                    }
+                }
+                return None;
+            }
+            Effect::BlobEnd(oid) => {
+                let staged = match self.upload.take() {
+                    Some(Ok(upload)) => upload.finish().await,
+                    Some(Err(error)) => Err(error),
+                    None => return None,
+                };
+                self.staged(oid, staged);
+                return None;
+            }
+            Effect::BlobShared { oid, name } => {
+                let Some(blobs) = self.storage().and_then(|s| s.blobs.clone()) else {
+                    return Some(Some(NO_BLOBS.into()));
+                };
+                let staged = blob_files::adopt(&blobs, oid, name).await;
+                self.staged(oid, staged);
+                return None;
+            }
+            Effect::SendBlob { id, oid, serial } => {
+                self.send_blob(id, oid, serial);
+                return None;
+            }
+            // Python's server lets a read-only client pack. Who was given this address is not to work on the files.
+            Effect::Pack { id, .. } if self.read_only => {
+                if let Some(id) = id {
+                    self.handle
+                        .outbox
+                        .push(self.handle.encoding().error(&id, &ClientError::ReadOnly));
+                }
+                return None;
+            }
+            Effect::Pack { id, time, wait } => Request::Pack { session, storage, id, time, wait },
+            Effect::Abort => {
+                if let Some(storage) = self.storage() {
+                    storage.stats.aborts.fetch_add(1, Ordering::Relaxed);
+                }
+                Request::Abort { session: session.id, storage }
+            }
+        };
+        if request.awaits_answer() {
+            self.handle.unanswered.fetch_add(1, Ordering::AcqRel);
+        }
+        self.shared.tell(Event::Client(request)).await;
+        None
+    }
+
+    fn begin_upload(&mut self) -> Result<(), String> {
+        let blobs = self.storage().and_then(|s| s.blobs.as_ref()).ok_or(NO_BLOBS)?;
+        let transfer = blob_files::new_transfer().map_err(|error| error.to_string())?;
+        let writer = BlobWriter::new(blobs, transfer);
+        self.upload = Some(match self.shared.room.check() {
+            Ok(()) => Ok(writer),
+            Err(source) => Err(writer.failed(source)),
+        });
+        Ok(())
+    }
+
+    /// An upload has ended: the other nodes fetch it while the client goes on.
+    fn staged(&mut self, oid: Oid, staged: Result<(Upload, Staged), StorageError>) {
+        let staged = match staged {
+            Ok((upload, staged)) => {
+                let storage = self.storage.clone().unwrap_or_default();
+                let staged = StagedBlob::announce(&self.shared, &storage, upload, staged);
+                Ok((upload, Box::new(staged) as Box<dyn StagedFile>))
+            }
+            Err(error) => {
+                error!(%error, "cannot keep a blob");
+                Err(ClientError::storage(format!("cannot keep a blob: {error}")))
+            }
+        };
+        self.session.staged(oid, staged);
+    }
+
+    /// Sends a blob beside whatever else the client asks for.
+    fn send_blob(&self, id: Value, oid: Oid, serial: Tid) {
+        self.handle.unanswered.fetch_add(1, Ordering::AcqRel);
+        let handle = self.handle.clone();
+        let Some(blobs) = self.storage().and_then(|storage| storage.blobs.as_ref()) else {
+            let text = Value::str("Blobs are not supported");
+            let error = ClientError::Other("builtins.TypeError", vec![text]);
+            return handle.answer(handle.encoding().error(&id, &error));
+        };
+        let (shared, blobs) = (self.shared.clone(), blobs.clone());
+        let storage = self.storage.clone().unwrap_or_default();
+        tokio::spawn(async move {
+            let encoding = handle.encoding();
+            let opened = open_right(&shared, &storage, &blobs, (oid, serial)).await;
+            let blob = [Value::from(oid.to_bytes()), Value::from(serial.to_bytes())];
+            let mut reader = match opened {
+                Ok(reader) => reader,
+                Err(error) => {
+                    let path = blobs.path(oid, serial).display().to_string();
+                    let error = if error.kind() == std::io::ErrorKind::NotFound {
+                        let text = Value::Str(format!("No blob file at {path}"));
+                        let [oid, serial] = blob;
+                        ClientError::Other("ZODB.POSException.POSKeyError", vec![text, oid, serial])
+                    } else {
+                        ClientError::storage(format!("cannot read {path}: {error}"))
+                    };
+                    return handle.answer(encoding.error(&id, &error));
+                }
+            };
+            handle.outbox.push(encoding.notify("receiveBlobStart", blob.to_vec()));
+            loop {
+                handle.outbox.room_below(BLOB_QUEUE).await;
+                match reader.next().await {
+                    Ok(bytes) if bytes.is_empty() => break,
+                    Ok(bytes) => {
+                        for chunk in bytes.chunks(BLOB_CHUNK) {
+                            let [oid, serial] = blob.clone();
+                            let chunk = Value::Bytes(bytes.slice_ref(chunk));
+                            let arguments = vec![oid, serial, chunk];
+                            handle.outbox.push(encoding.notify("receiveBlobChunk", arguments));
+                        }
+                    }
+                    // The client has a part of it and cannot be told otherwise.
+                    Err(error) => return handle.cut(&format!("cannot read a blob: {error}")),
+                }
+                if handle.outbox.close_reason().is_some() {
+                    return;
+                }
+            }
+            handle.outbox.push(encoding.notify("receiveBlobStop", blob.to_vec()));
+            handle.answer(encoding.reply(&id, Value::None));
+        });
+    }
+
+    fn storage(&self) -> Option<&StorageShared> {
+        self.shared.storages.get(self.storage.as_deref()?)
+    }
+
+    /// Brings into memory what the engine is about to compare, so that it need not wait for a disk.
+    async fn warm(&self, request: &VoteRequest) {
+        let Some(storage) = self.storage() else { return };
+        let writes = request.writes.iter().map(|(oid, _)| *oid);
+        let oids = writes.chain(request.checks.iter().map(|(oid, _)| *oid));
+        let cold: Vec<_> = oids
+            .filter(|oid| {
+                let read = storage.reader().committed_serial(*oid, Access::Cached);
+                matches!(read, Err(StorageError::NotCached))
+            })
+            .collect();
+        if cold.is_empty() {
+            return;
+        }
+        let reader = storage.reader().clone();
+        let _ = platform::spawn_blocking(move || {
+            for oid in cold {
+                // An error will be found again, and answered, by the engine.
+                let _ = reader.committed_serial(oid, Access::Blocking);
+            }
+        })
+        .await;
+    }
+
+    /// Evaluates a read and queues its reply, as one step.
+    async fn read(&self, id: Value, read: Read) -> Result<(), String> {
+        let Some(storage) = self.storage() else { return Err("no storage".into()) };
+        if let Read::Status = read {
+            self.shared.settled().await;
+        }
+        if let Read::LoadBefore(..) = read {
+            storage.stats.loads.fetch_add(1, Ordering::Relaxed);
+        }
+        // A page that was brought in may be gone again before it is used; not for ever.
+        for _ in 0..3 {
+            let evaluated = self
+                .handle
+                .outbox
+                .evaluate(|last_tid| self.evaluate(storage, &id, read, last_tid, Access::Cached));
+            if evaluated.is_ok() {
+                return Ok(());
+            }
+            let reader = storage.reader().clone();
+            let fetched = platform::spawn_blocking(move || match read {
+                Read::LoadBefore(oid, tid) => {
+                    reader.load_before(oid, tid, Access::Blocking).map(drop)
+                }
+                Read::LoadSerial(oid, tid) => {
+                    reader.load_serial(oid, tid, Access::Blocking).map(drop)
+                }
+                Read::GetTid(oid) => reader.serial(oid, Access::Blocking).map(drop),
+                Read::LastTransaction | Read::Info | Read::Status => Ok(()),
+            });
+            // Its errors come again when it is evaluated.
+            let _ = fetched.await;
+        }
+        let evaluated = self
+            .handle
+            .outbox
+            .evaluate(|last_tid| self.evaluate(storage, &id, read, last_tid, Access::Blocking));
+        evaluated.map_err(|NotCached| "a read cannot be evaluated".into())
+    }
+
+    fn evaluate(
+        &self,
+        storage: &StorageShared,
+        id: &Value,
+        read: Read,
+        last_tid: Tid,
+        access: Access,
+    ) -> Result<Bytes, NotCached> {
+        let reader = &storage.reader();
+        let answer = |value: Value| self.session.answer(id, Ok(value));
+        let found = match read {
+            Read::LoadBefore(oid, tid) => reader.load_before(oid, tid, access).map(|revision| {
+                self.session.loaded(id, revision.map(|r| (r.data, r.serial, r.end)))
+            }),
+            Read::LoadSerial(oid, serial) => {
+                reader.load_serial(oid, serial, access).map(|data| answer(data.into()))
+            }
+            Read::GetTid(oid) => {
+                reader.serial(oid, access).map(|serial| answer(serial.to_bytes().into()))
+            }
+            Read::LastTransaction => Ok(answer(last_tid.to_bytes().into())),
+            Read::Info => Ok(answer(storage_info(storage))),
+            Read::Status => Ok(answer(self.shared.server_status(storage, self.storage.as_deref()))),
+        };
+        match found {
+            Ok(reply) => Ok(reply),
+            Err(StorageError::NotCached) => Err(NotCached),
+            Err(StorageError::NoKey(oid)) => {
+                let error = ClientError::PosKey(oid.to_bytes().into());
+                Ok(self.session.answer(id, Err(error)))
+            }
+            // As below a pack: ZODB makes of it an error after which the application tries again.
+            Err(StorageError::Hole(_)) if matches!(read, Read::LoadBefore(..)) => {
+                Ok(self.session.loaded(id, None))
+            }
+            Err(error @ StorageError::Hole(_)) => {
+                Ok(self.session.answer(id, Err(history_calls::not_here(&error))))
+            }
+            Err(error) => Ok(self.session.answer(id, Err(read_failed(&error)))),
+        }
+    }
+}
+
+struct NotCached;
+
+fn cannot_keep(error: &std::io::Error) -> ClientError {
+    ClientError::storage(format!("cannot keep a large transaction: {error}"))
+}

@@ -1,0 +1,7 @@
+//! Conversations with ZEO clients.
+
+pub(crate) mod connection;
+pub(crate) mod history_calls;
+pub(crate) mod listener;
+pub(crate) mod staged_blob;
+pub(crate) mod status_calls;

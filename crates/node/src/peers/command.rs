@@ -1,0 +1,55 @@
+//! What an administrator asks a node for, passed on to the primary.
+//!
+//! ```text
+//! asking node                    primary
+//!    'q' JSON: an Ask     ─────▶
+//!                         ◀─────  'a' JSON: what was done, or why not
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::cells::command::{Answer, Ask, PATIENCE};
+use crate::cells::events::Event;
+use crate::cells::shared::Shared;
+use crate::transport::frames::{MAX_FRAME, PeerError, read_frame, within, write_frame};
+use crate::transport::handshake::{Purpose, connect};
+use crate::transport::stream::Stream;
+
+/// An administrator's node says soon what it wants.
+const PROMPT: Duration = Duration::from_secs(10);
+/// Longer than the other node waits for what was asked for.
+const ANSWER: Duration = PATIENCE.saturating_add(Duration::from_secs(5));
+
+/// Asks the node at `address`.
+pub async fn ask(shared: &Shared, address: &str, ask: &Ask) -> Result<Answer, PeerError> {
+    let (mut stream, _) = connect(&shared.introduction(), address, Purpose::Ask).await?;
+    write_frame(&mut stream, b'q', &serde_json::to_vec(ask)?).await?;
+    match within(ANSWER, read_frame(&mut stream, MAX_FRAME)).await? {
+        (b'a', json) => Ok(serde_json::from_slice(&json)?),
+        (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
+    }
+}
+
+/// Answers a node that asks.
+pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
+    let (_, json) = within(PROMPT, read_frame(&mut stream, 64 << 10)).await?;
+    let answer = match serde_json::from_slice(&json) {
+        Ok(ask) => here(shared, ask).await,
+        Err(error) => Err(format!("the primary does not know how to do that: {error}")),
+    };
+    write_frame(&mut stream, b'a', &serde_json::to_vec(&answer)?).await
+}
+
+/// Does it here, if this node is the one to do it.
+pub async fn here(shared: &Arc<Shared>, ask: Ask) -> Answer {
+    let (asker, answer) = oneshot::channel();
+    shared.tell(Event::Ask(ask, asker)).await;
+    match tokio::time::timeout(PATIENCE, answer).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) => Err("the primary has changed before it was done; see standby status".into()),
+        Err(_) => Err("it is not done yet; see standby status".into()),
+    }
+}

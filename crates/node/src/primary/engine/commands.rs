@@ -1,0 +1,316 @@
+//! What administrators ask the primary for.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use standby_consensus::Member;
+use standby_types::NodeId;
+
+use crate::cells::apply_task::ApplyTask;
+use crate::cells::command::{Answer, Ask, Asker, Done};
+use crate::cells::storage::StorageShared;
+use crate::config::word;
+use crate::platform::hex::random_hex;
+use crate::primary::engine::Engine;
+use crate::replica::settings::{FEATURE_LEVEL, Invitation, SETTINGS_LEVEL, Setting};
+
+/// Time for a decision to come into force.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(super) type Condition = Box<dyn Fn(&Engine) -> bool + Send>;
+
+/// An answer that waits until something holds.
+pub(super) struct AwaitedAnswer {
+    holds: Condition,
+    done: Done,
+    /// What it is that is waited for.
+    what: &'static str,
+    deadline: Duration,
+    asker: Asker,
+}
+
+impl Engine {
+    pub(super) fn ask(&mut self, ask: Ask, asker: Asker) -> anyhow::Result<()> {
+        match ask {
+            Ask::Backfill { node } => {
+                let _ = asker.send(self.backfill(&node));
+                return Ok(());
+            }
+            Ask::Promote { node, group } => return self.promote(&node, group, asker),
+            _ => {}
+        }
+        if !self.serves() {
+            let _ = asker.send(Err("this node is not primary any more; ask again".into()));
+            return Ok(());
+        }
+        match &ask {
+            Ask::Switchover { to, grace } => {
+                self.begin_switchover(to.as_deref(), *grace, asker);
+                return Ok(());
+            }
+            // A node that does not know the level does not know the entry that says so either.
+            Ask::FeatureLevel { level } if !self.raises(*level) => {
+                let text = format!("the feature level is {} already", self.settings.level());
+                let _ = asker.send(Ok(Done { text, token: None }));
+                return Ok(());
+            }
+            _ => {}
+        }
+        let (setting, done) = match self.decision(&ask) {
+            Ok(decision) => decision,
+            Err(reason) => {
+                let _ = asker.send(Err(reason));
+                return Ok(());
+            }
+        };
+        if !self.decide(&setting)? {
+            let _ = asker.send(Err("another change is under way; ask again".into()));
+            return Ok(());
+        }
+        let index = self.decided;
+        let (holds, what): (Condition, _) = match setting {
+            Setting::Remove { node } => (
+                Box::new(move |engine| engine.consensus.membership().named(&node).is_none()),
+                "the node is still a member",
+            ),
+            Setting::Failover { group, .. } => (
+                Box::new(move |engine| engine.applied >= index && engine.has_its_votes(&group)),
+                "the votes are not yet what they are to be: nodes are down, or catching up",
+            ),
+            _ => (
+                Box::new(move |engine| engine.applied >= index),
+                "the decision is not on a majority of the nodes yet",
+            ),
+        };
+        self.watch(holds, done, what, asker);
+        Ok(())
+    }
+
+    /// Answers as soon as something holds; `what` says what is waited for.
+    pub(super) fn watch(&mut self, holds: Condition, done: Done, what: &'static str, asker: Asker) {
+        let deadline = self.shared.now() + PATIENCE;
+        self.watches.push(AwaitedAnswer { holds, done, what, deadline, asker });
+    }
+
+    fn backfill(&self, node: &str) -> Answer {
+        if node != self.shared.member.name {
+            return Err(format!("this is {}, not {node}", self.shared.member.name));
+        }
+        let has_holes =
+            |(_, storage): &(&String, &StorageShared)| !storage.reader().holes().is_empty();
+        let storages: Vec<_> = self.shared.storages.iter().filter(has_holes).collect();
+        for (name, _) in &storages {
+            self.shared.apply(ApplyTask::Backfill((*name).clone()));
+        }
+        let text = match storages.is_empty() {
+            true => format!("{node} has the whole history"),
+            false => format!("{node} gets the history that it lacks from another node"),
+        };
+        Ok(Done { text, token: None })
+    }
+
+    /// Answers those for whom it has come true, or who have waited too long.
+    pub(super) fn tick_watches(&mut self) {
+        let now = self.shared.now();
+        for watch in std::mem::take(&mut self.watches) {
+            if (watch.holds)(self) {
+                let _ = watch.asker.send(Ok(watch.done));
+            } else if now > watch.deadline {
+                let _ = watch.asker.send(Err(format!(
+                    "{}; the cluster goes on trying, see standby status",
+                    watch.what
+                )));
+            } else {
+                self.watches.push(watch);
+            }
+        }
+    }
+
+    fn has_its_votes(&self, group: &str) -> bool {
+        let membership = self.consensus.membership();
+        let votes = self.is_failover(group);
+        self.data_nodes(group).all(|m| membership.voters.contains(&m.id) == votes)
+            && membership.outgoing.is_empty()
+    }
+
+    fn decision(&self, ask: &Ask) -> Result<(Setting, Done), String> {
+        let level = self.settings.level();
+        if level < SETTINGS_LEVEL && !matches!(ask, Ask::FeatureLevel { .. }) {
+            return Err(format!(
+                "the cluster works at feature level {level}, which has no such thing; when all nodes run this \
+                 version: standby feature-level raise"
+            ));
+        }
+        let done = |text: String| Done { text, token: None };
+        match ask {
+            Ask::Switchover { .. } | Ask::Backfill { .. } | Ask::Promote { .. } => {
+                Err("no decision".into())
+            }
+            Ask::NodeAdd { node, group, witness, replaces } => {
+                self.invitation(node, group.as_deref(), *witness, *replaces)
+            }
+            Ask::NodeRemove { node, force } => {
+                let member = self.replica(node)?;
+                self.check_loss(&BTreeSet::from([member.id]), *force)?;
+                let text = format!(
+                    "{node} is no member of the cluster any more. Stop it; to let it in again, use \
+                     standby node add, and remove its state-dir first"
+                );
+                Ok((Setting::Remove { node: node.clone() }, done(text)))
+            }
+            Ask::GroupSet { group, failover: true, .. } => {
+                self.check_group(group)?;
+                let text = format!(
+                    "the nodes of group {group} vote: one of them can become primary by itself"
+                );
+                Ok((Setting::Failover { group: group.clone(), on: true }, done(text)))
+            }
+            Ask::GroupSet { group, failover: false, force } => {
+                self.check_group(group)?;
+                if self.settings.moving_to.as_ref() == Some(group) {
+                    return Err(format!("the primary is being moved to group {group}"));
+                }
+                if *group == self.shared.member.group {
+                    return Err(format!(
+                        "the primary is in group {group}; to have the primary and the voters in another group: \
+                         standby group move --to GROUP"
+                    ));
+                }
+                let data = self.data_nodes(group).map(|m| m.id).collect();
+                self.check_loss(&data, *force)?;
+                let text = format!(
+                    "the nodes of group {group} have no vote: none of them becomes primary by itself"
+                );
+                Ok((Setting::Failover { group: group.clone(), on: false }, done(text)))
+            }
+            Ask::GroupMove { to } => {
+                self.check_group(to)?;
+                if !self.data_nodes(to).any(|m| self.is_there(m.id)) {
+                    return Err(format!("no node of group {to} with data is there"));
+                }
+                let witnesses = self.consensus.membership().members.values().filter(|m| m.witness);
+                let voters = self.data_nodes(to).count() + witnesses.count();
+                let text = format!(
+                    "the primary and all votes go to group {to}; with {voters} voter(s) it will survive {} failure(s)",
+                    survivable(voters)
+                );
+                Ok((Setting::Move { to: to.clone() }, done(text)))
+            }
+            Ask::FeatureLevel { level: wanted } => {
+                let known = self.known_level();
+                let wanted = wanted.unwrap_or(FEATURE_LEVEL);
+                if wanted > known.0 {
+                    return Err(format!(
+                        "node {} knows feature level {} only: upgrade it first",
+                        known.1, known.0
+                    ));
+                }
+                Ok((Setting::FeatureLevel(wanted), done(format!("the feature level is {wanted}"))))
+            }
+        }
+    }
+
+    fn raises(&self, wanted: Option<u32>) -> bool {
+        wanted.unwrap_or(FEATURE_LEVEL) > self.settings.level()
+    }
+
+    /// The highest feature level that all members know, and a member that knows no higher one.
+    fn known_level(&self) -> (u32, String) {
+        let members = self.consensus.membership().members.values();
+        members
+            .map(|m| (self.shared.reports.feature_level(m.id), m.name.clone()))
+            .chain([(FEATURE_LEVEL, self.shared.member.name.clone())])
+            .min()
+            .unwrap_or_default()
+    }
+
+    pub(super) fn member(&self, name: &str) -> Result<&Member, String> {
+        let membership = self.consensus.membership();
+        membership.named(name).ok_or_else(|| {
+            let names: BTreeSet<_> = membership.members.values().map(|m| m.name.as_str()).collect();
+            let names = Vec::from_iter(names).join(", ");
+            format!("{name} is no node of this cluster; its nodes: {names}")
+        })
+    }
+
+    /// A member that is not primary.
+    fn replica(&self, name: &str) -> Result<&Member, String> {
+        match self.member(name)? {
+            member if member.id == self.shared.id => Err(format!(
+                "{name} is primary: first make another node primary by standby switchover"
+            )),
+            member => Ok(member),
+        }
+    }
+
+    fn check_group(&self, name: &str) -> Result<(), String> {
+        let members = self.consensus.membership().members.values();
+        let groups: BTreeSet<_> = members.map(|m| m.group.as_str()).collect();
+        if groups.contains(name) {
+            return Ok(());
+        }
+        let groups = Vec::from_iter(groups).join(", ");
+        Err(format!("no node is of group {name}; the groups are {groups}"))
+    }
+
+    fn invitation(
+        &self,
+        node: &str,
+        group: Option<&str>,
+        witness: bool,
+        replaces: bool,
+    ) -> Result<(Setting, Done), String> {
+        word(node)?;
+        let (like, witness) = if replaces {
+            let former = self.replica(node)?;
+            (former, former.witness)
+        } else if self.member(node).is_ok() {
+            return Err(format!(
+                "{node} is a member already; to let another machine take its place: standby node replace"
+            ));
+        } else {
+            (&self.shared.member, witness)
+        };
+        let group = group.map_or_else(|| Ok(like.group.clone()), word)?;
+        let token = random_hex(16).map_err(|error| error.to_string())?;
+        let done = Done {
+            text: format!("node {node} may join as a member of group {group}"),
+            token: Some(token.clone()),
+        };
+        let invitation = Invitation { group, witness, token, replaces };
+        Ok((Setting::Invite { node: node.into(), invitation }, done))
+    }
+
+    /// Why it is dangerous that these nodes lose their votes, if it is and nobody insists.
+    fn check_loss(&self, going: &BTreeSet<NodeId>, force: bool) -> Result<(), String> {
+        let membership = self.consensus.membership();
+        let before = membership.voters.len();
+        let staying: Vec<_> = membership.voters.difference(going).copied().collect();
+        if force || staying.len() == before {
+            return Ok(());
+        }
+        let there = staying.iter().filter(|id| self.is_there(**id)).count();
+        let majority = staying.len() / 2 + 1;
+        let risk = if there < majority {
+            format!(
+                "{} voters would be left, of which only {there} are up: writes would stop at once",
+                staying.len()
+            )
+        } else if survivable(staying.len()) < survivable(before) {
+            format!(
+                "{} voters would be left, which survive {} failure(s) instead of {}",
+                staying.len(),
+                survivable(staying.len()),
+                survivable(before)
+            )
+        } else {
+            return Ok(());
+        };
+        Err(format!("{risk}. If that is what you want: --force"))
+    }
+}
+
+/// How many of so many voters may be lost before writes stop.
+fn survivable(voters: usize) -> usize {
+    voters.saturating_sub(1) / 2
+}

@@ -1,0 +1,316 @@
+//! A planned change of the primary.
+//!
+//! ```text
+//!             target level, no long calls       nothing under way        target leads
+//!  Levelling ───────────────────▶ Draining ─────────────────▶ Handing ─────────────▶ done
+//!  commits go on                  clients leave, each         none is left
+//!      │                          after its transaction       │
+//!      │ grace over, not level        │ 1 s without progress  │ given up by Raft
+//!      ▼                              ▼                       ▼
+//!    failed                    failed: this node serves them again
+//! ```
+//!
+//! A primary whose disk does not answer does not wait in `Draining` for what that disk holds up.
+//!
+//! A ZEO client waits for a server when it has no connection, and notices that only if a call is under way. So
+//! clients are sent away between two transactions, and those that come are held: nobody sees an error.
+//! A transaction that has begun but not voted is waited for a moment, one that has voted, an upload, and a pack that
+//! its client waits for as long as the grace says.
+//!
+//! From `Handing` on this node gives no answer as primary: the other one may be elected before this one
+//! hears of it, without waiting for a lease to end.
+
+use std::time::Duration;
+
+use standby_types::NodeId;
+use tracing::{info, warn};
+
+use crate::cells::apply_task::ApplyTask;
+use crate::cells::command::{Answer, Asker, Done};
+use crate::primary::engine::Engine;
+
+/// Time for the last commits to reach the other node.
+const COMMIT_PATIENCE: Duration = Duration::from_secs(1);
+/// Time for transactions that have begun to vote.
+const BEGUN_PATIENCE: Duration = Duration::from_millis(300);
+/// Time, after the grace, for transactions that have finished to be committed: a full disk may be in their way.
+const DRAINING_PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the new primary to appear.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest grace.
+const MAX_GRACE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Levelling,
+    Draining,
+    Handing,
+}
+
+/// See the module.
+pub(super) struct Switchover {
+    target: NodeId,
+    name: String,
+    grace: Duration,
+    /// This node may not be able to finish what is under way: it is not waited for long.
+    urgent: bool,
+    phase: Phase,
+    /// When the phase began.
+    since: Duration,
+    /// When clients were first held.
+    held_since: Duration,
+    /// Since when no transaction is under way.
+    idle_since: Option<Duration>,
+    asker: Option<Asker>,
+}
+
+impl Engine {
+    /// Starts one, or says why not.
+    pub(super) fn begin_switchover(&mut self, to: Option<&str>, grace: f64, asker: Asker) {
+        let grace = Duration::try_from_secs_f64(grace).unwrap_or_default().min(MAX_GRACE);
+        match self.choose(to) {
+            Err(reason) => drop(asker.send(Err(reason))),
+            Ok(target) => self.switch_to(target, grace, false, Some(asker)),
+        }
+    }
+
+    pub(super) fn switch_to(
+        &mut self,
+        target: NodeId,
+        grace: Duration,
+        urgent: bool,
+        asker: Option<Asker>,
+    ) {
+        let name = self.name_of(target).unwrap_or_default();
+        info!(to = name, "a switchover begins");
+        let now = self.shared.now();
+        self.switchover = Some(Switchover {
+            target,
+            name,
+            grace,
+            urgent,
+            phase: Phase::Levelling,
+            since: now,
+            held_since: now,
+            idle_since: None,
+            asker,
+        });
+    }
+
+    /// The node that is to be primary.
+    fn choose(&self, to: Option<&str>) -> Result<NodeId, String> {
+        if self.switchover.is_some() {
+            return Err("a switchover is under way".into());
+        }
+        if let Some(group) = &self.settings.moving_to {
+            return Err(format!("the primary is being moved to group {group}"));
+        }
+        let Some(name) = to else {
+            let own = self.best_voter(|group| group == self.shared.member.group);
+            return own.or_else(|| self.best_voter(|_| true)).ok_or_else(|| {
+                "no other voter with data is there: nobody could be primary".to_owned()
+            });
+        };
+        let member = self.member(name)?;
+        if member.id == self.shared.id {
+            return Err(format!("{name} is primary already"));
+        }
+        if member.witness {
+            return Err(format!("{name} is a witness: it has no data"));
+        }
+        if !self.consensus.membership().voters.contains(&member.id) {
+            return Err(format!(
+                "{name} has no vote: it is of group {}, which is no fail-over group, or has not caught \
+                 up yet. To move the primary to another group: standby group move --to GROUP",
+                member.group
+            ));
+        }
+        if !self.is_there(member.id) {
+            return Err(format!("{name} is down"));
+        }
+        if !self.has_room(member.id) {
+            return Err(format!("the disk of {name} is nearly full"));
+        }
+        Ok(member.id)
+    }
+
+    /// The voter with data, of the groups that are `wanted`, that is nearest to this one.
+    pub(super) fn best_voter(&self, wanted: impl Fn(&str) -> bool) -> Option<NodeId> {
+        let membership = self.consensus.membership();
+        let fits = |id: &NodeId| {
+            let member = membership.members.get(id);
+            *id != self.shared.id
+                && member.is_some_and(|m| !m.witness && wanted(&m.group))
+                && self.is_there(*id)
+        };
+        let matched = |id: &NodeId| self.consensus.progress(*id).map(|progress| progress.matched);
+        let voters = membership.voters.iter().copied().filter(fits);
+        voters.max_by_key(|id| (self.has_good_disks(*id), matched(id)))
+    }
+
+    /// True if the node's connection is open and it has answered lately.
+    pub(super) fn is_there(&self, id: NodeId) -> bool {
+        let active = self.consensus.progress(id).is_some_and(|progress| progress.active);
+        id == self.shared.id || active && self.present.contains_key(&id)
+    }
+
+    /// True if this node answers as primary.
+    pub(super) fn serves(&self) -> bool {
+        let handing = self.switchover.as_ref().is_some_and(|s| s.phase == Phase::Handing);
+        self.role.serves && !handing && !self.opening && self.superseded.is_none()
+    }
+
+    /// True if clients that may write are to leave, and those that come are held.
+    pub(super) fn lets_clients_go(&self) -> bool {
+        self.switchover.as_ref().is_some_and(|s| s.phase != Phase::Levelling)
+    }
+
+    /// Goes on if it can.
+    pub(super) fn tick_switchover(&mut self) -> anyhow::Result<()> {
+        let Some(switchover) = &self.switchover else { return Ok(()) };
+        if !self.role.leads {
+            return Ok(());
+        }
+        let (phase, target) = (switchover.phase, switchover.target);
+        let waited = self.shared.now().saturating_sub(switchover.since);
+        let (grace, urgent) = (switchover.grace, switchover.urgent);
+        if phase != Phase::Handing && !self.is_there(target) {
+            return self.switchover_failed("it cannot be reached any more");
+        }
+        let last = self.consensus.last_index().0;
+        let behind =
+            self.consensus.progress(target).map_or(last, |p| last.saturating_sub(p.matched.0));
+        match phase {
+            Phase::Levelling => {
+                let level = self.is_level(target);
+                let long_call = self.shared.sessions.any_long_call();
+                if level && (!long_call || waited >= grace || urgent) {
+                    self.enter(Phase::Draining);
+                    self.publish_standing();
+                    self.shared.sessions.let_writers_leave();
+                    return self.tick_switchover();
+                } else if waited >= grace.max(COMMIT_PATIENCE) {
+                    let reason = format!("it is {behind} log entries behind");
+                    return self.switchover_failed(&reason);
+                }
+            }
+            Phase::Draining => {
+                let idle = self.storages.values().all(|s| s.transactions.is_empty());
+                let alone = waited >= BEGUN_PATIENCE || !self.shared.sessions.any_writer();
+                let level = self.outgoing.is_empty() && self.pending.is_empty() && behind == 0;
+                // A node that has not applied the last change of members does not stand for election.
+                let level = level && !self.consensus.is_changing();
+                // What is under way then ends as if this node had died: the target has it, or nobody.
+                let enough = urgent && waited >= COMMIT_PATIENCE && behind == 0;
+                if idle && alone && level || enough {
+                    // Who has acknowledged what, as long as this node can tell.
+                    self.tick_acknowledged();
+                    self.enter(Phase::Handing);
+                    self.publish_lease();
+                    // After the applier has queued the last replies.
+                    self.shared.apply(ApplyTask::SendWritersAway);
+                    let mut outputs = Vec::new();
+                    if self.consensus.hand_over(target, &mut outputs).is_err() {
+                        return self.switchover_failed("it has no vote any more");
+                    }
+                    return self.perform(outputs);
+                }
+                let now = self.shared.now();
+                let idle_since = idle.then(|| switchover.idle_since.unwrap_or(now));
+                if idle_since.is_some_and(|since| now >= since + COMMIT_PATIENCE) {
+                    return self.switchover_failed("the last commits do not reach it");
+                }
+                if let Some(switchover) = &mut self.switchover {
+                    switchover.idle_since = idle_since;
+                }
+                if waited >= grace {
+                    self.end_transactions();
+                }
+                if waited >= grace + DRAINING_PATIENCE {
+                    return self.switchover_failed("what is under way here does not end");
+                }
+            }
+            Phase::Handing => {
+                if !self.consensus.is_handing_over() {
+                    return self.switchover_failed("it did not take the primary's role");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        let now = self.shared.now();
+        if let Some(switchover) = &mut self.switchover {
+            if phase == Phase::Draining {
+                switchover.held_since = now;
+            }
+            (switchover.phase, switchover.since) = (phase, now);
+        }
+    }
+
+    /// The grace is over: whoever has voted and does not finish loses its place.
+    fn end_transactions(&mut self) {
+        for name in self.shared.clone().storages.keys() {
+            let undecided =
+                self.storages.get(name).map_or_else(Vec::new, |s| s.transactions.undecided());
+            for session in undecided {
+                let reason = "another node becomes primary, and its transaction took too long";
+                self.end_transaction(name, session, reason);
+            }
+        }
+    }
+
+    /// Back to how it was.
+    fn switchover_failed(&mut self, reason: &str) -> anyhow::Result<()> {
+        let Some(switchover) = self.switchover.take() else { return Ok(()) };
+        warn!(to = switchover.name, reason, "the switchover was given up; this node is primary");
+        self.switchover_failed_at = Some(self.shared.now());
+        if let Some(asker) = switchover.asker {
+            let _ = asker.send(Err(format!(
+                "the switchover to {} was given up: {reason}; {} is primary as before",
+                switchover.name, self.shared.member.name
+            )));
+        }
+        self.publish_standing();
+        self.publish_lease();
+        Ok(())
+    }
+
+    /// This node's role, or what it knows of the leader, has changed.
+    pub(super) fn switchover_role_changed(&mut self) {
+        if self.switchover.is_none() || self.role.leads {
+            return;
+        }
+        let Some(leader) = self.role.leader else { return };
+        let Some(switchover) = self.switchover.take() else { return };
+        let pause = self.shared.now().saturating_sub(switchover.held_since).as_millis();
+        let name = self.name_of(leader).unwrap_or_default();
+        let answer: Answer = if leader == switchover.target {
+            info!(to = name, held_ms = pause, "the switchover is done");
+            let text = format!("{name} is primary, {pause} ms after clients were held");
+            Ok(Done { text, token: None })
+        } else {
+            warn!(wanted = switchover.name, primary = name, "the switchover ended elsewhere");
+            Err(format!("{name} is primary now: {} did not take the role", switchover.name))
+        };
+        if let Some(asker) = switchover.asker {
+            let _ = asker.send(answer);
+        }
+    }
+
+    /// After a hand-over nobody has been heard of for long.
+    pub(super) fn switchover_lost(&mut self) {
+        let now = self.shared.now();
+        let late = |s: &mut Switchover| now.saturating_sub(s.since) > PATIENCE;
+        if !self.role.leads
+            && let Some(switchover) = self.switchover.take_if(late)
+            && let Some(asker) = switchover.asker
+        {
+            let _ = asker.send(Err(format!(
+                "{} was handed the primary's role, but no primary is heard of now; see standby status",
+                switchover.name
+            )));
+        }
+    }
+}
