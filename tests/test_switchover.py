@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from ZODB.blob import Blob
 from ZODB.utils import z64
 
 import cluster as harness
+from test_alone import call, connect, receive, send
 from test_blobs import staged
 from test_cluster import Writer, check_histories
 from zeo_client import Client, Voted, is_passing, open_storage
@@ -392,3 +394,73 @@ def test_a_primary_that_is_stopped_hands_over_first(nodes):
         primary.start()
         cluster.wait_healthy()
     check_histories(cluster, writer.finish())
+
+
+def is_registered(sock):
+    """Registers as a client does that has been greeted."""
+    send(sock, b"Z5")
+    send(sock, call(1, "register", "1", False))
+    sock.settimeout(30)
+    answer = receive(sock)
+    return answer and pickle.loads(answer)[:3] == (1, False, ".reply")
+
+
+@pytest.mark.parametrize("comes_to", ["the primary", "another node"])
+def test_a_client_that_has_not_registered_is_never_closed(nodes, comes_to):
+    """A stock client tries a node that has closed its connection again only when all have, and one that is dead never
+    does: it would wait until that one is back."""
+    cluster = nodes.cluster().start()
+    primary = cluster.primary()
+    frozen, dead = [node for node in cluster.nodes if node is not primary]
+    sock = connect((primary if comes_to == "the primary" else frozen).address)
+    dead.kill()
+    frozen.signal(signal.SIGSTOP)
+    harness.wait_for("no primary", lambda: primary.status()["primary"] is None)
+    frozen.signal(signal.SIGCONT)
+    harness.wait_for("a primary", cluster.primary)
+    assert is_registered(sock)
+    sock.close()
+
+
+def test_a_client_that_is_being_passed_on_waits_for_the_next_primary(nodes):
+    cluster = nodes.cluster().start()
+    primary = cluster.primary()
+    replica = next(node for node in cluster.nodes if node is not primary)
+    # It is greeted by the primary, through the replica.
+    sock = connect(replica.address)
+    primary.kill()
+    assert is_registered(sock)
+    sock.close()
+
+
+@pytest.mark.parametrize("state", ["dead", "frozen"])
+def test_clients_that_come_in_bad_moments_are_served(nodes, state):
+    """One node is gone for good, and another one is frozen for a moment, again and again, while clients come."""
+    cluster = nodes.cluster().start()
+    primary = cluster.primary()
+    shaky, gone = [node for node in cluster.nodes if node is not primary]
+    Client(cluster.addresses).close()
+    gone.kill() if state == "dead" else gone.signal(signal.SIGSTOP)
+    done = []
+
+    def commit(number):
+        client = Client(cluster.addresses)
+        client.commit(lambda root: root.update({"client %d" % number: 1}))
+        client.close()
+        done.append(number)
+
+    threads = []
+    for number in range(24):
+        if number % 4 == 0:
+            shaky.signal(signal.SIGSTOP)
+        threads.append(threading.Thread(target=commit, args=(number,), daemon=True))
+        threads[-1].start()
+        time.sleep(0.3)
+        if number % 4 == 3:
+            shaky.signal(signal.SIGCONT)
+            time.sleep(0.5)
+    for thread in threads:
+        thread.join(60)
+    if state == "frozen":
+        gone.signal(signal.SIGCONT)
+    assert sorted(done) == list(range(24))

@@ -257,7 +257,7 @@ impl Outbox {
     }
 
     /// Sends what is queued until the connection is closed.
-    pub async fn send_to(&self, socket: impl AsyncWrite + Unpin) -> io::Result<()> {
+    pub async fn send_to<W: AsyncWrite + Unpin>(&self, socket: W) -> io::Result<W> {
         let _over = Over(self);
         let mut sending = Sending {
             outbox: self,
@@ -286,7 +286,7 @@ impl Outbox {
             sending.send_pieces().await?;
             self.drained.notify_waiters();
         }
-        sending.socket.shutdown().await
+        Ok(sending.socket)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The clients' sessions, as the engine and the applier see them.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -25,6 +25,8 @@ pub enum Mail {
     Leave,
     /// The session is to end as soon as what is queued has been sent.
     LeaveNow,
+    /// The session is to end, and its client, which has not registered, to wait on.
+    WaitOn,
 }
 
 /// A session's handle for others.
@@ -56,8 +58,17 @@ pub struct SessionHandle {
     pub leaving: AtomicBool,
     /// It ends as soon as what is queued has been sent.
     pub departing: AtomicBool,
-    cutter: Option<Cutter>,
+    /// [`NEW`], and then one of the others for good.
+    stage: AtomicU8,
+    cutter: Option<Arc<Cutter>>,
 }
+
+/// `register` is not answered.
+const NEW: u8 = 0;
+/// It is, or is about to be.
+const REGISTERED: u8 = 1;
+/// The session ends, and its client waits on.
+const WAITS_ON: u8 = 2;
 
 impl SessionHandle {
     /// A handle for a new session.
@@ -65,7 +76,7 @@ impl SessionHandle {
         id: SessionId,
         peer: String,
         mailbox: mpsc::UnboundedSender<Mail>,
-        cutter: Option<Cutter>,
+        cutter: Option<Arc<Cutter>>,
         memory: &Arc<Memory>,
     ) -> SessionHandle {
         SessionHandle {
@@ -84,6 +95,7 @@ impl SessionHandle {
             one_answered: Notify::new(),
             leaving: AtomicBool::new(false),
             departing: AtomicBool::new(false),
+            stage: AtomicU8::new(NEW),
             cutter,
         }
     }
@@ -151,6 +163,36 @@ impl SessionHandle {
     /// Why its client counts as gone, if it does.
     fn gone(&self, patience: Duration) -> Option<&'static str> {
         self.cutter.as_ref()?.gone(patience)
+    }
+
+    fn pass_stage(&self, to: u8) -> Result<u8, u8> {
+        self.stage.compare_exchange(NEW, to, Ordering::AcqRel, Ordering::Acquire)
+    }
+
+    /// True if `register` may be answered now; false if the client waits on.
+    pub fn may_register(&self) -> bool {
+        self.pass_stage(REGISTERED).is_ok()
+    }
+
+    /// True if the session is to end without its client, which has not registered: that waits on.
+    pub fn waits_on(&self) -> bool {
+        self.pass_stage(WAITS_ON).is_ok() || self.is_waiting_on()
+    }
+
+    /// True if its client waits on without it.
+    pub fn is_waiting_on(&self) -> bool {
+        self.stage.load(Ordering::Acquire) == WAITS_ON
+    }
+
+    /// The session cannot be served here any more. It is ended at once, unless its client has not registered: that waits
+    /// on. True if it was ended.
+    pub fn send_away(&self, reason: &str) -> bool {
+        match self.pass_stage(WAITS_ON) {
+            Ok(_) => drop(self.mailbox.send(Mail::WaitOn)),
+            Err(REGISTERED) => self.cut(reason),
+            Err(_) => {}
+        }
+        self.stage.load(Ordering::Acquire) == REGISTERED
     }
 
     /// Ends the session at once, from any thread; nothing that is queued is sent any more.
@@ -243,9 +285,16 @@ impl Sessions {
         lock(&self.all).values().any(|session| long(session))
     }
 
-    /// Cuts off all sessions that may write, but those that are departing.
-    pub fn cut_writers(&self, reason: &str) -> usize {
-        self.cut(reason, |session| {
+    /// Sends the clients away that `which` says: see [`SessionHandle::send_away`]. The number of sessions that were ended.
+    pub fn send_away(&self, reason: &str, which: impl Fn(&SessionHandle) -> bool) -> usize {
+        let mut chosen: Vec<_> = lock(&self.all).values().cloned().collect();
+        chosen.retain(|session| which(session));
+        chosen.iter().filter(|session| session.send_away(reason)).count()
+    }
+
+    /// Sends all clients that may write away, but those that are departing.
+    pub fn send_all_writers_away(&self, reason: &str) -> usize {
+        self.send_away(reason, |session| {
             !session.is_reader() && !session.departing.load(Ordering::Acquire)
         })
     }
@@ -264,12 +313,13 @@ impl Sessions {
     }
 
     /// Ends all sessions that may write when what is queued for them has been sent; their number.
-    pub fn send_writers_away(&self) -> usize {
+    pub fn let_writers_depart(&self) -> usize {
         let writers = self.writers();
         for session in &writers {
             session.departing.store(true, Ordering::Release);
             session.one_answered.notify_one();
-            let _ = session.mailbox.send(Mail::LeaveNow);
+            let mail = if session.waits_on() { Mail::WaitOn } else { Mail::LeaveNow };
+            let _ = session.mailbox.send(mail);
         }
         writers.len()
     }

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use standby_filestorage::{Access, Staged, StorageError, Undone};
 use standby_types::{Oid, Tid, Upload};
 use standby_zeo::{
     ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, StagedFile, Value,
     Vote, VoteAnswer, VoteOutcome, VoteRequest, frame,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, join};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, join};
 use tokio::sync::mpsc;
 use tokio::task::coop::consume_budget;
 use tracing::{debug, error, info, warn};
@@ -25,13 +25,13 @@ use crate::cells::sessions::{Mail, SessionHandle};
 use crate::cells::shared::Shared;
 use crate::cells::storage::StorageShared;
 use crate::clients::history_calls::{self, Iterators};
+use crate::clients::newcomer::{MOST_SAID, Newcomer};
 use crate::clients::staged_blob::StagedBlob;
 use crate::clients::status_calls::info as storage_info;
 use crate::peers::blob_repair::open_right;
 use crate::platform::{self, Instant, drain};
 use crate::transport::blob_files::{self, BlobWriter};
-use crate::transport::socket::{Cutter, split};
-use crate::transport::stream::Stream;
+use crate::transport::socket::Cutter;
 
 /// Bytes of a blob in one message to a client, as the Python server sends them.
 const BLOB_CHUNK: usize = 59_000;
@@ -51,33 +51,54 @@ const IDLE: Duration = Duration::from_millis(50);
 /// How long a client may take to agree on TLS, and then to ask for a storage. Stock clients do both at once.
 const HELLO: Duration = Duration::from_secs(20);
 
-/// Serves a client until one side closes.
-pub async fn serve(shared: Arc<Shared>, stream: Stream, read_only: bool, pass: &Pass) {
-    stream.set_nodelay();
-    let peer = stream.peer();
-    let (read, write, cutter) = split(stream);
+/// Serves a client until one side closes; returns the client if it has not registered and this node cannot serve it any more.
+pub async fn serve(
+    shared: Arc<Shared>,
+    client: Newcomer,
+    read_only: bool,
+    pass: &Pass,
+) -> Option<Newcomer> {
+    let Newcomer { read, write, cutter, peer, greeted, said } = client;
+    let about = About { peer: peer.clone(), cutter: cutter.clone(), pass, read_only };
     let Some(tls) = &shared.tls else {
-        return talk(shared, (peer, cutter, pass), read, write, read_only).await;
+        let left = talk(shared, about, (read, write), greeted, said).await?;
+        let (read, write, said) = left;
+        return Some(Newcomer { read, write, cutter, peer, greeted: true, said });
     };
+    let read = std::io::Cursor::new(said).chain(read);
     let agreed = tokio::time::timeout(HELLO, tls.acceptor().accept(join(read, write))).await;
     match agreed.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
         Ok(stream) => {
-            let (read, write) = tokio::io::split(stream);
-            talk(shared, (peer, cutter, pass), read, write, read_only).await;
+            // Nobody else could go on with what is encrypted here: if this node cannot serve it, it is closed.
+            talk(shared, about, tokio::io::split(stream), false, BytesMut::new()).await;
         }
         Err(error) => shared
             .strangers_lines
             .tell(|untold| warn!(client = peer, %error, untold, "no TLS with a client")),
     }
+    None
 }
 
-async fn talk(
-    shared: Arc<Shared>,
-    (peer, cutter, pass): (String, Option<Cutter>, &Pass),
-    mut read: impl AsyncRead + Unpin,
-    write: impl AsyncWrite + Send + Unpin + 'static,
+/// What is known of a client that comes.
+struct About<'a> {
+    peer: String,
+    cutter: Option<Arc<Cutter>>,
+    pass: &'a Pass,
     read_only: bool,
-) {
+}
+
+/// Returns what is left of the connection, and what the client has said, if it waits on.
+async fn talk<R, W>(
+    shared: Arc<Shared>,
+    About { peer, cutter, pass, read_only }: About<'_>,
+    (mut read, write): (R, W),
+    greeted: bool,
+    said: BytesMut,
+) -> Option<(R, W, BytesMut)>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
     let (mailbox, mail) = mpsc::unbounded_channel();
     let id = shared.sessions.next_id();
     let handle = Arc::new(SessionHandle::new(id, peer.clone(), mailbox, cutter, &shared.memory));
@@ -92,7 +113,9 @@ async fn talk(
         limits: shared.config.limits(),
     };
     let session = Session::new(options);
-    handle.outbox.push(session.greeting());
+    if !greeted {
+        handle.outbox.push(session.greeting());
+    }
     let mut connection = Connection {
         shared: shared.clone(),
         handle: handle.clone(),
@@ -103,14 +126,23 @@ async fn talk(
         undo_log: Arc::default(),
         upload: None,
         syncs: false,
+        said: Some(said),
+        waits_on: false,
     };
     let sending = {
         let handle = handle.clone();
         tokio::spawn(async move {
-            if handle.outbox.send_to(write).await.is_err() {
+            let sent = handle.outbox.send_to(write).await;
+            let closed = match sent {
+                Ok(write) if handle.is_waiting_on() => return Some(write),
+                Ok(mut write) => write.shutdown().await,
+                Err(error) => Err(error),
+            };
+            if closed.is_err() {
                 // Whoever waits for room in the queue must not wait for a client that is gone.
                 handle.cut("the client cannot be reached any more");
             }
+            None
         })
     };
     let ended = {
@@ -138,10 +170,15 @@ async fn talk(
         (None, Some(reason)) => {
             info!(client = %peer, label, reason, "closed a client's connection")
         }
+        (None, None) if connection.waits_on => debug!(client = %peer, "a client waits on"),
         (None, None) => debug!(client = %peer, label, "a client has left"),
     }
     shared.tell(Event::Client(Request::Closed { session: handle.id, storage })).await;
     handle.outbox.finish();
+    if connection.waits_on {
+        let write = tokio::time::timeout(LEAVING, sending).await;
+        return Some((read, write.ok()?.ok()??, connection.said?));
+    }
     if !handle.is_reader() {
         let _ = tokio::time::timeout(LEAVING, sending).await;
         handle.cut("it does not take what was queued for it");
@@ -151,6 +188,7 @@ async fn talk(
     // Blobs that are still being sent wait for room that nobody makes any more.
     handle.outbox.close("the connection is closed");
     drain(read).await;
+    None
 }
 
 struct Connection {
@@ -167,6 +205,10 @@ struct Connection {
     upload: Option<Result<BlobWriter, StorageError>>,
     /// The client has begun a transaction with a call.
     syncs: bool,
+    /// What the client has said, until it is registered.
+    said: Option<BytesMut>,
+    /// It has not registered, and waits on without this session.
+    waits_on: bool,
 }
 
 impl Connection {
@@ -178,6 +220,7 @@ impl Connection {
         mut mail: mpsc::UnboundedReceiver<Mail>,
     ) -> Option<String> {
         let mut frames = FrameReader::default();
+        frames.buffer().extend_from_slice(self.said.as_deref().unwrap_or_default());
         let mut effects = Vec::new();
         let hello = Instant::now() + HELLO;
         loop {
@@ -194,7 +237,10 @@ impl Connection {
                 };
                 if !self.read_only && !self.shared.lease.holds(self.shared.now()) {
                     // Not a word more: another node may be primary.
-                    return Some("this node is not primary any more".into());
+                    return match self.wait_on() {
+                        true => None,
+                        false => Some("this node is not primary any more".into()),
+                    };
                 }
                 self.session.receive(frame, &mut effects);
                 for effect in effects.drain(..) {
@@ -222,9 +268,15 @@ impl Connection {
                 }
                 read = socket.read_buf(frames.buffer()) => match read {
                     Ok(0) | Err(_) => return None,
-                    Ok(_) => self.count_received(&frames),
+                    Ok(read) => {
+                        self.note_said(&frames.buffer()[..], read);
+                        self.count_received(&frames);
+                    }
                 },
-                () = tokio::time::sleep(if self.syncs { IDLE } else { QUIET }), if self.may_leave() => return None,
+                () = tokio::time::sleep(if self.syncs { IDLE } else { QUIET }), if self.may_leave() => {
+                    self.wait_on();
+                    return None;
+                }
                 () = tokio::time::sleep_until(hello), if self.session.is_stranger() => {
                     let seconds = HELLO.as_secs();
                     return Some(format!("it has not asked for a storage within {seconds} seconds"));
@@ -235,6 +287,20 @@ impl Connection {
 
     fn count_received(&self, frames: &FrameReader) {
         self.handle.received.set(frames.held() + self.session.held());
+    }
+
+    /// True if the client has not registered: it waits on, and the session is to end.
+    fn wait_on(&mut self) -> bool {
+        self.waits_on = self.said.is_some() && self.handle.waits_on();
+        self.waits_on
+    }
+
+    /// The last bytes of the buffer have come just now.
+    fn note_said(&mut self, buffer: &[u8], read: usize) {
+        if let Some(said) = &mut self.said {
+            said.extend_from_slice(&buffer[buffer.len() - read..]);
+        }
+        self.said.take_if(|said| said.len() > MOST_SAID);
     }
 
     /// True if the session is to end and nothing of it is under way. The client must be quiet too: of
@@ -252,8 +318,13 @@ impl Connection {
             // See `may_leave`.
             Mail::Leave => {}
             Mail::LeaveNow => return false,
+            Mail::WaitOn => {
+                self.wait_on();
+                return false;
+            }
             Mail::Registered(accepted) => {
                 self.session.registered(accepted);
+                self.said = None;
                 if accepted {
                     let settled = self.session.settled_for_read_only();
                     self.handle.settled.store(settled, Ordering::Release);

@@ -6,10 +6,12 @@
 //! client is still here, its bytes are passed on to that node: clients do not try a node again
 //! that has disappointed them.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncWriteExt, copy_bidirectional, join};
+use bytes::BytesMut;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, copy_bidirectional, join};
 use tokio::sync::watch;
 use tracing::debug;
 
@@ -17,9 +19,10 @@ use crate::cells::gate::{Gate, Pass};
 use crate::cells::serving_state::ServingState;
 use crate::cells::shared::Shared;
 use crate::clients::connection;
+use crate::clients::newcomer::Newcomer;
 use crate::platform::{Instant, drain};
 use crate::transport::handshake::{Purpose, connect};
-use crate::transport::socket::{Cutter, split};
+use crate::transport::socket::Cutter;
 use crate::transport::stream::{Listener, Stream};
 
 /// How long a client is held although another node is primary: most clients try all nodes at the
@@ -29,6 +32,10 @@ const HOLD: Duration = Duration::from_secs(1);
 /// nothing for so long, while something is to be sent to it, counts as gone too. One that is held has nothing that others
 /// could miss, and is not watched.
 const SILENCE: Duration = Duration::from_secs(10);
+/// Time between two looks whether the lease holds again.
+const LEASE: Duration = Duration::from_millis(20);
+/// The longest greeting of a primary.
+const GREETING: usize = 64;
 /// Time between two looks at that.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long a client stays with a primary that this node does not hear of any more.
@@ -46,18 +53,29 @@ pub async fn read_write(shared: Arc<Shared>, listener: Listener) {
 pub async fn read_only(shared: Arc<Shared>, listener: Listener) {
     loop {
         let (stream, pass) = accept(&shared.clients, &listener).await;
-        let shared = shared.clone();
-        tokio::spawn(async move {
-            // A node that has nothing yet, or is far behind, holds its readers too.
-            let waited = tokio::select! {
-                biased;
-                () = pass.wanted() => false,
-                waited = wait_for(&shared, &stream, |standing| standing.ready || standing.serves) => waited,
-            };
-            if waited {
-                connection::serve(shared, stream, true, &pass).await;
-            }
-        });
+        tokio::spawn(hold_reader(shared.clone(), stream, pass));
+    }
+}
+
+/// A node that has nothing yet, or is far behind, holds its readers too.
+async fn hold_reader(shared: Arc<Shared>, stream: Stream, pass: Pass) {
+    let mut client = Newcomer::new(stream);
+    let mut standing = shared.standing.subscribe();
+    loop {
+        let ready = tokio::select! {
+            biased;
+            () = pass.wanted() => false,
+            found = standing.wait_for(|standing| standing.ready || standing.serves) => found.is_ok(),
+            () = client.gone() => false,
+        };
+        if !ready {
+            return;
+        }
+        match connection::serve(shared.clone(), client, true, &pass).await {
+            Some(waiting) => client = waiting,
+            None => return,
+        }
+        tokio::time::sleep(LEASE).await;
     }
 }
 
@@ -88,20 +106,26 @@ async fn accept(gate: &Arc<Gate>, listener: &Listener) -> (Stream, Pass) {
 /// A client that another node has passed on.
 pub async fn passed_on(shared: Arc<Shared>, stream: Stream) {
     let Some(pass) = shared.clients.enter(&stream.peer()) else { return };
-    // If this node is not primary (any more), the other one finds out by the closed connection.
+    // If this node is not primary (any more), the other one finds out by the closed connection, and holds its client again.
     if shared.standing.borrow().serves {
-        connection::serve(shared, stream, false, &pass).await;
+        connection::serve(shared, Newcomer::new(stream), false, &pass).await;
     }
 }
 
 async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
-    let arrived = Instant::now();
+    let mut client = Newcomer::new(stream);
+    let mut arrived = Instant::now();
     let mut primary_since: Option<(String, Instant)> = None;
     let mut standing = shared.standing.subscribe();
     loop {
         let ServingState { serves, other_primary, .. } = standing.borrow_and_update().clone();
-        if serves {
-            return connection::serve(shared, stream, false, &pass).await;
+        if serves && shared.lease.holds(shared.now()) {
+            match connection::serve(shared.clone(), client, false, &pass).await {
+                Some(waiting) => client = waiting,
+                None => return,
+            }
+            arrived = Instant::now();
+            continue;
         }
         primary_since = match (other_primary, primary_since) {
             (None, _) => None,
@@ -111,6 +135,8 @@ async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
         let pass_on_at = primary_since.as_ref().map(|(_, since)| (*since).max(arrived) + HOLD);
         let due = async {
             match pass_on_at {
+                // Nobody tells that the lease holds again.
+                _ if serves => tokio::time::sleep(LEASE).await,
                 Some(at) => tokio::time::sleep_until(at).await,
                 None => std::future::pending().await,
             }
@@ -118,14 +144,13 @@ async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
         tokio::select! {
             biased;
             changed = standing.changed() => if changed.is_err() { return },
-            () = stream.gone() => return,
+            () = client.gone() => return,
             () = pass.wanted() => return,
             () = due => {
-                let Some((address, _)) = &primary_since else { continue };
-                let later = |address: &String| Some((address.clone(), Instant::now()));
+                let Some((address, _)) = primary_since.clone().filter(|_| !serves) else { continue };
                 // The connection to the primary takes a descriptor, too.
-                let Some(second) = shared.clients.enter(&stream.peer()) else {
-                    primary_since = later(address);
+                let Some(second) = shared.clients.enter(&client.peer) else {
+                    primary_since = Some((address, Instant::now()));
                     continue;
                 };
                 let introduction = shared.introduction();
@@ -136,48 +161,132 @@ async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
                         Ok(()) => continue,
                         Err(_) => return,
                     },
-                    connected = connect(&introduction, address, Purpose::Client) => connected,
+                    connected = connect(&introduction, &address, Purpose::Client) => connected,
                 };
                 match connected {
                     Ok((primary, _)) => {
                         let passes = [&pass, &second];
-                        return pass_on(stream, primary, address, standing, passes).await;
+                        let encrypted = shared.tls.is_some();
+                        let lost = is_lost(&address, standing.clone());
+                        match pass_on(client, primary, encrypted, lost, passes).await {
+                            Some(waiting) => client = waiting,
+                            None => return,
+                        }
                     }
-                    Err(error) => {
-                        debug!(address, %error, "cannot pass a client on");
-                        primary_since = later(address);
-                    }
+                    Err(error) => debug!(address, %error, "cannot pass a client on"),
                 }
+                primary_since = Some((address, Instant::now()));
             }
         }
     }
 }
 
-/// Passes on what a client and the primary say to each other, as long as that node is primary. When either side
-/// ends, both do: the client looks for a primary anew.
+/// Passes on what a client and the primary say to each other, until that node is `lost`. When either side ends, both do:
+/// the client looks for a primary anew. Before the client is registered it is returned instead.
 async fn pass_on(
-    client: Stream,
-    mut primary: Stream,
-    address: &str,
-    standing: watch::Receiver<ServingState>,
+    mut client: Newcomer,
+    primary: Stream,
+    encrypted: bool,
+    lost: impl Future<Output = ()>,
     [first, second]: [&Pass; 2],
-) {
-    let peer = client.peer();
-    debug!(client = peer, "passing a client on to the primary");
-    client.set_nodelay();
-    let (read, write, cutter) = split(client);
+) -> Option<Newcomer> {
+    debug!(client = client.peer, "passing a client on to the primary");
+    let mut lost = pin!(lost);
+    let mut primary = BufReader::new(primary);
+    let registering = tokio::select! {
+        biased;
+        ended = pass_on_newcomer(&mut client, &mut primary, encrypted) => ended,
+        () = &mut lost => Registering::Lost,
+        () = first.wanted() => return None,
+        () = second.wanted() => return None,
+    };
+    match registering {
+        Registering::Done => {}
+        Registering::Gone => return None,
+        Registering::Lost => {
+            debug!(client = client.peer, "the primary has not served a client: it waits on");
+            return Some(client);
+        }
+    }
+    let Newcomer { read, write, cutter, peer, .. } = client;
     let mut client = join(read, write);
     tokio::select! {
         _ = copy_bidirectional(&mut client, &mut primary) => {}
-        () = is_lost(address, standing) => {
-            debug!(client = peer, address, "that node is not primary any more");
-        }
+        () = lost => debug!(client = peer, "that node is not primary any more"),
         () = first.wanted() => {}
         () = second.wanted() => {}
-        reason = is_gone(cutter.as_ref()) => debug!(client = peer, reason, "a client is gone"),
+        reason = is_gone(cutter.as_deref()) => debug!(client = peer, reason, "a client is gone"),
     }
     let _ = client.shutdown().await;
     drain(client).await;
+    None
+}
+
+/// How it has ended that a client was to be registered by the primary.
+enum Registering {
+    /// The primary has said something that only this client, in this session, can go on with.
+    Done,
+    /// The client has left.
+    Gone,
+    /// The primary is gone.
+    Lost,
+}
+
+/// Passes on until the primary says more than its greeting.
+async fn pass_on_newcomer(
+    client: &mut Newcomer,
+    primary: &mut BufReader<Stream>,
+    encrypted: bool,
+) -> Registering {
+    if primary.write_all(&client.said).await.is_err() {
+        return Registering::Lost;
+    }
+    // The greeting: a length of 4 bytes, and so many bytes.
+    let mut greeting = BytesMut::new();
+    loop {
+        let said = client.said.len();
+        let whole =
+            || Some(4 + greeting.first_chunk::<4>().map(|len| u32::from_be_bytes(*len))? as usize);
+        let missing = match whole() {
+            _ if encrypted => 0,
+            Some(whole) => whole.saturating_sub(greeting.len()),
+            None => 4 - greeting.len(),
+        };
+        tokio::select! {
+            biased;
+            heard = client.hear() => {
+                if heard.is_err() {
+                    return Registering::Gone;
+                }
+                if primary.write_all(&client.said[said..]).await.is_err() {
+                    return Registering::Lost;
+                }
+            }
+            // Whoever copies what follows takes it from the buffer.
+            come = primary.fill_buf() => {
+                let Ok(come) = come else { return Registering::Lost };
+                if come.is_empty() {
+                    return Registering::Lost;
+                }
+                if missing == 0 {
+                    return Registering::Done;
+                }
+                let len = come.len().min(missing);
+                greeting.extend_from_slice(&come[..len]);
+                primary.consume(len);
+                if greeting.len() > GREETING {
+                    return Registering::Lost;
+                }
+                let is_whole = greeting.len() > 4 && len == missing;
+                if is_whole && !client.greeted {
+                    client.greeted = true;
+                    if client.write.write_all(&greeting).await.is_err() {
+                        return Registering::Gone;
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Returns when the client counts as gone, with the reason.
@@ -206,20 +315,6 @@ async fn is_lost(address: &str, mut standing: watch::Receiver<ServingState>) {
             Ok(Ok(standing)) if is_primary(&standing) => {}
             _ => return,
         }
-    }
-}
-
-/// Waits until the node stands as wanted; false if the client leaves before.
-async fn wait_for(
-    shared: &Shared,
-    stream: &Stream,
-    wanted: impl Fn(&ServingState) -> bool,
-) -> bool {
-    let mut standing = shared.standing.subscribe();
-    tokio::select! {
-        biased;
-        found = standing.wait_for(wanted) => found.is_ok(),
-        () = stream.gone() => false,
     }
 }
 

@@ -564,7 +564,7 @@ impl Engine {
     }
 
     fn demoted(&mut self) {
-        let count = self.shared.sessions.cut_writers("this node is not primary any more");
+        let count = self.shared.sessions.send_all_writers_away("this node is not primary any more");
         warn!(closed = count, "this node is not primary any more");
         for committing in self.storages.values_mut() {
             committing.transactions.clear();
@@ -691,7 +691,7 @@ impl Engine {
             return Ok(());
         }
         if !read_only && !self.serves() {
-            session.cut("this node is not primary");
+            session.send_away("this node is not primary");
             return Ok(());
         }
         self.when_level(ApplyTask::Register { storage, session, id })

@@ -282,7 +282,8 @@ fn prepare_segment(preparing: &Arc<AtomicBool>, disk: &Arc<dyn Disk>, dir: &Path
 /// disk I/O.
 fn guard_lease(shared: &Shared) {
     if shared.lease.overdue(shared.now()) {
-        let count = shared.sessions.cut_writers("this primary has not heard of a majority");
+        let count =
+            shared.sessions.send_all_writers_away("this primary has not heard of a majority");
         if count > 0 {
             warn!(closed = count, "no majority is heard of: clients are sent away");
         }

@@ -125,7 +125,7 @@ impl Applier {
                     session.answer(session.encoding().reply(&id, Value::None));
                 }
                 Ok(Some(ApplyTask::SendWritersAway)) => {
-                    let unfinished = self.shared.sessions.send_writers_away();
+                    let unfinished = self.shared.sessions.let_writers_depart();
                     if unfinished > 0 {
                         info!(unfinished, "transactions that have not voted are aborted");
                     }
@@ -512,7 +512,11 @@ impl Applier {
     fn register(&self, storage: &str, session: Arc<SessionHandle>, id: &Value) {
         let Some(stored) = self.replica.storage(storage) else { return };
         if !stored.reader().is_whole() {
-            return session.cut("this node is being brought up to date");
+            session.send_away("this node is being brought up to date");
+            return;
+        }
+        if !session.may_register() {
+            return;
         }
         let tid = stored.mark().tid;
         let reply = session.encoding().reply(id, tid.to_bytes().into());

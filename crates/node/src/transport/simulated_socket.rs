@@ -1,5 +1,6 @@
 //! A simulated client's connection in two halves.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -25,7 +26,7 @@ impl Cutter {
 }
 
 /// The two halves of a connection, and what cuts it off.
-pub fn split(stream: Stream) -> (Reading, Writing, Option<Cutter>) {
+pub fn split(stream: Stream) -> (Reading, Writing, Option<Arc<Cutter>>) {
     let (read, write) = tokio::io::split(stream);
     (Box::new(read), Box::new(write), None)
 }

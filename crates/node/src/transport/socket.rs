@@ -115,7 +115,7 @@ impl Cutter {
 }
 
 /// The two halves of a connection, and what cuts it off.
-pub fn split(stream: Stream) -> (Reading, Writing, Option<Cutter>) {
+pub fn split(stream: Stream) -> (Reading, Writing, Option<Arc<Cutter>>) {
     let (read, half): (Reading, WriteHalf) = match stream {
         Stream::Tcp(tcp) => {
             let (read, write) = tcp.into_split();
@@ -128,13 +128,13 @@ pub fn split(stream: Stream) -> (Reading, Writing, Option<Cutter>) {
         Stream::Tls(tls) => {
             let fd = rustix::io::fcntl_dupfd_cloexec(tls.get_ref().0.as_fd(), 3).ok();
             let (read, write) = tokio::io::split(tls);
-            let cutter = fd.map(|fd| Cutter::new(By::Descriptor(fd)));
+            let cutter = fd.map(|fd| Arc::new(Cutter::new(By::Descriptor(fd))));
             return (Box::new(read), Box::new(write), cutter);
         }
     };
     let half = Arc::new(half);
     let cutter = Cutter::new(By::Half(Arc::downgrade(&half)));
-    (read, Box::new(Writer(half)), Some(cutter))
+    (read, Box::new(Writer(half)), Some(Arc::new(cutter)))
 }
 
 #[cfg(test)]

@@ -14,9 +14,6 @@ use tokio_rustls::TlsStream;
 use crate::config::{Address, ZeoAddress};
 use crate::platform::{self, TcpListener, TcpStream, ask_for_signs, listen_everywhere};
 
-#[cfg(not(feature = "simulated"))]
-use std::os::fd::{AsFd, BorrowedFd};
-
 /// See the module.
 pub enum Stream {
     /// Over TCP.
@@ -103,45 +100,6 @@ impl Stream {
             Stream::Tls(tls) => tls.get_ref().0.set_nodelay(true),
             Stream::Unix(_) => Ok(()),
         };
-    }
-
-    /// Returns when the other side has closed.
-    #[cfg(feature = "simulated")]
-    pub async fn gone(&self) {
-        match self {
-            Stream::Tcp(tcp) => tcp.gone().await,
-            Stream::Tls(tls) => tls.get_ref().0.gone().await,
-            Stream::Unix(_) => std::future::pending().await,
-        }
-    }
-
-    /// Returns when the other side has closed. One that speaks although nothing was said to it is no
-    /// ZEO client, or one that begins TLS; it waits like the others.
-    #[cfg(not(feature = "simulated"))]
-    pub async fn gone(&self) {
-        loop {
-            let readable = match self {
-                Stream::Tcp(tcp) => tcp.readable().await,
-                Stream::Unix(unix) => unix.readable().await,
-                Stream::Tls(tls) => tls.get_ref().0.readable().await,
-            };
-            let mut byte = [0u8];
-            let peeked = rustix::net::recv(self.fd(), &mut byte, rustix::net::RecvFlags::PEEK);
-            match (readable, peeked) {
-                (Err(_), _) | (_, Ok((_, 0))) => return,
-                (_, Err(error)) if error != rustix::io::Errno::AGAIN => return,
-                _ => tokio::time::sleep(std::time::Duration::from_millis(200)).await,
-            }
-        }
-    }
-
-    #[cfg(not(feature = "simulated"))]
-    fn fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Stream::Tcp(tcp) => tcp.as_fd(),
-            Stream::Unix(unix) => unix.as_fd(),
-            Stream::Tls(tls) => tls.get_ref().0.as_fd(),
-        }
     }
 }
 

@@ -465,24 +465,6 @@ impl TcpStream {
     pub fn into_split(self) -> (ReadHalf<TcpStream>, WriteHalf<TcpStream>) {
         tokio::io::split(self)
     }
-
-    /// Returns when the other side has closed.
-    pub async fn gone(&self) {
-        poll_fn(|cx| {
-            let mut inner = self.network.lock();
-            let Some(connection) = inner.connections.get_mut(&self.id) else {
-                return Poll::Ready(());
-            };
-            let given_up = connection.given_up[self.side];
-            let pipe = &mut connection.pipes[1 - self.side];
-            if given_up || pipe.reset || pipe.ended && pipe.arrived.is_empty() {
-                return Poll::Ready(());
-            }
-            pipe.reader = Some(cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
-    }
 }
 
 impl AsyncRead for TcpStream {

@@ -193,7 +193,7 @@ impl Engine {
             self.publish_standing();
             if refuses {
                 let readers = |session: &SessionHandle| session.is_reader();
-                let closed = self.shared.sessions.cut("the data here are too old", readers);
+                let closed = self.shared.sessions.send_away("the data here are too old", readers);
                 warn!(closed, "the data are older than max-staleness: readers are refused");
             } else {
                 info!("the data are fresh enough again: readers are served");
