@@ -1,5 +1,6 @@
-"""What README.md tells people to write and to type is what works."""
+"""What README.md and docs/operations.md tell people to write and to type is what works."""
 
+import glob
 import os
 import re
 import subprocess
@@ -11,14 +12,17 @@ import ZODB.config
 import cluster as harness
 from test_transport import certificate
 
-README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DOCUMENTS = [os.path.join(ROOT, name) for name in ("README.md", "docs/operations.md")]
 
 
 def blocks():
     """The indented blocks, each as a list of lines without the indent that they share."""
     found, block = [], []
-    with open(README) as readme:
-        for line in [*readme, "the end\n"]:
+    for document in DOCUMENTS:
+        with open(document) as lines:
+            lines = [*lines, "the end\n"]
+        for line in lines:
             if line.startswith("    "):
                 block.append(line.rstrip("\n"))
             elif line.strip():
@@ -97,7 +101,7 @@ def test_the_section_for_encryption(tmp_path):
 
 
 def commands():
-    """The commands of the README, without what they are about."""
+    """The commands of the documents, without what they are about."""
     lines = (line.split("#")[0].strip() for block in blocks() for line in block)
     lines = [line for line in lines if line.startswith("standby ")]
     assert len(lines) > 12
@@ -126,3 +130,21 @@ def test_commands_are_known_with_their_options(line):
             assert re.search(r"(^|\s)%s(\W|$)" % re.escape(option), help_of(known), re.M), option
         # What follows a bar stands for the last word.
         before = known[:-1]
+
+
+def test_links_lead_to_files_and_sections():
+    pages = [*glob.glob(ROOT + "/*.md"), *glob.glob(ROOT + "/docs/**/*.md", recursive=True)]
+    assert len(pages) > 30
+    for page in pages:
+        with open(page) as lines:
+            text = lines.read()
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("http"):
+                continue
+            path, _, section = target.partition("#")
+            path = os.path.join(os.path.dirname(page), path) if path else page
+            assert os.path.exists(path), (page, target)
+            if section:
+                with open(path) as lines:
+                    titles = [line.lstrip("#").strip() for line in lines if line.startswith("#")]
+                assert section in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles]

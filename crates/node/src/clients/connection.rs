@@ -177,7 +177,11 @@ where
     handle.outbox.finish();
     if connection.waits_on {
         let write = tokio::time::timeout(LEAVING, sending).await;
-        return Some((read, write.ok()?.ok()??, connection.said?));
+        let Some(write) = write.ok().and_then(Result::ok).flatten() else {
+            handle.cut("it does not take its greeting");
+            return None;
+        };
+        return Some((read, write, connection.said?));
     }
     if !handle.is_reader() {
         let _ = tokio::time::timeout(LEAVING, sending).await;
