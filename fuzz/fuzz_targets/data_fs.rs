@@ -1,5 +1,6 @@
-//! A data file: opened with recovery, walked forwards and backwards, every object loaded, a transaction
-//! appended, and opened again. If only its tids do not grow, it opens after it got new ones.
+//! A data file: opened with recovery, walked forwards and backwards, every object loaded, a
+//! transaction appended, and opened again. If only its tids do not grow, it opens after it got new
+//! ones.
 #![no_main]
 
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! Segments of the log. The checksums are made right, so that what they protect is reached: the input is
-//! a row of frames (length 1, number 1, content) and of raw bytes behind them.
+//! Segments of the log. The checksums are made right, so that what they protect is reached: the
+//! input is a row of frames (length 1, number 1, content) and of raw bytes behind them.
 #![no_main]
 
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! A client's bytes, from the first one on: frames, the handshake, calls in both encodings. The session
-//! is told of a successful `register`, and that its votes succeed.
+//! A client's bytes, from the first one on: frames, the handshake, calls in both encodings. The
+//! session is told of a successful `register`, and that its votes succeed.
 #![no_main]
 
 use std::path::Path;

@@ -1,10 +1,11 @@
 //! What a cluster does, as far as its safety depends on it.
 //!
-//! A step is atomic: a node grants its Raft vote, takes an entry, or tells the primary what it has, with another
-//! node's state before its eyes, where real nodes send messages. Messages that are lost are steps that never happen;
-//! those that are late or come twice are steps that happen late or again, for what a request says only grows within
-//! its term, and an answer counts from when it was given. What a late message can say that its sender would not say
-//! now is a lower commit index, and there is a step for that ([`Action::Append`]).
+//! A step is atomic: a node grants its Raft vote, takes an entry, or tells the primary what it has,
+//! with another node's state before its eyes, where real nodes send messages. Messages that are
+//! lost are steps that never happen; those that are late or come twice are steps that happen late
+//! or again, for what a request says only grows within its term, and an answer counts from when it
+//! was given. What a late message can say that its sender would not say now is a lower commit
+//! index, and there is a step for that ([`Action::Append`]).
 //!
 //! Time is not here: leases, checks of the quorum and pre-votes only forbid steps.
 
@@ -146,7 +147,8 @@ pub struct Node {
 }
 
 impl Node {
-    /// Who votes, as far as it has applied the log. A change counts when it is applied, as in raft-rs.
+    /// Who votes, as far as it has applied the log. A change counts when it is applied, as in
+    /// raft-rs.
     pub fn members(&self) -> Members {
         let applied = &self.log[..self.commit as usize];
         let last = applied.iter().rev().find_map(|entry| match entry.what {
@@ -181,7 +183,8 @@ impl Node {
         self.lineage.iter().map(|fork| fork.name).collect()
     }
 
-    /// True if an entry of its own term is committed: only then does it know what is (Raft paper, section 8).
+    /// True if an entry of its own term is committed: only then does it know what is (Raft paper,
+    /// section 8).
     fn knows_commits(&self) -> bool {
         self.log[..self.commit as usize].iter().any(|entry| entry.term == self.term)
     }
@@ -287,8 +290,8 @@ pub enum Action {
     Change(usize),
     /// It proposes that the former voters leave.
     Leave(usize),
-    /// The second takes what it lacks first from the first, its primary; in a message of now, or of when the entry
-    /// was new.
+    /// The second takes what it lacks first from the first, its primary; in a message of now, or of
+    /// when the entry was new.
     Append(usize, usize, bool),
     /// A primary finds that a majority has more than it knew.
     Commit(usize),

@@ -1,7 +1,8 @@
-//! A model of Standby's election, commit, change of members and forced promotion, searched exhaustively.
+//! A model of Standby's election, commit, change of members and forced promotion, searched
+//! exhaustively.
 //!
-//! `cluster.rs` has the steps, `properties.rs` what must hold. What is here are the small clusters that are
-//! searched, and the bugs that the search must find.
+//! `cluster.rs` has the steps, `properties.rs` what must hold. What is here are the small clusters
+//! that are searched, and the bugs that the search must find.
 
 mod cluster;
 mod properties;

@@ -1,5 +1,6 @@
-//! A ZEO client with a cache, as the stock one behaves: it tries all addresses at the same time, keeps the first that
-//! speaks, verifies its cache, reads at the last transaction that it has heard of, and says what it was told.
+//! A ZEO client with a cache, as the stock one behaves: it tries all addresses at the same time,
+//! keeps the first that speaks, verifies its cache, reads at the last transaction that it has heard
+//! of, and says what it was told.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

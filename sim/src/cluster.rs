@@ -43,7 +43,8 @@ const CALM: Latency =
     Latency { least: Duration::from_micros(200), most: Duration::from_millis(3), lost_one_in: 0 };
 /// Nothing has gone wrong for so long, and somebody has served: every node knows the primary.
 const CALM_AFTER: Duration = Duration::from_secs(4);
-/// Links over which nothing comes are closed within this time, whatever the clocks, and dialled anew.
+/// Links over which nothing comes are closed within this time, whatever the clocks, and dialled
+/// anew.
 const SWALLOWED: Duration = Duration::from_secs(4);
 /// What could not be done is asked for again after this time.
 const ASKS_AGAIN: Duration = Duration::from_secs(1);
@@ -153,7 +154,8 @@ fn config(plan: &Plan, node: usize, token: Option<&str>) -> Config {
     let serves = match witness {
         true => String::new(),
         false => format!(
-            "<zeo>\n  address {host}:8100\n</zeo>\n<filestorage>\n  path {DATA}\n  pack-gc false\n{blobs}\
+            "<zeo>\n  address {host}:8100\n</zeo>\n<filestorage>\n  path {DATA}\n  pack-gc \
+            false\n{blobs}\
              </filestorage>\n"
         ),
     };
@@ -162,8 +164,9 @@ fn config(plan: &Plan, node: usize, token: Option<&str>) -> Config {
         false => format!("  read-only-address {host}:8101\n"),
     };
     let text = format!(
-        "{serves}<standby>\n  cluster sim\n  node n{node}\n  group {group}\n  state-dir /site/state\n{reads}  \
-         peer-address {host}:8102\n  admin-address {host}:8103\n{members}  log-tail 200kB\n{fast}{auto}</standby>\n"
+        "{serves}<standby>\n  cluster sim\n  node n{node}\n  group {group}\n  state-dir \
+         /site/state\n{reads}  peer-address {host}:8102\n  admin-address {host}:8103\n{members}  \
+         log-tail 200kB\n{fast}{auto}</standby>\n"
     );
     Config::parse(Path::new("/site/zeo.conf"), &text).expect("a configuration that can be read")
 }
@@ -405,7 +408,8 @@ impl Cluster {
     }
 
     fn damage_to_data(&mut self, node: usize, block: usize) -> Option<usize> {
-        // With another history of packs, recoveries and timelines, the other nodes have other blocks.
+        // With another history of packs, recoveries and timelines, the other nodes have other
+        // blocks.
         let others = self.data_nodes().count() > 1;
         let promotes = |step: &Step| matches!(step.fault, Fault::Promote { .. });
         let comparable = others
@@ -447,7 +451,8 @@ impl Cluster {
                 if stuck {
                     machine.disk.unspoil();
                 }
-                // The others may have it in their logs only, until they are up: whoever watches the node starts it again.
+                // The others may have it in their logs only, until they are up: whoever watches the
+                // node starts it again.
                 let waits = stuck
                     || is_damaged && says.contains("no other node that can be reached has them");
                 if std::mem::take(&mut self.may_fail[node]) || waits {
@@ -755,7 +760,8 @@ impl Cluster {
         });
     }
 
-    /// An administrator asks some node; `None` if none is there. Nobody answers if it ends meanwhile.
+    /// An administrator asks some node; `None` if none is there. Nobody answers if it ends
+    /// meanwhile.
     fn ask(&mut self, ask: Ask) -> Option<oneshot::Receiver<Answer>> {
         let (node, shared) = self.any_node(|_| true)?;
         let (sender, receiver) = oneshot::channel();

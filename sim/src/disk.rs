@@ -1,5 +1,5 @@
-//! The disk of a simulated machine. It forgets what was not synced when power fails, or keeps a random part of it; it
-//! breaks when it is told to.
+//! The disk of a simulated machine. It forgets what was not synced when power fails, or keeps a
+//! random part of it; it breaks when it is told to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -176,7 +176,8 @@ impl SimDisk {
         snapshot
     }
 
-    /// What was in the snapshot is there again, and nothing else. Nobody may have a file of it open.
+    /// What was in the snapshot is there again, and nothing else. Nobody may have a file of it
+    /// open.
     pub fn put_back(&self, snapshot: &SimDisk) {
         *self.lock() = snapshot.lock().clone();
     }
@@ -253,8 +254,8 @@ impl Inner {
     }
 }
 
-/// File systems with a journal write both ends of a rename together: a file that had a durable name `before`, and has
-/// one `now`, does not lose both.
+/// File systems with a journal write both ends of a rename together: a file that had a durable name
+/// `before`, and has one `now`, does not lose both.
 fn keep_renamed(
     before: &BTreeMap<PathBuf, u64>,
     now: &BTreeMap<PathBuf, u64>,

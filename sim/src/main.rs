@@ -1,4 +1,5 @@
-//! Simulates clusters of Standby: the whole node, on machines, networks and disks that a seed governs.
+//! Simulates clusters of Standby: the whole node, on machines, networks and disks that a seed
+//! governs.
 //!
 //! The same seed gives the same simulation, to the byte of what is logged.
 
@@ -64,7 +65,8 @@ enum Command {
         #[arg(long, value_parser = mutation)]
         mutation: Option<Mutation>,
     },
-    /// Switches on one bug after the other, and looks for a seed that shows it; fails if one is not found
+    /// Switches on one bug after the other, and looks for a seed that shows it; fails if one is not
+    /// found
     Mutations {
         /// Seeds for each
         #[arg(long, default_value_t = 1000)]
@@ -151,7 +153,8 @@ fn run_seeds(seeds: std::ops::Range<u64>, time: Option<Duration>, threads: usize
     });
     let (count, total) = total.into_inner().unwrap_or_else(|error| error.into_inner());
     println!(
-        "{count} seeds in {:.1} s: {} commits acknowledged, {} times a node became primary, {} lost tails kept",
+        "{count} seeds in {:.1} s: {} commits acknowledged, {} times a node became primary, {} \
+        lost tails kept",
         begun.elapsed().as_secs_f64(),
         total.commits,
         total.elections,

@@ -1,5 +1,5 @@
-//! What must hold of everything that clients were told, and of the history that the nodes have in the end. Each
-//! property is a function, named as in the design.
+//! What must hold of everything that clients were told, and of the history that the nodes have in
+//! the end. Each property is a function, named as in the design.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -40,8 +40,8 @@ pub fn transactions(reader: &Reader) -> Result<Vec<Transaction>, StorageError> {
     Ok(found)
 }
 
-/// What is wrong with the first history. It may be there `partly` only: packed, or recovered fast; `lost`
-/// are the files in which nodes keep what they had to leave.
+/// What is wrong with the first history. It may be there `partly` only: packed, or recovered fast;
+/// `lost` are the files in which nodes keep what they had to leave.
 pub fn judge(
     events: &[Event],
     histories: &[Vec<Transaction>],
@@ -79,14 +79,15 @@ pub fn judge(
     wrong
 }
 
-/// The moments of timelines that were left: between the last transaction before a fork and the first, empty one after it.
+/// The moments of timelines that were left: between the last transaction before a fork and the
+/// first, empty one after it.
 fn left_out(history: &[Transaction]) -> Vec<(Tid, Tid)> {
     let forks = history.windows(2).filter(|pair| pair[1].records.is_empty());
     forks.map(|pair| (pair[0].tid, pair[1].tid)).collect()
 }
 
-/// True if a client has asked for a pack. A node that is away meanwhile and catches up from another one's data file keeps
-/// what the pack has removed elsewhere.
+/// True if a client has asked for a pack. A node that is away meanwhile and catches up from another
+/// one's data file keeps what the pack has removed elsewhere.
 pub fn is_packed(events: &[Event]) -> bool {
     events.iter().any(|event| matches!(event, Event::Packing))
 }
@@ -105,7 +106,8 @@ pub fn files_are_equal(
     };
     let only: Vec<_> = tids(at).symmetric_difference(&tids(at + 1)).copied().collect();
     Some(format!(
-        "equal-bytes: {a} has {len}, {b} {other_len}, the first {same} are equal; only one of them has {only:?}"
+        "equal-bytes: {a} has {len}, {b} {other_len}, the first {same} are equal; only one of them \
+        has {only:?}"
     ))
 }
 
@@ -148,7 +150,8 @@ fn one_primary_in_a_term(events: &[Event]) -> Option<String> {
     None
 }
 
-/// A commit that begins after another was acknowledged has a later tid: whoever acknowledges has seen everything.
+/// A commit that begins after another was acknowledged has a later tid: whoever acknowledges has
+/// seen everything.
 fn commits_are_in_the_order_of_time(events: &[Event]) -> Option<String> {
     let mut acknowledged = Tid::NONE;
     let mut least = BTreeMap::new();
@@ -161,7 +164,8 @@ fn commits_are_in_the_order_of_time(events: &[Event]) -> Option<String> {
                 let before = least.get(&(*client, *number)).copied().unwrap_or(Tid::NONE);
                 if *tid <= before {
                     return Some(format!(
-                        "order: commit {client} {number} is {tid}, but {before} was acknowledged before it began"
+                        "order: commit {client} {number} is {tid}, but {before} was acknowledged \
+                        before it began"
                     ));
                 }
                 acknowledged = acknowledged.max(*tid);
@@ -172,8 +176,8 @@ fn commits_are_in_the_order_of_time(events: &[Event]) -> Option<String> {
     None
 }
 
-/// What was acknowledged is in the final history, once, under the tid that the client was told; or a node keeps it in a
-/// file of what was lost by a forced promotion.
+/// What was acknowledged is in the final history, once, under the tid that the client was told; or
+/// a node keeps it in a file of what was lost by a forced promotion.
 fn acknowledged_commits_are_there_once(
     events: &[Event],
     history: &[Transaction],
@@ -195,7 +199,8 @@ fn acknowledged_commits_are_there_once(
             None if packed || lost.contains(&(*tid, format!("{client} {number}"))) => {}
             other => {
                 return Some(format!(
-                    "durability: commit {client} {number} was acknowledged as {tid}, there is {other:?}"
+                    "durability: commit {client} {number} was acknowledged as {tid}, there is \
+                    {other:?}"
                 ));
             }
         }
@@ -217,8 +222,9 @@ fn nothing_is_there_that_nobody_wrote(events: &[Event], history: &[Transaction])
     Some(format!("phantom: {} {:?} was never wanted", phantom.tid, phantom.description))
 }
 
-/// The revisions of each object: those that are there and, if there was a pack, those that were acknowledged; not those
-/// of timelines that were left, which a pack may have removed there before they could be kept.
+/// The revisions of each object: those that are there and, if there was a pack, those that were
+/// acknowledged; not those of timelines that were left, which a pack may have removed there before
+/// they could be kept.
 fn revisions(
     events: &[Event],
     history: &[Transaction],
@@ -300,7 +306,8 @@ fn reads_are_of_their_snapshot(
         let unknown = serial.is_some_and(|tid| known.is_none_or(|tids| !tids.contains(&tid)));
         if *serial != expected && !(packed && unknown) {
             return Some(format!(
-                "snapshot: client {client} at {snapshot} read {oid} as of {serial:?}, right is {expected:?}"
+                "snapshot: client {client} at {snapshot} read {oid} as of {serial:?}, right is \
+                {expected:?}"
             ));
         }
     }
@@ -370,14 +377,15 @@ fn invalidations_come_before_replies(events: &[Event]) -> Option<String> {
             Some(format!("invalidations: client {client} hears of {tid} after {before}"))
         }
         Event::Current { client, told, oid, serial } if serial > told => Some(format!(
-            "invalidations: client {client} is told that {oid} is of {serial}, but not of more than {told}"
+            "invalidations: client {client} is told that {oid} is of {serial}, but not of more \
+            than {told}"
         )),
         _ => None,
     })
 }
 
-/// A ping is answered with all that had been acknowledged when it was sent. A replica that hears of no primary shows
-/// what it has: of readers this is asked while nothing is wrong.
+/// A ping is answered with all that had been acknowledged when it was sent. A replica that hears of
+/// no primary shows what it has: of readers this is asked while nothing is wrong.
 fn syncs_see_what_was_acknowledged(events: &[Event]) -> Option<String> {
     let (mut acknowledged, mut calm) = (Tid::NONE, false);
     let mut asked: BTreeMap<u32, Tid> = BTreeMap::new();
@@ -399,7 +407,8 @@ fn syncs_see_what_was_acknowledged(events: &[Event]) -> Option<String> {
                 let least = asked.remove(client).unwrap_or(Tid::NONE);
                 if *tid < least {
                     return Some(format!(
-                        "linearizable: client {client} asked when {least} was acknowledged, and sees {tid}"
+                        "linearizable: client {client} asked when {least} was acknowledged, and \
+                        sees {tid}"
                     ));
                 }
             }

@@ -1,4 +1,5 @@
-//! What goes wrong in a simulation, and when. A seed gives a plan; a plan that ends badly can be made shorter.
+//! What goes wrong in a simulation, and when. A seed gives a plan; a plan that ends badly can be
+//! made shorter.
 
 use std::time::Duration;
 
@@ -56,7 +57,8 @@ pub enum Fault {
         /// For how long.
         time: Duration,
     },
-    /// The connections between the nodes that are open at this moment deliver nothing any more; new ones work.
+    /// The connections between the nodes that are open at this moment deliver nothing any more; new
+    /// ones work.
     Swallow {
         /// All of them, or each by chance.
         all: bool,
@@ -109,7 +111,8 @@ pub enum Fault {
         /// For how long the machine is away.
         down: Duration,
     },
-    /// A machine is lost with its disk, and an administrator replaces the node by another, empty one.
+    /// A machine is lost with its disk, and an administrator replaces the node by another, empty
+    /// one.
     Replace {
         /// Which node.
         node: usize,
@@ -138,7 +141,8 @@ pub enum Fault {
         /// Which of the blocks with checksums; counted around.
         block: usize,
     },
-    /// Bytes of a data file cannot be read, where it has checksums, until they are written; or bytes of a blob.
+    /// Bytes of a data file cannot be read, where it has checksums, until they are written; or
+    /// bytes of a blob.
     BadSector {
         /// Which node's.
         node: usize,
@@ -246,7 +250,8 @@ impl Plan {
             4 => vec![data.clone(), data.clone(), data.clone(), data.clone(), data.clone()],
             _ => vec![data.clone(), data.clone(), data.clone()],
         };
-        // Real clocks differ by a ten thousandth; that the protocol does not depend on it shows sooner so.
+        // Real clocks differ by a ten thousandth; that the protocol does not depend on it shows
+        // sooner so.
         let rate = |random: &mut Random| 0.98 + random.below(41) as f64 / 1000.0;
         let mut rates: Vec<f64> = nodes.iter().map(|_| rate(random)).collect();
         let mut duration = millis(random, 4_000..14_000);
@@ -272,7 +277,8 @@ impl Plan {
             let fault = Fault::Swallow { all: later.one_in(2) };
             steps.push(Step { at: millis(later, 1_500..duration.as_millis() as u64), fault });
         }
-        // As above. What a majority has acknowledged outlives one disk, unless something else takes it from another.
+        // As above. What a majority has acknowledged outlives one disk, unless something else takes
+        // it from another.
         let lost = &mut Random::new(seed ^ 0x006c_6f73_7464_6973);
         let all_vote = nodes.iter().all(|node| node.group == "here" && !node.witness);
         if nodes.len() >= 3 && all_vote && lost.one_in(4) {
@@ -300,8 +306,8 @@ impl Plan {
                 2 => steps.push(Step { at, fault: Fault::Replace { node } }),
                 3 => {
                     let (after, down) = (millis(members, 50..3_000), millis(members, 10..2_000));
-                    // Only the primary knows at once what a node has acknowledged: until it has told the node, nothing else
-                    // goes wrong.
+                    // Only the primary knows at once what a node has acknowledged: until it has
+                    // told the node, nothing else goes wrong.
                     let quiet = (at + after).saturating_sub(LONGEST)..at + after + down + REJOINS;
                     duration = duration.max(quiet.end + Duration::from_secs(1));
                     steps.retain(|step| !quiet.contains(&step.at));
@@ -402,8 +408,8 @@ fn fault(random: &mut Random, nodes: &[NodePlan]) -> Fault {
     }
 }
 
-/// Ways that are blocked: a part of the nodes is cut off, in both directions or in one, or each way by chance. The
-/// clients' machine is the last one.
+/// Ways that are blocked: a part of the nodes is cut off, in both directions or in one, or each way
+/// by chance. The clients' machine is the last one.
 fn ways(random: &mut Random, nodes: usize) -> Vec<(usize, usize)> {
     let all = nodes + 1;
     let pairs = |wanted: &mut dyn FnMut(usize, usize) -> bool| -> Vec<(usize, usize)> {

@@ -21,7 +21,8 @@ pub struct Content {
 }
 
 impl Content {
-    /// As a record of ZODB: the pickle of a class and the pickle of a state (bytes), `padding` bytes longer.
+    /// As a record of ZODB: the pickle of a class and the pickle of a state (bytes), `padding`
+    /// bytes longer.
     pub fn encode(&self, padding: usize, blob: bool) -> Vec<u8> {
         let Content { client, number, base, amount } = self;
         let text = format!("{client} {number} {} {amount} ", base.0);

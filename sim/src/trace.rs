@@ -1,4 +1,5 @@
-//! What simulated programs log, with the simulated time: hashed, and printed if somebody wants to read it.
+//! What simulated programs log, with the simulated time: hashed, and printed if somebody wants to
+//! read it.
 
 use std::cell::RefCell;
 use std::io::Write;

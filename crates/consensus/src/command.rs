@@ -11,8 +11,8 @@
 //! ```
 //!
 //! A transaction's head and records (which this crate does not look into) stand in its closing
-//! entry. A long row of records is cut into *parts* of at most [`PART_LEN`], entries of their own that
-//! come before; the closing entry lists their indexes and holds the rest. Parts without a
+//! entry. A long row of records is cut into *parts* of at most [`PART_LEN`], entries of their own
+//! that come before; the closing entry lists their indexes and holds the rest. Parts without a
 //! closing entry mean nothing. They belong to the leader of their term: when an entry of a later
 //! term has come, no closing entry can follow.
 

@@ -103,8 +103,8 @@ impl Membership {
         })
     }
 
-    /// The changes that give a member another peer address, and leave its vote: a voter becomes a learner and a voter
-    /// again in one change. Nothing if it is no member.
+    /// The changes that give a member another peer address, and leave its vote: a voter becomes a
+    /// learner and a voter again in one change. Nothing if it is no member.
     pub fn moved(&self, id: NodeId, peer_address: String) -> Vec<Change> {
         let Some(member) = self.members.get(&id) else { return Vec::new() };
         let at_new_address = Change::AddLearner(Member { peer_address, ..member.clone() });
@@ -239,7 +239,8 @@ pub(crate) fn encode_changes(changes: &[Change]) -> Bytes {
     out.freeze()
 }
 
-/// Reads what [`encode_changes`] wrote. Raft itself appends an empty entry to leave joint consensus.
+/// Reads what [`encode_changes`] wrote. Raft itself appends an empty entry to leave joint
+/// consensus.
 pub(crate) fn decode_changes(bytes: Bytes) -> Result<Vec<Change>, Malformed> {
     if bytes.is_empty() {
         return Ok(Vec::new());

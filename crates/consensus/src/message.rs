@@ -37,7 +37,8 @@ impl PeerMessage {
         self.0.get_msg_type() == MessageType::MsgAppend
     }
 
-    /// True if what it brings takes no room: of a leader that begins its term, or only news of what is committed.
+    /// True if what it brings takes no room: of a leader that begins its term, or only news of what
+    /// is committed.
     pub fn is_without_data(&self) -> bool {
         self.0.get_entries().iter().all(|entry| entry.data.is_empty() && entry.context.is_empty())
     }

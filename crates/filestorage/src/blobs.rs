@@ -7,12 +7,13 @@
 //! BLOBDIR/tmp/standby-<32 digits: transfer>    staged: uploaded, not committed
 //! ```
 //!
-//! A file is written and synced under its staged name before its transaction may enter the log; when
-//! the transaction is applied it gets its own name. Doing that again changes nothing. The names are
-//! durable after [`BlobDir::sync`], which comes before a checkpoint.
+//! A file is written and synced under its staged name before its transaction may enter the log;
+//! when the transaction is applied it gets its own name. Doing that again changes nothing. The
+//! names are durable after [`BlobDir::sync`], which comes before a checkpoint.
 //!
-//! Damage is found by checksums (see `checksums/blobs.rs`), if the directory was opened with a file of them: before a blob
-//! is read ([`BlobDir::look_at`]), and by whoever goes through all of them ([`BlobDir::checking`]).
+//! Damage is found by checksums (see `checksums/blobs.rs`), if the directory was opened with a file
+//! of them: before a blob is read ([`BlobDir::look_at`]), and by whoever goes through all of them
+//! ([`BlobDir::checking`]).
 
 use std::collections::BTreeSet;
 use std::io;
@@ -194,8 +195,8 @@ impl BlobDir {
         }
     }
 
-    /// Gives a blob its name as that of a revision. False if the revision that it is to be copied from
-    /// has none. An upload that is not there, under either name, is an error.
+    /// Gives a blob its name as that of a revision. False if the revision that it is to be copied
+    /// from has none. An upload that is not there, under either name, is an error.
     pub fn place(&self, blob: &Blob, tid: Tid) -> Result<bool, StorageError> {
         let disk = &self.0.disk;
         let to = self.path(blob.oid, tid);
@@ -262,8 +263,8 @@ impl BlobDir {
         self.sum(id).is_some()
     }
 
-    /// Looks whether a blob is right before somebody reads it. One that was right since the start is trusted if the
-    /// system has all of it in memory. Where none should be, none is right.
+    /// Looks whether a blob is right before somebody reads it. One that was right since the start
+    /// is trusted if the system has all of it in memory. Where none should be, none is right.
     pub fn look_at(&self, id: BlobId) -> Found {
         match &self.0.sums {
             None => Found::Right,
@@ -409,7 +410,8 @@ impl BlobDir {
                 // A pack has removed all that was in it.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    // What was not made durable is still to be: whoever tries again must not take it for done.
+                    // What was not made durable is still to be: whoever tries again must not take
+                    // it for done.
                     if let Some(sums) = &self.0.sums {
                         sums.put_back(noted);
                     }

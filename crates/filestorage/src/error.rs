@@ -37,12 +37,13 @@ pub enum StorageError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A sound transaction whose tid is not above the one before it: FileStorage wrote it after a clock had been set back.
-    /// Replicas, clients' caches and packs go by the order of tids.
-    #[error("{}: the transaction at byte {position} has the tid {tid} ({}), which is not above that of the transaction \
-        before it, {last} ({}): a clock was set back when it was written. Nothing is damaged, but a file whose tids do \
-        not grow cannot be replicated, nor packed. standby renumber {} gives new tids where that is needed, and keeps \
-        every transaction", path.display(), utc(*tid), utc(*last), path.display())]
+    /// A sound transaction whose tid is not above the one before it: FileStorage wrote it after a
+    /// clock had been set back. Replicas, clients' caches and packs go by the order of tids.
+    #[error("{}: the transaction at byte {position} has the tid {tid} ({}), which is not above \
+        that of the transaction before it, {last} ({}): a clock was set back when it was written. \
+        Nothing is damaged, but a file whose tids do not grow cannot be replicated, nor packed. \
+        standby renumber {} gives new tids where that is needed, and keeps every \
+        transaction", path.display(), utc(*tid), utc(*last), path.display())]
     TimeWentBack {
         /// The file.
         path: PathBuf,
@@ -54,9 +55,9 @@ pub enum StorageError {
         tid: Tid,
     },
     /// What a record refers to cannot be told, so nothing may be removed.
-    #[error("{}: not packed: {record}. What it refers to would be removed. Let the application store the object again, \
-        or delete what refers to it, and pack to a later time; or pack without garbage collection (\"pack-gc false\" \
-        in <filestorage>)", path.display())]
+    #[error("{}: not packed: {record}. What it refers to would be removed. Let the application \
+        store the object again, or delete what refers to it, and pack to a later time; or pack \
+        without garbage collection (\"pack-gc false\" in <filestorage>)", path.display())]
     References {
         /// The file.
         path: PathBuf,
@@ -64,9 +65,10 @@ pub enum StorageError {
         record: Unreadable,
     },
     /// A pack would have removed an object that is referred to.
-    #[error("{}: not packed: object {from}, written by transaction {tid}, refers to object {to}, which was garbage at \
-        the pack time and would be gone. If {from} was written while the pack was under way, pack again; if this comes \
-        again, pack without garbage collection (\"pack-gc false\" in <filestorage>), and report it", path.display())]
+    #[error("{}: not packed: object {from}, written by transaction {tid}, refers to object {to}, \
+        which was garbage at the pack time and would be gone. If {from} was written while the pack \
+        was under way, pack again; if this comes again, pack without garbage collection (\"pack-gc \
+        false\" in <filestorage>), and report it", path.display())]
     StillReferred {
         /// The file.
         path: PathBuf,
@@ -78,7 +80,8 @@ pub enum StorageError {
         to: Oid,
     },
     /// The file does not begin with `FS30` or `FS21`.
-    #[error("{}: not a FileStorage file: it begins with {found:?} instead of \"FS30\" or \"FS21\"", path.display())]
+    #[error("{}: not a FileStorage file: it begins with {found:?} instead of \"FS30\" or \
+        \"FS21\"", path.display())]
     NotFileStorage {
         /// The file.
         path: PathBuf,
@@ -109,7 +112,8 @@ pub enum StorageError {
 /// A record whose references cannot be told.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "what object {oid} refers to cannot be told (written by transaction {tid}, record at byte {position}): {reason}"
+    "what object {oid} refers to cannot be told (written by transaction {tid}, record at byte \
+    {position}): {reason}"
 )]
 pub struct Unreadable {
     /// The object.
@@ -123,7 +127,8 @@ pub struct Unreadable {
 }
 
 impl StorageError {
-    /// True if there was no room to write. The same can be written again, unless it was a sync that failed.
+    /// True if there was no room to write. The same can be written again, unless it was a sync that
+    /// failed.
     pub fn is_full(&self) -> bool {
         matches!(self, StorageError::Io { action, source, .. } if !action.starts_with("sync") && is_full(source))
     }

@@ -4,10 +4,10 @@
 //! same time. What a reader sees is always a whole number of transactions. Everything blocks,
 //! and goes through [`standby_types::Disk`].
 //!
-//! Reading order: `file/` (`format.rs`: the bytes; `scan.rs`: walking over a file, telling a torn tail from damage;
-//! `open.rs`, `read.rs`, `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`, `undo.rs`; `transaction.rs`: a transaction as
-//! it travels between nodes), `index/` (oid → newest position), `checksums/`, `pack.rs`, `blobs.rs`, `renumber.rs` (files
-//! whose tids do not grow).
+//! Reading order: `file/` (`format.rs`: the bytes; `scan.rs`: walking over a file, telling a torn
+//! tail from damage; `open.rs`, `read.rs`, `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`,
+//! `undo.rs`; `transaction.rs`: a transaction as it travels between nodes), `index/` (oid → newest
+//! position), `checksums/`, `pack.rs`, `blobs.rs`, `renumber.rs` (files whose tids do not grow).
 //!
 //! What this crate does not do: it decides nothing about commits. Whoever appends has made sure
 //! that the transaction is committed and that its tid is above the last one.

@@ -1,22 +1,23 @@
 //! Packing: a new file without what nobody needs any more. Source of the rules:
 //! `ZODB/FileStorage/fspack.py`.
 //!
-//! Up to the pack time, only revisions that were current then are kept, and with garbage
-//! collection only of objects that can be reached from the root, or from what was committed later.
-//! (fspack looks at later transactions only where they point back; to follow all of them costs little,
-//! and never leaves a reference without an object.) What is committed later is copied as it is. The packed part has
-//! no back pointers, and its records no predecessors.
+//! Up to the pack time, only revisions that were current then are kept, and with garbage collection
+//! only of objects that can be reached from the root, or from what was committed later. (fspack
+//! looks at later transactions only where they point back; to follow all of them costs little, and
+//! never leaves a reference without an object.) What is committed later is copied as it is. The
+//! packed part has no back pointers, and its records no predecessors.
 //!
-//! A record whose references cannot be told stops the pack, but for one that was committed later and that nothing
-//! refers to. Beside that there is a net ([`Removed::check`]): before the new file is put in place, nothing in it may
-//! refer to what was removed; also what was committed while the pack was under way.
+//! A record whose references cannot be told stops the pack, but for one that was committed later
+//! and that nothing refers to. Beside that there is a net ([`Removed::check`]): before the new file
+//! is put in place, nothing in it may refer to what was removed; also what was committed while the
+//! pack was under way.
 //!
 //! [`pack`] does nearly all of the work beside commits, on a thread of its own; then the writer
 //! of the storage copies what is left ([`copy_rest`]) and puts the new file in place
 //! ([`FileStorage::replace_with`]).
 //!
-//! The moments within a hole ([`crate::Hole`]) cannot be seen, so what was current or could be reached
-//! then is not known: a pack to one of them packs to the beginning of the hole.
+//! The moments within a hole ([`crate::Hole`]) cannot be seen, so what was current or could be
+//! reached then is not known: a pack to one of them packs to the beginning of the hole.
 //!
 //! Memory: 16 bytes for each object and a bit, twice that while the file is scanned.
 
@@ -60,7 +61,8 @@ pub struct Packed {
     pub last: Tid,
     /// The objects that are not in it.
     pub removed: Removed,
-    /// Records committed after the pack time whose references cannot be told. Nothing refers to their objects.
+    /// Records committed after the pack time whose references cannot be told. Nothing refers to
+    /// their objects.
     pub unreadable: Vec<Unreadable>,
 }
 
@@ -76,8 +78,8 @@ impl Packed {
 pub struct Removed(Vec<Oid>);
 
 impl Removed {
-    /// Looks at what the new file has of the transactions after `after`: nothing there may refer to an object
-    /// that was removed (and was not brought back since).
+    /// Looks at what the new file has of the transactions after `after`: nothing there may refer to
+    /// an object that was removed (and was not brought back since).
     pub fn check(
         &self,
         target: &Reader,
@@ -161,8 +163,8 @@ pub fn pack(
     Ok(Outcome::Packed(Packed { target, last, removed, unreadable: plan.unreadable }))
 }
 
-/// Copies the transactions after `last` into a new file while more are committed, until little is left to
-/// [`copy_rest`]; what is copied is durable then. Returns the last one.
+/// Copies the transactions after `last` into a new file while more are committed, until little is
+/// left to [`copy_rest`]; what is copied is durable then. Returns the last one.
 pub fn copy_most(
     reader: &Reader,
     target: &mut FileStorage,
@@ -293,8 +295,8 @@ impl Plan {
         self.current.binary_search_by_key(&oid, |(oid, _)| *oid).ok()
     }
 
-    /// Marks what can be reached from the root, and from all that was committed later: an undo brings
-    /// back references to what was garbage at the pack time.
+    /// Marks what can be reached from the root, and from all that was committed later: an undo
+    /// brings back references to what was garbage at the pack time.
     fn reach(&mut self, reader: &Reader, references: References<'_>) -> Result<(), StorageError> {
         self.reached = vec![false; self.current.len()];
         self.reach_from(reader, references, vec![Oid(0)])?;
@@ -706,7 +708,8 @@ mod tests {
         };
         assert_eq!((done.unreadable.len(), done.unreadable[0].oid), (1, Oid(2)));
         assert_eq!(load(&done.target, 2, 99), Some(vec![UNREADABLE]));
-        // Reachable at the pack time; referred to later only; the root; reachable, and changed later.
+        // Reachable at the pack time; referred to later only; the root; reachable, and changed
+        // later.
         let cases: [&[Commit<'_>]; 4] = [
             &[(20, &[(2, bad()), (0, data(&[1, 2]))])],
             &[(20, &[(1, data(&[1]))]), (30, &[(2, bad())]), (40, &[(0, data(&[1, 2]))])],

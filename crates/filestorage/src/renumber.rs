@@ -1,7 +1,9 @@
-//! New tids for files whose tids do not grow: Python's FileStorage writes such files when a clock is set back.
+//! New tids for files whose tids do not grow: Python's FileStorage writes such files when a clock
+//! is set back.
 //!
-//! As few transactions as possible get another tid: those of the longest sequence that grows keep theirs, and the others
-//! fit in between. Nothing else of the file changes, so positions stay what they are.
+//! As few transactions as possible get another tid: those of the longest sequence that grows keep
+//! theirs, and the others fit in between. Nothing else of the file changes, so positions stay what
+//! they are.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -40,7 +42,8 @@ pub struct NewTids {
     pub torn: u64,
 }
 
-/// What must change so that the tids of a file grow. `progress(done, total)` is called now and then, in bytes.
+/// What must change so that the tids of a file grow. `progress(done, total)` is called now and
+/// then, in bytes.
 pub fn new_tids(
     disk: &dyn Disk,
     path: &Path,
@@ -80,8 +83,8 @@ pub struct NewSerial {
     pub may_be_blob: bool,
 }
 
-/// Copies the complete transactions of `path` to the file `to`, with the new tids; durable on return. `each` sees the
-/// revisions that get another serial.
+/// Copies the complete transactions of `path` to the file `to`, with the new tids; durable on
+/// return. `each` sees the revisions that get another serial.
 pub fn write_renumbered(
     disk: &Arc<dyn Disk>,
     path: &Path,
@@ -146,8 +149,9 @@ fn write_tid(
 
 /// Numbers that grow and differ from `tids` in as few places as possible.
 ///
-/// Those that stay must leave room for those between them: `tid - place` must not fall. The longest such sequence is
-/// found as in patience sorting: `piles[n]` is the place of the lowest number that ends one of `n + 1` numbers.
+/// Those that stay must leave room for those between them: `tid - place` must not fall. The longest
+/// such sequence is found as in patience sorting: `piles[n]` is the place of the lowest number that
+/// ends one of `n + 1` numbers.
 fn growing(tids: &[u64]) -> Vec<u64> {
     let room = |place: usize| tids[place].checked_sub(place as u64 + 1);
     let most = |place: usize| Tid::MAX.0 - (tids.len() - 1 - place) as u64;

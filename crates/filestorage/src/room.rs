@@ -11,5 +11,6 @@ pub enum Need {
     Next,
 }
 
-/// Says whether there is room for it. An error ends the copying; what was written stays, for the caller to remove.
+/// Says whether there is room for it. An error ends the copying; what was written stays, for the
+/// caller to remove.
 pub type Room<'a> = &'a dyn Fn(Need) -> io::Result<()>;

@@ -690,7 +690,8 @@ proptest! {
     }
 }
 
-/// As `fsIndex.save` writes it, but for the opcodes: it may write a shorter length and a shorter position.
+/// As `fsIndex.save` writes it, but for the opcodes: it may write a shorter length and a shorter
+/// position.
 #[test]
 fn pythons_index_is_written_of_what_is_in_the_index_file() {
     let disk = MemoryDisk::new();

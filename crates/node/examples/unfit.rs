@@ -1,5 +1,5 @@
-//! Appends an entry that no node can apply to the log of a node that is stopped: a transaction with the highest tid that
-//! there is. For tests of what administrators do then.
+//! Appends an entry that no node can apply to the log of a node that is stopped: a transaction with
+//! the highest tid that there is. For tests of what administrators do then.
 //!
 //!     unfit STATE-DIR
 

@@ -1,8 +1,10 @@
-//! For tests: a node whose disk forgets, at SIGUSR1, all that was not synced; then the process is gone, as by a power cord.
+//! For tests: a node whose disk forgets, at SIGUSR1, all that was not synced; then the process is
+//! gone, as by a power cord.
 //!
-//! Bytes and names are written to the real disk, but it is remembered what they replace, until the file, or the
-//! directory, is synced. When power fails, everything that is not durable is taken back; or, every second time, a
-//! random half of it: what was not synced may survive in part and in any order.
+//! Bytes and names are written to the real disk, but it is remembered what they replace, until the
+//! file, or the directory, is synced. When power fails, everything that is not durable is taken
+//! back; or, every second time, a random half of it: what was not synced may survive in part and in
+//! any order.
 //!
 //! `unplugged -C FILE`. What a node writes without `Disk` is not followed.
 
@@ -363,7 +365,8 @@ async fn main() -> anyhow::Result<()> {
         let _ = terminate.recv().await;
     };
     if node.run_until(stop).await? == Next::Again {
-        // What this process knows of unsynced bytes goes with it: what a node writes before it begins anew is synced.
+        // What this process knows of unsynced bytes goes with it: what a node writes before it
+        // begins anew is synced.
         let again = Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).exec();
         return Err(again.into());
     }

@@ -1,7 +1,7 @@
 //! The references of records that another program sends: for comparing with what ZODB follows.
 //!
-//! In: a record's length (four bytes, big-endian) and the record. Out: for each, one line: the oids in
-//! hexadecimal, or `!` and why they cannot be told.
+//! In: a record's length (four bytes, big-endian) and the record. Out: for each, one line: the oids
+//! in hexadecimal, or `!` and why they cannot be told.
 
 use std::io::{self, Read, Write};
 

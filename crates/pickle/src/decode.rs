@@ -10,8 +10,8 @@ use crate::{Object, Value};
 
 /// How deep values may be nested.
 pub const MAX_DEPTH: u16 = 200;
-/// What a pickle may become in memory: so many bytes, and so many for each byte of it. What clients send is far below
-/// that; a set takes one byte in a pickle, and some hundreds in memory.
+/// What a pickle may become in memory: so many bytes, and so many for each byte of it. What clients
+/// send is far below that; a set takes one byte in a pickle, and some hundreds in memory.
 const MEMORY: (usize, usize) = (4 << 20, 32);
 /// What an entry of the memo takes, about.
 const MEMO_ENTRY: usize = 128;
@@ -42,8 +42,8 @@ pub enum DecodeError {
     },
     /// What the opcode at this byte takes as a persistent id has no form that ZODB knows.
     #[error(
-        "the persistent id that byte {0} takes is neither an oid, nor a tuple that begins with one, nor a list \
-         for a weak or cross-database reference"
+        "the persistent id that byte {0} takes is neither an oid, nor a tuple that begins with \
+         one, nor a list for a weak or cross-database reference"
     )]
     PersistentId(usize),
     /// A class that the caller does not allow.
@@ -59,8 +59,8 @@ pub fn decode(bytes: &Bytes, allow: impl Fn(&str, &str) -> bool) -> Result<Value
     decode_first(bytes, allow).map(|(value, _)| value)
 }
 
-/// As [`decode`], but a byte string of Python 2 (`STRING` and its kind) is a text if it is ASCII, as ZODB reads it on
-/// Python 3.
+/// As [`decode`], but a byte string of Python 2 (`STRING` and its kind) is a text if it is ASCII,
+/// as ZODB reads it on Python 3.
 pub fn decode_with_texts(
     bytes: &Bytes,
     allow: impl Fn(&str, &str) -> bool,

@@ -3,7 +3,8 @@
 //! A pickle is a program for a small stack machine; Python's `pickle` runs it and may call
 //! anything. Here it is only *read into data*: [`decode`] gives a [`Value`], in which a class is a
 //! name and a call is a node, never executed. [`encode`] writes protocol 3 without memo, as ZEO
-//! does. [`class_name`] tells the class of a ZODB record, [`references`] which objects it refers to.
+//! does. [`class_name`] tells the class of a ZODB record, [`references`] which objects it refers
+//! to.
 //!
 //! Reading order: [`Value`], `decode.rs`, `encode.rs`, `references.rs` with `persistent.rs`.
 //!

@@ -154,7 +154,8 @@ impl<'a> Values<'a> {
         }
     }
 
-    /// The value as it goes into the memo: what is done to a list there is done to the one on the stack.
+    /// The value as it goes into the memo: what is done to a list there is done to the one on the
+    /// stack.
     pub(crate) fn shared(&mut self, item: Item) -> Item {
         match item {
             Item::EmptyList => {

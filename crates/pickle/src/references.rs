@@ -1,8 +1,9 @@
 //! Which objects a record refers to: the set that `ZODB.serialize.referencesf` gives.
 //!
-//! A record is two pickles, the class and the state. References are *persistent ids*: an oid or a tuple
-//! `(oid, class)`; a list is a weak or a cross-database reference. `persistent.rs` has their forms. What stands
-//! as a persistent id and has none of them is an error: whoever removes what is not referred to must not go on.
+//! A record is two pickles, the class and the state. References are *persistent ids*: an oid or a
+//! tuple `(oid, class)`; a list is a weak or a cross-database reference. `persistent.rs` has their
+//! forms. What stands as a persistent id and has none of them is an error: whoever removes what is
+//! not referred to must not go on.
 //!
 //! Bounds: work and memory are proportional to the record's length.
 
@@ -56,7 +57,8 @@ impl Memo {
     }
 }
 
-/// Picklers number the memo from 0 on; some have written other records before and did not forget them.
+/// Picklers number the memo from 0 on; some have written other records before and did not forget
+/// them.
 const NUMBERS_BEFORE: usize = 1 << 24;
 
 /// Gives the oid of each reference in a record to `each`, as often as it occurs.

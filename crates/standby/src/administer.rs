@@ -58,8 +58,8 @@ pub enum Node {
     },
     /// Fills the holes that fast recoveries ("recovery fast") left in a node's history.
     ///
-    /// What lies in a hole can neither be undone nor looked at on that node. Readers and commits go on
-    /// meanwhile. If this command is interrupted, the node goes on with it.
+    /// What lies in a hole can neither be undone nor looked at on that node. Readers and commits go
+    /// on meanwhile. If this command is interrupted, the node goes on with it.
     #[command(verbatim_doc_comment)]
     Backfill {
         #[command(flatten)]
@@ -101,8 +101,8 @@ pub enum Group {
     },
     /// Makes a group the fail-over group and moves the primary there; commits go on.
     ///
-    /// Its nodes get votes, one of them becomes primary, and the other groups lose their votes. If this
-    /// command is interrupted, the move goes on; to turn back, move to the former group.
+    /// Its nodes get votes, one of them becomes primary, and the other groups lose their votes. If
+    /// this command is interrupted, the move goes on; to turn back, move to the former group.
     #[command(verbatim_doc_comment)]
     Move {
         #[command(flatten)]

@@ -23,7 +23,8 @@ pub struct Options {
     /// Objects in each transaction.
     #[arg(long, default_value_t = 1)]
     objects: usize,
-    /// Objects of each client, which its transactions change in turn; without it, as many as are in one.
+    /// Objects of each client, which its transactions change in turn; without it, as many as are in
+    /// one.
     #[arg(long)]
     population: Option<usize>,
     /// Bytes of each object.
@@ -73,7 +74,8 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         println!("{report}");
     } else {
         println!(
-            "{} clients: {rate:.0} commits/s; latency median {} µs, 95 % {} µs, 99 % {} µs, worst {} µs",
+            "{} clients: {rate:.0} commits/s; latency median {} µs, 95 % {} µs, 99 % {} µs, worst \
+            {} µs",
             options.clients,
             at(0.5),
             at(0.95),

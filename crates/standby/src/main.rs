@@ -17,8 +17,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// A ZEO server with a primary and replicas: when the primary dies, a replica takes over by itself in
-/// about a second, no acknowledged commit is lost, and stock ZEO clients go on.
+/// A ZEO server with a primary and replicas: when the primary dies, a replica takes over by itself
+/// in about a second, no acknowledged commit is lost, and stock ZEO clients go on.
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Arguments {
@@ -53,8 +53,9 @@ enum Command {
     ///     secret-file        /srv/standby/secret
     ///   </standby>
     ///
-    /// The first member founds the cluster from the Data.fs that it has, as soon as a majority of the
-    /// members is up; the others start empty and get everything from it. STANDBY_LOG=debug shows more.
+    /// The first member founds the cluster from the Data.fs that it has, as soon as a majority of
+    /// the members is up; the others start empty and get everything from it. STANDBY_LOG=debug
+    /// shows more.
     ///
     /// SIGTERM and SIGINT end the node in an orderly way, SIGHUP makes it read its certificates
     /// again, SIGUSR2 open its log files again.
@@ -66,9 +67,9 @@ enum Command {
         /// Only read the configuration, and say what is wrong with it.
         #[arg(long)]
         check: bool,
-        /// Runs the node as a child process; kills it when it is frozen, so that its clients go to another
-        /// node, and starts it again. A crash is handled alike; an error ends both. Under systemd, use
-        /// WatchdogSec instead.
+        /// Runs the node as a child process; kills it when it is frozen, so that its clients go to
+        /// another node, and starts it again. A crash is handled alike; an error ends both. Under
+        /// systemd, use WatchdogSec instead.
         #[arg(long, conflicts_with = "check")]
         supervise: bool,
         /// Seconds without a sign of life after which the node counts as frozen.
@@ -86,7 +87,8 @@ enum Command {
         #[arg(long, conflicts_with = "json")]
         watch: bool,
     },
-    /// Makes another node primary while commits go on: they are held for a moment, and none is lost.
+    /// Makes another node primary while commits go on: they are held for a moment, and none is
+    /// lost.
     Switchover(administer::Switchover),
     /// Adds, replaces and removes nodes while the cluster runs.
     #[command(subcommand)]
@@ -97,11 +99,13 @@ enum Command {
     /// What the cluster may use, after an upgrade of all nodes.
     #[command(subcommand)]
     FeatureLevel(administer::FeatureLevel),
-    /// Makes a group go on when the primary's group is lost; commits that have not reached it may be lost.
+    /// Makes a group go on when the primary's group is lost; commits that have not reached it may
+    /// be lost.
     ///
-    /// Shows what is known of that, asks, and begins a new timeline: the best node of the group becomes primary,
-    /// and its other nodes vote as soon as they have caught up. Clients that have seen more drop their caches.
-    /// When the lost nodes come back they keep what only they have in files, and follow.
+    /// Shows what is known of that, asks, and begins a new timeline: the best node of the group
+    /// becomes primary, and its other nodes vote as soon as they have caught up. Clients that have
+    /// seen more drop their caches. When the lost nodes come back they keep what only they have in
+    /// files, and follow.
     #[command(verbatim_doc_comment)]
     Promote(promote::Promote),
     /// The same within the group that votes, when a majority of its nodes is lost for good.
@@ -112,18 +116,21 @@ enum Command {
     /// The timelines of the cluster, and what to do if there are two.
     #[command(subcommand)]
     Lineage(promote::LineageOf),
-    /// Leaves out an entry of the log that no node can apply: the last resort if all nodes stop at it, at each start.
+    /// Leaves out an entry of the log that no node can apply: the last resort if all nodes stop at
+    /// it, at each start.
     ///
-    /// The error names the entry. What it says is lost, for example one transaction, and nothing else. An entry that can
-    /// be applied is never left out. To be run for each node of the cluster while all are stopped.
+    /// The error names the entry. What it says is lost, for example one transaction, and nothing
+    /// else. An entry that can be applied is never left out. To be run for each node of the cluster
+    /// while all are stopped.
     #[command(verbatim_doc_comment)]
     SkipEntry(skip_entry::SkipEntry),
     /// Gives new tids to transactions of a data file that was written while a clock was set back.
     ///
-    /// The tids of such a file do not grow: Python's FileStorage serves it, but never packs it, and Standby
-    /// refuses it. As few transactions as possible get another tid, and every transaction is kept. DATA_FS is
-    /// replaced by a copy; the former file stays as DATA_FS.before-renumber. Nobody may be serving it meanwhile.
-    /// Afterwards remove the cache files of clients that have any (client, var in <zeoclient>).
+    /// The tids of such a file do not grow: Python's FileStorage serves it, but never packs it, and
+    /// Standby refuses it. As few transactions as possible get another tid, and every transaction
+    /// is kept. DATA_FS is replaced by a copy; the former file stays as DATA_FS.before-renumber.
+    /// Nobody may be serving it meanwhile. Afterwards remove the cache files of clients that have
+    /// any (client, var in <zeoclient>).
     #[command(verbatim_doc_comment)]
     Renumber(renumber::Renumber),
     /// Starts three nodes on this machine, kills the primary while clients write, and shows that
@@ -163,8 +170,8 @@ fn main() -> ExitCode {
             Command::Bench(options) => bench::run(&options).await,
         }
     });
-    // What still blocks (a read from a slow disk) must not keep the process; and threads that wait for the runtime's clock
-    // would not survive the runtime. Both go with the process.
+    // What still blocks (a read from a slow disk) must not keep the process; and threads that wait
+    // for the runtime's clock would not survive the runtime. Both go with the process.
     std::mem::forget(runtime);
     match ended {
         Ok(()) => ExitCode::SUCCESS,

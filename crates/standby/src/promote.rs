@@ -1,4 +1,5 @@
-//! `standby promote | recover-quorum | lost | lineage`: what is done after a place, or a majority, is lost for good.
+//! `standby promote | recover-quorum | lost | lineage`: what is done after a place, or a majority,
+//! is lost for good.
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
@@ -62,8 +63,8 @@ pub enum Lost {
     },
     /// Copies a file of lost transactions and its blobs, with a list of what is in it.
     ///
-    /// To be run on the machine where the file is. DIR gets NAME.fs, which Python's FileStorage opens
-    /// (NAME.blobs is its blob_dir), and transactions.json.
+    /// To be run on the machine where the file is. DIR gets NAME.fs, which Python's FileStorage
+    /// opens (NAME.blobs is its blob_dir), and transactions.json.
     #[command(verbatim_doc_comment)]
     Export {
         /// The file; standby lost list shows it.
@@ -85,8 +86,8 @@ pub enum LineageOf {
     },
     /// After two forced promotions: this node is to belong to the timeline with that name.
     ///
-    /// To be run for each node of the timeline that is given up, while it is stopped or before it is started
-    /// again. What only that timeline has is kept in a file (standby lost list).
+    /// To be run for each node of the timeline that is given up, while it is stopped or before it
+    /// is started again. What only that timeline has is kept in a file (standby lost list).
     #[command(verbatim_doc_comment)]
     Accept {
         /// The name; standby lineage show tells it.
@@ -102,8 +103,9 @@ pub async fn promote(options: Promote) -> anyhow::Result<()> {
     let status = fetch_status(&at.address()?).await?;
     if !force {
         bail!(
-            "this is for a primary that is lost with its whole group: commits may be lost, and --force says that \
-             you know. While the primary is there: standby group move --to {group}"
+            "this is for a primary that is lost with its whole group: commits may be lost, and \
+             --force says that you know. While the primary is there: standby group move --to \
+             {group}"
         );
     }
     let counts = |node: &NodeStatus| node.group == group;
@@ -133,7 +135,8 @@ fn plan(
 ) -> anyhow::Result<String> {
     if let Some(primary) = &status.primary {
         bail!(
-            "{primary} is primary: nothing needs to be forced (standby switchover, standby group move)"
+            "{primary} is primary: nothing needs to be forced (standby switchover, standby group \
+            move)"
         );
     }
     let holds_data = |node: &&NodeStatus| node.role != "witness";
@@ -166,7 +169,8 @@ fn plan(
             Some((last, node)) => {
                 let missing = time_of(last).saturating_sub(time_of(parse(tid)));
                 println!(
-                    "It lacks commits of {:.1} seconds that {node} is known to have in storage {storage}.",
+                    "It lacks commits of {:.1} seconds that {node} is known to have in storage \
+                    {storage}.",
                     missing.as_secs_f64()
                 );
             }
@@ -174,8 +178,9 @@ fn plan(
         }
     }
     println!(
-        "Commits that were acknowledged after the lost nodes were last heard are not known here. They are lost until \
-         those nodes come back, which then keep them in files (standby lost list) and follow."
+        "Commits that were acknowledged after the lost nodes were last heard are not known here. \
+         They are lost until those nodes come back, which then keep them in files (standby lost \
+         list) and follow."
     );
     Ok(best.node.clone())
 }
@@ -223,7 +228,8 @@ pub async fn lost(command: Lost) -> anyhow::Result<()> {
             }
             if !silent.is_empty() {
                 eprintln!(
-                    "not asked, for they are down: {}. What they have lost is shown when they are back",
+                    "not asked, for they are down: {}. What they have lost is shown when they are \
+                    back",
                     silent.join(", ")
                 );
             }
@@ -329,8 +335,8 @@ pub async fn lineage(command: LineageOf) -> anyhow::Result<()> {
             }
             let path = standby_node::replica::change_timeline::accept(&file, &name)?;
             println!(
-                "when this node starts and meets a node of timeline {name}, it comes over to it; until then the choice \
-                 stands in {}",
+                "when this node starts and meets a node of timeline {name}, it comes over to it; \
+                 until then the choice stands in {}",
                 path.display()
             );
             Ok(())

@@ -76,8 +76,8 @@ pub fn run(options: &Renumber) -> anyhow::Result<()> {
     disk.rename(&copy, &data).with_context(|| format!("cannot replace {}", data.display()))?;
     disk.sync_dir(parent(&data))?;
     println!(
-        "done: {} can be served. The former file is {}. Remove the cache files of clients that have any: what they know \
-         of these transactions has the old tids.",
+        "done: {} can be served. The former file is {}. Remove the cache files of clients that \
+         have any: what they know of these transactions has the old tids.",
         data.display(),
         former.display()
     );
@@ -106,8 +106,8 @@ fn write(
     let Some(dir) = blob_dir else {
         let Some(blob) = serials.iter().find(|serial| serial.may_be_blob) else { return Ok(()) };
         bail!(
-            "object {} of transaction {} is a blob, and the names of blobs' files have tids in them: say where they are \
-             with --blob-dir",
+            "object {} of transaction {} is a blob, and the names of blobs' files have tids in \
+             them: say where they are with --blob-dir",
             blob.oid,
             blob.transaction.old
         );
@@ -158,8 +158,8 @@ fn describe(data: &Path, plan: &NewTids) {
     }
     if plan.torn > 0 {
         println!(
-            "  {} bytes at its end belong to a transaction that was never completed; they are left out, as at each \
-             start of a server",
+            "  {} bytes at its end belong to a transaction that was never completed; they are left \
+             out, as at each start of a server",
             plan.torn
         );
     }

@@ -68,8 +68,8 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
     }
 }
 
-/// Puts a new process in the place of this one, with its id: whoever watches it need not know. Nothing of this one
-/// stays: no socket, no lock.
+/// Puts a new process in the place of this one, with its id: whoever watches it need not know.
+/// Nothing of this one stays: no socket, no lock.
 fn begin_anew() -> std::io::Error {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();

@@ -26,8 +26,8 @@ pub fn run(options: &SkipEntry) -> anyhow::Result<()> {
     let path =
         standby_node::replica::state_dir::skip_entry(&config, LogIndex(*index), Term(*term))?;
     println!(
-        "when this node starts, entry {index} of term {term} is left out if it cannot be applied; that stands in {}. Do the \
-         same on every other node before you start them.",
+        "when this node starts, entry {index} of term {term} is left out if it cannot be applied; \
+         that stands in {}. Do the same on every other node before you start them.",
         path.display()
     );
     Ok(())

@@ -167,16 +167,17 @@ pub fn table(status: &Status) -> String {
     }
     let (voters, alive, majority) = status.voters();
     let advice = if status.primary.is_none() {
-        "no primary: writes wait until a majority of the voters is there (if it is lost for good: standby promote, standby \
-         recover-quorum)"
+        "no primary: writes wait until a majority of the voters is there (if it is lost for good: \
+         standby promote, standby recover-quorum)"
             .to_owned()
     } else if voters < 3 {
-        "no fault tolerance: with fewer than three voters, writes stop when one is lost; a witness is \
-         enough (standby node add NAME --witness)"
+        "no fault tolerance: with fewer than three voters, writes stop when one is lost; a witness \
+         is enough (standby node add NAME --witness)"
             .to_owned()
     } else if alive < majority {
         format!(
-            "only {alive} of {voters} voters are up, level and have room: writes stop, or have stopped"
+            "only {alive} of {voters} voters are up, level and have room: writes stop, or have \
+            stopped"
         )
     } else if alive == majority {
         "the next failure stops writes".to_owned()

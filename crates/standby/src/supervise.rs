@@ -1,4 +1,5 @@
-//! `standby serve --supervise`: runs the node as a child, kills it when it is frozen, starts it again.
+//! `standby serve --supervise`: runs the node as a child, kills it when it is frozen, starts it
+//! again.
 
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;

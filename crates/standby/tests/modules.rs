@@ -1,6 +1,7 @@
 //! What the imports promise: no circle between modules, and in `node` no arrow that runs up.
 //!
-//! A file and the folder of its name are one module here: what is in the folder is part of what is in the file.
+//! A file and the folder of its name are one module here: what is in the folder is part of what is
+//! in the file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -112,7 +113,8 @@ impl<'a> Visit<'a> for Names {
 
 /// Modules of which each can be reached from each other one.
 fn circles(modules: &BTreeMap<Module, BTreeSet<Module>>) -> Vec<Vec<String>> {
-    // What is in a folder is part of the file of that name, unless that is a mod.rs, which holds a room together.
+    // What is in a folder is part of the file of that name, unless that is a mod.rs, which holds a
+    // room together.
     let whole = |module: &Module| {
         let owner = (1..module.len()).map(|n| module[..n].to_vec());
         let mut owner =

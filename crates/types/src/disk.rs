@@ -63,8 +63,8 @@ pub type Mapped = Arc<dyn AsRef<[u8]> + Send + Sync>;
 pub trait Disk: Send + Sync {
     /// Opens a file.
     fn open(&self, path: &Path, open: Open) -> io::Result<Arc<dyn File>>;
-    /// Opens for reading a file that somebody else may have put there. A link, a FIFO, a device or a directory is an
-    /// error at once. Disks that have files only need not look.
+    /// Opens for reading a file that somebody else may have put there. A link, a FIFO, a device or
+    /// a directory is an error at once. Disks that have files only need not look.
     fn open_foreign(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         self.open(path, Open::Read)
     }
@@ -96,13 +96,14 @@ pub trait Disk: Send + Sync {
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 }
 
-/// True if there was no room. What was written in part means nothing then and is written anew. A *sync* that fails
-/// like this is another matter: see [`File::sync`].
+/// True if there was no room. What was written in part means nothing then and is written anew. A
+/// *sync* that fails like this is another matter: see [`File::sync`].
 pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// Tries what needs room until there is some. Not for syncs (see [`is_full`]), nor where a caller can be refused.
+/// Tries what needs room until there is some. Not for syncs (see [`is_full`]), nor where a caller
+/// can be refused.
 pub fn when_room<T>(disk: &dyn Disk, mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match attempt() {

@@ -1,8 +1,8 @@
 //! The words that every other crate uses: identifiers, positions, and the interface to the disk.
 //!
-//! Reading order: [`id`] (what the numbers mean), [`blob`], [`time`] (how a tid relates to the clock),
-//! [`disk`] (the only way the pure crates reach a file), [`memory`] (a disk in memory that loses
-//! what was not synced, for tests and simulation).
+//! Reading order: [`id`] (what the numbers mean), [`blob`], [`time`] (how a tid relates to the
+//! clock), [`disk`] (the only way the pure crates reach a file), [`memory`] (a disk in memory that
+//! loses what was not synced, for tests and simulation).
 //!
 //! This crate performs no I/O, reads no clock and draws no random number.
 

@@ -98,12 +98,14 @@ impl MemoryDisk {
         }
     }
 
-    /// From now on no directory can be opened, as in a process that has too many files open, or all can again.
+    /// From now on no directory can be opened, as in a process that has too many files open, or all
+    /// can again.
     pub fn refuse_dirs(&self, refuse: bool) {
         locked(&self.names).refuses_dirs = refuse;
     }
 
-    /// From now on these bytes of a file cannot be read, as on a device with a bad sector; until they are written.
+    /// From now on these bytes of a file cannot be read, as on a device with a bad sector; until
+    /// they are written.
     pub fn fail_reads(&self, path: &Path, bytes: std::ops::Range<usize>) {
         if let Some(file) = locked(&self.names).current.get(path) {
             locked(&file.bytes).unreadable = bytes;

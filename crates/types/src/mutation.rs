@@ -1,6 +1,7 @@
 //! Bugs that can be switched on, to see that the simulator finds them.
 //!
-//! Without the feature `mutations` none of them exists: [`on`] is `false` when the program is compiled.
+//! Without the feature `mutations` none of them exists: [`on`] is `false` when the program is
+//! compiled.
 
 /// A bug.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,7 +28,8 @@ pub fn time_of(tid: Tid) -> Duration {
     Duration::from_secs(minute.max(0) as u64) + Duration::from_secs_f64(second)
 }
 
-/// The same number, to the last bit, as `TimeStamp(tid).timeTime()`, which is rounded in that function's own calendar.
+/// The same number, to the last bit, as `TimeStamp(tid).timeTime()`, which is rounded in that
+/// function's own calendar.
 pub fn seconds_of(tid: Tid) -> f64 {
     // `gmoff` of `_timestamp.c`.
     const EPOCH: i64 = 25_202 * SECONDS_PER_DAY as i64;
@@ -111,7 +112,8 @@ mod tests {
             (0.0, 0x023c_2b00_0000_0000),
         ] {
             let tid = tid_at(Duration::from_secs_f64(seconds));
-            // The fraction of the minute goes through floating point: a microsecond is exact enough.
+            // The fraction of the minute goes through floating point: a microsecond is exact
+            // enough.
             assert!(tid.0.abs_diff(raw) < 72, "{seconds}: {tid} instead of {raw:016x}");
             let back = time_of(tid).as_secs_f64();
             assert!((back - seconds).abs() < 1e-6, "{seconds} -> {tid} -> {back}");

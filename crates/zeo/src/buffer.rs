@@ -133,8 +133,8 @@ impl Limits {
             return Ok(());
         };
         Err(ClientError::storage(format!(
-            "a transaction may have at most {what}, and this one has more: commit in smaller steps, or raise {option} in \
-             <standby>"
+            "a transaction may have at most {what}, and this one has more: commit in smaller \
+             steps, or raise {option} in <standby>"
         )))
     }
 }
@@ -145,7 +145,8 @@ pub trait StagedFile: Send + Sync {
     fn keep(self: Box<Self>);
 }
 
-/// The blobs of a transaction. Uploads are on disk as long as this lives, or for good if they are to be kept.
+/// The blobs of a transaction. Uploads are on disk as long as this lives, or for good if they are
+/// to be kept.
 #[derive(Default)]
 pub struct Blobs {
     /// All of them.

@@ -8,7 +8,8 @@
 //! Reading order: `frame.rs`, `message.rs` (with `msgpack.rs`), `error.rs`, `session.rs`,
 //! `spill.rs`, `buffer.rs`, `locks.rs`, `vote.rs`, `transactions.rs`, `history.rs`.
 //!
-//! Source of the protocol: `ZEO/asyncio/server.py`, `ZEO/StorageServer.py`, `ZEO/asyncio/client.py`.
+//! Source of the protocol: `ZEO/asyncio/server.py`, `ZEO/StorageServer.py`,
+//! `ZEO/asyncio/client.py`.
 
 mod buffer;
 mod error;
@@ -33,8 +34,8 @@ pub use standby_pickle::{Value, references};
 pub use transactions::{Examination, FinishRefused, Transactions, VoteAnswer, Wait};
 pub use vote::{Expected, Vote, VoteRequest};
 
-/// Reads a transaction's extension; `None` if it is empty, or no pickle of plain data. Nothing in it
-/// is executed.
+/// Reads a transaction's extension; `None` if it is empty, or no pickle of plain data. Nothing in
+/// it is executed.
 pub fn decode_extension(extension: &bytes::Bytes) -> Option<Value> {
     standby_pickle::decode_with_texts(extension, |_, _| true).ok()
 }

@@ -1,11 +1,12 @@
 //! Locks per object, handed out in order of arrival.
 //!
-//! A transaction asks once, for all its objects. It is granted when no transaction that came before it, and is still
-//! there, has an object that the two cannot share. So nobody ever waits in a circle.
+//! A transaction asks once, for all its objects. It is granted when no transaction that came before
+//! it, and is still there, has an object that the two cannot share. So nobody ever waits in a
+//! circle.
 //!
-//! Most transactions have few objects: they wait in a queue for each. One of many thousands would take long to get into
-//! as many queues, and out of them, while everybody waits: it stands beside them, and its sorted list is compared with the
-//! lists of the others.
+//! Most transactions have few objects: they wait in a queue for each. One of many thousands would
+//! take long to get into as many queues, and out of them, while everybody waits: it stands beside
+//! them, and its sorted list is compared with the lists of the others.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
@@ -31,8 +32,9 @@ struct Waiter<T> {
 }
 
 /// Invariants: in each queue the granted entries come first, and they are either one exclusive or
-/// all shared; an owner stands in a queue at most once; `blocked[owner]` counts the queues in
-/// which it is not granted, and the owners before it that it meets if it, or the other one, has many objects.
+/// all shared; an owner stands in a queue at most once; `blocked[owner]` counts the queues in which
+/// it is not granted, and the owners before it that it meets if it, or the other one, has many
+/// objects.
 pub(crate) struct Locks<T> {
     queues: HashMap<Oid, VecDeque<Waiter<T>>>,
     owners: HashMap<T, Held>,
@@ -112,7 +114,8 @@ impl<T: Copy + Eq + Hash> Locks<T> {
         met.min_by_key(|(arrived, ..)| *arrived).map(|(_, oid, owner)| (oid, owner))
     }
 
-    /// Takes `owner` out of all queues; returns those who now hold all their locks, in order of arrival.
+    /// Takes `owner` out of all queues; returns those who now hold all their locks, in order of
+    /// arrival.
     pub fn release(&mut self, owner: T) -> Vec<T> {
         let Some(gone) = self.owners.remove(&owner) else {
             return Vec::new();
@@ -145,7 +148,8 @@ impl<T: Copy + Eq + Hash> Locks<T> {
         complete.into_iter().map(|(_, id)| id).collect()
     }
 
-    /// Takes `owner` out of the queues of these objects; returns who has been granted one, once for each.
+    /// Takes `owner` out of the queues of these objects; returns who has been granted one, once for
+    /// each.
     fn leave_queues(&mut self, owner: T, oids: &[(Oid, Mode)]) -> Vec<T> {
         let mut freed = Vec::new();
         for (oid, _) in oids {

@@ -387,8 +387,8 @@ impl Session {
         Some(self.answer(&id, result))
     }
 
-    /// The transaction holds its locks: takes what is to be worked out before
-    /// [`Session::voted`] may be told, some of it at a time. Each result goes to [`Session::worked_out`].
+    /// The transaction holds its locks: takes what is to be worked out before [`Session::voted`]
+    /// may be told, some of it at a time. Each result goes to [`Session::worked_out`].
     pub fn take_later(&mut self) -> std::io::Result<Vec<Later>> {
         match &mut self.transaction {
             Some(Transaction { phase: Phase::Voting { .. }, buffer, .. }) => buffer.take_later(),
@@ -582,7 +582,8 @@ impl Session {
     }
 }
 
-/// True of what a transaction consists of: it writes, and clients send it without asking for an answer.
+/// True of what a transaction consists of: it writes, and clients send it without asking for an
+/// answer.
 fn is_step(method: &str) -> bool {
     matches!(
         method,

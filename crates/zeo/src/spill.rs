@@ -10,7 +10,8 @@ use standby_types::disk::read_full;
 /// Makes a temporary file; it vanishes when it is dropped.
 pub type MakeSpill = Arc<dyn Fn() -> io::Result<Arc<dyn File>> + Send + Sync>;
 
-/// Bytes for the file that are written together: a call for each of a million short strings would take most of the time.
+/// Bytes for the file that are written together: a call for each of a million short strings would
+/// take most of the time.
 const TOGETHER: usize = 256 << 10;
 
 /// See the module.

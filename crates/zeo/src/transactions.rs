@@ -8,8 +8,8 @@
 //!                      (none)              Conflicted
 //! ```
 //!
-//! Whose locks are complete is examined: by whoever may read the data file, and takes as long as that takes
-//! ([`Transactions::examination`]). Nobody can change the objects meanwhile.
+//! Whose locks are complete is examined: by whoever may read the data file, and takes as long as
+//! that takes ([`Transactions::examination`]). Nobody can change the objects meanwhile.
 //!
 //! A transaction holds the locks of its own objects from `Voted` or `Conflicted` until it is
 //! applied or aborted. Serials are compared only while they are held, with what is applied; so a
@@ -125,14 +125,16 @@ impl Transactions {
         complete
     }
 
-    /// The vote of a session whose locks are complete; `None` if the session has no transaction any more.
+    /// The vote of a session whose locks are complete; `None` if the session has no transaction any
+    /// more.
     pub fn examination(&self, session: SessionId) -> Option<Examination> {
         let transaction = self.transactions.get(&session)?;
         let (number, request) = (transaction.number, transaction.request.clone());
         Some(Examination { session, number, request })
     }
 
-    /// False if what comes of an examination does not count any more: the transaction is gone, or has voted again.
+    /// False if what comes of an examination does not count any more: the transaction is gone, or
+    /// has voted again.
     pub fn awaits(&self, examination: &Examination) -> bool {
         let transaction = self.transactions.get(&examination.session);
         transaction.is_some_and(|transaction| transaction.number == examination.number)
@@ -253,7 +255,8 @@ impl Examination {
         self.request.objects()
     }
 
-    /// Compares the serials. `committed` gives the serial of an object's newest revision, `None` if there is none.
+    /// Compares the serials. `committed` gives the serial of an object's newest revision, `None` if
+    /// there is none.
     pub fn compare<E>(
         &self,
         mut committed: impl FnMut(Oid) -> Result<Option<Tid>, E>,

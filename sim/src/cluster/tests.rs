@@ -20,7 +20,8 @@ fn nothing_is_violated(seed: u64, steps: &[(u64, Fault)]) {
     assert_eq!(run(&plan).violations, Vec::<String>::new());
 }
 
-/// The primary proposed something while it performed what its election had brought: its log got that first.
+/// The primary proposed something while it performed what its election had brought: its log got
+/// that first.
 #[test]
 fn entries_reach_the_log_in_their_order() {
     let at = Duration::from_millis;
@@ -39,8 +40,8 @@ fn a_decision_that_is_lost_is_not_answered_as_done() {
     nothing_is_violated(418, &steps);
 }
 
-/// The source of a catch-up was restarted meanwhile, and sent what it had applied again by then: the node that caught
-/// up lacked two acknowledged transactions, and could become primary.
+/// The source of a catch-up was restarted meanwhile, and sent what it had applied again by then:
+/// the node that caught up lacked two acknowledged transactions, and could become primary.
 #[test]
 fn a_source_that_was_restarted_sends_all_that_was_asked_for() {
     let at = Duration::from_millis;
@@ -52,7 +53,8 @@ fn a_source_that_was_restarted_sends_all_that_was_asked_for() {
     nothing_is_violated(2528, &steps);
 }
 
-/// A node that was away while another was added, and became primary, had no link to it: its answers went nowhere.
+/// A node that was away while another was added, and became primary, had no link to it: its answers
+/// went nowhere.
 #[test]
 fn a_node_answers_a_primary_that_was_added_while_it_was_away() {
     let at = Duration::from_millis;

@@ -1,5 +1,6 @@
-//! Committed entries that the storage has not applied yet. Only so many bytes of them are handed out, and so held in
-//! memory; the rest stays in the log, and is read from there when the storage is further.
+//! Committed entries that the storage has not applied yet. Only so many bytes of them are handed
+//! out, and so held in memory; the rest stays in the log, and is read from there when the storage
+//! is further.
 
 use std::collections::VecDeque;
 
@@ -9,7 +10,8 @@ use standby_types::LogIndex;
 use super::{Consensus, Output};
 use crate::log::{ENTRY_OVERHEAD, Fetched, For, LogError};
 
-/// Invariants: `waits` follows what was handed out last, without a gap; `bytes` is the sum of `out`.
+/// Invariants: `waits` follows what was handed out last, without a gap; `bytes` is the sum of
+/// `out`.
 pub(super) struct Backlog {
     limit: u64,
     /// What was handed out and is not applied: the last index of each piece, and its bytes.
@@ -30,7 +32,8 @@ impl Backlog {
         *self = Backlog::new(self.limit);
     }
 
-    /// Takes entries that have just been committed: true if they are to be handed out now. Otherwise they wait.
+    /// Takes entries that have just been committed: true if they are to be handed out now.
+    /// Otherwise they wait.
     pub fn committed(&mut self, entries: &[Entry]) -> bool {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return false };
         match &mut self.waits {
@@ -53,7 +56,8 @@ impl Backlog {
         }
     }
 
-    /// The first and the last entry that wait in the log, and for how many bytes of them there is room, if it is for many.
+    /// The first and the last entry that wait in the log, and for how many bytes of them there is
+    /// room, if it is for many.
     pub fn wanted(&self) -> Option<((LogIndex, LogIndex), u64)> {
         // Few and long pieces instead of many short ones.
         let (first, last) = self.waits.filter(|_| self.bytes <= self.limit / 2)?;

@@ -1,4 +1,5 @@
-//! Promises that a disk has broken: it was put back to an earlier state, or has lost what was durable.
+//! Promises that a disk has broken: it was put back to an earlier state, or has lost what was
+//! durable.
 
 use raft::eraftpb::{Message, MessageType};
 use standby_types::{LogIndex, NodeId};
@@ -15,8 +16,8 @@ pub enum Broken {
         /// The leader.
         leader: NodeId,
     },
-    /// The leader's log has another entry in the place of one that is committed here: it lacks what was acknowledged.
-    /// What it sends is not taken.
+    /// The leader's log has another entry in the place of one that is committed here: it lacks what
+    /// was acknowledged. What it sends is not taken.
     LeaderLacks {
         /// The committed entry.
         committed: LogIndex,
@@ -33,7 +34,8 @@ pub enum Broken {
 }
 
 impl Consensus {
-    /// Raft takes a promise that was made as one that is kept, and ends the process if it finds otherwise.
+    /// Raft takes a promise that was made as one that is kept, and ends the process if it finds
+    /// otherwise.
     pub(super) fn is_broken(&self, message: &Message) -> Option<Broken> {
         let log = &self.raft.raft.raft_log;
         let from = NodeId(message.from);

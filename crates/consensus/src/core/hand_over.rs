@@ -1,7 +1,7 @@
 //! The leadership is handed over (the Raft thesis, section 3.10).
 //!
-//! Raft ignores a hand-over to a node that knows of a committed change of membership and has not applied it yet. The
-//! node applies it in a moment, and stands for election then.
+//! Raft ignores a hand-over to a node that knows of a committed change of membership and has not
+//! applied it yet. The node applies it in a moment, and stands for election then.
 
 use raft::StateRole;
 use raft::eraftpb::Message;
@@ -9,8 +9,8 @@ use standby_types::NodeId;
 
 use super::{Consensus, NotLeader, Output};
 
-/// A hand-over waits for so many ticks at most. Whoever hands over waits for an election timeout, leads on after it, and
-/// counts on that nobody stands for election: this must be well below.
+/// A hand-over waits for so many ticks at most. Whoever hands over waits for an election timeout,
+/// leads on after it, and counts on that nobody stands for election: this must be well below.
 const WAITS: usize = 3;
 
 /// A hand-over to this node that Raft has ignored.

@@ -1,11 +1,13 @@
 //! How long a leader may count on its followers, and how patient they are with it.
 //!
-//! A heartbeat carries the time at which it was sent, and its answer brings that back. A follower elects nobody else for
-//! an election timeout after it; the leader counts on that from when it *asked*.
+//! A heartbeat carries the time at which it was sent, and its answer brings that back. A follower
+//! elects nobody else for an election timeout after it; the leader counts on that from when it
+//! *asked*.
 //!
-//! Where [`Config::most_patience_ticks`](super::Config) says so, the leader measures how long answers take, and its
-//! heartbeats ask for more patience where the network is slow. A follower that knows that promises it in its answer, and
-//! only what was promised counts: a node of an older version promises nothing.
+//! Where [`Config::most_patience_ticks`](super::Config) says so, the leader measures how long
+//! answers take, and its heartbeats ask for more patience where the network is slow. A follower
+//! that knows that promises it in its answer, and only what was promised counts: a node of an older
+//! version promises nothing.
 //!
 //! What is added to a context (what Raft has in there is a multiple of 8 bytes long):
 //!
@@ -64,13 +66,13 @@ impl Patience {
 }
 
 impl Consensus {
-    /// Until when this node, if it leads, can be sure that nobody else does: a majority has answered
-    /// heartbeats so young that it does not elect another. `None` if it does not lead.
+    /// Until when this node, if it leads, can be sure that nobody else does: a majority has
+    /// answered heartbeats so young that it does not elect another. `None` if it does not lead.
     ///
-    /// It counts from when a heartbeat was sent, on this node's clock: its answer may have been on its way for any
-    /// time. Followers count from when it came, in ticks of which the first may be short, on clocks that may be
-    /// faster; two heartbeats, and some of a long time, are taken off for that. Nothing is acknowledged on the strength
-    /// of this: it only limits reads.
+    /// It counts from when a heartbeat was sent, on this node's clock: its answer may have been on
+    /// its way for any time. Followers count from when it came, in ticks of which the first may be
+    /// short, on clocks that may be faster; two heartbeats, and some of a long time, are taken off
+    /// for that. Nothing is acknowledged on the strength of this: it only limits reads.
     pub fn lease(&self, now: Duration) -> Option<Duration> {
         if !self.role.leads {
             return None;
@@ -83,7 +85,8 @@ impl Consensus {
         Some(self.at_majority(times))
     }
 
-    /// The time of the node with which those before it, in this order, are a majority; zero if they never are.
+    /// The time of the node with which those before it, in this order, are a majority; zero if they
+    /// never are.
     fn at_majority(&self, times: Vec<(Duration, u64)>) -> Duration {
         // Raft's own set type, with another hasher.
         let mut nodes: HashSet<u64, _> = HashSet::default();
@@ -110,7 +113,8 @@ impl Consensus {
         self.config.tick * self.config.election_ticks as u32
     }
 
-    /// Time without a word of the leader, or for the leader of its followers, before anything follows from it.
+    /// Time without a word of the leader, or for the leader of its followers, before anything
+    /// follows from it.
     pub(super) fn patience(&self) -> Duration {
         let ordinary = self.ordinary_patience();
         if !self.role.leads {
@@ -132,8 +136,8 @@ impl Consensus {
         Duration::from_millis(wanted.next_multiple_of(STEP)).min(most)
     }
 
-    /// Ticks without a leader before an election, at least. The longer there is none, the more patient are the candidates:
-    /// their questions may need that long.
+    /// Ticks without a leader before an election, at least. The longer there is none, the more
+    /// patient are the candidates: their questions may need that long.
     pub(super) fn patience_ticks(&self) -> usize {
         let asked = self.ticks_in(self.patience.asked);
         let most = self.config.election_ticks.max(self.config.most_patience_ticks);
@@ -149,7 +153,8 @@ impl Consensus {
     pub(super) fn begin_patience(&mut self, leads: bool) {
         self.patience.answers.clear();
         if leads && self.asks_for_patience() {
-            // Raft gives a leader up whom nobody has answered within an election timeout. They have just elected it.
+            // Raft gives a leader up whom nobody has answered within an election timeout. They have
+            // just elected it.
             for (_, progress) in self.raft.raft.mut_prs().iter_mut() {
                 progress.recent_active = true;
             }
@@ -230,7 +235,8 @@ fn wanted_patience(context: &[u8]) -> Option<[u8; 2]> {
     before_time.last_chunk().copied().filter(|_| context.len() % 8 == 2)
 }
 
-/// Takes the last bytes off, as a number. There are none in the answer to what was no heartbeat on the wire.
+/// Takes the last bytes off, as a number. There are none in the answer to what was no heartbeat on
+/// the wire.
 fn take(context: &mut Bytes, len: usize) -> Option<u64> {
     let last = context.split_off(context.len().checked_sub(len)?);
     Some(last.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))

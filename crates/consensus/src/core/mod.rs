@@ -56,8 +56,8 @@ pub struct Config {
     pub id: NodeId,
     /// Ticks without a word from the leader before an election, at least; twice that at most.
     pub election_ticks: usize,
-    /// Ticks for which nodes wait for each other at most where the network is slow; with no more than `election_ticks`, they
-    /// do not look at that.
+    /// Ticks for which nodes wait for each other at most where the network is slow; with no more
+    /// than `election_ticks`, they do not look at that.
     pub most_patience_ticks: usize,
     /// Ticks between heartbeats.
     pub heartbeat_ticks: usize,
@@ -67,7 +67,8 @@ pub struct Config {
     pub seed: u64,
     /// This node votes, but holds no data and never stands for election.
     pub witness: bool,
-    /// Bytes of committed entries that are handed out before the storage has applied them; more stay in the log.
+    /// Bytes of committed entries that are handed out before the storage has applied them; more
+    /// stay in the log.
     pub unapplied_len: u64,
 }
 
@@ -88,7 +89,8 @@ pub enum Event {
     PeerLost(NodeId),
     /// The storage holds all that the catch-up up to this index was to bring, durably.
     CaughtUp(LogIndex),
-    /// What entries of the leader's log name is not to be had any more: this node is to catch up instead.
+    /// What entries of the leader's log name is not to be had any more: this node is to catch up
+    /// instead.
     CannotFollow,
     /// Tell by [`Output::ReadIndex`] up to where a read must see, to see all that is
     /// acknowledged by now.
@@ -185,8 +187,8 @@ pub struct Consensus {
     catching_up: Option<Message>,
     /// For how many ticks each follower has not been heard to have caught up.
     awaited: BTreeMap<u64, usize>,
-    /// When the last heartbeat was sent that each peer has answered, in this term; at least when the term began, if it
-    /// has answered anything.
+    /// When the last heartbeat was sent that each peer has answered, in this term; at least when
+    /// the term began, if it has answered anything.
     heard: BTreeMap<NodeId, Heard>,
     patience: Patience,
     last_step: Duration,
@@ -194,8 +196,8 @@ pub struct Consensus {
     durable_term: u64,
     /// How long the last sync took.
     last_sync: Duration,
-    /// Ticks for which it votes for nobody, unless a leader is heard before: until it started it may have
-    /// followed one, who still counts on that.
+    /// Ticks for which it votes for nobody, unless a leader is heard before: until it started it
+    /// may have followed one, who still counts on that.
     quiet: usize,
     /// Ticks until this node stands for election because the primary's process died, or because it
     /// handed the leadership to one that did not take it.
@@ -295,9 +297,9 @@ impl Consensus {
         Ok(consensus)
     }
 
-    /// A log that holds nothing and begins after `applied`, in a term that is not below `term`, and what makes
-    /// it so on disk: until that is durable ([`Written::begins_log`]), the machine must not be used. Nothing of
-    /// the former log counts any more: only a forced promotion may do this.
+    /// A log that holds nothing and begins after `applied`, in a term that is not below `term`, and
+    /// what makes it so on disk: until that is durable ([`Written::begins_log`]), the machine must
+    /// not be used. Nothing of the former log counts any more: only a forced promotion may do this.
     pub fn anew(
         config: Config,
         disk: Arc<dyn Disk>,
@@ -316,11 +318,11 @@ impl Consensus {
         Ok((Consensus::new(config, disk, dir, &recovered, applied)?, batch))
     }
 
-    /// The entries after `index` up to the last one, whether they are known to be committed or not; changes of
-    /// membership say nothing.
+    /// The entries after `index` up to the last one, whether they are known to be committed or not;
+    /// changes of membership say nothing.
     ///
-    /// A forced promotion applies them: whatever was acknowledged may be among them, and nobody is left who
-    /// could tell.
+    /// A forced promotion applies them: whatever was acknowledged may be among them, and nobody is
+    /// left who could tell.
     pub fn remaining(&self, index: LogIndex) -> Result<Vec<Committed>, LogError> {
         let entries = index.0 + 1..=self.last_index().0;
         let store = self.raft.store();
@@ -591,8 +593,8 @@ impl Consensus {
         self.catching_up = Some(message);
     }
 
-    /// Asks the leader for what it has applied. Raft's own `request_snapshot` asks only if this node's log ends in the
-    /// leader's term, and would refuse all entries until the answer comes.
+    /// Asks the leader for what it has applied. Raft's own `request_snapshot` asks only if this
+    /// node's log ends in the leader's term, and would refuse all entries until the answer comes.
     fn ask_for_catch_up(&mut self, outputs: &mut Vec<Output>) {
         let raft = &self.raft.raft;
         let (committed, last) = (raft.raft_log.committed, raft.raft_log.last_index());
@@ -666,7 +668,8 @@ impl Consensus {
             let term = self.raft.raft.term;
             self.raft.raft.become_follower(term, 0);
             // One after the other, so that the survivors do not split their votes. The first waits
-            // a tick too, until the others have noticed as well: who still hears the leader refuses.
+            // a tick too, until the others have noticed as well: who still hears the leader
+            // refuses.
             let me = self.config.id;
             let before = |id: &NodeId| *id < me && *id != peer;
             let rank = self.membership.data_voters().filter(before).count();
@@ -703,8 +706,8 @@ impl Consensus {
             self.raft.mut_store().append(&batch.entries);
             let entries = ready.take_committed_entries();
             let changes = entries.iter().any(|e| e.get_entry_type() != EntryType::EntryNormal);
-            // The commit index alone is not worth a sync: it is found again by election. But see the
-            // module's comment.
+            // The commit index alone is not worth a sync: it is found again by election. But see
+            // the module's comment.
             let mut must_sync = ready.must_sync() || changes;
             if mutation::on(Mutation::ForgetVote)
                 && batch.entries.is_empty()
@@ -752,8 +755,9 @@ impl Consensus {
         self.release_to_witnesses(outputs);
     }
 
-    /// An answer to a heartbeat says nothing of entries. It needs the disk for a new term only; a leader whose
-    /// followers write for long would lose its lease otherwise, and no other leader could do without their disks.
+    /// An answer to a heartbeat says nothing of entries. It needs the disk for a new term only; a
+    /// leader whose followers write for long would lose its lease otherwise, and no other leader
+    /// could do without their disks.
     fn says_only_that_it_follows(&self, message: &Message) -> bool {
         message.get_msg_type() == MessageType::MsgHeartbeatResponse
             && message.term == self.durable_term
@@ -847,9 +851,9 @@ impl Consensus {
         outputs.push(Output::Role(role));
     }
 
-    /// While nobody leads an election timeout is longer by what three syncs take: an election is one of the candidate
-    /// and one of its voters, and who leads has to sync an entry. Who began anew before that would never be elected if
-    /// all disks are slow at the same time.
+    /// While nobody leads an election timeout is longer by what three syncs take: an election is
+    /// one of the candidate and one of its voters, and who leads has to sync an entry. Who began
+    /// anew before that would never be elected if all disks are slow at the same time.
     fn ticks_of_syncs(&self) -> usize {
         match self.raft.raft.leader_id {
             0 => self.ticks_in(3 * self.sync_time()),

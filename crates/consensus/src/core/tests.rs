@@ -654,8 +654,8 @@ fn a_member_that_has_moved_keeps_its_vote() {
     assert_eq!(cluster.data(4), [b"one"]);
 }
 
-/// The founder's checkpoint may be older than the cluster: its membership then names the founder only.
-/// The founder must not elect itself with that.
+/// The founder's checkpoint may be older than the cluster: its membership then names the founder
+/// only. The founder must not elect itself with that.
 #[test]
 fn an_old_checkpoint_does_not_bring_an_old_membership_back() {
     let mut cluster = Cluster::of(3);
@@ -956,8 +956,8 @@ fn row_46_a_node_whose_disk_was_put_back_is_told_by_its_leader() {
     assert_eq!(cluster.data(3), [b"one"], "it takes nothing from a leader that counts on it");
 }
 
-/// The others have forgotten that the node had acknowledged more: what was acknowledged is lost to them. Whoever has it
-/// neither panics nor follows, and its acceptance does not count.
+/// The others have forgotten that the node had acknowledged more: what was acknowledged is lost to
+/// them. Whoever has it neither panics nor follows, and its acceptance does not count.
 #[test]
 fn row_46_a_leader_that_lacks_what_is_committed_is_not_followed() {
     let mut cluster = Cluster::of(3);

@@ -1,12 +1,14 @@
 //! What a leader tells a witness.
 //!
 //! A witness gets entries without their data, and votes. An entry that only the leader and the
-//! witness have is lost to the others when the leader dies: the witness then refuses everybody whose log is
-//! shorter, and holds nothing that could be copied. So it hears of an entry only when a majority would
-//! be reached without it, or when too few of the voters with data are there to reach one.
+//! witness have is lost to the others when the leader dies: the witness then refuses everybody
+//! whose log is shorter, and holds nothing that could be copied. So it hears of an entry only when
+//! a majority would be reached without it, or when too few of the voters with data are there to
+//! reach one.
 //!
 //! With two data nodes and a witness: as long as both data nodes are there, everything that is
-//! acknowledged is on both. When one is lost, or makes no progress, the other goes on with the witness.
+//! acknowledged is on both. When one is lost, or makes no progress, the other goes on with the
+//! witness.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;

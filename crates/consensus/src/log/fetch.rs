@@ -52,8 +52,8 @@ impl std::fmt::Debug for Fetch {
     }
 }
 
-/// What is being fetched for followers. Raft asks for the same again and again until it comes: once is enough, so that
-/// there are hardly more fetches than followers.
+/// What is being fetched for followers. Raft asks for the same again and again until it comes: once
+/// is enough, so that there are hardly more fetches than followers.
 #[derive(Default)]
 pub(super) struct Fetches {
     /// Not handed out yet.
@@ -62,6 +62,7 @@ pub(super) struct Fetches {
     pub running: BTreeSet<LogIndex>,
     /// What has come back, while Raft looks at it.
     pub here: Option<(LogIndex, Vec<Entry>)>,
-    /// What cannot be read, while Raft looks for it: that follower is fed from the data file instead.
+    /// What cannot be read, while Raft looks for it: that follower is fed from the data file
+    /// instead.
     pub unreadable: Option<LogIndex>,
 }

@@ -163,7 +163,8 @@ pub fn recover(disk: &Arc<dyn Disk>, dir: &Path) -> Result<Recovered, LogError> 
         recovered.torn += garbage.map_or(0, |n| n as u64 + 1);
         recovered.segments.push(SegmentInfo { number: header.number, last });
     }
-    // A new segment begins with the hard state of the frame that was to follow it, which may be gone.
+    // A new segment begins with the hard state of the frame that was to follow it, which may be
+    // gone.
     let last = recovered.last_index().0;
     recovered.hard_state.commit = recovered.hard_state.commit.min(last);
     Ok(recovered)

@@ -36,8 +36,8 @@ use crate::codec::{Malformed, Reader};
 use crate::log::Point;
 use crate::message::{entry_code, entry_type};
 
-/// A segment's length; one is begun when the last is full. They are filled with zeros before they are
-/// used: overwriting is synced about twice as fast as growing a file.
+/// A segment's length; one is begun when the last is full. They are filled with zeros before they
+/// are used: overwriting is synced about twice as fast as growing a file.
 pub const SEGMENT_LEN: u64 = if cfg!(feature = "simulated") { 64 << 10 } else { 16 << 20 };
 
 pub(crate) const HEADER: usize = 64;
@@ -80,7 +80,8 @@ pub enum LogError {
 }
 
 impl LogError {
-    /// True if something that was durable is lost: it is not what was written, or the device cannot read it.
+    /// True if something that was durable is lost: it is not what was written, or the device cannot
+    /// read it.
     pub fn is_damage(&self) -> bool {
         const EIO: i32 = 5;
         match self {

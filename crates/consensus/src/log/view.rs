@@ -164,8 +164,8 @@ impl LogView {
         self.slot(index)?.entry.as_ref()
     }
 
-    /// Entries from `first` up to `last` at most that are on disk only, about `max_size` bytes, and one at least; none if
-    /// the first one is not among them.
+    /// Entries from `first` up to `last` at most that are on disk only, about `max_size` bytes, and
+    /// one at least; none if the first one is not among them.
     fn places(&self, first: LogIndex, last: u64, max_size: u64) -> Vec<Place> {
         let mut size = 0;
         let places = (first.0..=last).map_while(|index| {
@@ -177,7 +177,8 @@ impl LogView {
         places.collect()
     }
 
-    /// How to read entries for the storage, which are committed and not applied, and so never forgotten.
+    /// How to read entries for the storage, which are committed and not applied, and so never
+    /// forgotten.
     pub fn fetch_for_storage(
         &self,
         (first, last): (LogIndex, LogIndex),
@@ -218,7 +219,8 @@ impl LogView {
         (fetches.here, fetches.unreadable) = (None, None);
     }
 
-    /// Entries that are on disk only, for a follower: those that have been read, or word that they will be.
+    /// Entries that are on disk only, for a follower: those that have been read, or word that they
+    /// will be.
     fn entries_from_disk(
         &self,
         (low, high): (u64, u64),

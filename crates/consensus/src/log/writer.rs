@@ -32,7 +32,8 @@ impl Batch {
         self.reset.map(|point| (point.index, point.term))
     }
 
-    /// One entry that nobody has proposed: for tools and tests that write to the log of a node that is stopped.
+    /// One entry that nobody has proposed: for tools and tests that write to the log of a node that
+    /// is stopped.
     pub fn of_entry(index: LogIndex, term: Term, data: Bytes) -> Batch {
         let (index, term) = (index.0, term.0);
         let entry = Entry { index, term, data, ..Entry::default() };
@@ -154,7 +155,8 @@ impl LogWriter {
         Ok(written)
     }
 
-    /// What is read back must be without a gap: who wrote one would find its log damaged at its next start.
+    /// What is read back must be without a gap: who wrote one would find its log damaged at its
+    /// next start.
     fn check_order(&self, batches: &[Batch]) -> Result<(), LogError> {
         let mut last = self.last.index;
         for batch in batches {
@@ -201,8 +203,8 @@ impl LogWriter {
         file.sync().map_err(LogError::io(path, "sync"))
     }
 
-    /// True once for each segment, when it is more than half full: time to prepare the next one. (A next one that is
-    /// not there is made when it is needed.)
+    /// True once for each segment, when it is more than half full: time to prepare the next one. (A
+    /// next one that is not there is made when it is needed.)
     pub fn wants_next(&mut self) -> bool {
         let current = self.segments.back().map_or(0, |segment| segment.number);
         let wants = self.offset > SEGMENT_LEN / 2 && self.prepared_after != current;

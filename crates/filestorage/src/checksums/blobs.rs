@@ -1,4 +1,5 @@
-//! Checksums of blobs, kept beside the data: what a disk gives back is compared with what was written.
+//! Checksums of blobs, kept beside the data: what a disk gives back is compared with what was
+//! written.
 //!
 //! ```text
 //! NAME.blobs.sums    0   "SBB1"
@@ -9,10 +10,11 @@
 //!                    24  CRC-32C of the 24 bytes before
 //! ```
 //!
-//! A blob's SHA-256 is in the log, so each node knows what it should have, not what it happened to write. The record of a
-//! blob is written when its name is durable: not before, for a start may come between the two, and not after the
-//! checkpoint, for then the log does not name the blob again. A blob that has none, because it is older than this file, gets
-//! one when it is read for the first time. A file that is torn, or damaged itself, counts up to its first wrong record:
+//! A blob's SHA-256 is in the log, so each node knows what it should have, not what it happened to
+//! write. The record of a blob is written when its name is durable: not before, for a start may
+//! come between the two, and not after the checkpoint, for then the log does not name the blob
+//! again. A blob that has none, because it is older than this file, gets one when it is read for
+//! the first time. A file that is torn, or damaged itself, counts up to its first wrong record:
 //! what follows is taken anew.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -196,7 +198,8 @@ impl BlobSums {
         self.state().damage.clone()
     }
 
-    /// What has been noted since this was asked last; to be written when the blobs' names are durable.
+    /// What has been noted since this was asked last; to be written when the blobs' names are
+    /// durable.
     pub fn take_pending(&self) -> BTreeSet<BlobId> {
         std::mem::take(&mut self.state().pending)
     }

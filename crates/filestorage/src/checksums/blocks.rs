@@ -1,4 +1,5 @@
-//! Checksums of a data file, kept beside it: what a disk gives back is compared with what was written.
+//! Checksums of a data file, kept beside it: what a disk gives back is compared with what was
+//! written.
 //!
 //! ```text
 //! NAME.sums    0    "SBS2"
@@ -10,17 +11,17 @@
 //!              12   CRC-32C of block n: the bytes [n·BLOCK, (n+1)·BLOCK) of the data file; of block n + 1; and so on, 4 each
 //! ```
 //!
-//! A power failure may leave a group of which a part was never written: whatever follows the last whole group counts as
-//! not there, and is taken anew.
+//! A power failure may leave a group of which a part was never written: whatever follows the last
+//! whole group counts as not there, and is taken anew.
 //!
-//! A data file only grows, so a block that is durable never changes. Its checksum is taken soon after the checkpoint
-//! that makes it durable. It is compared by a scrub, and whenever a block is read and may come from the device: what the
-//! system has in memory is trusted once the block was right. A block whose bytes
-//! are wrong is mended with those of another node, if their checksum is right. What is not a whole block
-//! yet, at the file's end, has no checksum.
+//! A data file only grows, so a block that is durable never changes. Its checksum is taken soon
+//! after the checkpoint that makes it durable. It is compared by a scrub, and whenever a block is
+//! read and may come from the device: what the system has in memory is trusted once the block was
+//! right. A block whose bytes are wrong is mended with those of another node, if their checksum is
+//! right. What is not a whole block yet, at the file's end, has no checksum.
 //!
-//! The file belongs to one data file: like the index, it is removed before another data file takes that
-//! one's place, and cut to what is durable when the data file is opened.
+//! The file belongs to one data file: like the index, it is removed before another data file takes
+//! that one's place, and cut to what is durable when the data file is opened.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -46,7 +47,8 @@ pub struct DamagedBlock {
     pub sum: u32,
 }
 
-/// The error for a read of bytes that are damaged and cannot be mended now; inside of an [`io::Error`].
+/// The error for a read of bytes that are damaged and cannot be mended now; inside of an
+/// [`io::Error`].
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error(
     "damaged: the {BLOCK} bytes at {offset} are not what was written{}",
@@ -90,7 +92,8 @@ pub(crate) struct ChecksummedFile {
     writing: Mutex<Writing>,
     /// Held by whoever gets a block from elsewhere.
     mending: Mutex<()>,
-    /// A sync has failed. The system tells of that once; nothing that was written counts as durable any more.
+    /// A sync has failed. The system tells of that once; nothing that was written counts as durable
+    /// any more.
     lost: AtomicBool,
     damage: Mutex<Damage>,
     mend: Option<Mend>,
@@ -192,7 +195,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl ChecksummedFile {
-    /// A file of which the first `durable` bytes do not change any more; its checksums are read if they are there.
+    /// A file of which the first `durable` bytes do not change any more; its checksums are read if
+    /// they are there.
     pub fn open(
         file: Arc<dyn File>,
         disk: Arc<dyn Disk>,
@@ -281,7 +285,8 @@ impl ChecksummedFile {
         Ok(())
     }
 
-    /// Takes the checksums of durable blocks that have none, at most so many; true if there are more.
+    /// Takes the checksums of durable blocks that have none, at most so many; true if there are
+    /// more.
     pub fn take_sums(&self, most: usize) -> io::Result<bool> {
         let mut writing = locked(&self.writing);
         let durable = (self.durable.load(Ordering::Acquire) / BLOCK) as usize;
@@ -337,7 +342,8 @@ impl ChecksummedFile {
         locked(&self.damage).clone()
     }
 
-    /// The bytes of a block for another node: `None` if there is no such block, or it is damaged here too.
+    /// The bytes of a block for another node: `None` if there is no such block, or it is damaged
+    /// here too.
     pub fn block(&self, offset: u64) -> io::Result<Option<Vec<u8>>> {
         let mut buffer = vec![0; BLOCK as usize];
         let n = read_full(&*self.file, &mut buffer, offset)?;
@@ -347,8 +353,9 @@ impl ChecksummedFile {
         Ok(whole.then_some(buffer))
     }
 
-    /// Compares a block with its checksum, and mends it if need be. What cannot be read is damaged too. Returns true if
-    /// the buffer holds the right bytes then, false if the block has no checksum.
+    /// Compares a block with its checksum, and mends it if need be. What cannot be read is damaged
+    /// too. Returns true if the buffer holds the right bytes then, false if the block has no
+    /// checksum.
     fn check(&self, block: usize, buffer: &mut [u8]) -> io::Result<bool> {
         let offset = block as u64 * BLOCK;
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
@@ -385,7 +392,8 @@ impl ChecksummedFile {
             return Err(io::Error::new(io::ErrorKind::InvalidData, lost));
         };
         let _writing = locked(&self.writing);
-        // Also if another data file has taken this one's place: readers of before go on with this one.
+        // Also if another data file has taken this one's place: readers of before go on with this
+        // one.
         self.file.write_at(&bytes, offset)?;
         self.sync()?;
         buffer.copy_from_slice(&bytes);
@@ -474,7 +482,8 @@ impl File for ChecksummedFile {
         if state.list.len() > blocks {
             state.truncate(blocks);
             if writing.sums.is_some() {
-                // Durable before other bytes stand there: the former checksums would call them damaged.
+                // Durable before other bytes stand there: the former checksums would call them
+                // damaged.
                 self.rewrite(&mut writing, &state.list)?;
             }
         }

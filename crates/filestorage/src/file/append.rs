@@ -153,8 +153,8 @@ impl Appender<'_> {
         Ok(mark)
     }
 
-    /// Readers see the transaction from now on. They wait for the lock, so it is held for a moment only, however many
-    /// objects there are.
+    /// Readers see the transaction from now on. They wait for the lock, so it is held for a moment
+    /// only, however many objects there are.
     fn publish(&mut self, mark: Mark) {
         let shared = &self.storage.shared;
         let mut records = std::mem::take(&mut self.records);

@@ -27,8 +27,9 @@ use standby_types::{Oid, Position, Tid};
 pub(crate) const TXN_HEADER: u64 = 23;
 pub(crate) const DATA_HEADER: u64 = 42;
 
-/// The status of a transaction that FileStorage undid in place before ZODB 3.3: it is in the file, and what it wrote is
-/// no revision of any object. Source: `read_index` in `ZODB/FileStorage/FileStorage.py`.
+/// The status of a transaction that FileStorage undid in place before ZODB 3.3: it is in the file,
+/// and what it wrote is no revision of any object. Source: `read_index` in
+/// `ZODB/FileStorage/FileStorage.py`.
 pub(crate) const UNDONE: u8 = b'u';
 
 /// How many back pointers are followed before the file is called damaged.

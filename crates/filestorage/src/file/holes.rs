@@ -4,9 +4,9 @@ use standby_types::Tid;
 
 /// The transactions with `after < tid <= through` are not all here, nor with all of their records.
 ///
-/// What is here is the newest revision of then: for each object changed in the hole, the revision that
-/// was current at `through`. So everything is known about the moments up to `after` and from `through`
-/// on, and only the predecessors of the hole's records are not.
+/// What is here is the newest revision of then: for each object changed in the hole, the revision
+/// that was current at `through`. So everything is known about the moments up to `after` and from
+/// `through` on, and only the predecessors of the hole's records are not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hole {
     /// The last transaction before it.

@@ -163,8 +163,8 @@ impl Transactions {
         Ok(())
     }
 
-    /// A CRC-32C of all that a transaction says: its tid, texts, oids and data. Whether data are stored or pointed to
-    /// makes no difference.
+    /// A CRC-32C of all that a transaction says: its tid, texts, oids and data. Whether data are
+    /// stored or pointed to makes no difference.
     pub fn checksum(&self, transaction: &StoredTransaction) -> Result<u32, StorageError> {
         let meta = &transaction.meta;
         let mut sum = crc32c::crc32c(&meta.tid.to_bytes());
@@ -267,8 +267,8 @@ fn next_record(window: &mut Window<'_>, at: u64, end: u64) -> Result<(Record, u6
     Ok((Record { oid: header.oid, data }, header.full_len()))
 }
 
-/// What the back pointer of the record at `at` means: the revision that it leads to, and the data of
-/// the one that owns them.
+/// What the back pointer of the record at `at` means: the revision that it leads to, and the data
+/// of the one that owns them.
 pub(crate) fn shared_data(
     window: &mut Window<'_>,
     at: u64,

@@ -83,7 +83,8 @@ impl FileStorage {
         FileStorage::open_mending(disk, path, index_path, magic, extent, None, progress)
     }
 
-    /// The same, for a file whose damaged blocks can be mended: this one's, and those of the files that take its place.
+    /// The same, for a file whose damaged blocks can be mended: this one's, and those of the files
+    /// that take its place.
     pub fn open_mending(
         disk: Arc<dyn Disk>,
         path: &Path,
@@ -198,8 +199,8 @@ impl FileStorage {
         Ok(FileStorage::of(shared, VecDeque::new()))
     }
 
-    /// Puts `packed` (see [`crate::pack`]), which is in the file `from` and durable, in the place of
-    /// this file. The old file is kept as `PATH.old` if `keep` says so. No other call of this
+    /// Puts `packed` (see [`crate::pack`]), which is in the file `from` and durable, in the place
+    /// of this file. The old file is kept as `PATH.old` if `keep` says so. No other call of this
     /// storage, nor of its readers' [`Reader::sync`] and [`Reader::merge_index`], may be running.
     pub fn replace_with(
         &mut self,
@@ -296,7 +297,8 @@ impl FileStorage {
     }
 }
 
-/// Python's index (`PATH.index`) does not describe the data file any more: it names positions that another one had.
+/// Python's index (`PATH.index`) does not describe the data file any more: it names positions that
+/// another one had.
 fn forget_python_index(disk: &dyn Disk, path: &Path) -> Result<(), StorageError> {
     let io = |action| StorageError::io(path, action);
     let index = python_index_path(path);
@@ -322,8 +324,8 @@ pub enum Tail {
 }
 
 impl Tail {
-    /// Looks at what follows `mark` in the file `path`, without changing anything. It ends where the
-    /// bytes stop making sense: what follows `mark` was perhaps never synced, and will be cut.
+    /// Looks at what follows `mark` in the file `path`, without changing anything. It ends where
+    /// the bytes stop making sense: what follows `mark` was perhaps never synced, and will be cut.
     pub fn read(disk: &dyn Disk, path: &Path, mark: Mark) -> Result<Tail, StorageError> {
         let io = |action| StorageError::io(path, action);
         if !disk.exists(path).map_err(io("look for it"))? {

@@ -1,5 +1,5 @@
-//! Reading objects. Source of the rules: `FileStorage.loadBefore`, `loadSerial` and `_loadBack_impl`
-//! in `ZODB/FileStorage`.
+//! Reading objects. Source of the rules: `FileStorage.loadBefore`, `loadSerial` and
+//! `_loadBack_impl` in `ZODB/FileStorage`.
 
 use std::sync::Arc;
 
@@ -88,10 +88,10 @@ impl Reader {
         self.shared.read().mark.position.0
     }
 
-    /// The newest revision of `oid` that is older than `tid`; `Ok(None)` if the object exists,
-    /// but all its revisions are as new or newer; [`StorageError::NoKey`] if there is no such
-    /// object, or it was gone at that time; [`StorageError::Hole`] if the file lacks the time before
-    /// `tid`. Of a revision that was replaced in a hole, `end` is the beginning of the hole.
+    /// The newest revision of `oid` that is older than `tid`; `Ok(None)` if the object exists, but
+    /// all its revisions are as new or newer; [`StorageError::NoKey`] if there is no such object,
+    /// or it was gone at that time; [`StorageError::Hole`] if the file lacks the time before `tid`.
+    /// Of a revision that was replaced in a hole, `end` is the beginning of the hole.
     pub fn load_before(
         &self,
         oid: Oid,
@@ -219,8 +219,9 @@ impl Reader {
         }
     }
 
-    /// Writes the index that Python's FileStorage keeps, if all is in the index file ([`Reader::merge_index`]); true if
-    /// it did. Without it, or with one of an earlier moment, Python reads the data file.
+    /// Writes the index that Python's FileStorage keeps, if all is in the index file
+    /// ([`Reader::merge_index`]); true if it did. Without it, or with one of an earlier moment,
+    /// Python reads the data file.
     pub fn write_python_index(&self) -> Result<bool, StorageError> {
         let (sorted, end) = {
             let state = self.shared.read();
@@ -249,7 +250,8 @@ impl Reader {
         self.shared.file.blocks()
     }
 
-    /// Compares these blocks, as the device gives them, with their checksums; mends what is damaged.
+    /// Compares these blocks, as the device gives them, with their checksums; mends what is
+    /// damaged.
     pub fn scrub(&self, blocks: std::ops::Range<usize>) -> Result<(), StorageError> {
         self.shared.file.scrub(blocks).map_err(StorageError::io(&self.shared.path, "scrub"))
     }

@@ -122,7 +122,8 @@ impl<'a> Scanner<'a> {
         scanner
     }
 
-    /// Steps over one transaction; `visit` sees its records, and nothing of a torn tail or of one that was undone.
+    /// Steps over one transaction; `visit` sees its records, and nothing of a torn tail or of one
+    /// that was undone.
     pub fn next(
         &mut self,
         visit: &mut dyn FnMut(&DataHeader, Position),
@@ -193,7 +194,8 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// Checks the transaction from `start` to `end`, except for its tid; `visit` sees its records if it was not undone.
+    /// Checks the transaction from `start` to `end`, except for its tid; `visit` sees its records
+    /// if it was not undone.
     fn records(
         &mut self,
         start: u64,
@@ -210,7 +212,8 @@ impl<'a> Scanner<'a> {
         if header.length < header.full_len() {
             return self.window.damaged(start + 8, "transaction shorter than its own header");
         }
-        // ChecksummedFile first, so that `visit` never sees records of a transaction that is then refused.
+        // ChecksummedFile first, so that `visit` never sees records of a transaction that is then
+        // refused.
         if self.window.number(end - 8)? != Some(header.length) {
             return self.window.damaged(
                 end - 8,

@@ -20,7 +20,8 @@ use crate::file::format::UNDONE;
 pub struct TransactionMeta {
     /// Its tid.
     pub tid: Tid,
-    /// `b' '`; `b'p'` for one that was packed; `b'u'` for one that was undone in place, see [`TransactionMeta::is_undone`].
+    /// `b' '`; `b'p'` for one that was packed; `b'u'` for one that was undone in place, see
+    /// [`TransactionMeta::is_undone`].
     pub status: u8,
     /// At most 65 535 bytes, as the next two.
     pub user: Bytes,

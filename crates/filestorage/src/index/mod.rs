@@ -1,9 +1,9 @@
 //! oid → position of the newest record.
 //!
-//! Layers, looked through from the newest: `overlay` (a tree in memory: what was committed lately), `layers` (former
-//! overlays, and transactions of very many objects), `frozen` (layers that are just being merged into a file), `sorted`
-//! (an immutable file, mapped). Position 0 in a layer says that the object is not there, whatever
-//! the layers below say.
+//! Layers, looked through from the newest: `overlay` (a tree in memory: what was committed lately),
+//! `layers` (former overlays, and transactions of very many objects), `frozen` (layers that are
+//! just being merged into a file), `sorted` (an immutable file, mapped). Position 0 in a layer says
+//! that the object is not there, whatever the layers below say.
 //!
 //! The index repeats what `Data.fs` says. It can be thrown away at any time.
 
@@ -67,7 +67,8 @@ impl Index {
         self.overlay.insert(oid, Position(0));
     }
 
-    /// Inserts very many entries in no time: they ascend, each oid once, and `new` of them are not there yet.
+    /// Inserts very many entries in no time: they ascend, each oid once, and `new` of them are not
+    /// there yet.
     pub fn insert_many(&mut self, entries: Vec<Entry>, new: u64) {
         debug_assert!(entries.is_sorted_by(|(one, _), (next, _)| one < next), "oids ascend");
         self.push_overlay();
@@ -135,7 +136,8 @@ impl Index {
         self.frozen = None;
     }
 
-    /// Ends a merge that failed: its entries stay in memory, as one layer ([`Merge::one_layer`]), however often that happens.
+    /// Ends a merge that failed: its entries stay in memory, as one layer ([`Merge::one_layer`]),
+    /// however often that happens.
     pub fn thaw_failed(&mut self, frozen: Layer) {
         self.frozen = None;
         self.layers.insert(0, Arc::new(frozen));
@@ -171,7 +173,8 @@ impl Merge {
     }
 }
 
-/// Writes a file, durably, in the place of another one that may be there. Nothing is left of one that cannot be written.
+/// Writes a file, durably, in the place of another one that may be there. Nothing is left of one
+/// that cannot be written.
 fn write_in_place(
     disk: &dyn Disk,
     temporary: &Path,

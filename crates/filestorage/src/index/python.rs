@@ -1,5 +1,6 @@
-//! The index file that Python's FileStorage keeps beside a data file, `Data.fs.index`. Source: `fsIndex.save` in
-//! `ZODB/fsIndex.py`, and `FileStorage._restore_index`, which scans only what follows the position.
+//! The index file that Python's FileStorage keeps beside a data file, `Data.fs.index`. Source:
+//! `fsIndex.save` in `ZODB/fsIndex.py`, and `FileStorage._restore_index`, which scans only what
+//! follows the position.
 //!
 //! Pickles, one after the other:
 //!

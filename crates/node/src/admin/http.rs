@@ -39,8 +39,8 @@ const CONNECTION: Duration = Duration::from_secs(600);
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Serves `GET /status`, `GET /metrics`, `GET /health`, and `POST /ask`: an [`Ask`] in JSON; the answer is a
-/// [`crate::ask::Done`], or with status 409 the reason as text.
+/// Serves `GET /status`, `GET /metrics`, `GET /health`, and `POST /ask`: an [`Ask`] in JSON; the
+/// answer is a [`crate::ask::Done`], or with status 409 the reason as text.
 pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     let app = Router::new()
         .route(

@@ -1,4 +1,5 @@
-//! What administrators ask for. Any node takes it; the primary does it, or the node that it is about.
+//! What administrators ask for. Any node takes it; the primary does it, or the node that it is
+//! about.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,8 +26,8 @@ pub async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {
         _ if serves => here(shared, ask).await,
         Some(address) => command::ask(shared, &address, &ask).await.unwrap_or_else(|error| {
             Err(format!(
-                "the primary, at peer address {address}, cannot be asked: {error}. If it runs an older \
-                 version, stop it: another node takes over"
+                "the primary, at peer address {address}, cannot be asked: {error}. If it runs an \
+                 older version, stop it: another node takes over"
             ))
         }),
         None => Err("there is no primary, and so nobody who could do that; standby status shows \

@@ -1,4 +1,5 @@
-//! What administrators ask for. Any node takes it; the primary does it, or the node that it is about.
+//! What administrators ask for. Any node takes it; the primary does it, or the node that it is
+//! about.
 
 use std::time::Duration;
 
@@ -57,7 +58,8 @@ pub enum Ask {
     Promote {
         /// Its name.
         node: String,
-        /// The group that votes from now on, with all of its nodes; `None` for those that do already.
+        /// The group that votes from now on, with all of its nodes; `None` for those that do
+        /// already.
         group: Option<String>,
     },
     /// The cluster may use what newer versions can do.

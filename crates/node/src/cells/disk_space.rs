@@ -1,6 +1,6 @@
-//! Room on the disks that this node writes to. A node that has little left stops writing before a write fails:
-//! it refuses commits and takes no entries of the log, its readers are served, and it goes on by itself when
-//! there is room again.
+//! Room on the disks that this node writes to. A node that has little left stops writing before a
+//! write fails: it refuses commits and takes no entries of the log, its readers are served, and it
+//! goes on by itself when there is room again.
 
 use std::io;
 use std::path::PathBuf;
@@ -48,7 +48,8 @@ impl Room {
         let full = free.iter().filter(|(_, free)| free.bytes < bytes);
         let full = full.min_by_key(|(_, free)| free.bytes).map(|(path, free)| {
             format!(
-                "the disk of node {node} is nearly full: {} MB are free at {}, and {} MB are kept in reserve",
+                "the disk of node {node} is nearly full: {} MB are free at {}, and {} MB are kept \
+                in reserve",
                 free.bytes >> 20,
                 path.display(),
                 reserve >> 20
@@ -57,8 +58,8 @@ impl Room {
         let reason = full.or_else(|| {
             let (path, free) = free.iter().find(|(_, free)| free.files < files)?;
             Some(format!(
-                "the disk of node {node} has hardly room for more files: {} inodes are free at {}, and {RESERVED_FILES} \
-                 are kept in reserve",
+                "the disk of node {node} has hardly room for more files: {} inodes are free at {}, \
+                 and {RESERVED_FILES} are kept in reserve",
                 free.files,
                 path.display()
             ))

@@ -15,7 +15,8 @@ use crate::replica::lineage::Lineage;
 use crate::replica::settings::Settings;
 use crate::transport::handshake::PeerInfo;
 
-/// A vote on more objects is examined beside the engine's task, like one on objects that are not in memory.
+/// A vote on more objects is examined beside the engine's task, like one on objects that are not in
+/// memory.
 pub const MANY: usize = if cfg!(feature = "simulated") { 2 } else { 1000 };
 
 /// What this process's own threads tell.
@@ -132,8 +133,8 @@ pub enum Request {
 }
 
 impl Request {
-    /// True if it is counted as unanswered until the engine or the applier answers it. A vote is not:
-    /// its transaction is open as long.
+    /// True if it is counted as unanswered until the engine or the applier answers it. A vote is
+    /// not: its transaction is open as long.
     pub fn awaits_answer(&self) -> bool {
         matches!(
             self,

@@ -1,6 +1,7 @@
-//! How many connections of a kind may be open at a time. The one that is too many is refused at once: whoever is
-//! served already does not suffer, and neither do the node's own files. One address does not take the places of all
-//! others: if it has most connections, its last one goes when somebody comes from an address that has fewer.
+//! How many connections of a kind may be open at a time. The one that is too many is refused at
+//! once: whoever is served already does not suffer, and neither do the node's own files. One
+//! address does not take the places of all others: if it has most connections, its last one goes
+//! when somebody comes from an address that has fewer.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +19,8 @@ use crate::platform::{self, Instant};
 const QUIET: Duration = Duration::from_secs(10);
 /// With fewer descriptors a node cannot do its work.
 const FEWEST_DESCRIPTORS: u64 = 128;
-/// Descriptors that are kept for the log, the data files, the other nodes and the administrators, at least.
+/// Descriptors that are kept for the log, the data files, the other nodes and the administrators,
+/// at least.
 const OWN_DESCRIPTORS: u64 = 64;
 
 /// See the module.
@@ -59,7 +61,8 @@ impl Inside {
         }
     }
 
-    /// Takes the last place from the host that has most, for one that will have fewer; returns whose it was.
+    /// Takes the last place from the host that has most, for one that will have fewer; returns
+    /// whose it was.
     fn take_for(&mut self, host: &str) -> Option<String> {
         let mine = self.by_host.get(host).map_or(0, BTreeMap::len);
         let (most, places) = self.by_host.iter().max_by_key(|(_, places)| places.len())?;
@@ -102,7 +105,8 @@ impl Gate {
         Arc::new(Gate { what, limit, inside, refused, told })
     }
 
-    /// Lets one more in, or refuses it, and says so in the log. `from` is an address, with or without a port.
+    /// Lets one more in, or refuses it, and says so in the log. `from` is an address, with or
+    /// without a port.
     pub fn enter(self: &Arc<Self>, from: &str) -> Option<Pass> {
         let host = from.rsplit_once(':').map_or(from, |(host, _)| host);
         let mut inside = lock(&self.inside);
@@ -119,7 +123,8 @@ impl Gate {
                 let (limit, what) = (self.limit, self.what);
                 warn!(
                     limit,
-                    "too many connections of {what}: {most} has most, and its last one ends for {host}"
+                    "too many connections of {what}: {most} has most, and its last one ends for \
+                    {host}"
                 );
             }
             return Some(Pass { gate: self.clone(), host: host.to_owned(), number, wanted });
@@ -197,17 +202,19 @@ impl StrangersLines {
     }
 }
 
-/// Handshakes at the peer address at a time: at least, and at most. Many clients may be passed on at the same moment.
+/// Handshakes at the peer address at a time: at least, and at most. Many clients may be passed on
+/// at the same moment.
 const STRANGERS: (u64, u64) = (16, 1024);
 
-/// Raises the limit of descriptors as far as the system lets it. Returns how many connections of clients fit beside what
-/// the node needs for itself, and how many of strangers at the peer address may be open.
+/// Raises the limit of descriptors as far as the system lets it. Returns how many connections of
+/// clients fit beside what the node needs for itself, and how many of strangers at the peer address
+/// may be open.
 pub fn limits() -> anyhow::Result<(usize, usize)> {
     let (limit, before) = platform::descriptors()?;
     ensure!(
         limit >= FEWEST_DESCRIPTORS,
-        "this process may have {limit} files and connections open at a time; a node needs {FEWEST_DESCRIPTORS}, and one \
-         more for each client (ulimit -Hn; LimitNOFILE= of systemd)"
+        "this process may have {limit} files and connections open at a time; a node needs \
+         {FEWEST_DESCRIPTORS}, and one more for each client (ulimit -Hn; LimitNOFILE= of systemd)"
     );
     let clients = limit - OWN_DESCRIPTORS.max(limit / 4);
     info!(

@@ -14,7 +14,8 @@ pub enum LogWork {
     Purge(LogIndex),
 }
 
-/// Since when the disk has been busy with one write of the log; a monotonic time in nanoseconds, 0 if it is not.
+/// Since when the disk has been busy with one write of the log; a monotonic time in nanoseconds, 0
+/// if it is not.
 #[derive(Default)]
 pub struct Busy(AtomicU64);
 

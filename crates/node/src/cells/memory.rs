@@ -1,6 +1,7 @@
-//! The memory that clients can fill: messages that are being received, transactions, replies that are queued. Each
-//! session's part is counted, to 64 KB. When all sessions together hold more than half of what they may, each has to wait
-//! for its replies earlier; when they hold more than all of it, the session that holds most ends, and the others go on.
+//! The memory that clients can fill: messages that are being received, transactions, replies that
+//! are queued. Each session's part is counted, to 64 KB. When all sessions together hold more than
+//! half of what they may, each has to wait for its replies earlier; when they hold more than all of
+//! it, the session that holds most ends, and the others go on.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,7 +14,8 @@ use crate::platform;
 const PART: u64 = 4;
 /// If the system does not say how much memory there is.
 const UNKNOWN: u64 = 1 << 30;
-/// Less is not counted: most sessions hold nothing for longer than a moment, and pay nothing for the count.
+/// Less is not counted: most sessions hold nothing for longer than a moment, and pay nothing for
+/// the count.
 const UNIT: usize = 64 << 10;
 /// Long answers of a kind that are made at a time, for all clients together.
 const TURNS: usize = 4;
@@ -23,8 +25,8 @@ pub struct Memory {
     limit: usize,
     used: AtomicUsize,
     over: Notify,
-    /// Turns to make a long answer, which is counted only when it is made: one for each kind, so that the slow kind does
-    /// not hold up the other.
+    /// Turns to make a long answer, which is counted only when it is made: one for each kind, so
+    /// that the slow kind does not hold up the other.
     invalidations: Semaphore,
     undo_logs: Semaphore,
 }

@@ -5,11 +5,12 @@
 //! before it queues its invalidations. So no reply says that a revision is current after the
 //! invalidation of it has been queued.
 //!
-//! *The reply to a commit is written after its invalidations*: whoever hears of a commit from the client that made it,
-//! and then asks over another connection, has been told of it there. Each invalidation carries a [`Told`], which is
-//! dropped when it has been written, and the reply waits until all of them are. A connection that takes no bytes is not
-//! waited for. The invalidations of a transaction are queued before the replies of later ones, in every queue: replies
-//! never wait for each other in a circle.
+//! *The reply to a commit is written after its invalidations*: whoever hears of a commit from the
+//! client that made it, and then asks over another connection, has been told of it there. Each
+//! invalidation carries a [`Told`], which is dropped when it has been written, and the reply waits
+//! until all of them are. A connection that takes no bytes is not waited for. The invalidations of
+//! a transaction are queued before the replies of later ones, in every queue: replies never wait
+//! for each other in a circle.
 
 use std::collections::VecDeque;
 use std::io;
@@ -123,7 +124,8 @@ impl Outbox {
         self.wake.notify_one();
     }
 
-    /// Queues bytes that are made meanwhile (see [`Outbox::made`]); what is queued after them waits.
+    /// Queues bytes that are made meanwhile (see [`Outbox::made`]); what is queued after them
+    /// waits.
     pub fn push_later(&self) -> oneshot::Sender<Bytes> {
         let (making, coming) = oneshot::channel();
         self.lock().push_piece(Piece::Later(coming));
@@ -155,7 +157,8 @@ impl Outbox {
         });
     }
 
-    /// Queues the reply to the commit of the transaction `tid`, which is sent when `all_told` has lost its sender.
+    /// Queues the reply to the commit of the transaction `tid`, which is sent when `all_told` has
+    /// lost its sender.
     pub fn push_committed(&self, tid: Tid, bytes: Bytes, all_told: oneshot::Receiver<()>) {
         self.push_told(tid, |queue| {
             queue.push_piece(Piece::AllTold(all_told));
@@ -247,7 +250,8 @@ impl Outbox {
         }
     }
 
-    /// Nothing is written for a while: nobody waits for what is queued, nor for what its sender has taken.
+    /// Nothing is written for a while: nobody waits for what is queued, nor for what its sender has
+    /// taken.
     fn excuse(&self, taken: &mut VecDeque<Piece>) {
         let mut queue = self.lock();
         queue.blocked = true;
@@ -341,7 +345,8 @@ impl<S: AsyncWrite + Unpin> Sending<'_, S> {
         self.write_together().await
     }
 
-    /// Waits for bytes that are being made. Nobody else waits for what this connection is to be told after them.
+    /// Waits for bytes that are being made. Nobody else waits for what this connection is to be
+    /// told after them.
     async fn made(&mut self, mut coming: oneshot::Receiver<Bytes>) -> io::Result<Bytes> {
         if let Ok(bytes) = coming.try_recv() {
             return Ok(bytes);
@@ -359,7 +364,8 @@ impl<S: AsyncWrite + Unpin> Sending<'_, S> {
         Ok(())
     }
 
-    /// Writes bytes. If that takes time, nobody waits any more for what this connection is to be told.
+    /// Writes bytes. If that takes time, nobody waits any more for what this connection is to be
+    /// told.
     async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Sending { outbox, socket, pieces, tolds, .. } = self;
         let writing = async {
@@ -435,7 +441,8 @@ mod tests {
         let making = asking.push_later();
         asking.push(Bytes::from_static(&[3]));
         assert_eq!(read(&mut asked).await, 1);
-        // The reply to a commit of another connection does not wait for its invalidation behind the answer.
+        // The reply to a commit of another connection does not wait for its invalidation behind the
+        // answer.
         commit(4, &[&other, &asking]);
         assert_eq!(read(&mut others).await, 4);
         asking.made(making, Bytes::from_static(&[2]));

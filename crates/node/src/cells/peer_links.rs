@@ -36,8 +36,8 @@ pub struct Peers {
     refusals: Mutex<BTreeMap<NodeId, (String, String)>>,
     /// What the log has spoken of, and when.
     told: Mutex<BTreeMap<String, Instant>>,
-    /// How many links from each node there are: more than one if it dials two addresses, or comes again before this
-    /// side has found out that it was gone.
+    /// How many links from each node there are: more than one if it dials two addresses, or comes
+    /// again before this side has found out that it was gone.
     from: Mutex<BTreeMap<NodeId, usize>>,
     /// How often this node has begun a timeline: links of before do not count.
     epoch: AtomicU64,
@@ -49,16 +49,16 @@ impl Peers {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// This node has begun a timeline: all links end, and the handshakes for new ones tell which nodes have come
-    /// over to it.
+    /// This node has begun a timeline: all links end, and the handshakes for new ones tell which
+    /// nodes have come over to it.
     pub fn end_links(&self) {
         let mut links = lock(&self.links);
         self.epoch.fetch_add(1, Ordering::AcqRel);
         links.clear();
     }
 
-    /// Lets messages go over a link that was made in this epoch; false if it is over, or if there is a link to the
-    /// node already, over another address.
+    /// Lets messages go over a link that was made in this epoch; false if it is over, or if there
+    /// is a link to the node already, over another address.
     pub fn add(&self, id: NodeId, link: mpsc::Sender<Bytes>, epoch: u64) -> bool {
         let mut links = lock(&self.links);
         let current = self.epoch() == epoch && !links.contains_key(&id);
@@ -150,7 +150,8 @@ impl Peers {
         lock(&self.refusals).values().cloned().collect()
     }
 
-    /// What stands between this node and the others: why they cannot be reached, or do not let it in.
+    /// What stands between this node and the others: why they cannot be reached, or do not let it
+    /// in.
     pub fn troubles(&self) -> BTreeMap<String, String> {
         lock(&self.troubles).clone()
     }
@@ -186,7 +187,8 @@ impl Peers {
         lock(&self.learned).clone()
     }
 
-    /// Takes the members' addresses; with what is known already unless they are `all`. `None` if that is nothing new.
+    /// Takes the members' addresses; with what is known already unless they are `all`. `None` if
+    /// that is nothing new.
     pub fn set_learned(&self, mut found: BTreeSet<String>, all: bool) -> Option<BTreeSet<String>> {
         let mut learned = lock(&self.learned);
         if !all {

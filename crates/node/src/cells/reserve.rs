@@ -11,7 +11,8 @@ use standby_zeo::MakeSpill;
 use crate::cells::shared::Shared;
 use crate::platform;
 
-/// Asks for room for a second file beside a data file: all of it at first, and none of the reserve while it is written.
+/// Asks for room for a second file beside a data file: all of it at first, and none of the reserve
+/// while it is written.
 pub fn room_for(
     shared: &Arc<Shared>,
     data: &Path,
@@ -26,7 +27,8 @@ pub fn room_for(
         }
         let (node, megabytes) = (&shared.member.name, |bytes: u64| bytes.div_ceil(1 << 20));
         let reason = format!(
-            "{what} takes a second file of {} MB on node {node}, and {} MB are kept in reserve, but only {} MB are free at {}",
+            "{what} takes a second file of {} MB on node {node}, and {} MB are kept in reserve, \
+            but only {} MB are free at {}",
             megabytes(bytes),
             megabytes(reserve),
             free >> 20,

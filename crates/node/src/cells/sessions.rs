@@ -184,8 +184,8 @@ impl SessionHandle {
         self.stage.load(Ordering::Acquire) == WAITS_ON
     }
 
-    /// The session cannot be served here any more. It is ended at once, unless its client has not registered: that waits
-    /// on. True if it was ended.
+    /// The session cannot be served here any more. It is ended at once, unless its client has not
+    /// registered: that waits on. True if it was ended.
     pub fn send_away(&self, reason: &str) -> bool {
         match self.pass_stage(WAITS_ON) {
             Ok(_) => drop(self.mailbox.send(Mail::WaitOn)),
@@ -259,7 +259,8 @@ impl Sessions {
         chosen.len()
     }
 
-    /// The session that holds most of the clients' memory, of those that are not ending; `None` if none holds any.
+    /// The session that holds most of the clients' memory, of those that are not ending; `None` if
+    /// none holds any.
     pub fn largest(&self) -> Option<Arc<SessionHandle>> {
         let all = lock(&self.all);
         let holding = all.values().filter(|session| !session.outbox.is_closed());
@@ -285,7 +286,8 @@ impl Sessions {
         lock(&self.all).values().any(|session| long(session))
     }
 
-    /// Sends the clients away that `which` says: see [`SessionHandle::send_away`]. The number of sessions that were ended.
+    /// Sends the clients away that `which` says: see [`SessionHandle::send_away`]. The number of
+    /// sessions that were ended.
     pub fn send_away(&self, reason: &str, which: impl Fn(&SessionHandle) -> bool) -> usize {
         let mut chosen: Vec<_> = lock(&self.all).values().cloned().collect();
         chosen.retain(|session| which(session));

@@ -359,7 +359,8 @@ impl Shared {
         })
     }
 
-    /// True if some of what the data files held is lost. A blob that is lost is not needed to commit, nor to vote.
+    /// True if some of what the data files held is lost. A blob that is lost is not needed to
+    /// commit, nor to vote.
     pub fn lacks_data(&self) -> bool {
         self.storages.values().any(|storage| !storage.reader().damage().blocks.is_empty())
     }
@@ -540,8 +541,8 @@ impl Shared {
     }
 }
 
-/// True if the cluster is known to work at a level at which connections between nodes are not sealed. What a node that has
-/// nothing of the cluster yet takes for its settings says nothing.
+/// True if the cluster is known to work at a level at which connections between nodes are not
+/// sealed. What a node that has nothing of the cluster yet takes for its settings says nothing.
 pub fn is_unsealed(checkpoint: &Checkpoint) -> bool {
     checkpoint.index > LogIndex(0) && checkpoint.settings.level() < SEALED_LEVEL
 }

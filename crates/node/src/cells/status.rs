@@ -156,7 +156,8 @@ pub struct NodeReport {
     /// Its process.
     #[serde(default)]
     run: String,
-    /// Up to where the members have acknowledged what is committed, by identity, as far as it knows.
+    /// Up to where the members have acknowledged what is committed, by identity, as far as it
+    /// knows.
     #[serde(default)]
     acknowledged: BTreeMap<String, u64>,
     #[serde(default)]
@@ -278,8 +279,8 @@ impl NodeReport {
         &self.node
     }
 
-    /// The same, with the packs that are under way (the storages, and how far each is, in percent), and
-    /// the catch-up.
+    /// The same, with the packs that are under way (the storages, and how far each is, in percent),
+    /// and the catch-up.
     pub fn under_way(
         self,
         packing: BTreeMap<String, u32>,
@@ -319,7 +320,8 @@ impl NodeReport {
         NodeReport { no_room, client_memory, ..self }
     }
 
-    /// The same, with what is damaged on its disk, and since which transactions its storages differ from the primary's.
+    /// The same, with what is damaged on its disk, and since which transactions its storages differ
+    /// from the primary's.
     pub fn damage(self, damage: Option<String>, differs: BTreeMap<String, String>) -> NodeReport {
         NodeReport { damage, differs, ..self }
     }
@@ -374,7 +376,8 @@ impl Default for Heard {
     }
 }
 
-/// By how much a node's clock differs from this one's, as far as reports tell that take some time to come.
+/// By how much a node's clock differs from this one's, as far as reports tell that take some time
+/// to come.
 #[derive(Default)]
 struct Skew {
     /// Of the last reports, the difference that is least.
@@ -401,7 +404,8 @@ impl Skew {
                 warn!(
                     node,
                     seconds,
-                    "the clock of a node is not this one's: it is ahead by so much, or behind if that is negative"
+                    "the clock of a node is not this one's: it is ahead by so much, or behind if \
+                    that is negative"
                 );
             }
             None => self.told = false,
@@ -523,15 +527,15 @@ impl Reports {
         latest(lost.map(|tail| (&tail.storage, &tail.last)))
     }
 
-    /// For how long a node has not been heard, or since when this one listens, if it never was. That a connection has
-    /// closed does not matter here.
+    /// For how long a node has not been heard, or since when this one listens, if it never was.
+    /// That a connection has closed does not matter here.
     pub fn silence_of(&self, id: NodeId) -> Duration {
         let heard = lock(&self.heard);
         heard.last_heard.get(&id).unwrap_or(&heard.begun).elapsed()
     }
 
-    /// By how much this node's clock is ahead of those of a majority of the voters, if that is an hour or more: by the
-    /// least of these.
+    /// By how much this node's clock is ahead of those of a majority of the voters, if that is an
+    /// hour or more: by the least of these.
     pub fn ahead_of_majority(&self, voters: &BTreeSet<NodeId>) -> Option<Duration> {
         let heard = lock(&self.heard);
         let behind = |voter: &NodeId| {
@@ -549,7 +553,8 @@ impl Reports {
         heard.others.get(&id).is_some_and(|(_, at)| is_recent(at))
     }
 
-    /// A node that is up, holds data, and has a log that goes beyond `(term, index)`, of the groups that count.
+    /// A node that is up, holds data, and has a log that goes beyond `(term, index)`, of the groups
+    /// that count.
     pub fn ahead_of(&self, log: (u64, u64), counts: impl Fn(&str) -> bool) -> Option<String> {
         let heard = lock(&self.heard);
         let found = heard.others.values().find(|(report, at)| {
@@ -666,8 +671,9 @@ pub struct Status {
 }
 
 impl Status {
-    /// How many voters there are, how many of them count when another one is lost, and how many a majority is. A
-    /// voter that is full, behind, cut off or damaged counts for nothing; none does without a primary that may serve.
+    /// How many voters there are, how many of them count when another one is lost, and how many a
+    /// majority is. A voter that is full, behind, cut off or damaged counts for nothing; none does
+    /// without a primary that may serve.
     pub fn voters(&self) -> (usize, usize, usize) {
         let voters = || self.nodes.iter().filter(|node| node.voter);
         let able = voters().filter(|node| node.state == "up" && node.no_room.is_none());
@@ -757,11 +763,12 @@ pub struct NodeStatus {
     /// It leads, and a majority answers too late for it to serve.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub no_lease: bool,
-    /// By how many seconds the last transaction is ahead of the node's clock, if that is more than a minute: a pack to
-    /// the present removes nothing that was committed since.
+    /// By how many seconds the last transaction is ahead of the node's clock, if that is more than
+    /// a minute: a pack to the present removes nothing that was committed since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub future_seconds: Option<u64>,
-    /// The storages that differed from the primary's when they were compared, and from which transaction on.
+    /// The storages that differed from the primary's when they were compared, and from which
+    /// transaction on.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub differs: BTreeMap<String, String>,
     /// It has lost the leadership again and again, and does not stand for election.
@@ -772,7 +779,8 @@ pub struct NodeStatus {
     pub crashes: bool,
 }
 
-/// A node's report, its age, for how long the primary has had more, and by how many seconds its clock is ahead.
+/// A node's report, its age, for how long the primary has had more, and by how many seconds its
+/// clock is ahead.
 struct Seen {
     report: NodeReport,
     age: Duration,

@@ -45,13 +45,15 @@ const LEAVING: Duration = Duration::from_secs(2);
 const UNANSWERED: usize = 1000;
 /// How long a client that is to leave must have said nothing.
 const QUIET: Duration = Duration::from_millis(2);
-/// The same of a client that begins its transactions with a call (`server-sync`): it leaves just after the answer to that,
-/// unless it is idle.
+/// The same of a client that begins its transactions with a call (`server-sync`): it leaves just
+/// after the answer to that, unless it is idle.
 const IDLE: Duration = Duration::from_millis(50);
-/// How long a client may take to agree on TLS, and then to ask for a storage. Stock clients do both at once.
+/// How long a client may take to agree on TLS, and then to ask for a storage. Stock clients do both
+/// at once.
 const HELLO: Duration = Duration::from_secs(20);
 
-/// Serves a client until one side closes; returns the client if it has not registered and this node cannot serve it any more.
+/// Serves a client until one side closes; returns the client if it has not registered and this node
+/// cannot serve it any more.
 pub async fn serve(
     shared: Arc<Shared>,
     client: Newcomer,
@@ -69,7 +71,8 @@ pub async fn serve(
     let agreed = tokio::time::timeout(HELLO, tls.acceptor().accept(join(read, write))).await;
     match agreed.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
         Ok(stream) => {
-            // Nobody else could go on with what is encrypted here: if this node cannot serve it, it is closed.
+            // Nobody else could go on with what is encrypted here: if this node cannot serve it, it
+            // is closed.
             talk(shared, about, tokio::io::split(stream), false, BytesMut::new()).await;
         }
         Err(error) => shared
@@ -307,9 +310,10 @@ impl Connection {
         self.said.take_if(|said| said.len() > MOST_SAID);
     }
 
-    /// True if the session is to end and nothing of it is under way. The client must be quiet too: of
-    /// a connection that closes it only notices what is in flight. What it sends within a transaction, and is lost,
-    /// applications try again without a word; a call that begins a transaction they do not.
+    /// True if the session is to end and nothing of it is under way. The client must be quiet too:
+    /// of a connection that closes it only notices what is in flight. What it sends within a
+    /// transaction, and is lost, applications try again without a word; a call that begins a
+    /// transaction they do not.
     fn may_leave(&self) -> bool {
         self.handle.leaving.load(Ordering::Acquire)
             && self.handle.unanswered.load(Ordering::Acquire) == 0
@@ -335,7 +339,8 @@ impl Connection {
                     let read_write = self.session.is_read_write();
                     self.handle.read_write.store(read_write || !self.read_only, Ordering::Release);
                     debug!(
-                        client = %self.handle.peer, storage = self.storage, read_write, "a client has registered"
+                        client = %self.handle.peer, storage = self.storage, read_write, "a client \
+                        has registered"
                     );
                 }
             }
@@ -422,8 +427,9 @@ impl Connection {
             if storage.packing.percent().is_some() {
                 return answer(Err(undo_disabled()));
             }
-            // It may read the whole file: the client's other threads do not wait for it. But only one is looked for at a
-            // time, when there is room for the answer, and as long as the client is there.
+            // It may read the whole file: the client's other threads do not wait for it. But only
+            // one is looked for at a time, when there is room for the answer, and as long as the
+            // client is there.
             let (handle, turn) = (self.handle.clone(), self.undo_log.clone());
             let memory = self.shared.memory.clone();
             handle.unanswered.fetch_add(1, Ordering::AcqRel);
@@ -565,7 +571,8 @@ impl Connection {
                 self.send_blob(id, oid, serial);
                 return None;
             }
-            // Python's server lets a read-only client pack. Who was given this address is not to work on the files.
+            // Python's server lets a read-only client pack. Who was given this address is not to
+            // work on the files.
             Effect::Pack { id, .. } if self.read_only => {
                 if let Some(id) = id {
                     self.handle

@@ -162,9 +162,9 @@ pub fn look(reader: &Reader, iterators: &mut Iterators, look: Look) -> Result<Va
     }
 }
 
-/// The transactions with these indexes, newest first. Those that are packed end the log, and so does a
-/// hole in the history.
-/// Answers `undoLog` and `undoInfo`, as long as `go_on` says that somebody wants the answer.
+/// The transactions with these indexes, newest first. Those that are packed end the log, and so
+/// does a hole in the history. Answers `undoLog` and `undoInfo`, as long as `go_on` says that
+/// somebody wants the answer.
 pub fn undo_log(
     reader: &Reader,
     range: Range<usize>,
@@ -209,7 +209,8 @@ pub fn undo_log(
                     UNDO_ENTRY + meta.user.len() + meta.description.len() + meta.extension.len();
                 if bytes > UNDO_LOG_MOST {
                     return Err(ClientError::storage(format!(
-                        "the undo log is too long for one answer after {} transactions: ask for fewer",
+                        "the undo log is too long for one answer after {} transactions: ask for \
+                        fewer",
                         entries.len()
                     )));
                 }
@@ -276,7 +277,8 @@ pub fn not_here(error: &StorageError) -> ClientError {
     ClientError::Other("ZODB.POSException.POSKeyError", vec![Value::Str(error.to_string())])
 }
 
-/// The objects that undoing these transactions changes: their locks are needed. `check` refuses if they are too many.
+/// The objects that undoing these transactions changes: their locks are needed. `check` refuses if
+/// they are too many.
 pub fn undo_objects(
     reader: &Reader,
     undos: &[Tid],
@@ -290,8 +292,8 @@ pub fn undo_objects(
     Ok(oids)
 }
 
-/// Works out what can be known only when the locks are held; each result goes to `each`, which returns
-/// false if nobody listens.
+/// Works out what can be known only when the locks are held; each result goes to `each`, which
+/// returns false if nobody listens.
 pub fn work_out(
     reader: &Reader,
     blobs: Option<&BlobDir>,

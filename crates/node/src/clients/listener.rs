@@ -28,9 +28,9 @@ use crate::transport::stream::{Listener, Stream};
 /// How long a client is held although another node is primary: most clients try all nodes at the
 /// same time and find that one by themselves.
 const HOLD: Duration = Duration::from_secs(1);
-/// A client whose machine has acknowledged nothing for so long is gone, and its locks with it. A client that takes
-/// nothing for so long, while something is to be sent to it, counts as gone too. One that is held has nothing that others
-/// could miss, and is not watched.
+/// A client whose machine has acknowledged nothing for so long is gone, and its locks with it. A
+/// client that takes nothing for so long, while something is to be sent to it, counts as gone too.
+/// One that is held has nothing that others could miss, and is not watched.
 const SILENCE: Duration = Duration::from_secs(10);
 /// Time between two looks whether the lease holds again.
 const LEASE: Duration = Duration::from_millis(20);
@@ -106,7 +106,8 @@ async fn accept(gate: &Arc<Gate>, listener: &Listener) -> (Stream, Pass) {
 /// A client that another node has passed on.
 pub async fn passed_on(shared: Arc<Shared>, stream: Stream) {
     let Some(pass) = shared.clients.enter(&stream.peer()) else { return };
-    // If this node is not primary (any more), the other one finds out by the closed connection, and holds its client again.
+    // If this node is not primary (any more), the other one finds out by the closed connection, and
+    // holds its client again.
     if shared.standing.borrow().serves {
         connection::serve(shared, Newcomer::new(stream), false, &pass).await;
     }
@@ -181,8 +182,9 @@ async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
     }
 }
 
-/// Passes on what a client and the primary say to each other, until that node is `lost`. When either side ends, both do:
-/// the client looks for a primary anew. Before the client is registered it is returned instead.
+/// Passes on what a client and the primary say to each other, until that node is `lost`. When
+/// either side ends, both do: the client looks for a primary anew. Before the client is registered
+/// it is returned instead.
 async fn pass_on(
     mut client: Newcomer,
     primary: Stream,
@@ -299,8 +301,8 @@ async fn is_gone(client: Option<&Cutter>) -> &'static str {
     }
 }
 
-/// Returns when this node serves, when another one than that at `address` is primary, or when none has been heard of
-/// for [`LOST_PRIMARY`].
+/// Returns when this node serves, when another one than that at `address` is primary, or when none
+/// has been heard of for [`LOST_PRIMARY`].
 async fn is_lost(address: &str, mut standing: watch::Receiver<ServingState>) {
     let is_primary = |standing: &ServingState| {
         !standing.serves && standing.other_primary.as_deref() == Some(address)
@@ -326,7 +328,8 @@ mod tests {
         ServingState { serves, other_primary: other_primary.map(Into::into), ready: true }
     }
 
-    /// For how long a client stays with the primary at "a", when these are heard of, each after so many seconds.
+    /// For how long a client stays with the primary at "a", when these are heard of, each after so
+    /// many seconds.
     async fn stays(heard: &[(u64, ServingState)]) -> Duration {
         let begun = Instant::now();
         let (told, hears) = watch::channel(standing(false, Some("a")));

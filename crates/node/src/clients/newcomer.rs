@@ -1,9 +1,10 @@
 //! A client that has not been told that it is registered.
 //!
-//! It is never closed because a node is not primary, or not any more: a stock client tries a node that has closed its
-//! connection again only when *all* its addresses have, and an address that refuses connections, or takes them without a
-//! word, never does (`ClientIO.disconnected` in `ZEO/asyncio/client.py`). So it waits on, at this node or through it, and
-//! what it has said so far is said again to whoever serves it.
+//! It is never closed because a node is not primary, or not any more: a stock client tries a node
+//! that has closed its connection again only when *all* its addresses have, and an address that
+//! refuses connections, or takes them without a word, never does (`ClientIO.disconnected` in
+//! `ZEO/asyncio/client.py`). So it waits on, at this node or through it, and what it has said so
+//! far is said again to whoever serves it.
 
 use std::io;
 use std::sync::Arc;

@@ -9,8 +9,8 @@ use standby_zeo::StagedFile;
 use crate::cells::announcement::Announcement;
 use crate::cells::shared::Shared;
 
-/// A session's hold on its upload. The other nodes are told of the upload; and if it is given up, of
-/// that.
+/// A session's hold on its upload. The other nodes are told of the upload; and if it is given up,
+/// of that.
 pub struct StagedBlob {
     shared: Arc<Shared>,
     announcement: Announcement,

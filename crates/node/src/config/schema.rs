@@ -47,7 +47,8 @@ pub struct StorageSection {
     pub name: String,
     /// The data file: what a symbolic link at `named` pointed at when the node started.
     pub path: PathBuf,
-    /// The data file as the file names it. Beside it are, as for Python, its lock and, of a node alone, the state.
+    /// The data file as the file names it. Beside it are, as for Python, its lock and, of a node
+    /// alone, the state.
     pub named: PathBuf,
     /// The data file must not exist yet.
     pub create: bool,
@@ -63,7 +64,8 @@ pub struct StorageSection {
     pub pack_keep_old: bool,
     /// The directory of the blobs.
     pub blob_dir: Option<PathBuf>,
-    /// A pack keeps the blobs of before as `BLOBDIR.old`, as `blob-dir` in a `<filestorage>` asks for.
+    /// A pack keeps the blobs of before as `BLOBDIR.old`, as `blob-dir` in a `<filestorage>` asks
+    /// for.
     pub blob_keep_old: bool,
 }
 
@@ -165,22 +167,23 @@ impl Config {
         }
     }
 
-    /// `create true` asks for a new file: one that is there is not taken, whoever made it. To be asked once for a process,
-    /// before its node starts.
+    /// `create true` asks for a new file: one that is there is not taken, whoever made it. To be
+    /// asked once for a process, before its node starts.
     pub fn check_create(&self) -> anyhow::Result<()> {
         for section in self.storages.iter().filter(|section| section.create) {
             let path = section.path.display();
             if section.path.try_exists().with_context(|| format!("cannot look for {path}"))? {
                 bail!(
-                    "{path} exists, but \"create true\" asks for a new file; remove the line or the file"
+                    "{path} exists, but \"create true\" asks for a new file; remove the line or \
+                    the file"
                 );
             }
         }
         Ok(())
     }
 
-    /// Follows symbolic links to data files, once and for all: a pack puts its file in the place of what the link points
-    /// at, not of the link.
+    /// Follows symbolic links to data files, once and for all: a pack puts its file in the place of
+    /// what the link points at, not of the link.
     pub fn follow_links(&mut self) -> anyhow::Result<()> {
         for section in &mut self.storages {
             let Ok(target) = fs::read_link(&section.named) else { continue };
@@ -216,8 +219,8 @@ impl Config {
     }
 }
 
-/// Seconds after which a transaction that has voted and does not finish loses its locks, unless the configuration says
-/// otherwise; 0 there means never.
+/// Seconds after which a transaction that has voted and does not finish loses its locks, unless the
+/// configuration says otherwise; 0 there means never.
 const DEFAULT_TRANSACTION_TIMEOUT: f64 = 300.0;
 const WITNESS_SERVES: &str =
     "a witness holds no data and serves no clients: <zeo> and storages do not belong in its file";
@@ -323,8 +326,8 @@ impl Checker {
         Ok(StorageSection { name, blob_dir: Some(blob_dir), blob_keep_old: false, ..storage })
     }
 
-    /// `<serverzlibstorage NAME>`: clients write records with `zc.zlibstorage`. A pack reads those by itself, so this
-    /// only names the storage.
+    /// `<serverzlibstorage NAME>`: clients write records with `zc.zlibstorage`. A pack reads those
+    /// by itself, so this only names the storage.
     fn zlib_storage(&mut self, section: &Section) -> Result<StorageSection, ConfigError> {
         let mut reader = self.reader(section, &["compress"])?;
         reader.sections(&["filestorage", "blobstorage"])?;
@@ -351,7 +354,8 @@ impl Checker {
                 files.push(self.logfile(inner)?);
             } else {
                 self.notes.push(format!(
-                    "{}:{}: <{}> is ignored: Standby logs to files, and to its standard output and error",
+                    "{}:{}: <{}> is ignored: Standby logs to files, and to its standard output and \
+                    error",
                     self.file, inner.line, inner.kind
                 ));
             }
@@ -467,7 +471,8 @@ mod tests {
             ),
             (
                 ALONE.replace("filestorage", "mappingstorage"),
-                "zeo.conf:4: <mappingstorage> is not possible here: its data would be gone at a restart",
+                "zeo.conf:4: <mappingstorage> is not possible here: its data would be gone at a \
+                restart",
             ),
             (ALONE.replace("path", "blob-dir"), "zeo.conf:4: <filestorage> has no \"path\""),
             (
@@ -500,7 +505,8 @@ mod tests {
             ),
             (
                 cluster(
-                    "cluster c\nnode n1\ngroup g\nstate-dir /s\npeer-address 10.0.0.1:1\nmember n1 10.0.0.1:1 g",
+                    "cluster c\nnode n1\ngroup g\nstate-dir /s\npeer-address 10.0.0.1:1\nmember n1 \
+                    10.0.0.1:1 g",
                 ),
                 "zeo.conf:7: \"secret-file\" is needed",
             ),

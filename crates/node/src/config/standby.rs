@@ -29,8 +29,8 @@ pub struct MemberLine {
     pub witness: bool,
 }
 
-/// The secrets of a file, with an empty line between two: this node proves that it knows the first, and takes a proof of
-/// any.
+/// The secrets of a file, with an empty line between two: this node proves that it knows the first,
+/// and takes a proof of any.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Secrets(Vec<Vec<u8>>);
 
@@ -50,7 +50,8 @@ impl Secrets {
         let secrets: Vec<_> = blocks.filter(|secret| !secret.is_empty()).collect();
         if secrets.is_empty() || secrets.iter().any(|secret| secret.len() < 16) {
             return Err(format!(
-                "{} must hold a secret of at least 16 characters, or several with an empty line between two",
+                "{} must hold a secret of at least 16 characters, or several with an empty line \
+                between two",
                 file.display()
             ));
         }
@@ -93,7 +94,8 @@ impl Profile {
         })
     }
 
-    /// For so many ticks nodes wait for each other at most; zero if that does not depend on the network.
+    /// For so many ticks nodes wait for each other at most; zero if that does not depend on the
+    /// network.
     pub fn most_patience_ticks(self) -> usize {
         match self {
             Profile::Lan | Profile::Wan => 0,
@@ -139,7 +141,8 @@ pub struct Standby {
     pub max_staleness: Option<Duration>,
     /// How far a tid that a client brings may be ahead of the primary's clock.
     pub future_tids: Duration,
-    /// Bytes of memory that all sessions of clients may hold together, if not what the machine's memory says.
+    /// Bytes of memory that all sessions of clients may hold together, if not what the machine's
+    /// memory says.
     pub client_memory: Option<u64>,
     /// How large a transaction may be.
     pub limits: Limits,
@@ -301,8 +304,8 @@ impl Checker {
         let me = MemberLine { name: node, address: peer_address, group, witness };
         match (!join.is_empty(), members.is_empty()) {
             (true, false) => {
-                let message = "\"member\" lines found a cluster, \"join\" names a member of one that is there: \
-                               one of the two";
+                let message = "\"member\" lines found a cluster, \"join\" names a member of one \
+                               that is there: one of the two";
                 return Err(reader.error(section.line, message));
             }
             (true, true) if join_token.is_none() => {
@@ -324,8 +327,9 @@ impl Checker {
         let others = members.iter().map(|m| &m.address).chain(&join);
         let all_loopback = others.chain([&me.address]).all(Address::is_loopback);
         if secret.is_none() && peer_ssl.is_none() && !all_loopback {
-            let message = "\"secret-file\" is needed, for the nodes are on several machines: the same file on each, \
-                           for example from: head -c 32 /dev/urandom | base64 > secret; or <peer-ssl>";
+            let message = "\"secret-file\" is needed, for the nodes are on several machines: the \
+                           same file on each, for example from: head -c 32 /dev/urandom | base64 > \
+                           secret; or <peer-ssl>";
             return Err(reader.error(section.line, message));
         }
         let default = Limits::default();

@@ -153,7 +153,8 @@ mod tests {
     #[test]
     fn sections_keys_and_definitions() {
         let text = "%define HERE /srv\n# comment\n<zeo>\n  Address localhost: 8100\n</zeo>\n\
-                    <filestorage Main>\n path $here/Data.fs\n blob-dir ${HERE}/b$$\n</filestorage>\n<empty/>\n";
+                    <filestorage Main>\n path $here/Data.fs\n blob-dir \
+                    ${HERE}/b$$\n</filestorage>\n<empty/>\n";
         let top = read(text).unwrap();
         let kinds: Vec<_> = top.sections.iter().map(|s| s.kind.as_str()).collect();
         assert_eq!(kinds, ["zeo", "filestorage", "empty"]);
@@ -185,7 +186,8 @@ mod tests {
 
         #[test]
         fn any_lines_are_read_or_refused(
-            lines in proptest::collection::vec("(<|</|%define |\\$|\\$\\{)?[a-z]{0,3}[>/} ]?[a-z]?", 0..10)
+            lines in proptest::collection::vec("(<|</|%define |\\$|\\$\\{)?[a-z]{0,3}[>/} \
+            ]?[a-z]?", 0..10)
         ) {
             let _ = read(&lines.join("\n"));
         }

@@ -1,5 +1,5 @@
-//! What a line says, in a form that nobody can abuse who chose a part of it: a name that a client sent, a reply of a
-//! peer, a path.
+//! What a line says, in a form that nobody can abuse who chose a part of it: a name that a client
+//! sent, a reply of a peer, a path.
 
 use std::fmt::{self, Write};
 
@@ -11,7 +11,8 @@ use tracing_subscriber::fmt::format::Writer;
 /// The longest message with its fields, in bytes. Lists of nodes and of causes are shorter.
 const MOST: usize = 8 << 10;
 
-/// Formats `message key=value …` on one line: control characters are escaped, and what is longer than [`MOST`] is cut.
+/// Formats `message key=value …` on one line: control characters are escaped, and what is longer
+/// than [`MOST`] is cut.
 pub(super) struct SafeFields;
 
 impl<'w> FormatFields<'w> for SafeFields {

@@ -1,7 +1,8 @@
 //! A log file that is opened anew when somebody has moved it away, and that may move itself away.
 //!
-//! Source: `RotatingFileHandler` and `TimedRotatingFileHandler` of Python's `logging.handlers`, whose names for
-//! old files are kept: `PATH.1` is the newest by size; by time, `PATH.` and the time at which it began.
+//! Source: `RotatingFileHandler` and `TimedRotatingFileHandler` of Python's `logging.handlers`,
+//! whose names for old files are kept: `PATH.1` is the newest by size; by time, `PATH.` and the
+//! time at which it began.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};

@@ -1,5 +1,5 @@
-//! The `format` of a `<logfile>`: a format string of Python's `logging`, for sites whose tools read the
-//! log. Source: `logging.LogRecord`, `ZConfig/components/logger/formatter.py`.
+//! The `format` of a `<logfile>`: a format string of Python's `logging`, for sites whose tools read
+//! the log. Source: `logging.LogRecord`, `ZConfig/components/logger/formatter.py`.
 
 use std::fmt::{self, Write};
 use std::sync::OnceLock;

@@ -1,9 +1,9 @@
 //! Blobs between nodes.
 //!
-//! The primary announces each complete upload over its links ('a', JSON); each node fetches it into its
-//! staging directory and says so ('g', the transfer's name). An upload that is given up is called off in
-//! the same way ('d', JSON). A node that is to persist
-//! an entry of the log whose blobs it lacks fetches them the same way.
+//! The primary announces each complete upload over its links ('a', JSON); each node fetches it into
+//! its staging directory and says so ('g', the transfer's name). An upload that is given up is
+//! called off in the same way ('d', JSON). A node that is to persist an entry of the log whose
+//! blobs it lacks fetches them the same way.
 //!
 //! ```text
 //! fetching node                          serving node
@@ -49,7 +49,8 @@ pub struct Wanted {
 pub enum WantedBlob {
     /// An upload, and the revision that it belongs to, if its transaction is in the log.
     Upload(Upload, Option<(Oid, Tid)>),
-    /// That of a revision which this node does not have, for it lies in a hole: an undo brings it back.
+    /// That of a revision which this node does not have, for it lies in a hole: an undo brings it
+    /// back.
     Copy {
         /// The object.
         oid: Oid,
@@ -146,8 +147,8 @@ pub async fn obtain_old(
     Ok(())
 }
 
-/// Fetches the blob of a revision from the first node that has it as it was written, to the place of the damaged
-/// one; returns that node's address.
+/// Fetches the blob of a revision from the first node that has it as it was written, to the place
+/// of the damaged one; returns that node's address.
 pub async fn fetch_right(
     shared: &Shared,
     storage: &str,

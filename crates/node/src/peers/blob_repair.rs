@@ -31,7 +31,8 @@ pub async fn open_right(
     BlobReader::open(blobs, None, Some(id)).await
 }
 
-/// Fetches a blob that is damaged here from a node that has it. False if none has: then it is known as damage.
+/// Fetches a blob that is damaged here from a node that has it. False if none has: then it is known
+/// as damage.
 pub async fn mend(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
     let Some((stored, blobs)) =
         shared.storages.get(storage).and_then(|s| Some((s, s.blobs.as_ref()?)))
@@ -58,8 +59,8 @@ pub async fn mend(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
     mended.is_some()
 }
 
-/// Mends a blob that another node has asked for. What is known already the scrub tries again: two nodes on which the same
-/// blob is damaged would ask each other for ever.
+/// Mends a blob that another node has asked for. What is known already the scrub tries again: two
+/// nodes on which the same blob is damaged would ask each other for ever.
 pub async fn mend_for_another(shared: &Arc<Shared>, storage: &str, id: BlobId) {
     let blobs = shared.storages.get(storage).and_then(|stored| stored.blobs.as_ref());
     if blobs.is_some_and(|blobs| blobs.is_news(id)) {

@@ -7,8 +7,8 @@
 //!                                      ◀─────  'd' the bytes of the block, or 'x' why not
 //! ```
 //!
-//! The data files of two nodes need not be the same byte for byte (one may have been packed or recovered
-//! another way): who asks compares what comes with its own checksum.
+//! The data files of two nodes need not be the same byte for byte (one may have been packed or
+//! recovered another way): who asks compares what comes with its own checksum.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;

@@ -21,8 +21,9 @@
 //! Everything sent is committed. It may go beyond the state that was asked for; what the log brings
 //! again later is recognised by its tid.
 //!
-//! A fast recovery makes a hole (see [`Hole`]): of the transactions between the follower's last one and
-//! the source's, only the records come that are current at the source's, which itself always comes.
+//! A fast recovery makes a hole (see [`Hole`]): of the transactions between the follower's last one
+//! and the source's, only the records come that are current at the source's, which itself always
+//! comes.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -95,8 +96,9 @@ struct Request {
     /// Of this storage only.
     #[serde(default)]
     only: Option<String>,
-    /// A source that has not applied this entry of the log is of no use: it was restarted, and does not know yet that the
-    /// last entries of its log are committed. 0 from a node of an older version.
+    /// A source that has not applied this entry of the log is of no use: it was restarted, and does
+    /// not know yet that the last entries of its log are committed. 0 from a node of an older
+    /// version.
     #[serde(default)]
     index: u64,
 }
@@ -106,7 +108,8 @@ struct Have {
     tid: u64,
     position: u64,
     sha256: Option<String>,
-    /// A source that has not come so far is of no use: the follower is within a hole that ends there.
+    /// A source that has not come so far is of no use: the follower is within a hole that ends
+    /// there.
     #[serde(default)]
     least: u64,
 }
@@ -310,7 +313,8 @@ fn number(bytes: &[u8]) -> Result<u64, PeerError> {
 fn begin_blob(shared: &Shared, storage: &str) -> Result<BlobWriter, PeerError> {
     let blobs = shared.storages.get(storage).and_then(|s| s.blobs.as_ref()).ok_or_else(|| {
         PeerError::Refused(format!(
-            "the storage {storage:?} has blobs, but the configuration of this node has no blob-dir for it"
+            "the storage {storage:?} has blobs, but the configuration of this node has no blob-dir \
+            for it"
         ))
     })?;
     Ok(BlobWriter::new(blobs, new_transfer()?))
@@ -506,9 +510,9 @@ fn send_holes(
     Ok(())
 }
 
-/// Up to where a pack has removed what a follower that was away never had: what the follower has of these objects
-/// was not current just before. `None` if its file is the beginning of this one; `known` is where its last transaction
-/// ends here.
+/// Up to where a pack has removed what a follower that was away never had: what the follower has of
+/// these objects was not current just before. `None` if its file is the beginning of this one;
+/// `known` is where its last transaction ends here.
 fn packed_since(
     reader: &Reader,
     have: &Have,
@@ -656,8 +660,8 @@ fn is_packed(reader: &Reader, tid: Tid) -> Result<bool, StorageError> {
     Ok(true)
 }
 
-/// A data file that this cluster did not write is welcome if it is the beginning of ours. Returns where its last
-/// transaction ends here, if that has not been packed away.
+/// A data file that this cluster did not write is welcome if it is the beginning of ours. Returns
+/// where its last transaction ends here, if that has not been packed away.
 fn check_beginning(
     disk: &dyn Disk,
     path: &Path,
@@ -747,7 +751,8 @@ mod tests {
         assert!(matches!(asks(30, Some("00")), Err(SendError::Refused(_))));
     }
 
-    /// Found by a simulation: the follower stood where this node, which had caught up over a pack, has a hole.
+    /// Found by a simulation: the follower stood where this node, which had caught up over a pack,
+    /// has a hole.
     #[test]
     fn a_follower_whose_last_transaction_is_in_a_hole_is_no_stranger() {
         let (disk, mut storage) = storage(&[10, 30]);

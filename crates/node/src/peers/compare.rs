@@ -106,7 +106,8 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
     write_frame(&mut stream, b'd', &content).await
 }
 
-/// The first transaction from which on two files say something else, of those that neither has packed since.
+/// The first transaction from which on two files say something else, of those that neither has
+/// packed since.
 #[derive(Debug, Default)]
 pub struct Comparison(Option<Tid>);
 

@@ -9,8 +9,8 @@
 //!                                          ◀─────  'n' why the node is not let in as a member
 //! ```
 //!
-//! A link over which nothing comes, or that takes nothing, for [`Shared::peer_silence`] is closed and dialled anew: a
-//! firewall that forgets a connection says nothing to either side.
+//! A link over which nothing comes, or that takes nothing, for [`Shared::peer_silence`] is closed
+//! and dialled anew: a firewall that forgets a connection says nothing to either side.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,8 +38,8 @@ pub const SIGN: Duration = Duration::from_secs(1);
 /// The longest reason that a node is told.
 pub const MAX_REASON: usize = 4 << 10;
 
-/// The addresses of the members are these: they are dialled, and remembered for the next start. Until this node
-/// belongs to a cluster, they are added to what it knows.
+/// The addresses of the members are these: they are dialled, and remembered for the next start.
+/// Until this node belongs to a cluster, they are added to what it knows.
 pub fn learn(shared: &Arc<Shared>, addresses: impl IntoIterator<Item = String>, all: bool) {
     let own = &shared.member.peer_address;
     let found = addresses.into_iter().filter(|address| !address.is_empty() && address != own);
@@ -121,7 +121,8 @@ async fn keep_dialling(shared: Arc<Shared>, address: String) {
     }
 }
 
-/// True if the other node knows that this one has acknowledged entries that it does not have any more.
+/// True if the other node knows that this one has acknowledged entries that it does not have any
+/// more.
 fn note_rollback(shared: &Shared, introduction: &Introduction, info: &PeerInfo) -> bool {
     let acknowledged = info.welcome.acknowledged;
     let same = !introduction.cluster_id.is_empty() && introduction.cluster_id == info.cluster_id;
@@ -132,7 +133,8 @@ fn note_rollback(shared: &Shared, introduction: &Introduction, info: &PeerInfo) 
     lost
 }
 
-/// Sends what is queued; ends when the other side closes, or is silent. False if the link is not wanted.
+/// Sends what is queued; ends when the other side closes, or is silent. False if the link is not
+/// wanted.
 async fn run_dialled(
     shared: &Arc<Shared>,
     stream: Stream,

@@ -1,6 +1,7 @@
 //! Errors in words.
 
-/// An error with its causes, for a person to read. Many say their cause themselves: what was just said is not repeated.
+/// An error with its causes, for a person to read. Many say their cause themselves: what was just
+/// said is not repeated.
 pub fn with_causes(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {

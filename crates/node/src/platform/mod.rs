@@ -1,7 +1,8 @@
-//! What a node takes from its machine: the time, randomness, threads, sockets. Files are [`standby_types::Disk`]'s.
+//! What a node takes from its machine: the time, randomness, threads, sockets. Files are
+//! [`standby_types::Disk`]'s.
 //!
-//! Built with the feature `simulated`, a node takes all of it from a simulator: one thread runs several nodes, and a
-//! seed decides what happens, and when.
+//! Built with the feature `simulated`, a node takes all of it from a simulator: one thread runs
+//! several nodes, and a seed decides what happens, and when.
 
 pub mod error_text;
 pub(crate) mod free_room;

@@ -25,7 +25,8 @@ pub struct OsDisk;
 
 struct OsFile {
     file: fs::File,
-    /// The file system cannot say whether bytes are in memory (`RWF_NOWAIT`): overlayfs, older tmpfs.
+    /// The file system cannot say whether bytes are in memory (`RWF_NOWAIT`): overlayfs, older
+    /// tmpfs.
     cannot_say: AtomicBool,
     /// So many reads are left to the blocking pool, since one took long.
     to_pool: AtomicU32,
@@ -36,8 +37,9 @@ impl OsFile {
         OsFile { file, cannot_say: AtomicBool::new(false), to_pool: AtomicU32::new(0) }
     }
 
-    /// Where nobody can say whether bytes are in memory, they are taken to be there as long as reads are fast. One read
-    /// in some hundreds may wait for the device; a hop to the blocking pool for each would cost more than all loads.
+    /// Where nobody can say whether bytes are in memory, they are taken to be there as long as
+    /// reads are fast. One read in some hundreds may wait for the device; a hop to the blocking
+    /// pool for each would cost more than all loads.
     fn read_probably_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let left = self.to_pool.load(Ordering::Relaxed);
         if left > 0 {

@@ -30,8 +30,9 @@ pub fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
     getrandom::fill(bytes).map_err(|error| io::Error::other(format!("no randomness: {error}")))
 }
 
-/// Connections that may wait to be accepted; the system has a limit of its own (`net.core.somaxconn`). One more takes itself
-/// for connected, and waits for a word for ever, as ZEO clients do that lost their server all at once.
+/// Connections that may wait to be accepted; the system has a limit of its own
+/// (`net.core.somaxconn`). One more takes itself for connected, and waits for a word for ever, as
+/// ZEO clients do that lost their server all at once.
 const BACKLOG: u32 = 4096;
 
 /// Listens on an address: that of a host, or of all that it has.
@@ -83,7 +84,8 @@ pub fn free_room(dir: &Path) -> io::Result<FreeRoom> {
     Ok(FreeRoom { bytes: found.f_bavail * found.f_frsize, files })
 }
 
-/// Bytes of memory that this process may use: the machine's, or what the system grants the process's control group.
+/// Bytes of memory that this process may use: the machine's, or what the system grants the
+/// process's control group.
 pub fn memory() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;
     let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
@@ -118,14 +120,16 @@ pub async fn begins_tls(stream: &TcpStream) -> io::Result<bool> {
     Ok(come == 1 && first == [0x16])
 }
 
-/// From now on the connection fails when the other machine has acknowledged nothing for so long: neither what was
-/// sent, nor the kernel's own questions while nothing is sent. A machine that loses its power says nothing else.
+/// From now on the connection fails when the other machine has acknowledged nothing for so long:
+/// neither what was sent, nor the kernel's own questions while nothing is sent. A machine that
+/// loses its power says nothing else.
 pub fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {
     ask_for_signs(stream, after)?;
     Ok(sockopt::set_tcp_user_timeout(stream, after.as_millis() as u32)?)
 }
 
-/// How many descriptors this process may have open: the soft limit, raised to the hard one, and what it was before.
+/// How many descriptors this process may have open: the soft limit, raised to the hard one, and
+/// what it was before.
 pub fn descriptors() -> io::Result<(u64, u64)> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let before = current.unwrap_or(u64::MAX);
@@ -193,7 +197,8 @@ pub fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) {
     let _ = link.try_send(message);
 }
 
-/// Puts something into a queue from a place that may wait; gives it back if nobody takes from it any more.
+/// Puts something into a queue from a place that may wait; gives it back if nobody takes from it
+/// any more.
 pub fn send_blocking<T>(queue: &mpsc::Sender<T>, item: T) -> Result<(), T> {
     queue.blocking_send(item).map_err(|error| error.0)
 }

@@ -1,11 +1,12 @@
 //! Whether a client's machine still answers.
 //!
-//! A stock client has no timeouts: it waits for what it was promised as long as its own kernel thinks that the
-//! connection is there, and while it waits it sends nothing. So nobody but this side can tell it that the connection has
-//! ended, and a network that is cut while this is told loses a reset, for it is sent once. Therefore the kernel does not
-//! end a client's connection (but after [`FORGOTTEN`]); the node looks at what the client's machine has acknowledged,
-//! ends the *session* when that is too old, and closes the connection in order: the kernel repeats that until the client's
-//! machine has heard it.
+//! A stock client has no timeouts: it waits for what it was promised as long as its own kernel
+//! thinks that the connection is there, and while it waits it sends nothing. So nobody but this
+//! side can tell it that the connection has ended, and a network that is cut while this is told
+//! loses a reset, for it is sent once. Therefore the kernel does not end a client's connection (but
+//! after [`FORGOTTEN`]); the node looks at what the client's machine has acknowledged, ends the
+//! *session* when that is too old, and closes the connection in order: the kernel repeats that
+//! until the client's machine has heard it.
 
 use std::future::poll_fn;
 use std::io;
@@ -21,16 +22,16 @@ use tokio::task::unconstrained;
 
 use crate::platform::Instant;
 
-/// The kernel gives a connection up when its other side has been silent for so long: what Linux takes for a connection
-/// without settings.
+/// The kernel gives a connection up when its other side has been silent for so long: what Linux
+/// takes for a connection without settings.
 const FORGOTTEN: Duration = Duration::from_secs(924);
 /// Bytes for a client that the kernel holds and cannot send yet, above which it takes no more.
 const UNSENT: libc::c_int = 256 << 10;
 /// What a closed connection may have left unread is at most this.
 const LEFT: usize = 64 << 20;
 
-/// From now on the kernel asks the other machine for a sign of life when nothing else is sent, often enough that one
-/// that is silent for `after` can be told from one that has nothing to say.
+/// From now on the kernel asks the other machine for a sign of life when nothing else is sent,
+/// often enough that one that is silent for `after` can be told from one that has nothing to say.
 pub fn ask_for_signs(stream: &TcpStream, after: Duration) -> io::Result<()> {
     let seconds = Duration::from_secs(1);
     sockopt::set_socket_keepalive(stream, true)?;
@@ -40,13 +41,14 @@ pub fn ask_for_signs(stream: &TcpStream, after: Duration) -> io::Result<()> {
     Ok(sockopt::set_tcp_user_timeout(stream, FORGOTTEN.as_millis() as u32)?)
 }
 
-/// From now on the kernel takes little more than it can send. It would keep megabytes for each client that does not read, and
-/// what the kernel has for all connections of the machine (`net.ipv4.tcp_mem`) would be gone with a thousand of them: other
-/// nodes could not be reached any more. What waits in the node instead is counted and bounded.
+/// From now on the kernel takes little more than it can send. It would keep megabytes for each
+/// client that does not read, and what the kernel has for all connections of the machine
+/// (`net.ipv4.tcp_mem`) would be gone with a thousand of them: other nodes could not be reached any
+/// more. What waits in the node instead is counted and bounded.
 fn keep_unsent_short(socket: BorrowedFd<'_>) -> io::Result<()> {
     let most: libc::c_int = UNSENT;
-    // SAFETY: the option takes an integer, of which the kernel reads as many bytes as are named, during the call only; the
-    // descriptor is open, for it is borrowed.
+    // SAFETY: the option takes an integer, of which the kernel reads as many bytes as are named,
+    // during the call only; the descriptor is open, for it is borrowed.
     #[allow(unsafe_code)]
     let result = unsafe {
         libc::setsockopt(
@@ -73,14 +75,14 @@ pub struct Acknowledged {
 
 /// Asks the kernel about a TCP connection; `None` for another socket.
 ///
-/// The layout is that of `struct tcp_info` in Linux's `include/uapi/linux/tcp.h`, which only grows at its end: number of
-/// unacknowledged segments, 4 bytes at 24; milliseconds since the last acknowledgement, 4 at 56; bytes
-/// acknowledged, 8 at 120; bytes not sent yet, 4 at 144.
+/// The layout is that of `struct tcp_info` in Linux's `include/uapi/linux/tcp.h`, which only grows
+/// at its end: number of unacknowledged segments, 4 bytes at 24; milliseconds since the last
+/// acknowledgement, 4 at 56; bytes acknowledged, 8 at 120; bytes not sent yet, 4 at 144.
 pub fn acknowledged(socket: BorrowedFd<'_>) -> Option<Acknowledged> {
     let mut info = [0u8; 256];
     let mut len = info.len() as libc::socklen_t;
-    // SAFETY: `info` is writable, as long as `len` says, and lives longer than the call, which keeps no pointer; the
-    // descriptor is open, for it is borrowed.
+    // SAFETY: `info` is writable, as long as `len` says, and lives longer than the call, which
+    // keeps no pointer; the descriptor is open, for it is borrowed.
     #[allow(unsafe_code)]
     let result = unsafe {
         libc::getsockopt(
@@ -108,8 +110,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Why the client counts as gone, if it does: its machine has said nothing for `patience`, or the client has taken
-    /// nothing for so long although there is something for it.
+    /// Why the client counts as gone, if it does: its machine has said nothing for `patience`, or
+    /// the client has taken nothing for so long although there is something for it.
     pub fn gone(
         &mut self,
         now: Instant,
@@ -131,8 +133,8 @@ impl Watch {
     }
 }
 
-/// Takes what has come and nobody wants. A socket that is closed with something unread says so by a reset, once; without
-/// it the end is repeated until the other side has heard it.
+/// Takes what has come and nobody wants. A socket that is closed with something unread says so by a
+/// reset, once; without it the end is repeated until the other side has heard it.
 pub async fn drain(mut read: impl AsyncRead + Unpin) {
     let mut space = vec![0; 64 << 10];
     let mut left = LEFT;

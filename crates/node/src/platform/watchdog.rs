@@ -1,7 +1,8 @@
-//! Signs of life for whoever kills this process when it is frozen: `standby serve --supervise`, or systemd.
+//! Signs of life for whoever kills this process when it is frozen: `standby serve --supervise`, or
+//! systemd.
 //!
-//! A stock ZEO client waits for ever on a connection whose server neither answers nor closes it. When
-//! the process is killed, its connections break, and the clients go to another node.
+//! A stock ZEO client waits for ever on a connection whose server neither answers nor closes it.
+//! When the process is killed, its connections break, and the clients go to another node.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};

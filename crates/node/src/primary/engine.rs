@@ -4,9 +4,9 @@
 //! blocks, and no lock is held. Events of this process (`TaskReport`) come before those of others:
 //! whoever was told of a commit finds its locks free.
 //!
-//! A commit: `vote` → [`Transactions::vote`] (locks) → an examination (serials) → `finish` → a place in
-//! `outgoing` → the tid and an entry of the log → durable on a majority → the applier, which makes it
-//! visible and replies → `TaskReport::Applied` frees the locks.
+//! A commit: `vote` → [`Transactions::vote`] (locks) → an examination (serials) → `finish` → a
+//! place in `outgoing` → the tid and an entry of the log → durable on a majority → the applier,
+//! which makes it visible and replies → `TaskReport::Applied` frees the locks.
 
 mod alarms;
 mod blob_gate;
@@ -96,7 +96,8 @@ struct Pending {
 pub struct Engine {
     shared: Arc<Shared>,
     consensus: Consensus,
-    /// What consensus wants to be done. Doing one thing may ask consensus for more: that comes after all before it.
+    /// What consensus wants to be done. Doing one thing may ask consensus for more: that comes
+    /// after all before it.
     outputs: VecDeque<Output>,
     performing: bool,
     log: mpsc::UnboundedSender<LogWork>,
@@ -173,7 +174,8 @@ pub enum Ended {
     ComesOver(Lineage),
     /// To be started again, to found the cluster.
     Founds,
-    /// This node's disk was put back to an earlier state, and how that is known; to be started again, as a new one.
+    /// This node's disk was put back to an earlier state, and how that is known; to be started
+    /// again, as a new one.
     RolledBack(String),
 }
 
@@ -708,8 +710,8 @@ impl Engine {
         let Ok((index, term)) = self.consensus.propose(data, &mut outputs) else {
             return Ok(None);
         };
-        // Before the outputs: with a single voter, none of them can be the commit of this entry, for
-        // it is not on disk yet.
+        // Before the outputs: with a single voter, none of them can be the commit of this entry,
+        // for it is not on disk yet.
         self.pending.insert(index, Pending { term, len, origin });
         self.in_flight += len;
         self.perform(outputs)?;

@@ -30,7 +30,8 @@ pub fn exhausted() -> ClientError {
     ))
 }
 
-/// Invariants: `used <= ceiling <= proposed`; what is handed out is at or below `ceiling`, which is committed.
+/// Invariants: `used <= ceiling <= proposed`; what is handed out is at or below `ceiling`, which is
+/// committed.
 pub struct Oids<T> {
     /// The highest one that is in use or was handed out.
     used: u64,

@@ -1,5 +1,5 @@
-//! Coming over to another timeline: a node whose own is over gives up what is not in the other's history,
-//! and keeps it in files of its own.
+//! Coming over to another timeline: a node whose own is over gives up what is not in the other's
+//! history, and keeps it in files of its own.
 //!
 //! ```text
 //! DIR/lost-<timeline>-<tid>.fs      beside the data file: the transactions that were given up, the last of which
@@ -7,9 +7,10 @@
 //! DIR/lost-<timeline>-<tid>.blobs/  their blobs
 //! ```
 //!
-//! It happens at the node's start, in steps that may be repeated: the order `STATE-DIR/coming-over` is there; the
-//! files of what is lost are durable; the checkpoint says how far the data file counts; the data file and the
-//! log are cut; the order is removed. The node then is a follower that lacks what the other timeline has.
+//! It happens at the node's start, in steps that may be repeated: the order `STATE-DIR/coming-over`
+//! is there; the files of what is lost are durable; the checkpoint says how far the data file
+//! counts; the data file and the log are cut; the order is removed. The node then is a follower
+//! that lacks what the other timeline has.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -40,7 +41,8 @@ pub fn describe_fork(number: u64, fork: &Fork) -> String {
     format!("timeline {number}, {}, begun by {} at {time}", fork.id, fork.node)
 }
 
-/// Notes that this node is to come over to a timeline although it has gone on by itself. Returns where that stands.
+/// Notes that this node is to come over to a timeline although it has gone on by itself. Returns
+/// where that stands.
 pub fn accept(config: &Config, name: &str) -> anyhow::Result<PathBuf> {
     let state = StateDir(config.state_dir());
     if state.checkpoint(&OsDisk)?.is_none() {
@@ -50,7 +52,8 @@ pub fn accept(config: &Config, name: &str) -> anyhow::Result<PathBuf> {
     Ok(state.accepted())
 }
 
-/// Keeps what is not in the other history, and writes the checkpoint from which the node goes on in it.
+/// Keeps what is not in the other history, and writes the checkpoint from which the node goes on in
+/// it.
 pub(crate) fn leave(
     config: &Config,
     disk: &Arc<dyn Disk>,
@@ -128,8 +131,9 @@ pub(crate) fn leave(
     Ok(())
 }
 
-/// Where the data file is to end so that `last` is its last transaction, or the one before; the beginning if
-/// what was before has been changed in the light of what came after: packed, or left out by a fast recovery.
+/// Where the data file is to end so that `last` is its last transaction, or the one before; the
+/// beginning if what was before has been changed in the light of what came after: packed, or left
+/// out by a fast recovery.
 fn mark_of(reader: &Reader, last: Tid) -> Result<Mark, StorageError> {
     let mut backwards = reader.backwards();
     let mut end = reader.mark().position;
@@ -190,8 +194,8 @@ fn keep(
     Ok(())
 }
 
-/// Makes the disk what the new checkpoint says: the log is empty, the blobs of what is lost are gone, and a data
-/// file that does not count at all is put aside.
+/// Makes the disk what the new checkpoint says: the log is empty, the blobs of what is lost are
+/// gone, and a data file that does not count at all is put aside.
 pub(crate) fn cut(
     config: &Config,
     disk: &Arc<dyn Disk>,
@@ -217,8 +221,8 @@ pub(crate) fn cut(
                 disk.sync_dir(parent(path))?;
                 warn!(
                     file = %aside.display(),
-                    "the data file was packed, or recovered fast, after the timelines parted: it cannot be cut. It \
-                     is put aside, and everything comes from the other nodes"
+                    "the data file was packed, or recovered fast, after the timelines parted: it \
+                     cannot be cut. It is put aside, and everything comes from the other nodes"
                 );
             }
             FileStorage::open(
@@ -264,7 +268,8 @@ mod tests {
         storage.append(&Transaction { meta, records: vec![Record { oid: Oid(1), data }] }).unwrap();
     }
 
-    /// Begun by a node that has transactions up to `after`, and knows that those up to `certain` were committed.
+    /// Begun by a node that has transactions up to `after`, and knows that those up to `certain`
+    /// were committed.
     fn fork_of(id: &str, certain: u64, after: u64, last: &str) -> Fork {
         let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
         let (path, index, whole) = (Path::new("/Data.fs"), Path::new("/index"), Extent::Whole);
@@ -295,12 +300,14 @@ mod tests {
     }
 
     impl Node {
-        /// A node that has the transactions 10, 20 and 30, and is to come over to a timeline that has the first two.
+        /// A node that has the transactions 10, 20 and 30, and is to come over to a timeline that
+        /// has the first two.
         fn new() -> Node {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().display();
             let text = format!(
-                "<zeo>\naddress localhost:8100\n</zeo>\n<filestorage>\npath {path}/Data.fs\n</filestorage>\n\
+                "<zeo>\naddress localhost:8100\n</zeo>\n<filestorage>\npath \
+                {path}/Data.fs\n</filestorage>\n\
                  <standby>\n{NODE}state-dir {path}/state\n</standby>\n"
             );
             let config = Config::parse(Path::new("zeo.conf"), &text).unwrap();
@@ -380,8 +387,8 @@ mod tests {
         Node::new().check(2);
     }
 
-    /// Found by the model: the promoted node counted a transaction that had never been committed, and this one had
-    /// another one with the same tid in its place.
+    /// Found by the model: the promoted node counted a transaction that had never been committed,
+    /// and this one had another one with the same tid in its place.
     #[test]
     fn what_only_looks_like_the_other_history_is_lost() {
         let node = Node::new();
@@ -403,7 +410,8 @@ mod tests {
         node.check(2);
     }
 
-    /// Found by a simulation: the new checkpoint named an end of the data file that was not durable.
+    /// Found by a simulation: the new checkpoint named an end of the data file that was not
+    /// durable.
     #[test]
     fn what_came_from_the_log_is_durable_before_the_checkpoint_counts_on_it() {
         let text = format!(

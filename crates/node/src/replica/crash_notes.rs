@@ -1,4 +1,5 @@
-//! Crashes of the process, remembered over its starts: what crashes a node may crash the next primary too.
+//! Crashes of the process, remembered over its starts: what crashes a node may crash the next
+//! primary too.
 //!
 //! ```text
 //! STATE-DIR/crashes    a line for each: when, in seconds since 1970
@@ -29,7 +30,8 @@ fn now() -> u64 {
     platform::wall_clock().as_secs()
 }
 
-/// From now on a panic of an essential thread is noted and ends the process: without it the node would seem to live.
+/// From now on a panic of an essential thread is noted and ends the process: without it the node
+/// would seem to live.
 pub fn watch(disk: &Arc<dyn Disk>, state_dir: &Path) {
     let (disk, dir, usual) = (disk.clone(), state_dir.to_owned(), std::panic::take_hook());
     std::panic::set_hook(Box::new(move |panic| {
@@ -66,8 +68,8 @@ pub fn are_many(disk: &dyn Disk, state_dir: &Path) -> bool {
     let many = lines(disk, state_dir).lines().filter(recent).count() >= MANY;
     if many {
         warn!(
-            "this node has crashed again and again: for five minutes it does not stand for election, as long as another \
-             node can be primary"
+            "this node has crashed again and again: for five minutes it does not stand for \
+             election, as long as another node can be primary"
         );
     }
     many

@@ -1,11 +1,13 @@
 //! A log that has lost something that was durable, found at the start.
 //!
-//! The node does not know any more what it has promised: it must neither vote nor lead with what is left. It gives its
-//! identity up, which the others remove from the voters, and joins anew under its name, as a node with an empty disk
-//! does, but with the data file as far as its last checkpoint vouches for it. The others must be a majority without
-//! it: then nothing of what was acknowledged is only here.
+//! The node does not know any more what it has promised: it must neither vote nor lead with what is
+//! left. It gives its identity up, which the others remove from the voters, and joins anew under
+//! its name, as a node with an empty disk does, but with the data file as far as its last
+//! checkpoint vouches for it. The others must be a majority without it: then nothing of what was
+//! acknowledged is only here.
 //!
-//! Whatever this was interrupted at, the next start finds a log without what the checkpoint builds on, and does it again.
+//! Whatever this was interrupted at, the next start finds a log without what the checkpoint builds
+//! on, and does it again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -55,8 +57,8 @@ pub fn read(
     Ok(recovered)
 }
 
-/// Puts the log aside and makes this node a new one with the former one's data; fails if the others cannot do without
-/// it.
+/// Puts the log aside and makes this node a new one with the former one's data; fails if the others
+/// cannot do without it.
 pub fn begin_anew(
     config: &Config,
     disk: &Arc<dyn Disk>,
@@ -75,7 +77,8 @@ pub fn begin_anew(
         );
     }
     if state.interrupted_catch_up(&**disk)?.is_none() {
-        // What the data files hold beyond the checkpoint cannot be compared with the log: it is cut off.
+        // What the data files hold beyond the checkpoint cannot be compared with the log: it is cut
+        // off.
         state.set_catching_up(&**disk, &BTreeMap::new())?;
     }
     // First of all: who has a new identity has promised nothing, whatever becomes of the rest.
@@ -86,8 +89,8 @@ pub fn begin_anew(
     state.set_checkpoint(&**disk, &checkpoint)?;
     warn!(
         kept = %kept.display(), former = former.id, node = identity.id,
-        "{lost}. The log is put aside; this node joins the cluster anew, under its name, and gets from the others what \
-         has come since its last checkpoint"
+        "{lost}. The log is put aside; this node joins the cluster anew, under its name, and gets \
+         from the others what has come since its last checkpoint"
     );
     Ok((identity, checkpoint))
 }
@@ -95,8 +98,9 @@ pub fn begin_anew(
 /// What a person can do if the node cannot help itself.
 pub fn advice(state: &StateDir) -> String {
     format!(
-        "When the others have a primary (if they cannot elect one, \"standby recover-quorum\" on one of them makes one), \
-         move {} and the data files away, keep them, and start again: the node then fetches everything",
+        "When the others have a primary (if they cannot elect one, \"standby recover-quorum\" on \
+         one of them makes one), move {} and the data files away, keep them, and start again: the \
+         node then fetches everything",
         state.0.display()
     )
 }
@@ -104,7 +108,8 @@ pub fn advice(state: &StateDir) -> String {
 /// The same for a node that is alone.
 pub fn advice_to_one_alone(state: &StateDir) -> String {
     format!(
-        "To go on with what the data files hold, move {} away and start again: what was committed last may be missing",
+        "To go on with what the data files hold, move {} away and start again: what was committed \
+        last may be missing",
         state.0.display()
     )
 }
@@ -148,12 +153,14 @@ mod tests {
     }
 
     impl Node {
-        /// One of `voters` nodes, whose checkpoint is after two transactions; a third one is in its data file.
+        /// One of `voters` nodes, whose checkpoint is after two transactions; a third one is in its
+        /// data file.
         fn of(voters: u64) -> Node {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().display();
             let text = format!(
-                "<zeo>\naddress localhost:8100\n</zeo>\n<filestorage>\npath {path}/Data.fs\n</filestorage>\n\
+                "<zeo>\naddress localhost:8100\n</zeo>\n<filestorage>\npath \
+                {path}/Data.fs\n</filestorage>\n\
                  <standby>\ncluster c\nnode n1\ngroup g\npeer-address 127.0.0.1:1\n\
                  member n1 127.0.0.1:1 g\nstate-dir {path}/state\n</standby>\n"
             );
@@ -182,7 +189,8 @@ mod tests {
             prepare(&self.config, &self.disk, &self.state, beginning, &BTreeMap::new())
         }
 
-        /// As a bad disk would: the header of a segment is not what was written, and something is behind it.
+        /// As a bad disk would: the header of a segment is not what was written, and something is
+        /// behind it.
         fn damage_the_log(&self) {
             let segment = self.disk.list(&self.state.log()).unwrap().remove(0);
             let mut bytes = std::fs::read(&segment).unwrap();

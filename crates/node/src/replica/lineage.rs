@@ -6,9 +6,9 @@
 //!                  fork ── f ── g ── h         timeline 2; f is empty, with a tid above e's
 //! ```
 //!
-//! A forced promotion begins a timeline. Raft orders everything within one timeline and nothing across two: nodes
-//! of different timelines exchange no messages of consensus. Who meets a node whose lineage goes on where its own
-//! ends comes over to it: see `change_timeline.rs`.
+//! A forced promotion begins a timeline. Raft orders everything within one timeline and nothing
+//! across two: nodes of different timelines exchange no messages of consensus. Who meets a node
+//! whose lineage goes on where its own ends comes over to it: see `change_timeline.rs`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -33,9 +33,10 @@ pub struct Fork {
 
 /// Where a storage's history leaves the former timeline.
 ///
-/// The promoted node counts all that its log has. What it did not know to be committed may have been replaced by
-/// other transactions, of which it never heard: with later tids or, if clocks differ, with earlier ones or the same.
-/// So it is not the tid alone that tells what both timelines have.
+/// The promoted node counts all that its log has. What it did not know to be committed may have
+/// been replaced by other transactions, of which it never heard: with later tids or, if clocks
+/// differ, with earlier ones or the same. So it is not the tid alone that tells what both timelines
+/// have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Departure {
     /// The last transaction of the former timeline that the new one has.
@@ -50,12 +51,13 @@ pub struct Departure {
     tail: Vec<(u64, u32)>,
 }
 
-/// So many transactions of a departure's tail are noted. Whoever has more of them keeps those as lost.
+/// So many transactions of a departure's tail are noted. Whoever has more of them keeps those as
+/// lost.
 const TAIL: usize = 1000;
 
 impl Departure {
-    /// The history of `reader` is left at its end, and goes on with `first`; it is known to be committed up to
-    /// `certain`.
+    /// The history of `reader` is left at its end, and goes on with `first`; it is known to be
+    /// committed up to `certain`.
     pub fn new(reader: &Reader, certain: Tid, first: Tid) -> Result<Departure, StorageError> {
         let (after, mut tail) = (reader.last_tid(), Vec::new());
         let mut transactions = reader.transactions(certain.next(), after)?;
@@ -81,7 +83,8 @@ pub struct Common {
 }
 
 impl Common {
-    /// The last transaction of a file that both histories have, or one after which the file has none that they have.
+    /// The last transaction of a file that both histories have, or one after which the file has
+    /// none that they have.
     pub fn last(&self, reader: &Reader) -> Result<Tid, StorageError> {
         let mut last = self.certain;
         if last >= reader.last_tid() {
@@ -141,8 +144,8 @@ pub struct Promotion {
 const AHEAD: Duration = Duration::from_secs(10);
 
 impl Promotion {
-    /// The first tid of the new timeline, in a storage whose last one is `last`: above all that the former primary can
-    /// have given out.
+    /// The first tid of the new timeline, in a storage whose last one is `last`: above all that the
+    /// former primary can have given out.
     pub fn first(&self, storage: &str, last: Tid) -> Tid {
         let heard_of = self.heard_of.get(storage).copied().unwrap_or(Tid::NONE);
         let latest = self.now.max(time_of(last.max(heard_of)));
@@ -215,7 +218,8 @@ impl Lineage {
         }
     }
 
-    /// True if a transaction with this tid may not be the one that clients of a former timeline saw under it.
+    /// True if a transaction with this tid may not be the one that clients of a former timeline saw
+    /// under it.
     pub fn is_doubtful(&self, storage: &str, tid: Tid) -> bool {
         let departures = self.0.iter().filter_map(|fork| fork.storages.get(storage));
         departures.into_iter().any(|left| left.certain() < tid.0 && tid.0 <= left.after)

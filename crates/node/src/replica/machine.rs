@@ -32,9 +32,10 @@ const SKIPPED_OIDS: u64 = 1 << 20;
 pub enum ApplyError {
     /// No node can apply it.
     #[error(
-        "log entry {index} of term {term} cannot be applied, by no node: {reason}. If it is from a newer version of Standby, \
-         install that. Otherwise leave it out, which loses what it says and nothing else: stop all nodes, and run on each of \
-         them: standby skip-entry -C zeo.conf --index {index} --term {term}"
+        "log entry {index} of term {term} cannot be applied, by no node: {reason}. If it is from a \
+         newer version of Standby, install that. Otherwise leave it out, which loses what it says \
+         and nothing else: stop all nodes, and run on each of them: standby skip-entry -C zeo.conf \
+         --index {index} --term {term}"
     )]
     Unfit {
         /// The entry.
@@ -60,7 +61,8 @@ pub enum ApplyError {
     Part(io::Error),
     /// A blob has no place.
     #[error(
-        "the log has a blob of the storage {0:?}, for which this node's configuration has no blob-dir"
+        "the log has a blob of the storage {0:?}, for which this node's configuration has no \
+        blob-dir"
     )]
     NoBlobDir(String),
 }
@@ -75,7 +77,8 @@ impl ApplyError {
         }
     }
 
-    /// True if every node fails alike: because of what the entry says, not of what this machine lacks.
+    /// True if every node fails alike: because of what the entry says, not of what this machine
+    /// lacks.
     fn is_of_the_entry(&self) -> bool {
         let storage = |error: &StorageError| {
             matches!(error, StorageError::OutOfOrder { .. } | StorageError::MetaTooLong(_))
@@ -169,7 +172,8 @@ impl Replica {
         }
     }
 
-    /// These entries are left out if no node can apply them: an administrator has decided so, on every node.
+    /// These entries are left out if no node can apply them: an administrator has decided so, on
+    /// every node.
     pub fn skipping(self, skipped: BTreeSet<(LogIndex, Term)>) -> Replica {
         Replica { skipped, ..self }
     }
@@ -287,7 +291,8 @@ impl Replica {
         if !self.skipped.contains(&(index, term)) {
             return Err(ApplyError::Unfit { index, term, reason: Box::new(reason) });
         }
-        error!(%index, %term, %reason, "an entry of the log was left out, as an administrator has decided");
+        error!(%index, %term, %reason, "an entry of the log was left out, as an administrator has \
+        decided");
         Ok(())
     }
 
@@ -420,8 +425,8 @@ impl Replica {
         self.storages().map(last).collect()
     }
 
-    /// Begins a timeline with what is applied: a forced promotion. What came after `certain` may never have been
-    /// committed.
+    /// Begins a timeline with what is applied: a forced promotion. What came after `certain` may
+    /// never have been committed.
     pub fn begin_timeline(
         &mut self,
         promotion: &Promotion,
@@ -491,7 +496,8 @@ impl Replica {
         }
     }
 
-    /// Copies to a packed file what has come since it was made; nothing of that may refer to what the pack removed.
+    /// Copies to a packed file what has come since it was made; nothing of that may refer to what
+    /// the pack removed.
     pub fn copy_rest(
         &self,
         name: &str,

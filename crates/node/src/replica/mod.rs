@@ -1,4 +1,5 @@
-//! What is replicated: what is on the disk of a node, what entries of the log do to it, and how a node begins from it.
+//! What is replicated: what is on the disk of a node, what entries of the log do to it, and how a
+//! node begins from it.
 
 pub mod change_timeline;
 pub(crate) mod changed_in_hole;

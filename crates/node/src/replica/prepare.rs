@@ -90,15 +90,15 @@ pub fn prepare(
             if own.relation(&lineage) != Relation::Same {
                 let cuts = checkpoint.has_left();
                 // What is lost may be what only the former timeline has: nothing is thrown away.
-                let prepared = resume(&identity, checkpoint, cuts).map_err(|error| {
-                    match error.downcast::<LostLog>() {
-                        Ok(lost) => anyhow!(
-                            "{lost}. This node is to come over to the others' timeline, and cannot say what only its own \
-                             has. {}",
-                            damaged_log::advice(state)
-                        ),
-                        Err(error) => error,
-                    }
+                let prepared = resume(&identity, checkpoint, cuts).map_err(|error| match error
+                    .downcast::<LostLog>(
+                ) {
+                    Ok(lost) => anyhow!(
+                        "{lost}. This node is to come over to the others' timeline, and cannot \
+                             say what only its own has. {}",
+                        damaged_log::advice(state)
+                    ),
+                    Err(error) => error,
                 })?;
                 change_timeline::leave(config, disk, state, prepared, &lineage)?;
             }
@@ -207,8 +207,8 @@ fn begin(
     Ok(Prepared { id, checkpoint, storages, blobs, recovered, writer, unconfirmed })
 }
 
-/// Says what a person can do about a file that a start must read and cannot: what has no checksum, or is needed before
-/// the other nodes can be asked, is not mended.
+/// Says what a person can do about a file that a start must read and cannot: what has no checksum,
+/// or is needed before the other nodes can be asked, is not mended.
 pub fn explain(error: anyhow::Error, config: &Config) -> anyhow::Error {
     let state = StateDir(config.state_dir());
     let io_errors = || error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
@@ -223,7 +223,8 @@ pub fn explain(error: anyhow::Error, config: &Config) -> anyhow::Error {
     }
     let advice = match &config.standby {
         Some(_) if lost_block => format!(
-            "Start the other nodes first: this one asks them for these bytes. If they do not have them: {}",
+            "Start the other nodes first: this one asks them for these bytes. If they do not have \
+            them: {}",
             damaged_log::advice(&state)
         ),
         Some(_) => damaged_log::advice(&state),
@@ -250,8 +251,8 @@ fn resume(
     let gone = checkpoint.storages.keys().find(|name| !listed(name));
     if let Some(name) = gone.filter(|_| config.standby.is_some()) {
         bail!(
-            "{} has no section for storage {name:?}, which the cluster has and this node holds: write it back (a member \
-             without one of the storages must not become primary)",
+            "{} has no section for storage {name:?}, which the cluster has and this node holds: \
+             write it back (a member without one of the storages must not become primary)",
             config.file.display()
         );
     }
@@ -317,8 +318,8 @@ fn resume(
         }
         storages.insert(section.name.clone(), storage);
     }
-    // After a catch-up, and in a new timeline, the log is to begin anew; perhaps it was interrupted before it did.
-    // If the log goes on after the checkpoint's entry, it has.
+    // After a catch-up, and in a new timeline, the log is to begin anew; perhaps it was interrupted
+    // before it did. If the log goes on after the checkpoint's entry, it has.
     let begun = recovered.holds(checkpoint.index, checkpoint.term)
         && recovered.last_index() > checkpoint.index;
     let begins =
@@ -349,9 +350,9 @@ fn adopt(
     let path = section.path.display();
     if let Some(standby) = &config.standby {
         bail!(
-            "{path} was changed by another program while this node was down ({reason}), so it is not \
-             the cluster's history any more. To go on with the cluster's data: move {path} and {} \
-             away, and start again; the node fetches everything from the others. To found the \
+            "{path} was changed by another program while this node was down ({reason}), so it is \
+             not the cluster's history any more. To go on with the cluster's data: move {path} and \
+             {} away, and start again; the node fetches everything from the others. To found the \
              cluster anew from this file: stop all nodes, remove the state directory of each, \
              keep this file on the first member ({}) only, and start that first",
             state.0.display(),
@@ -361,15 +362,15 @@ fn adopt(
     let kept = free_name(&**disk, &state.0, "replaced")?;
     warn!(
         file = %path, reason, kept = %kept.display(),
-        "the data file was changed by another program while Standby was down; it is taken as it is, \
-         and Standby's log of the time before is kept"
+        "the data file was changed by another program while Standby was down; it is taken as it \
+         is, and Standby's log of the time before is kept"
     );
     disk.rename(&state.0, &kept)?;
     begin(config, disk, state, menders, Some(identity.clone()), Beginning::Found)
 }
 
-/// The tids of a storage's transactions in the log after `applied`, in order. Of an entry that says nothing whoever applies
-/// it tells.
+/// The tids of a storage's transactions in the log after `applied`, in order. Of an entry that says
+/// nothing whoever applies it tells.
 fn logged_tids(
     disk: &Arc<dyn Disk>,
     state: &StateDir,

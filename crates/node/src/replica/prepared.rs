@@ -31,8 +31,8 @@ pub struct Prepared {
     pub recovered: Recovered,
     /// The log, open for appending.
     pub writer: LogWriter,
-    /// The data files were not written by this node: a peer must confirm that they are the beginning
-    /// of the cluster's history.
+    /// The data files were not written by this node: a peer must confirm that they are the
+    /// beginning of the cluster's history.
     pub unconfirmed: bool,
 }
 

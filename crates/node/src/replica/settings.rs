@@ -1,5 +1,5 @@
-//! What administrators decide about the cluster. It is part of the replicated state: every node knows
-//! it, and the next primary goes on with what the last one began.
+//! What administrators decide about the cluster. It is part of the replicated state: every node
+//! knows it, and the next primary goes on with what the last one began.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::replica::lineage::Lineage;
 
-/// What this program can do. A cluster uses what its feature level includes; it is raised by command,
-/// when every node can do it.
+/// What this program can do. A cluster uses what its feature level includes; it is raised by
+/// command, when every node can do it.
 ///
-/// 1: transactions, packs, blobs. 2: settings, and with them groups, witnesses, invitations. 3: connections between nodes
-/// that share a secret are sealed.
+/// 1: transactions, packs, blobs. 2: settings, and with them groups, witnesses, invitations. 3:
+/// connections between nodes that share a secret are sealed.
 pub const FEATURE_LEVEL: u32 = 3;
 /// The level from which connections between nodes are sealed.
 pub const SEALED_LEVEL: u32 = 3;
@@ -40,8 +40,8 @@ pub struct Settings {
     /// The forced promotions so far.
     #[serde(default)]
     pub lineage: Lineage,
-    /// When the cluster was founded, in seconds since 1970; 0 if that was before it was noted. Tells two clusters of one name
-    /// apart.
+    /// When the cluster was founded, in seconds since 1970; 0 if that was before it was noted.
+    /// Tells two clusters of one name apart.
     #[serde(default)]
     pub founded: u64,
 }

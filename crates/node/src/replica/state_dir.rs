@@ -73,8 +73,8 @@ pub struct Checkpoint {
     pub settings: Settings,
     /// The storages, by name.
     pub storages: BTreeMap<String, StoragePoint>,
-    /// Up to where each node has acknowledged the log, as far as this one knows, and the log was committed: what the
-    /// node had then, it must always have.
+    /// Up to where each node has acknowledged the log, as far as this one knows, and the log was
+    /// committed: what the node had then, it must always have.
     pub acknowledged: BTreeMap<NodeId, LogIndex>,
 }
 
@@ -186,8 +186,8 @@ impl Note {
     }
 }
 
-/// Says durably that a node, which is stopped, leaves out an entry of its log if no node can apply it; the file that says
-/// so.
+/// Says durably that a node, which is stopped, leaves out an entry of its log if no node can apply
+/// it; the file that says so.
 pub fn skip_entry(config: &Config, index: LogIndex, term: Term) -> anyhow::Result<PathBuf> {
     let state = StateDir(config.state_dir());
     if state.identity(&OsDisk)?.is_none() {
@@ -265,8 +265,8 @@ impl StateDir {
         replace(disk, &self.0.join("promise"), &serde_json::to_vec_pretty(promise)?)
     }
 
-    /// The peer addresses of the members, as they were last heard of. They only help to find the others: without them
-    /// a start goes on.
+    /// The peer addresses of the members, as they were last heard of. They only help to find the
+    /// others: without them a start goes on.
     pub fn peers(&self, disk: &dyn Disk) -> BTreeSet<String> {
         self.read_json(disk, "peers")
             .unwrap_or_else(|error| {
@@ -316,7 +316,8 @@ impl StateDir {
         remove(disk, &self.0.join(note.name()))
     }
 
-    /// Entries of the log that are left out if they cannot be applied: a line each, an index and a term.
+    /// Entries of the log that are left out if they cannot be applied: a line each, an index and a
+    /// term.
     pub fn skipped(&self, disk: &dyn Disk) -> anyhow::Result<BTreeSet<(LogIndex, Term)>> {
         let path = self.0.join(SKIPPED);
         if !disk.exists(&path)? {

@@ -69,7 +69,8 @@ pub async fn start(mut config: Config) -> anyhow::Result<Running> {
     start_on(config, disk).await
 }
 
-/// Starts a node whose files are on this disk. What it only reads for others, and temporary files, are the machine's.
+/// Starts a node whose files are on this disk. What it only reads for others, and temporary files,
+/// are the machine's.
 pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running> {
     let as_configured = config.clone();
     begin_on(config, disk).await.map_err(|error| prepare::explain(error, &as_configured))
@@ -121,7 +122,8 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         if storage.named != storage.path {
             // Another program may know the file by its own name.
             lock(&storage.path)?;
-            info!(file = %storage.named.display(), target = %storage.path.display(), "a symbolic link is followed");
+            info!(file = %storage.named.display(), target = %storage.path.display(), "a symbolic \
+            link is followed");
             prepare::forget_index_of_link(&*disk, &storage.named)?;
         }
     }
@@ -278,8 +280,8 @@ fn prepare_segment(preparing: &Arc<AtomicBool>, disk: &Arc<dyn Disk>, dir: &Path
     }
 }
 
-/// Cuts the writers off when the lease has run out, whatever the other threads are doing. It does no
-/// disk I/O.
+/// Cuts the writers off when the lease has run out, whatever the other threads are doing. It does
+/// no disk I/O.
 fn guard_lease(shared: &Shared) {
     if shared.lease.overdue(shared.now()) {
         let count =
@@ -296,8 +298,8 @@ impl Running {
         &self.shared
     }
 
-    /// A primary that is to end makes another node primary first: clients do not notice then. Without another one it
-    /// just ends.
+    /// A primary that is to end makes another node primary first: clients do not notice then.
+    /// Without another one it just ends.
     async fn hand_over(&self) {
         if self.shared.config.standby.is_none() || !self.shared.standing.borrow().serves {
             return;
@@ -310,8 +312,8 @@ impl Running {
         }
     }
 
-    /// Waits until the node fails or `stop` says to end; then ends it in an orderly way. The process is to begin
-    /// anew if the node has left its timeline.
+    /// Waits until the node fails or `stop` says to end; then ends it in an orderly way. The
+    /// process is to begin anew if the node has left its timeline.
     pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<Next> {
         let next = tokio::select! {
             biased;
@@ -329,7 +331,8 @@ impl Running {
                 }
                 Ok(Ended::ComesOver(lineage)) => {
                     let timeline = lineage.timeline();
-                    warn!(timeline, "the timeline of this node is over: it begins anew, on another one");
+                    warn!(timeline, "the timeline of this node is over: it begins anew, on another \
+                    one");
                     self.shared.state.set_coming_over(&*self.shared.disk, &lineage)?;
                     Next::Again
                 }

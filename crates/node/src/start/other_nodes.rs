@@ -23,8 +23,8 @@ use crate::transport::handshake::{Introduction, Purpose, Wire, connect};
 /// How long a starting node waits for each of the others to say which timeline it is of.
 const ASKED: Duration = Duration::from_secs(2);
 
-/// The other nodes, if this one was a member before: finds out whether it has been left behind by a forced
-/// promotion, and who can help out if its data file is damaged.
+/// The other nodes, if this one was a member before: finds out whether it has been left behind by a
+/// forced promotion, and who can help out if its data file is damaged.
 pub async fn find(
     config: &Config,
     disk: &dyn Disk,
@@ -70,8 +70,9 @@ fn asker(config: &Config, standby: &Standby, id: NodeId, wire: Wire) -> Introduc
     }
 }
 
-/// Asks the other nodes which timeline they are of, before this one takes part in anything: a node that was away
-/// while another was promoted must not go on where it was. An order to come over is written if it has to.
+/// Asks the other nodes which timeline they are of, before this one takes part in anything: a node
+/// that was away while another was promoted must not go on where it was. An order to come over is
+/// written if it has to.
 async fn ask_around(
     disk: &dyn Disk,
     state: &StateDir,
@@ -109,8 +110,8 @@ async fn ask_around(
     let Some(longest) = newer.pop() else { return Ok(()) };
     if let Some(other) = newer.iter().find(|one| one.relation(&longest) == Relation::Diverged) {
         bail!(
-            "there were two forced promotions while this node was away: {}; and {}. Decide which of them is the \
-             cluster, and say so here: standby lineage accept NAME -C FILE",
+            "there were two forced promotions while this node was away: {}; and {}. Decide which \
+             of them is the cluster, and say so here: standby lineage accept NAME -C FILE",
             describe(&longest),
             describe(other)
         );
@@ -118,7 +119,8 @@ async fn ask_around(
     warn!(
         timeline = longest.timeline(),
         own = checkpoint.settings.lineage.timeline(),
-        "another node was promoted by force while this one was away: it comes over to the new timeline"
+        "another node was promoted by force while this one was away: it comes over to the new \
+        timeline"
     );
     state.set_coming_over(disk, &longest)?;
     Ok(())

@@ -1,9 +1,10 @@
-//! `read-only true` in a `<filestorage>` of a node alone: the disk as it sees it. (A member of a cluster takes what the
-//! others commit; it refuses the writes and packs of clients.)
+//! `read-only true` in a `<filestorage>` of a node alone: the disk as it sees it. (A member of a
+//! cluster takes what the others commit; it refuses the writes and packs of clients.)
 //!
-//! The data file and the blobs are read from the real disk and never written, not even to cut a torn tail; what a node
-//! would keep beside them is in memory, and goes with the process. So a file can be served from a mount that is
-//! read-only, and while another program writes to it (what that one commits is seen after the next start, as with Python).
+//! The data file and the blobs are read from the real disk and never written, not even to cut a
+//! torn tail; what a node would keep beside them is in memory, and goes with the process. So a file
+//! can be served from a mount that is read-only, and while another program writes to it (what that
+//! one commits is seen after the next start, as with Python).
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -45,7 +46,8 @@ struct Protected {
     files: Vec<PathBuf>,
     /// In these directories nothing is written.
     dirs: Vec<PathBuf>,
-    /// What is in this directory from a time when the node could write does not matter: it is another one in memory.
+    /// What is in this directory from a time when the node could write does not matter: it is
+    /// another one in memory.
     hidden: Option<PathBuf>,
 }
 
@@ -293,7 +295,8 @@ mod tests {
 
     #[test]
     fn a_file_that_is_not_there_is_not_made() {
-        let text = "<zeo>\n address 127.0.0.1:1\n</zeo>\n<filestorage>\n path /x\n read-only true\n</filestorage>\n";
+        let text = "<zeo>\n address 127.0.0.1:1\n</zeo>\n<filestorage>\n path /x\n read-only \
+            true\n</filestorage>\n";
         let config = Config::parse(Path::new("/zeo.conf"), text).unwrap();
         let error = protect(&config, Arc::new(MemoryDisk::new())).err().unwrap().to_string();
         assert!(error.contains("/x does not exist"), "{error}");

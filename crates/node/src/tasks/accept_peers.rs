@@ -80,7 +80,8 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream, stranger: Pass) {
                     node,
                     acknowledged = lacks,
                     has = info.log_end,
-                    "a node lacks entries that it has acknowledged: its disk was put back to an earlier state"
+                    "a node lacks entries that it has acknowledged: its disk was put back to an \
+                    earlier state"
                 );
             }
         }
@@ -89,7 +90,8 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream, stranger: Pass) {
             let signs = info.gives_signs;
             let own = shared.introduction().cluster_id;
             if own.is_empty() || own == info.cluster_id {
-                // Answers go over a link of this node's own, to wherever the other one says that it is now.
+                // Answers go over a link of this node's own, to wherever the other one says that it
+                // is now.
                 learn(&shared, [info.peer_address.clone()], false);
             }
             let dialling = Dialling { id, address: info.peer_address.clone(), epoch, signs };
@@ -143,7 +145,8 @@ fn welcome(shared: &Shared, info: &PeerInfo) -> Welcome {
     Welcome { members: members.into_iter().collect(), acknowledged }
 }
 
-/// Lets the dialling side of a link know that this node is there, and why it does not let that one in.
+/// Lets the dialling side of a link know that this node is there, and why it does not let that one
+/// in.
 async fn give_signs(
     shared: &Shared,
     mut write: impl AsyncWrite + Unpin,
@@ -212,7 +215,8 @@ async fn receive_all(
                 if message.from() != from || message.to() != shared.id {
                     return Err(PeerError::Protocol("a message under another's name".into()));
                 }
-                // It takes part. If it joined while this node was away, nothing else tells this node where to answer.
+                // It takes part. If it joined while this node was away, nothing else tells this
+                // node where to answer.
                 if let Some(address) = address.take() {
                     learn(shared, [address], false);
                 }

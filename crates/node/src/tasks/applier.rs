@@ -1,8 +1,8 @@
 //! The thread that applies committed entries and tells the clients.
 //!
-//! It is the only writer of the data files. What it is asked for is done in order, so a
-//! `register` is answered when all that was committed before it is visible, and each session hears of
-//! every transaction after the one that `register` named, once, in order.
+//! It is the only writer of the data files. What it is asked for is done in order, so a `register`
+//! is answered when all that was committed before it is visible, and each session hears of every
+//! transaction after the one that `register` named, once, in order.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -372,7 +372,8 @@ impl Applier {
             }
             let done = loop {
                 match self.replica.apply(&entry) {
-                    // It is committed: there is nobody to refuse it to. It ends with the room's return, or with the process.
+                    // It is committed: there is nobody to refuse it to. It ends with the room's
+                    // return, or with the process.
                     Err(error) if error.is_full() => {
                         warn!(%error, "a committed transaction waits for room on the disk");
                         tokio::time::sleep(AGAIN).await;
@@ -527,7 +528,8 @@ impl Applier {
         session.answered();
     }
 
-    /// The answer has its place among the invalidations now, and is made beside this thread: it may name millions of objects.
+    /// The answer has its place among the invalidations now, and is made beside this thread: it may
+    /// name millions of objects.
     fn invalidations(&self, storage: &str, session: Arc<SessionHandle>, id: Value, since: Tid) {
         let forget = mutation::on(Mutation::ForgetMissed);
         let doubtful = self.replica.settings().lineage.is_doubtful(storage, since);
@@ -617,7 +619,8 @@ impl Applier {
             storage,
             after,
             through,
-            "fast recovery, or a pack meanwhile: only what is current comes; standby node backfill gets the rest later"
+            "fast recovery, or a pack meanwhile: only what is current comes; standby node backfill \
+            gets the rest later"
         );
         Ok(())
     }
@@ -786,8 +789,8 @@ impl Applier {
     }
 }
 
-/// Writes the index file anew, if so many entries are not in it. It can be made anew from the data file: it is not worth
-/// stopping for, nor worth the reserve.
+/// Writes the index file anew, if so many entries are not in it. It can be made anew from the data
+/// file: it is not worth stopping for, nor worth the reserve.
 fn merge_index(shared: &Arc<Shared>, storage: &str, reader: &Reader, least: usize) {
     let room = room_for(shared, &shared.state.index(storage), "the index");
     if let Err(error) = reader.merge_index(least, &room) {
@@ -795,8 +798,8 @@ fn merge_index(shared: &Arc<Shared>, storage: &str, reader: &Reader, least: usiz
     }
 }
 
-/// A small file of the state directory could not be written for want of room. It is written as a whole, so that it can
-/// be tried again.
+/// A small file of the state directory could not be written for want of room. It is written as a
+/// whole, so that it can be tried again.
 #[derive(Debug, thiserror::Error)]
 #[error("there is no room for a file of the state directory")]
 struct NoRoom(#[source] std::io::Error);

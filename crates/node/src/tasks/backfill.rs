@@ -1,9 +1,10 @@
 //! Filling the holes that fast recoveries left in a storage's history
 //! ([`standby_filestorage::Hole`]).
 //!
-//! A new data file is made beside the old one, as by a pack: what is before the first hole is copied from
-//! the old file, the rest comes from a node that has it all, and what has been committed meanwhile
-//! comes from the old file again. Then the applier puts the new file in the old one's place.
+//! A new data file is made beside the old one, as by a pack: what is before the first hole is
+//! copied from the old file, the rest comes from a node that has it all, and what has been
+//! committed meanwhile comes from the old file again. Then the applier puts the new file in the old
+//! one's place.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,8 +40,8 @@ enum Got {
     Packed,
 }
 
-/// Makes a data file that has the whole history up to a transaction, which is returned too; tries until
-/// there is a node to get it from.
+/// Makes a data file that has the whole history up to a transaction, which is returned too; tries
+/// until there is a node to get it from.
 pub async fn run(shared: &Arc<Shared>, name: &str) -> anyhow::Result<(Outcome, Tid)> {
     let storage = shared.storages.get(name).context("no such storage")?;
     let filled = fill(shared, name, storage).await;

@@ -20,8 +20,8 @@ pub async fn guard(shared: Arc<Shared>) {
                 let (held, all, limit) =
                     (session.held() >> 20, memory.used() >> 20, memory.limit() >> 20);
                 let reason = format!(
-                    "all clients together hold {all} MB of this node's memory, more than the {limit} MB of client-memory, and \
-                     this one holds most of it, {held} MB"
+                    "all clients together hold {all} MB of this node's memory, more than the \
+                     {limit} MB of client-memory, and this one holds most of it, {held} MB"
                 );
                 warn!(client = session.who(), "{reason}: its session ends");
                 session.cut(&reason);

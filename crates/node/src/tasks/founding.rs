@@ -1,4 +1,5 @@
-//! How a cluster begins: the first member founds it, once a majority of the listed members has promised itself.
+//! How a cluster begins: the first member founds it, once a majority of the listed members has
+//! promised itself.
 //!
 //! ```text
 //!  first member, new                     other members
@@ -9,9 +10,10 @@
 //!    begins anew, and founds
 //! ```
 //!
-//! A promise names the founder's identity. Two foundings would need two majorities, and a member promises itself to one
-//! only. What this cannot see is a founder that lost its disk while all who knew its cluster were away: two clusters are
-//! then told apart by the time of their founding, and the younger one stops serving (`Engine::note_other_cluster`).
+//! A promise names the founder's identity. Two foundings would need two majorities, and a member
+//! promises itself to one only. What this cannot see is a founder that lost its disk while all who
+//! knew its cluster were away: two clusters are then told apart by the time of their founding, and
+//! the younger one stops serving (`Engine::note_other_cluster`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +39,8 @@ pub fn is_founder(shared: &Shared) -> bool {
     members.len() > 1 && members[0].name == shared.member.name
 }
 
-/// Asks the other members, again and again, until a majority agrees or this node belongs to a cluster.
+/// Asks the other members, again and again, until a majority agrees or this node belongs to a
+/// cluster.
 pub async fn run(shared: Arc<Shared>) {
     let Some(standby) = &shared.config.standby else { return };
     let mine = Promise { node: shared.member.name.clone(), id: shared.id.to_string() };
@@ -52,8 +55,9 @@ pub async fn run(shared: Arc<Shared>) {
                 Ok(Some(node)) => {
                     exists = true;
                     waits.push(format!(
-                        "{node} belongs to the cluster already, which takes this node in when it has a primary (if a \
-                         majority of it is lost for good: standby recover-quorum on {node})"
+                        "{node} belongs to the cluster already, which takes this node in when it \
+                         has a primary (if a majority of it is lost for good: standby \
+                         recover-quorum on {node})"
                     ));
                 }
                 Err(reason) => waits.push(reason),
@@ -67,7 +71,8 @@ pub async fn run(shared: Arc<Shared>) {
         shared.set_founding(Some(match exists {
             true => waits,
             false => format!(
-                "it founds the cluster when a majority of the {} listed members agrees; {agreed} do. {waits}",
+                "it founds the cluster when a majority of the {} listed members agrees; {agreed} \
+                do. {waits}",
                 standby.members.len(),
             ),
         }));
@@ -105,8 +110,8 @@ pub async fn promise(shared: &Arc<Shared>, founder: &PeerInfo) -> Result<Welcome
         Some(first) if first.name == founder.node => {}
         Some(first) => {
             return Err(format!(
-                "the file of {name} names {} as the first member, that of {} itself: the member lines must be the \
-                 same, in the same order, on each node",
+                "the file of {name} names {} as the first member, that of {} itself: the member \
+                 lines must be the same, in the same order, on each node",
                 first.name, founder.node
             ));
         }
@@ -142,8 +147,9 @@ async fn promise_to(shared: &Arc<Shared>, promise: Promise) -> Result<(), String
                 Ok(())
             }
             Some(former) => Err(format!(
-                "{name} has promised itself to a founding by {} with the identity {}, and {} has {}. If that founding \
-                 never came about: stop {name}, remove {}, in which nothing else is yet, and start it again",
+                "{name} has promised itself to a founding by {} with the identity {}, and {} has \
+                 {}. If that founding never came about: stop {name}, remove {}, in which nothing \
+                 else is yet, and start it again",
                 former.node,
                 former.id,
                 promise.node,

@@ -13,7 +13,8 @@ use crate::platform;
 const TOGETHER: usize = 8 << 20;
 
 /// Works until the senders are gone. `report` gets what became durable; after an error the process
-/// must stop: what a failed sync leaves on disk is unknown. `busy` hears of the beginning and the end of each write.
+/// must stop: what a failed sync leaves on disk is unknown. `busy` hears of the beginning and the
+/// end of each write.
 pub async fn run(
     mut writer: LogWriter,
     mut work: mpsc::UnboundedReceiver<LogWork>,

@@ -72,8 +72,8 @@ impl Packs {
         }
     }
 
-    /// Starts to write a data file anew that somebody has removed, from the file that is open; unless a new one is
-    /// being made already.
+    /// Starts to write a data file anew that somebody has removed, from the file that is open;
+    /// unless a new one is being made already.
     pub fn start_anew(&mut self, shared: &Arc<Shared>, storage: &str, reader: Reader) {
         let Some(path) = shared.storages.get(storage).map(|storage| storage.path.clone()) else {
             return;
@@ -215,8 +215,8 @@ fn write_anew(shared: &Arc<Shared>, path: &Path, reader: &Reader) -> Result<Outc
 /// A compressed record is read up to this size.
 const INFLATED_LIMIT: u64 = 1 << 30;
 
-/// What the record of an object refers to, for a pack. A record that begins with `.z` was compressed by a client, with
-/// `zc.zlibstorage`.
+/// What the record of an object refers to, for a pack. A record that begins with `.z` was
+/// compressed by a client, with `zc.zlibstorage`.
 pub fn references(data: &[u8], each: &mut dyn FnMut(Oid)) -> Result<(), String> {
     let mut inflated = Vec::new();
     let data = match data.strip_prefix(b".z") {

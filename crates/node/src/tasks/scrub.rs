@@ -1,12 +1,12 @@
 //! Damage to data files and blobs: found by their checksums, mended with what other nodes have.
 //!
-//! A thread takes the checksums of what has become durable, and goes through each data file and its blobs, again and
-//! again and slowly, comparing what the device gives with them. Whatever is damaged, found here or when it is read,
-//! is fetched from another node before the reader gets an answer. A node that has damage which nobody can mend
-//! neither leads nor votes.
+//! A thread takes the checksums of what has become durable, and goes through each data file and its
+//! blobs, again and again and slowly, comparing what the device gives with them. Whatever is
+//! damaged, found here or when it is read, is fetched from another node before the reader gets an
+//! answer. A node that has damage which nobody can mend neither leads nor votes.
 //!
-//! When it has been through all, the thread of a replica compares it with the primary's, transaction by transaction: a
-//! difference is told, for nobody can say which of the two is right.
+//! When it has been through all, the thread of a replica compares it with the primary's,
+//! transaction by transaction: a difference is told, for nobody can say which of the two is right.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

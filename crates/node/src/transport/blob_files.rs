@@ -1,7 +1,7 @@
 //! Blob files between disk and connections, without blocking a task.
 //!
-//! Before a client gets a blob it is compared with its checksum, unless it was right since the start and still is in
-//! memory; a damaged one is fetched from another node first.
+//! Before a client gets a blob it is compared with its checksum, unless it was right since the
+//! start and still is in memory; a damaged one is fetched from another node first.
 
 use std::io;
 use std::path::Path;

@@ -44,8 +44,8 @@ pub enum PeerError {
     Outdated(Lineage),
     /// The other side belongs to another cluster of the same name.
     #[error(
-        "node {node} belongs to a cluster {cluster:?} that was founded separately: its database is another one. To let \
-         it join, move its data file and state directory away"
+        "node {node} belongs to a cluster {cluster:?} that was founded separately: its database is \
+         another one. To let it join, move its data file and state directory away"
     )]
     OtherCluster {
         /// Its name.
@@ -129,7 +129,8 @@ pub async fn read_frame(
     let len = stream.read_u32().await? as usize;
     if len > limit && len >> 16 == TLS_HANDSHAKE {
         return Err(PeerError::Protocol(
-            "the other node begins TLS, but this node has neither <peer-ssl> nor a secret-file in its configuration"
+            "the other node begins TLS, but this node has neither <peer-ssl> nor a secret-file in \
+            its configuration"
                 .into(),
         ));
     }

@@ -11,12 +11,14 @@
 //! ```
 //!
 //! Either side may send `'x'` with a reason instead and close. Both prove that they know the secret
-//! without showing it, and the nonces make every proof a new one. With `<peer-ssl>` all of this, and
-//! what follows, goes over TLS, in which each side has shown a certificate that the other trusts.
+//! without showing it, and the nonces make every proof a new one. With `<peer-ssl>` all of this,
+//! and what follows, goes over TLS, in which each side has shown a certificate that the other
+//! trusts.
 //!
-//! Nodes that share a secret and have no certificates go over TLS too (`sealed.rs`): the proofs cover a value that only
-//! the two ends of the connection know, and the dialling node proves first, so that a stranger who dials gets nothing
-//! that was made with the secret. Clusters below feature level 3 do without it, as nodes of older versions do.
+//! Nodes that share a secret and have no certificates go over TLS too (`sealed.rs`): the proofs
+//! cover a value that only the two ends of the connection know, and the dialling node proves first,
+//! so that a stranger who dials gets nothing that was made with the secret. Clusters below feature
+//! level 3 do without it, as nodes of older versions do.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,8 +43,8 @@ const PROTOCOL: u32 = 1;
 const DIALLING: &str = "dialling";
 const ACCEPTING: &str = "accepting";
 /// Why a connection is refused that does not begin with TLS.
-const UNSEALED: &str = "connections between the nodes of this cluster are encrypted: is the other one of an older version, or \
-                        without the secret-file?";
+const UNSEALED: &str = "connections between the nodes of this cluster are encrypted: is the other \
+                        one of an older version, or without the secret-file?";
 /// A hello is short.
 const MAX_HELLO: usize = 64 << 10;
 /// How long a connection may take to be made: with round trips of a second, two of them fit.
@@ -119,8 +121,8 @@ pub struct Introduction {
     pub lineage: Lineage,
     /// Drawn by each process: tells two with the same identity apart.
     pub run: String,
-    /// When its cluster was founded, in seconds since 1970, 0 if that was before it was noted; `None` if the node cannot
-    /// tell.
+    /// When its cluster was founded, in seconds since 1970, 0 if that was before it was noted;
+    /// `None` if the node cannot tell.
     pub founded: Option<u64>,
     /// The last entry of its log; `None` before the log is open.
     pub log_end: Option<LogIndex>,
@@ -134,7 +136,8 @@ pub struct Welcome {
     /// The peer addresses of the members, as far as the node knows them.
     #[serde(default)]
     pub members: Vec<String>,
-    /// The entry up to which the dialling node has acknowledged the log, and which is committed: it must have it.
+    /// The entry up to which the dialling node has acknowledged the log, and which is committed: it
+    /// must have it.
     #[serde(default)]
     pub acknowledged: u64,
 }
@@ -455,15 +458,15 @@ async fn accept(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo),
 
 fn not_sealed(error: std::io::Error) -> PeerError {
     PeerError::Protocol(format!(
-        "no encryption between the nodes: {error}; is the other one a node of this version, with a secret-file, and \
-         without <peer-ssl>?"
+        "no encryption between the nodes: {error}; is the other one a node of this version, with a \
+         secret-file, and without <peer-ssl>?"
     ))
 }
 
 fn no_tls(error: std::io::Error) -> PeerError {
     PeerError::Protocol(format!(
-        "no TLS between the nodes: {error}; is <peer-ssl> in the configuration of both, and does each \
-         trust the other's certificate?"
+        "no TLS between the nodes: {error}; is <peer-ssl> in the configuration of both, and does \
+         each trust the other's certificate?"
     ))
 }
 
@@ -537,8 +540,8 @@ mod tests {
         introduction(id, secret, Wire::Sealed(Arc::new(Sealed::new().unwrap())))
     }
 
-    /// What becomes of a handshake of two nodes, on both sides. `relay` gets the dialling node's connection, and where the
-    /// accepting node listens.
+    /// What becomes of a handshake of two nodes, on both sides. `relay` gets the dialling node's
+    /// connection, and where the accepting node listens.
     async fn shake<F>(
         dials: Introduction,
         accepts: Introduction,

@@ -1,9 +1,10 @@
 //! Encryption between nodes that share a secret and have no certificates.
 //!
-//! A connection begins with TLS 1.3. The accepting side shows a key that it has drawn for this process, and nobody looks at
-//! it: who is there is proved by the handshake inside, whose proofs cover a value that only the two ends of this very TLS
-//! connection know (its exporter, RFC 8446, section 7.5). Whoever sits between two nodes has two TLS connections with two
-//! such values; what each node proves over one of them proves nothing over the other.
+//! A connection begins with TLS 1.3. The accepting side shows a key that it has drawn for this
+//! process, and nobody looks at it: who is there is proved by the handshake inside, whose proofs
+//! cover a value that only the two ends of this very TLS connection know (its exporter, RFC 8446,
+//! section 7.5). Whoever sits between two nodes has two TLS connections with two such values; what
+//! each node proves over one of them proves nothing over the other.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! A client's socket in two halves, which another thread can shut down. One descriptor serves all three.
+//! A client's socket in two halves, which another thread can shut down. One descriptor serves all
+//! three.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

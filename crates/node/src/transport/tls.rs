@@ -1,9 +1,9 @@
 //! TLS: the `<ssl>` section of zeo.conf for clients, and `<peer-ssl>` for the other nodes.
 //!
 //! As with the Python server, a client must always show a certificate. It is let in if the
-//! certificate is one of those in `authenticate`, or was issued by one of them that is an authority; and in both cases only
-//! while it is valid. Nodes show certificates to each other and look
-//! at them in the same way, whichever has dialled; the names in them do not matter.
+//! certificate is one of those in `authenticate`, or was issued by one of them that is an
+//! authority; and in both cases only while it is valid. Nodes show certificates to each other and
+//! look at them in the same way, whichever has dialled; the names in them do not matter.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -96,8 +96,8 @@ impl Tls {
         ends
     }
 
-    /// Tells of certificates whose time is over, or will be soon, as often as the next of [`SOON`] comes: nobody is let in
-    /// with them then.
+    /// Tells of certificates whose time is over, or will be soon, as often as the next of [`SOON`]
+    /// comes: nobody is let in with them then.
     pub fn warn_of_ends(&self) {
         let (now, mut told) = (now(), lock(&self.told));
         self.each(|file, known| {

@@ -161,8 +161,8 @@ impl Session {
         self.add(name, |buffer| buffer.put(oid, expected, content))
     }
 
-    /// Adds to the transaction. What cannot be added, or is too much, the client hears of when it votes; nothing more is kept
-    /// then.
+    /// Adds to the transaction. What cannot be added, or is too much, the client hears of when it
+    /// votes; nothing more is kept then.
     fn add(
         &mut self,
         name: &Value,
@@ -316,8 +316,8 @@ fn dict_of(value: &Value) -> Option<Vec<(Value, Value)>> {
 /// Bytes of data that a client gets back to resolve conflicts.
 const MOST_TO_RESOLVE: u64 = 64 << 20;
 
-/// What the client needs to resolve conflicts by itself. If that is very much, the transaction has a conflict that nobody
-/// resolves.
+/// What the client needs to resolve conflicts by itself. If that is very much, the transaction has
+/// a conflict that nobody resolves.
 pub(super) fn conflict_list(
     buffer: &Buffer,
     conflicts: &[(Oid, Tid)],

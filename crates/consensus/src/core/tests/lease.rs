@@ -41,7 +41,8 @@ fn the_lease_counts_from_the_question_not_from_the_answer() {
     assert!(lease(&cluster).unwrap() > cluster.now);
 }
 
-/// Clients that wait for a primary must not be sent away by the new one until its first heartbeat is answered.
+/// Clients that wait for a primary must not be sent away by the new one until its first heartbeat
+/// is answered.
 #[test]
 fn who_serves_has_a_lease_at_once() {
     let mut cluster = Cluster::of(3);
@@ -53,8 +54,8 @@ fn who_serves_has_a_lease_at_once() {
     assert!(cluster.nodes[&primary].consensus.lease(cluster.now).unwrap() > cluster.now);
 }
 
-/// A follower forgets, when it restarts, that it has just heard the leader. It gives its vote to nobody for as
-/// long as the leader may count on it.
+/// A follower forgets, when it restarts, that it has just heard the leader. It gives its vote to
+/// nobody for as long as the leader may count on it.
 #[test]
 fn the_lease_outlives_a_follower_that_restarts() {
     let mut cluster = Cluster::of(3);

@@ -50,7 +50,8 @@ fn row_51_a_leader_asks_for_as_much_patience_as_its_network_needs() {
     }
 }
 
-/// However patient the nodes are, and whoever of them is: no other leader before the lease has ended.
+/// However patient the nodes are, and whoever of them is: no other leader before the lease has
+/// ended.
 #[test]
 fn nobody_is_elected_while_a_slow_leader_has_its_lease() {
     for delay in [0, 3, 6, 9, 12] {

@@ -1,8 +1,9 @@
 //! A machine that a simulator makes.
 //!
-//! Each machine has a runtime of its own whose clock stands still until the simulator moves it on; they all run on one
-//! thread, one after the other, so that a seed decides everything. While a machine runs, it is the thread's
-//! current one ([`Host::enter`]): the time, randomness and sockets that its tasks take are those of it.
+//! Each machine has a runtime of its own whose clock stands still until the simulator moves it on;
+//! they all run on one thread, one after the other, so that a seed decides everything. While a
+//! machine runs, it is the thread's current one ([`Host::enter`]): the time, randomness and sockets
+//! that its tasks take are those of it.
 //!
 //! Work that would wait for a disk on another thread is done at once here; a job beside others
 //! ([`super::background`]) is done somewhat later.
@@ -53,8 +54,8 @@ pub struct Host {
     pub device: AtomicU64,
     /// One message of consensus in so many is lost, comes twice or late; 0 for none.
     pub unreliable: AtomicU64,
-    /// Who mends damaged blocks. A node waits for the answer of others, which no other can give while it waits: here
-    /// it is looked up on their disks.
+    /// Who mends damaged blocks. A node waits for the answer of others, which no other can give
+    /// while it waits: here it is looked up on their disks.
     pub mend: Mutex<Option<Mend>>,
     random: Mutex<Random>,
 }

@@ -1,9 +1,10 @@
 //! A network in memory: TCP as applications see it.
 //!
-//! Bytes arrive in order, after a delay, or not at all while the way is blocked: then they arrive when it is open again,
-//! as TCP sends again what was lost. A process that ends closes its connections; a machine that loses power says
-//! nothing, and answers with a reset when it is back. A connection that falls into a black hole delivers nothing any
-//! more, in neither direction, while new ones work.
+//! Bytes arrive in order, after a delay, or not at all while the way is blocked: then they arrive
+//! when it is open again, as TCP sends again what was lost. A process that ends closes its
+//! connections; a machine that loses power says nothing, and answers with a reset when it is back.
+//! A connection that falls into a black hole delivers nothing any more, in neither direction, while
+//! new ones work.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::poll_fn;
@@ -152,8 +153,8 @@ impl Network {
         self.lock().blocked.clear();
     }
 
-    /// Of the connections that are open between two of these machines, the ones that `chosen` says fall into a black
-    /// hole.
+    /// Of the connections that are open between two of these machines, the ones that `chosen` says
+    /// fall into a black hole.
     pub fn swallow(&self, machines: &[IpAddr], mut chosen: impl FnMut() -> bool) {
         let mut inner = self.lock();
         let now = inner.now;
@@ -165,7 +166,8 @@ impl Network {
         }
     }
 
-    /// The program of a machine ends: its connections are closed, in an order that does not depend on that of its tasks.
+    /// The program of a machine ends: its connections are closed, in an order that does not depend
+    /// on that of its tasks.
     pub fn close_all(&self, machine: IpAddr) {
         let mut inner = self.lock();
         let ids: Vec<u64> = inner.connections.keys().copied().collect();

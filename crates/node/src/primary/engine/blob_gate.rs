@@ -1,11 +1,12 @@
-//! Blobs and the log: an entry is persisted only where all of its blobs are durable, so the majority
-//! that has the entry has the blobs.
+//! Blobs and the log: an entry is persisted only where all of its blobs are durable, so the
+//! majority that has the entry has the blobs.
 //!
-//! The primary announces an upload as soon as it is complete, and proposes the transaction when
-//! a majority has said that the upload has arrived: so others need not wait for it behind the
-//! entry. A node that gets an entry without its blobs holds the message back, and those that follow
-//! it, until it has fetched them. It may also drop them: Raft sends again. If a pack has removed one of them meanwhile,
-//! nobody has it: the node then catches up from the data file, as one for which the log does not reach back.
+//! The primary announces an upload as soon as it is complete, and proposes the transaction when a
+//! majority has said that the upload has arrived: so others need not wait for it behind the entry.
+//! A node that gets an entry without its blobs holds the message back, and those that follow it,
+//! until it has fetched them. It may also drop them: Raft sends again. If a pack has removed one of
+//! them meanwhile, nobody has it: the node then catches up from the data file, as one for which the
+//! log does not reach back.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -88,7 +89,8 @@ impl Engine {
         if !message.is_append() {
             return self.step(Happened::Received(message));
         }
-        // Raft sends it again. But a leader must be able to begin: it tells clients why nothing can be committed.
+        // Raft sends it again. But a leader must be able to begin: it tells clients why nothing can
+        // be committed.
         if self.shared.room.is_low() && !message.is_without_data() {
             return Ok(());
         }
@@ -146,7 +148,8 @@ impl Engine {
                 Ok(()) => Fetched::Here,
                 Err(PeerError::PackedAway) => Fetched::PackedAway,
                 Err(error) => {
-                    warn!(address, storage = wanted.storage, %error, "cannot fetch a blob; it is tried again");
+                    warn!(address, storage = wanted.storage, %error, "cannot fetch a blob; it is \
+                    tried again");
                     tokio::time::sleep(PAUSE).await;
                     Fetched::Failed
                 }

@@ -12,8 +12,8 @@ use crate::replica::crash_notes;
 const LOSSES: usize = 3;
 /// How long a loss counts.
 const FLAPPING_FOR: Duration = Duration::from_secs(60);
-/// Without a primary for so long, one that flaps, crashes, or lacks a blob, is better than none: it may have the only
-/// log with what was committed last, and nobody else can be elected then.
+/// Without a primary for so long, one that flaps, crashes, or lacks a blob, is better than none: it
+/// may have the only log with what was committed last, and nobody else can be elected then.
 const NO_PRIMARY: Duration = Duration::from_secs(5);
 
 impl Engine {

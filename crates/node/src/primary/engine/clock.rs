@@ -1,5 +1,5 @@
-//! The time that new transactions get. A clock that is wrong for a second would leave tids in the future for as long as it
-//! was ahead: all later ones have to follow them.
+//! The time that new transactions get. A clock that is wrong for a second would leave tids in the
+//! future for as long as it was ahead: all later ones have to follow them.
 
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use crate::primary::engine::Engine;
 
 /// A clock that is so far ahead is not used.
 const TOO_MUCH: Duration = Duration::from_secs(3600);
-/// How long it takes, with some to spare, until the other nodes' reports tell whether a clock that has leapt is right now.
+/// How long it takes, with some to spare, until the other nodes' reports tell whether a clock that
+/// has leapt is right now.
 const CONFIRMED: Duration = Duration::from_secs(5);
 /// A clock that is so far behind the last transaction is spoken of.
 const BEHIND: Duration = Duration::from_secs(60);
@@ -63,7 +64,8 @@ impl Engine {
                 0 => info!("the clock of this machine is used again"),
                 seconds => error!(
                     seconds,
-                    "the clock of this machine is ahead of a majority's by so much: commits get the others' time. Set it right"
+                    "the clock of this machine is ahead of a majority's by so much: commits get \
+                    the others' time. Set it right"
                 ),
             }
         }

@@ -137,8 +137,8 @@ impl Engine {
         let level = self.settings.level();
         if level < SETTINGS_LEVEL && !matches!(ask, Ask::FeatureLevel { .. }) {
             return Err(format!(
-                "the cluster works at feature level {level}, which has no such thing; when all nodes run this \
-                 version: standby feature-level raise"
+                "the cluster works at feature level {level}, which has no such thing; when all \
+                 nodes run this version: standby feature-level raise"
             ));
         }
         let done = |text: String| Done { text, token: None };
@@ -172,14 +172,15 @@ impl Engine {
                 }
                 if *group == self.shared.member.group {
                     return Err(format!(
-                        "the primary is in group {group}; to have the primary and the voters in another group: \
-                         standby group move --to GROUP"
+                        "the primary is in group {group}; to have the primary and the voters in \
+                         another group: standby group move --to GROUP"
                     ));
                 }
                 let data = self.data_nodes(group).map(|m| m.id).collect();
                 self.check_loss(&data, *force)?;
                 let text = format!(
-                    "the nodes of group {group} have no vote: none of them becomes primary by itself"
+                    "the nodes of group {group} have no vote: none of them becomes primary by \
+                    itself"
                 );
                 Ok((Setting::Failover { group: group.clone(), on: false }, done(text)))
             }
@@ -191,7 +192,8 @@ impl Engine {
                 let witnesses = self.consensus.membership().members.values().filter(|m| m.witness);
                 let voters = self.data_nodes(to).count() + witnesses.count();
                 let text = format!(
-                    "the primary and all votes go to group {to}; with {voters} voter(s) it will survive {} failure(s)",
+                    "the primary and all votes go to group {to}; with {voters} voter(s) it will \
+                    survive {} failure(s)",
                     survivable(voters)
                 );
                 Ok((Setting::Move { to: to.clone() }, done(text)))
@@ -266,7 +268,8 @@ impl Engine {
             (former, former.witness)
         } else if self.member(node).is_ok() {
             return Err(format!(
-                "{node} is a member already; to let another machine take its place: standby node replace"
+                "{node} is a member already; to let another machine take its place: standby node \
+                replace"
             ));
         } else {
             (&self.shared.member, witness)

@@ -63,7 +63,8 @@ impl Engine {
         self.slowest_write.took
     }
 
-    /// True if the node would be a better primary than this one, whose disks are full, slow or damaged.
+    /// True if the node would be a better primary than this one, whose disks are full, slow or
+    /// damaged.
     fn is_better_place(&self, id: NodeId) -> bool {
         let only_slow = self.has_room(self.shared.id) && !self.is_damaged;
         let faster = || self.shared.reports.slowest_write(id) < self.slowest_write() / FASTER;
@@ -88,7 +89,8 @@ impl Engine {
         }
         let names: BTreeSet<_> = low.iter().filter_map(|id| self.name_of(*id)).collect();
         Some(ClientError::storage(format!(
-            "nothing can be committed: the disks of {} are nearly full, and the others are no majority",
+            "nothing can be committed: the disks of {} are nearly full, and the others are no \
+            majority",
             Vec::from_iter(names).join(", ")
         )))
     }

@@ -35,8 +35,8 @@ impl Engine {
         let longest = waits.max_by_key(|(_, wait)| wait.time);
         let text = longest.map(|(name, wait)| {
             format!(
-                "the vote of client {} has waited {} s for object {} of storage {name}, which client {} holds: its \
-                 transaction has voted and has not finished",
+                "the vote of client {} has waited {} s for object {} of storage {name}, which \
+                 client {} holds: its transaction has voted and has not finished",
                 self.who(wait.waiter),
                 wait.time.as_secs(),
                 wait.oid,

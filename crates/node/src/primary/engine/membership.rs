@@ -1,9 +1,10 @@
-//! Who belongs to the cluster and who votes: the primary sees to it that it becomes what the settings say.
+//! Who belongs to the cluster and who votes: the primary sees to it that it becomes what the
+//! settings say.
 //!
 //! Each step is a change of its own, made when nothing else is under way, so that a new primary
-//! goes on where the last one stopped: first removals, then newcomers, as learners, then addresses that have changed;
-//! those of the fail-over groups get a vote when they have caught up; when they have it, voters of other groups lose
-//! theirs. A witness votes wherever it is.
+//! goes on where the last one stopped: first removals, then newcomers, as learners, then addresses
+//! that have changed; those of the fail-over groups get a vote when they have caught up; when they
+//! have it, voters of other groups lose theirs. A witness votes wherever it is.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,8 +19,8 @@ use crate::transport::handshake::PeerInfo;
 
 /// For so long a member must have been silent before another machine takes its place by itself.
 const REPLACED_AFTER: Duration = Duration::from_secs(60);
-const NOT_INVITED: &str = "it is not invited (standby node add), or its join-token, group or witness line is \
-                           another than the invitation's";
+const NOT_INVITED: &str = "it is not invited (standby node add), or its join-token, group or \
+                           witness line is another than the invitation's";
 /// Grace of a switchover that moves the primary to another group.
 const MOVE_GRACE: Duration = Duration::from_secs(5);
 /// Time between two attempts at it.
@@ -143,8 +144,9 @@ impl Engine {
         Vec::new()
     }
 
-    /// Why a node that comes under a member's name does not take its place, if so. The one that was there before is
-    /// likely to come back, unless it was told otherwise or the newcomer is where it was.
+    /// Why a node that comes under a member's name does not take its place, if so. The one that was
+    /// there before is likely to come back, unless it was told otherwise or the newcomer is where
+    /// it was.
     fn why_not_replace(
         &self,
         former: &Member,
@@ -159,15 +161,18 @@ impl Engine {
         let moved = *peer_address != info.peer_address;
         if moved && !may_replace && self.shared.reports.silence_of(*id) < REPLACED_AFTER {
             return Some(format!(
-                "another machine was node {name} less than a minute ago, at {peer_address}; to replace it at once: \
-                 standby node replace {name}"
+                "another machine was node {name} less than a minute ago, at {peer_address}; to \
+                 replace it at once: standby node replace {name}"
             ));
         }
         let voters = &self.consensus.membership().voters;
         let staying: Vec<_> = voters.iter().filter(|voter| *voter != id).collect();
         let there = staying.iter().filter(|voter| self.is_there(***voter)).count();
         (voters.contains(id) && there * 2 <= staying.len() && !may_replace).then(|| {
-            format!("without the former {name}, no majority of the other voters is there: start those first")
+            format!(
+                "without the former {name}, no majority of the other voters is there: start \
+            those first"
+            )
         })
     }
 

@@ -1,4 +1,5 @@
-//! Finished transactions on their way into the log: short ones at once, of long ones a part each in turn.
+//! Finished transactions on their way into the log: short ones at once, of long ones a part each in
+//! turn.
 
 use std::io;
 use std::sync::Arc;
@@ -21,8 +22,8 @@ use crate::primary::engine::Engine;
 
 /// Bytes of entries of ours without a majority, beyond which nothing more is proposed.
 const WINDOW: usize = 16 << 20;
-/// Parts of long transactions without a majority, each a megabyte. What others commit, and answers to heartbeats, come
-/// behind them on every link.
+/// Parts of long transactions without a majority, each a megabyte. What others commit, and answers
+/// to heartbeats, come behind them on every link.
 const PARTS_IN_FLIGHT: usize = 4;
 /// Parts of a long transaction that are at hand.
 const AT_HAND: usize = 2;
@@ -182,7 +183,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Parts of this transaction, and of the others that are on their way, that are not committed yet.
+    /// Parts of this transaction, and of the others that are on their way, that are not committed
+    /// yet.
     fn parts_in_flight(&self, one: &Outgoing) -> usize {
         // Entries are committed in order.
         let of = |outgoing: &Outgoing| {
@@ -192,14 +194,15 @@ impl Engine {
         self.outgoing.iter().chain([one]).map(of).sum()
     }
 
-    /// Why a transaction with this tid, or with one that it will get, cannot be stored. What is in the log must be
-    /// applied by every node: a tid that no data file takes may not get there.
+    /// Why a transaction with this tid, or with one that it will get, cannot be stored. What is in
+    /// the log must be applied by every node: a tid that no data file takes may not get there.
     pub(super) fn refuse_tid(&self, storage: &str, tid: Option<Tid>) -> Option<ClientError> {
         let last = self.storages.get(storage).map_or(Tid::NONE, |s| s.last_tid);
         let Some(tid) = tid else {
             return (last >= Tid::MAX).then(|| {
                 ClientError::storage(format!(
-                    "nothing more can be stored: the last transaction, {last}, has the highest tid that there can be"
+                    "nothing more can be stored: the last transaction, {last}, has the highest tid \
+                    that there can be"
                 ))
             });
         };
@@ -210,8 +213,9 @@ impl Engine {
         let bound = tid_at(self.shared.wall_clock().saturating_add(ahead)).min(Tid(Tid::MAX.0 - 1));
         (tid > bound).then(|| {
             ClientError::storage(format!(
-                "a transaction with tid {tid} cannot be stored: it is in the future ({}), and every later transaction \
-                 would be as well. At most {} s ahead of the primary's clock are allowed: \"future-tids\" in <standby>",
+                "a transaction with tid {tid} cannot be stored: it is in the future ({}), and \
+                 every later transaction would be as well. At most {} s ahead of the primary's \
+                 clock are allowed: \"future-tids\" in <standby>",
                 utc(tid),
                 ahead.as_secs()
             ))
@@ -307,8 +311,8 @@ impl Outgoing {
     }
 }
 
-/// Encodes the changes of a transaction: gives parts to `each`, and returns what is left, which is no longer than a part;
-/// `None` if `each` takes no more.
+/// Encodes the changes of a transaction: gives parts to `each`, and returns what is left, which is
+/// no longer than a part; `None` if `each` takes no more.
 fn encode(buffer: &Buffer, each: &mut dyn FnMut(Bytes) -> bool) -> io::Result<Option<Bytes>> {
     let mut records = BytesMut::new();
     for write in buffer.writes() {

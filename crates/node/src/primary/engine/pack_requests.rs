@@ -1,8 +1,8 @@
 //! Asking for packs.
 //!
 //! Every node must pack the same: what is committed after the entry of a pack in the log has a tid
-//! above the pack's time. And while a pack is under way, nothing may be undone: an undo could bring back
-//! a revision that the pack is about to remove, or references to garbage.
+//! above the pack's time. And while a pack is under way, nothing may be undone: an undo could bring
+//! back a revision that the pack is about to remove, or references to garbage.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -66,9 +66,9 @@ impl Engine {
             if asked < committing.last_tid && committing.last_tid > tid_at(now + IN_THE_FUTURE) {
                 warn!(
                     storage = request.storage,
-                    "the last transaction is in the future ({}), from a clock that was wrong: what was committed since is \
-                     younger than this pack's time, and stays. A pack to a time after that removes it, for example of a \
-                     client's storage.pack({:.0})",
+                    "the last transaction is in the future ({}), from a clock that was wrong: what \
+                     was committed since is younger than this pack's time, and stays. A pack to a \
+                     time after that removes it, for example of a client's storage.pack({:.0})",
                     utc(committing.last_tid),
                     seconds_of(committing.last_tid) + 1.0
                 );

@@ -1,4 +1,5 @@
-//! Forced promotion: this node begins a timeline without asking a majority, for there is none any more.
+//! Forced promotion: this node begins a timeline without asking a majority, for there is none any
+//! more.
 //!
 //! ```text
 //!            entries applied,            log empty,           elected by itself,
@@ -6,9 +7,10 @@
 //!  Applying ───────────────────▶ Logging ──────────▶ opening ───────────────────────────▶ serves
 //! ```
 //!
-//! Whatever is in its log counts as committed; then the log begins anew, with this node as the only voter.
-//! Each storage's history goes on with an empty transaction, above every tid that the former primary can have
-//! given out: a client that has seen more than this node finds its cache outdated and drops it.
+//! Whatever is in its log counts as committed; then the log begins anew, with this node as the only
+//! voter. Each storage's history goes on with an empty transaction, above every tid that the former
+//! primary can have given out: a client that has seen more than this node finds its cache outdated
+//! and drops it.
 
 use std::collections::BTreeSet;
 
@@ -35,8 +37,8 @@ pub(super) enum PromotionStage {
 }
 
 impl Engine {
-    /// Makes this node primary of a new timeline, or says why not. Without a group, it is one of those that vote
-    /// that has lost the majority.
+    /// Makes this node primary of a new timeline, or says why not. Without a group, it is one of
+    /// those that vote that has lost the majority.
     pub(super) fn promote(
         &mut self,
         node: &str,
@@ -81,15 +83,16 @@ impl Engine {
         }
         if group.is_none() && !self.is_failover(&me.group) {
             return Err(format!(
-                "group {} does not vote; to make a primary of one of its nodes: standby promote --group {} --force",
+                "group {} does not vote; to make a primary of one of its nodes: standby promote \
+                --group {} --force",
                 me.group, me.group
             ));
         }
         if let Some(primary) = self.role.leader {
             let name = self.name_of(primary).unwrap_or_else(|| "a node".into());
             return Err(format!(
-                "{name} is primary: a forced promotion is for a primary that is lost, and loses commits. To move \
-                 the primary: standby group move --to {}, or standby switchover",
+                "{name} is primary: a forced promotion is for a primary that is lost, and loses \
+                 commits. To move the primary: standby group move --to {}, or standby switchover",
                 me.group
             ));
         }
@@ -97,8 +100,8 @@ impl Engine {
         let members = &self.consensus.membership().members;
         let there: BTreeSet<NodeId> = members.keys().copied().filter(up).collect();
         if self.consensus.membership().is_quorum(&there) {
-            return Err("a majority of the voters is there: they elect a primary by themselves; wait a moment, and \
-                        look at standby status"
+            return Err("a majority of the voters is there: they elect a primary by themselves; \
+                        wait a moment, and look at standby status"
                 .into());
         }
         if self.consensus.membership().members.is_empty()
@@ -106,7 +109,8 @@ impl Engine {
             || !self.shared.is_whole()
         {
             return Err(format!(
-                "{node} is being brought up to date: what it has is a moment that never was, or nothing"
+                "{node} is being brought up to date: what it has is a moment that never was, or \
+                nothing"
             ));
         }
         let own = (self.consensus.last_term().0, self.consensus.last_index().0);
@@ -154,8 +158,8 @@ impl Engine {
         self.step(Happened::Tick)
     }
 
-    /// This node leads: proposes what must be committed before it serves, if its timeline is new. Called again until
-    /// it is.
+    /// This node leads: proposes what must be committed before it serves, if its timeline is new.
+    /// Called again until it is.
     pub(super) fn open_timeline(&mut self) -> anyhow::Result<()> {
         let lineage = self.settings.lineage.clone();
         for name in self.shared.clone().storages.keys() {
@@ -182,8 +186,9 @@ impl Engine {
         }
     }
 
-    /// What nodes that have come over have lost may have tids above this timeline's: then a client that has seen them
-    /// would not connect ("Server behind client"). The next empty transaction goes above them.
+    /// What nodes that have come over have lost may have tids above this timeline's: then a client
+    /// that has seen them would not connect ("Server behind client"). The next empty transaction
+    /// goes above them.
     pub(super) fn tick_lost(&mut self) -> anyhow::Result<()> {
         if !self.serves() || self.settings.lineage.forks().is_empty() {
             return Ok(());

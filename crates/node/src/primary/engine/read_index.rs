@@ -1,13 +1,13 @@
-//! Reads on a node that is not primary: what they must see (Raft thesis §6.4, read index), and how old
-//! what they see may be.
+//! Reads on a node that is not primary: what they must see (Raft thesis §6.4, read index), and how
+//! old what they see may be.
 //!
 //! The primary says up to which entry a read must see to see all that is acknowledged by now. A
 //! read-only `register` waits until that entry is applied, and so does the `ping` by which a client
-//! with `server_sync` begins each transaction. The node asks for itself too, twice a second: when the
-//! answer is applied, its data are at most as old as the question.
+//! with `server_sync` begins each transaction. The node asks for itself too, twice a second: when
+//! the answer is applied, its data are at most as old as the question.
 //!
-//! Each question makes the primary ask a majority whether it still leads. So one is under way at a time, and whoever
-//! comes meanwhile shares the next one: readers cannot keep the primary busy.
+//! Each question makes the primary ask a majority whether it still leads. So one is under way at a
+//! time, and whoever comes meanwhile shares the next one: readers cannot keep the primary busy.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Age of the data from which the log speaks of it.
 const OLD: Duration = Duration::from_secs(10);
 
-/// A question without an answer for so long is not waited for by those who come after it: it may be lost.
+/// A question without an answer for so long is not waited for by those who come after it: it may be
+/// lost.
 const NEXT: Duration = Duration::from_millis(100);
 
 /// Those who wait until this node has applied what is acknowledged elsewhere.
@@ -52,7 +53,8 @@ struct Question {
 }
 
 impl Readers {
-    /// Questions are numbered from `first` on: the primary must not take one for one of a former process.
+    /// Questions are numbered from `first` on: the primary must not take one for one of a former
+    /// process.
     pub(super) fn new(first: u64) -> Readers {
         Readers { asked: BTreeMap::new(), next: None, last_number: first }
     }
@@ -112,7 +114,8 @@ impl Engine {
         self.ask_next()
     }
 
-    /// Asks what has come while another question was under way, if that has been answered or is late.
+    /// Asks what has come while another question was under way, if that has been answered or is
+    /// late.
     fn ask_next(&mut self) -> anyhow::Result<()> {
         if self.readers.is_asking() {
             return Ok(());
@@ -148,8 +151,8 @@ impl Engine {
         }
     }
 
-    /// Readers that have waited in vain get what this node has: the primary is silent, or this node has no
-    /// room for what is new.
+    /// Readers that have waited in vain get what this node has: the primary is silent, or this node
+    /// has no room for what is new.
     pub(super) fn give_up_on_primary(&mut self) -> anyhow::Result<()> {
         let full = self.shared.room.is_low();
         let late = |question: &Question| {

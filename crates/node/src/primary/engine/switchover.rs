@@ -12,13 +12,13 @@
 //!
 //! A primary whose disk does not answer does not wait in `Draining` for what that disk holds up.
 //!
-//! A ZEO client waits for a server when it has no connection, and notices that only if a call is under way. So
-//! clients are sent away between two transactions, and those that come are held: nobody sees an error.
-//! A transaction that has begun but not voted is waited for a moment, one that has voted, an upload, and a pack that
-//! its client waits for as long as the grace says.
+//! A ZEO client waits for a server when it has no connection, and notices that only if a call is
+//! under way. So clients are sent away between two transactions, and those that come are held:
+//! nobody sees an error. A transaction that has begun but not voted is waited for a moment, one
+//! that has voted, an upload, and a pack that its client waits for as long as the grace says.
 //!
-//! From `Handing` on this node gives no answer as primary: the other one may be elected before this one
-//! hears of it, without waiting for a lease to end.
+//! From `Handing` on this node gives no answer as primary: the other one may be elected before this
+//! one hears of it, without waiting for a lease to end.
 
 use std::time::Duration;
 
@@ -33,7 +33,8 @@ use crate::primary::engine::Engine;
 const COMMIT_PATIENCE: Duration = Duration::from_secs(1);
 /// Time for transactions that have begun to vote.
 const BEGUN_PATIENCE: Duration = Duration::from_millis(300);
-/// Time, after the grace, for transactions that have finished to be committed: a full disk may be in their way.
+/// Time, after the grace, for transactions that have finished to be committed: a full disk may be
+/// in their way.
 const DRAINING_PATIENCE: Duration = Duration::from_secs(5);
 /// Time for the new primary to appear.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -120,8 +121,9 @@ impl Engine {
         }
         if !self.consensus.membership().voters.contains(&member.id) {
             return Err(format!(
-                "{name} has no vote: it is of group {}, which is no fail-over group, or has not caught \
-                 up yet. To move the primary to another group: standby group move --to GROUP",
+                "{name} has no vote: it is of group {}, which is no fail-over group, or has not \
+                 caught up yet. To move the primary to another group: standby group move --to \
+                 GROUP",
                 member.group
             ));
         }
@@ -198,9 +200,11 @@ impl Engine {
                 let idle = self.storages.values().all(|s| s.transactions.is_empty());
                 let alone = waited >= BEGUN_PATIENCE || !self.shared.sessions.any_writer();
                 let level = self.outgoing.is_empty() && self.pending.is_empty() && behind == 0;
-                // A node that has not applied the last change of members does not stand for election.
+                // A node that has not applied the last change of members does not stand for
+                // election.
                 let level = level && !self.consensus.is_changing();
-                // What is under way then ends as if this node had died: the target has it, or nobody.
+                // What is under way then ends as if this node had died: the target has it, or
+                // nobody.
                 let enough = urgent && waited >= COMMIT_PATIENCE && behind == 0;
                 if idle && alone && level || enough {
                     // Who has acknowledged what, as long as this node can tell.
@@ -308,7 +312,8 @@ impl Engine {
             && let Some(asker) = switchover.asker
         {
             let _ = asker.send(Err(format!(
-                "{} was handed the primary's role, but no primary is heard of now; see standby status",
+                "{} was handed the primary's role, but no primary is heard of now; see standby \
+                status",
                 switchover.name
             )));
         }

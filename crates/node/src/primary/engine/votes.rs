@@ -64,8 +64,8 @@ impl Engine {
         stored.stats.active.store(committing.transactions.len(), Ordering::Relaxed);
     }
 
-    /// Compares a vote with what is applied: at once, if its objects are few and in memory. Who holds all of its locks then
-    /// is returned.
+    /// Compares a vote with what is applied: at once, if its objects are few and in memory. Who
+    /// holds all of its locks then is returned.
     fn examine(&mut self, storage: &str, session: SessionId) -> Vec<SessionId> {
         let Some(committing) = self.storages.get(storage) else { return Vec::new() };
         let Some(vote) = committing.transactions.examination(session) else { return Vec::new() };
@@ -80,7 +80,8 @@ impl Engine {
                 }
             }
         }
-        // Nobody changes these objects as long as the vote holds its locks, nor does it matter if a pack replaces the file.
+        // Nobody changes these objects as long as the vote holds its locks, nor does it matter if a
+        // pack replaces the file.
         let (shared, storage) = (self.shared.clone(), storage.to_owned());
         tokio::spawn(async move {
             let comparing = platform::spawn_blocking(move || {
@@ -106,7 +107,8 @@ impl Engine {
         self.unlocked(storage, |_| freed);
     }
 
-    /// Tells a client what came of its vote, unless that does not count any more. Returns who holds all of its locks then.
+    /// Tells a client what came of its vote, unless that does not count any more. Returns who holds
+    /// all of its locks then.
     fn answer_vote(
         &mut self,
         storage: &str,

@@ -233,7 +233,8 @@ fn blobs_are_there_with_their_transaction_and_replayed() {
     }
     assert!(!dir.has_staged(transfer).unwrap());
     drop(first);
-    // After a crash without a checkpoint the data file is new again, and the blobs are there or staged.
+    // After a crash without a checkpoint the data file is new again, and the blobs are there or
+    // staged.
     disk.remove(Path::new("/db/Data.fs")).unwrap();
     let mut second = replica(&disk);
     for found in &entries {
@@ -250,7 +251,8 @@ fn blobs_are_there_with_their_transaction_and_replayed() {
     assert!(matches!(second.apply(&missing), Err(ApplyError::Storage(_))));
 }
 
-/// What no node can apply stops all of them, until all are told to leave it out. What can be applied is applied.
+/// What no node can apply stops all of them, until all are told to leave it out. What can be
+/// applied is applied.
 #[test]
 fn an_entry_that_no_node_can_apply_is_left_out_if_that_is_decided() {
     let unfit = [
