@@ -5,6 +5,7 @@
 `run.py` does it before it runs the targets.
 """
 
+import json
 import os
 import pickle
 import struct
@@ -108,6 +109,12 @@ def main():
     seed("peer_message", "transaction", b"t" + head + record)
     seed("peer_message", "with_blob", b"b" + head + struct.pack(">I", 1) + blob + record)
     seed("peer_message", "record", record)
+    seed("peer_frame", "begin", b"t" + meta)
+    seed("peer_frame", "record", b"d" + record)
+    seed("peer_frame", "hole", b"f" + bytes(15) + b"\x01")
+    seed("peer_frame", "digests", b"d" + bytes(7) + b"\x05p" + bytes(4))
+    upload = {"storage": "1", "transfer": "00" * 16, "len": 5, "sha256": "00" * 32}
+    seed("peer_frame", "upload", b"a" + json.dumps(upload).encode())
     with open(os.path.join(HERE, "..", "README.md")) as readme:
         lines = [line[4:] for line in readme if line.startswith("    ")]
     text = "".join(lines)

@@ -6,7 +6,7 @@ use standby_types::{Transfer, Upload};
 use crate::platform::hex::{hex, unhex};
 
 /// What is said of an upload: that it is to be had, or that it is given up.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announcement {
     storage: String,
     transfer: String,

@@ -19,3 +19,4 @@ pub(crate) mod sessions;
 pub mod shared;
 pub mod status;
 pub(crate) mod storage;
+pub mod wire;

@@ -6,15 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use serde::Serialize;
 use standby_types::{NodeId, Transfer};
 use tokio::sync::mpsc;
 
-use crate::cells::announcement::Announcement;
-use crate::cells::status::NodeReport;
+use crate::cells::wire::{Frame, LinkFrame};
 use crate::platform::lock::lock;
 use crate::platform::{self, Instant};
-use crate::transport::frames::frame;
 
 /// Time between two log lines about the same trouble with the same node.
 const QUIET: Duration = Duration::from_secs(60);
@@ -81,31 +78,28 @@ impl Peers {
     }
 
     /// Sends a message of consensus; it may be lost.
-    pub fn send(&self, to: NodeId, message: &[u8]) {
-        if let Some(link) = lock(&self.links).get(&to) {
-            platform::deliver(link, frame(b'r', message));
+    pub fn send(&self, to: NodeId, message: Bytes) {
+        if let Some(link) = lock(&self.links).get(&to)
+            && let Ok(frame) = LinkFrame::Raft(message).encode()
+        {
+            platform::deliver(link, frame);
         }
     }
 
-    /// Sends a report to all.
-    pub fn broadcast(&self, report: &NodeReport) {
-        self.tell_all(b's', report);
-    }
-
-    /// Says to all that an upload is to be had here.
-    pub fn announce(&self, announcement: &Announcement) {
-        self.tell_all(b'a', announcement);
-    }
-
-    /// Says to all that an upload's transaction was aborted.
-    pub fn forget(&self, announcement: &Announcement) {
-        self.tell_all(b'd', announcement);
+    /// Says something to all; it may be lost.
+    pub fn tell_all(&self, what: &LinkFrame) {
+        let Ok(frame) = what.encode() else { return };
+        for link in lock(&self.links).values() {
+            let _ = link.try_send(frame.clone());
+        }
     }
 
     /// Says to the node that announced an upload that it is durable here too.
     pub fn arrived(&self, to: NodeId, transfer: Transfer) {
-        if let Some(link) = lock(&self.links).get(&to) {
-            let _ = link.try_send(frame(b'g', &transfer.0));
+        if let Some(link) = lock(&self.links).get(&to)
+            && let Ok(frame) = LinkFrame::Arrived(transfer).encode()
+        {
+            let _ = link.try_send(frame);
         }
     }
 
@@ -125,14 +119,6 @@ impl Peers {
             links.remove(&from);
         }
         left == 0
-    }
-
-    fn tell_all(&self, kind: u8, what: &impl Serialize) {
-        let Ok(json) = serde_json::to_vec(what) else { return };
-        let frame = frame(kind, &json);
-        for link in lock(&self.links).values() {
-            let _ = link.try_send(frame.clone());
-        }
     }
 
     /// Says to a node, from now on, why it is not let in.

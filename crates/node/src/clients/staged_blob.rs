@@ -8,6 +8,7 @@ use standby_zeo::StagedFile;
 
 use crate::cells::announcement::Announcement;
 use crate::cells::shared::Shared;
+use crate::cells::wire::LinkFrame;
 
 /// A session's hold on its upload. The other nodes are told of the upload; and if it is given up,
 /// of that.
@@ -26,7 +27,7 @@ impl StagedBlob {
         staged: Staged,
     ) -> StagedBlob {
         let announcement = Announcement::of(storage, upload);
-        shared.peers.announce(&announcement);
+        shared.peers.tell_all(&LinkFrame::Announced(announcement.clone()));
         StagedBlob { shared: shared.clone(), announcement, staged: Some(staged) }
     }
 }
@@ -42,7 +43,8 @@ impl StagedFile for StagedBlob {
 impl Drop for StagedBlob {
     fn drop(&mut self) {
         if self.staged.is_some() {
-            self.shared.peers.forget(&self.announcement);
+            let forgotten = LinkFrame::Forgotten(self.announcement.clone());
+            self.shared.peers.tell_all(&forgotten);
         }
     }
 }

@@ -1,22 +1,16 @@
 //! Blobs between nodes.
 //!
-//! The primary announces each complete upload over its links ('a', JSON); each node fetches it into
-//! its staging directory and says so ('g', the transfer's name). An upload that is given up is
-//! called off in the same way ('d', JSON). A node that is to persist an entry of the log whose
-//! blobs it lacks fetches them the same way.
+//! The primary announces each complete upload over its links ([`LinkFrame::Announced`]); each node
+//! fetches it into its staging directory and says so. An upload that is given up is called off in
+//! the same way. A node that is to persist an entry of the log whose blobs it lacks fetches them the
+//! same way: it asks, and is answered by [`BlobFrame`]s.
 //!
-//! ```text
-//! fetching node                          serving node
-//!    'q' JSON: what is wanted      ─────▶
-//!                                  ◀─────  'x' reason, or: 'p' it was packed away, or: 'c' bytes …
-//!                                  ◀─────  'h' SHA-256 of all bytes
-//! ```
+//! [`LinkFrame::Announced`]: crate::cells::wire::LinkFrame::Announced
 //!
 //! A list of blobs is sent in the same way, without a hash.
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use standby_filestorage::{BlobDir, BlobId, Staged};
 use standby_types::{Blob, BlobSource, Oid, Tid, Transfer, Upload};
@@ -24,9 +18,10 @@ use tokio::io::BufReader;
 use tracing::info;
 
 use crate::cells::shared::Shared;
+use crate::cells::wire::{BlobFrame, Question, receive, send};
 use crate::platform;
 use crate::transport::blob_files::{BlobReader, BlobWriter, new_transfer};
-use crate::transport::frames::{PeerError, read_frame, within, write_frame};
+use crate::transport::frames::{PeerError, within};
 use crate::transport::handshake::{Purpose, connect};
 use crate::transport::stream::Stream;
 
@@ -126,9 +121,9 @@ pub async fn obtain_old(
     };
     let mut list = Source::connect(shared, address).await?;
     let mut source = Source::connect(shared, address).await?;
-    list.ask(&Request::List { storage: storage.into(), up_to: up_to.0 }).await?;
+    list.ask(Request::List { storage: storage.into(), up_to: up_to.0 }).await?;
     let mut fetched = 0;
-    while let Piece::Bytes(names) = list.piece().await? {
+    while let BlobFrame::Piece(names) = list.piece().await? {
         for name in names.chunks_exact(16) {
             let (Some(oid), Some(tid)) = (Oid::from_slice(&name[..8]), Tid::from_slice(&name[8..]))
             else {
@@ -178,12 +173,6 @@ fn damaged() -> PeerError {
     PeerError::Protocol("a blob has arrived damaged".into())
 }
 
-enum Piece {
-    Bytes(Bytes),
-    /// That is all; its hash.
-    End(Bytes),
-}
-
 /// A node that blobs are fetched from, one after the other.
 struct Source(BufReader<Stream>);
 
@@ -193,18 +182,16 @@ impl Source {
         Ok(Source(BufReader::with_capacity(1 << 20, stream)))
     }
 
-    async fn ask(&mut self, request: &Request) -> Result<(), PeerError> {
-        let json = serde_json::to_vec(request)?;
-        write_frame(&mut self.0, b'q', &json).await
+    async fn ask(&mut self, request: Request) -> Result<(), PeerError> {
+        send(&mut self.0, &Question(request)).await
     }
 
-    async fn piece(&mut self) -> Result<Piece, PeerError> {
-        match within(PATIENCE, read_frame(&mut self.0, MAX_PIECE)).await? {
-            (b'c', bytes) => Ok(Piece::Bytes(bytes)),
-            (b'h', hash) => Ok(Piece::End(hash)),
-            (b'p', _) => Err(PeerError::PackedAway),
-            (b'x', why) => Err(PeerError::Refused(String::from_utf8_lossy(&why).into_owned())),
-            (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
+    /// The next piece, or its end.
+    async fn piece(&mut self) -> Result<BlobFrame, PeerError> {
+        match within(PATIENCE, receive(&mut self.0, MAX_PIECE)).await? {
+            BlobFrame::PackedAway => Err(PeerError::PackedAway),
+            BlobFrame::Refused(reason) => Err(PeerError::Refused(reason)),
+            piece => Ok(piece),
         }
     }
 
@@ -240,12 +227,13 @@ impl Source {
             transfer: transfer.map(|transfer| transfer.to_string()),
             revision: revision.map(|(oid, tid)| (oid.0, tid.0)),
         };
-        self.ask(&request).await?;
+        self.ask(request).await?;
         let mut writer = BlobWriter::new(blobs, to);
         let hash = loop {
             match self.piece().await? {
-                Piece::Bytes(piece) => writer.write(&piece).await?,
-                Piece::End(hash) => break hash,
+                BlobFrame::Piece(piece) => writer.write(&piece).await?,
+                BlobFrame::End(hash) => break hash,
+                BlobFrame::PackedAway | BlobFrame::Refused(_) => return Err(damaged()),
             }
         };
         let (upload, staged) = writer.finish().await?;

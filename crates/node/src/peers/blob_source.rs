@@ -11,17 +11,17 @@ use tokio::io::AsyncWrite;
 use super::blob::{Request, blobs_of};
 use super::blob_repair::mend_for_another;
 use crate::cells::shared::Shared;
+use crate::cells::wire::{BlobFrame, Question, receive, send};
 use crate::platform;
 use crate::transport::blob_files::BlobReader;
-use crate::transport::frames::{PeerError, read_frame, write_frame};
+use crate::transport::frames::PeerError;
 use crate::transport::stream::Stream;
 
 /// Serves a node that fetches blobs, until it leaves.
 pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
     loop {
-        let request = match read_frame(&mut stream, 4 << 10).await {
-            Ok((b'q', json)) => serde_json::from_slice(&json)?,
-            Ok(_) => return Err(PeerError::Protocol("no request for a blob".into())),
+        let request = match receive(&mut stream, 4 << 10).await {
+            Ok(Question(request)) => request,
             Err(PeerError::Io(_)) => return Ok(()),
             Err(error) => return Err(error),
         };
@@ -36,13 +36,14 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
                         let right = |sha256: &[u8; 32]| {
                             revision.is_none_or(|revision| blobs.may_be(revision, sha256))
                         };
-                        send(&mut stream, reader, right).await
+                        send_pieces(&mut stream, reader, right).await
                     }
                     Err(_) if is_packed_away(shared, &storage, revision).await? => {
-                        write_frame(&mut stream, b'p', b"").await
+                        send(&mut stream, &BlobFrame::PackedAway).await
                     }
                     Err(error) => {
-                        write_frame(&mut stream, b'x', error.to_string().as_bytes()).await?;
+                        let refused = BlobFrame::Refused(error.to_string());
+                        send(&mut stream, &refused).await?;
                         let lacks = revision.is_some_and(|revision| blobs.should_have(revision));
                         if lacks { Err(PeerError::Damaged) } else { Ok(()) }
                     }
@@ -105,14 +106,14 @@ async fn send_list(
         Ok::<_, StorageError>(())
     });
     while let Some(batch) = queue.recv().await {
-        write_frame(stream, b'c', &batch).await?;
+        send(stream, &BlobFrame::Piece(batch)).await?;
     }
     walking.await.map_err(std::io::Error::other)??;
-    write_frame(stream, b'h', b"").await
+    send(stream, &BlobFrame::End(Bytes::new())).await
 }
 
 /// Sends the pieces of a blob. If it is not `right`, or cannot be read, who fetches it is told so.
-async fn send(
+async fn send_pieces(
     stream: &mut (impl AsyncWrite + Unpin),
     mut reader: BlobReader,
     right: impl Fn(&[u8; 32]) -> bool,
@@ -125,11 +126,13 @@ async fn send(
             if !right(&sha256) {
                 break;
             }
-            return write_frame(stream, b'h', &sha256).await;
+            let hash = Bytes::copy_from_slice(&sha256);
+            return send(stream, &BlobFrame::End(hash)).await;
         }
         hash.update(&bytes);
-        write_frame(stream, b'c', &bytes).await?;
+        send(stream, &BlobFrame::Piece(bytes)).await?;
     }
-    write_frame(stream, b'x', b"the blob is damaged on that node").await?;
+    let refused = BlobFrame::Refused("the blob is damaged on that node".into());
+    send(stream, &refused).await?;
     Err(PeerError::Damaged)
 }

@@ -1,11 +1,7 @@
 //! Bytes of a data file for a node on which they are damaged.
 //!
-//! ```text
-//! asking node                                  serving node
-//!    'q' JSON: storage, offset in its  ─────▶
-//!        data file
-//!                                      ◀─────  'd' the bytes of the block, or 'x' why not
-//! ```
+//! The asking node names the storage and an offset in its data file; the answer is a
+//! [`BlockFrame`].
 //!
 //! The data files of two nodes need not be the same byte for byte (one may have been packed or
 //! recovered another way): who asks compares what comes with its own checksum.
@@ -21,7 +17,8 @@ use tracing::{info, warn};
 
 use crate::cells::repair_sources::RepairSources;
 use crate::cells::shared::Shared;
-use crate::transport::frames::{PeerError, blocking, read_frame, write_frame};
+use crate::cells::wire::{BlockFrame, Question, receive, send};
+use crate::transport::frames::{PeerError, blocking};
 use crate::transport::handshake::{Introduction, Purpose, connect};
 use crate::transport::stream::Stream;
 
@@ -40,27 +37,24 @@ pub async fn fetch_block(
 ) -> Result<Vec<u8>, PeerError> {
     let (mut stream, _) = connect(me, address, Purpose::Block).await?;
     let wanted = Wanted { storage: storage.to_owned(), offset: damaged.offset };
-    write_frame(&mut stream, b'q', &serde_json::to_vec(&wanted)?).await?;
-    match read_frame(&mut stream, BLOCK as usize + 1).await? {
-        (b'd', bytes) => Ok(bytes.to_vec()),
-        (b'x', reason) => Err(PeerError::Refused(String::from_utf8_lossy(&reason).into_owned())),
-        (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
+    send(&mut stream, &Question(wanted)).await?;
+    match receive(&mut stream, BLOCK as usize + 1).await? {
+        BlockFrame::Block(bytes) => Ok(bytes.to_vec()),
+        BlockFrame::Refused(reason) => Err(PeerError::Refused(reason)),
     }
 }
 
 /// Serves a block.
 pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
-    let (_, json) = read_frame(&mut stream, 4 << 10).await?;
-    let wanted: Wanted = serde_json::from_slice(&json)?;
+    let Question::<Wanted>(wanted) = receive(&mut stream, 4 << 10).await?;
     let reader = shared.storages.get(&wanted.storage).map(|storage| storage.reader());
     let found = match reader {
         Some(reader) => blocking(move || Ok(reader.block(wanted.offset)?)).await?,
         None => None,
     };
-    match found {
-        Some(bytes) => write_frame(&mut stream, b'd', &bytes).await,
-        None => write_frame(&mut stream, b'x', b"this node does not have these bytes either").await,
-    }
+    let lacks = || BlockFrame::Refused("this node does not have these bytes either".into());
+    let answer = found.map_or_else(lacks, |bytes| BlockFrame::Block(bytes.into()));
+    send(&mut stream, &answer).await
 }
 
 /// How long somebody who reads a damaged block waits for it.

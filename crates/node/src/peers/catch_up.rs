@@ -1,22 +1,8 @@
 //! Catching up: a node that the log cannot serve any more gets the transactions themselves.
 //!
-//! ```text
-//! follower                                     source
-//!   'q' JSON: per storage the last tid, its
-//!       position, and for a data file of
-//!       unknown origin its SHA-256     ─────▶
-//!                                      ◀─────  'p' about how many bytes come in all, 8; again and again
-//!                                      ◀─────  'x' reason, or per storage:
-//!                                      ◀─────  's' storage name
-//!                                      ◀─────  'f' for each hole in what comes: after 8, through 8
-//!                                      ◀─────  't' transaction's head
-//!                                      ◀─────  'b' the oid of the next record, if that has a blob
-//!                                      ◀─────  'c' the blob's bytes …
-//!                                      ◀─────  'h' their SHA-256
-//!                                      ◀─────  'd' record …
-//!                                      ◀─────  'e' end of transaction
-//!                                      ◀─────  'z' that is all
-//! ```
+//! The follower says what it has of each storage ([`Request`]); the source answers with
+//! [`CatchUpFrame`]s: about how many bytes come, and for each storage the holes in what comes, and the
+//! transactions. A record that has a blob comes after it.
 //!
 //! Everything sent is committed. It may go beyond the state that was asked for; what the log brings
 //! again later is recognised by its tid.
@@ -31,13 +17,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use standby_consensus::AppliedPoint;
 use standby_filestorage::{
     BlobDir, BlobId, Hole, Mark, Reader, Record, RecordData, StorageError, StoredTransaction,
-    Transactions, may_be_blob, put_meta, put_record, take_meta, take_record,
+    Transactions, may_be_blob,
 };
 use standby_types::disk::{Open, read_full};
 use standby_types::{Blob, BlobSource, Disk, NodeId, Oid, Position, Tid};
@@ -50,13 +36,14 @@ use crate::cells::events::TaskReport;
 use crate::cells::shared::Shared;
 use crate::cells::status::CatchUp;
 use crate::cells::storage::StorageShared;
+use crate::cells::wire::{CatchUpFrame, Frame, Question, receive as receive_frame, send};
 use crate::config::Recovery;
 use crate::peers::blob::obtain_old;
 use crate::peers::blob_repair::mend_for_another;
 use crate::platform::hex::hex;
 use crate::platform::{self, Instant};
 use crate::transport::blob_files::{BlobWriter, new_transfer};
-use crate::transport::frames::{PeerError, blocking, frame, read_frame, within, write_frame};
+use crate::transport::frames::{PeerError, blocking, read_frame, within};
 use crate::transport::handshake::{Purpose, connect};
 use crate::transport::stream::Stream;
 
@@ -151,7 +138,7 @@ async fn attempt(
     })
     .await?;
     info!(peer = peer.node, target = %target.index, "catching up");
-    write_frame(&mut stream, b'q', &serde_json::to_vec(&request)?).await?;
+    send(&mut stream, &Question(request)).await?;
     let (items, receiver) = mpsc::channel(QUEUE);
     shared.apply(ApplyTask::CatchUp { items: CatchUpItems::new(receiver), target: target.clone() });
     let _shown = Shown(shared);
@@ -181,7 +168,7 @@ pub async fn fetch_history(
         only: Some(storage.to_owned()),
         index: 0,
     };
-    write_frame(&mut stream, b'q', &serde_json::to_vec(&request)?).await?;
+    send(&mut stream, &Question(request)).await?;
     receive(shared, stream, &peer.node, items, show).await
 }
 
@@ -218,50 +205,41 @@ async fn receive(
                 tokio::time::sleep(due - begun.elapsed()).await;
             }
         }
-        let malformed = |_| PeerError::Protocol("a malformed transaction".into());
-        let item = match kind {
-            b's' => {
-                storage = String::from_utf8_lossy(&content).into_owned();
+        let item = match CatchUpFrame::take(kind, content)? {
+            CatchUpFrame::Storage(name) => {
+                storage = name;
                 continue;
             }
-            b'p' => {
-                progress.total_bytes = number(&content)?;
+            CatchUpFrame::Total(bytes) => {
+                progress.total_bytes = bytes;
                 continue;
             }
-            b'f' => {
-                let (after, through) = content.split_at(content.len() / 2);
-                let (after, through) = (Tid(number(after)?), Tid(number(through)?));
-                CatchUpItem::Hole(storage.clone(), Hole { after, through })
-            }
-            b't' => {
+            CatchUpFrame::Hole(hole) => CatchUpItem::Hole(storage.clone(), hole),
+            CatchUpFrame::Begin(meta) => {
                 progress.transactions += 1;
-                let meta = take_meta(&mut content.clone()).map_err(malformed)?;
                 CatchUpItem::Begin(storage.clone(), meta)
             }
-            b'b' => {
-                let oid = Oid::from_slice(&content)
-                    .ok_or_else(|| PeerError::Protocol("a malformed oid".into()))?;
+            CatchUpFrame::Blob(oid) => {
                 blob = Some((oid, begin_blob(shared, &storage)?));
                 continue;
             }
-            b'c' => {
+            CatchUpFrame::BlobPiece(bytes) => {
                 let (_, writer) = blob.as_mut().ok_or_else(no_blob)?;
-                writer.write(&content).await?;
+                writer.write(&bytes).await?;
                 continue;
             }
-            b'h' => {
+            CatchUpFrame::BlobEnd(sha256) => {
                 let (oid, writer) = blob.take().ok_or_else(no_blob)?;
                 let (upload, staged) = writer.finish().await?;
-                if upload.sha256[..] != content[..] {
+                if upload.sha256[..] != sha256[..] {
                     return Err(PeerError::Protocol("a blob has arrived damaged".into()));
                 }
                 CatchUpItem::Blob(Blob { oid, source: BlobSource::Upload(upload) }, staged)
             }
-            b'd' => CatchUpItem::Record(take_record(&mut content.clone()).map_err(malformed)?),
-            b'e' => CatchUpItem::End,
-            b'z' => CatchUpItem::Done,
-            b'x' => return Err(PeerError::Refused(String::from_utf8_lossy(&content).into_owned())),
-            other => return Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
+            CatchUpFrame::Record(record) => CatchUpItem::Record(record),
+            CatchUpFrame::End => CatchUpItem::End,
+            CatchUpFrame::Done => CatchUpItem::Done,
+            CatchUpFrame::Refused(reason) => return Err(PeerError::Refused(reason)),
         };
         let done = matches!(item, CatchUpItem::Done);
         if done {
@@ -303,11 +281,6 @@ impl Drop for Shown<'_> {
     fn drop(&mut self) {
         self.0.show_catch_up(None);
     }
-}
-
-fn number(bytes: &[u8]) -> Result<u64, PeerError> {
-    let number = bytes.try_into().map(u64::from_be_bytes);
-    number.map_err(|_| PeerError::Protocol("a malformed number".into()))
 }
 
 fn begin_blob(shared: &Shared, storage: &str) -> Result<BlobWriter, PeerError> {
@@ -359,11 +332,7 @@ fn hash_of(disk: &dyn Disk, path: &Path, mark: Mark) -> std::io::Result<String> 
 /// Serves a follower.
 pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
     let served = async {
-        let (kind, content) = read_frame(&mut stream, 1 << 20).await?;
-        let request: Request = match kind {
-            b'q' => serde_json::from_slice(&content)?,
-            _ => return Err(PeerError::Protocol("no request for a catch-up".into())),
-        };
+        let Question::<Request>(request) = receive_frame(&mut stream, 1 << 20).await?;
         let (frames, mut queue) = platform::queue(QUEUE);
         let reading_from = shared.clone();
         let reading = platform::spawn_blocking(move || {
@@ -379,7 +348,7 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
         match reading.await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(SendError::Refused(reason))) => {
-                write_frame(&mut stream, b'x', reason.as_bytes()).await?;
+                send(&mut stream, &CatchUpFrame::Refused(reason.clone())).await?;
                 Err(PeerError::Protocol(reason))
             }
             Ok(Err(SendError::NotNow(reason))) => Err(PeerError::Protocol(reason)),
@@ -418,15 +387,15 @@ impl From<StorageError> for SendError {
 /// Frames on their way to the socket, some together.
 struct Frames {
     together: BytesMut,
-    queue: mpsc::Sender<bytes::Bytes>,
+    queue: mpsc::Sender<Bytes>,
     /// Bytes of content so far.
     sent: u64,
 }
 
 impl Frames {
-    fn send(&mut self, kind: u8, content: &[u8]) -> Result<(), SendError> {
-        self.sent += content.len() as u64;
-        self.together.extend_from_slice(&frame(kind, content));
+    fn send(&mut self, frame: &CatchUpFrame) -> Result<(), SendError> {
+        let refused = |error: PeerError| SendError::NotNow(error.to_string());
+        self.sent += frame.append(&mut self.together).map_err(refused)? as u64;
         if self.together.len() >= TOGETHER { self.flush() } else { Ok(()) }
     }
 
@@ -452,7 +421,7 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
         };
         let storages = shared.storages.iter().filter(|(name, _)| wanted(name));
         let total: u64 = storages.map(missing).sum();
-        frames.send(b'p', &total.to_be_bytes())?;
+        frames.send(&CatchUpFrame::Total(total))?;
     }
     for (name, storage) in shared.storages.iter().filter(|(name, _)| wanted(name)) {
         let Some(have) = request.storages.get(name) else {
@@ -465,7 +434,7 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
             let reason = "this node has not come far enough itself".to_owned();
             return Err(SendError::NotNow(reason));
         }
-        frames.send(b's', name.as_bytes())?;
+        frames.send(&CatchUpFrame::Storage(name.clone()))?;
         let transactions = reader.transactions(Tid(have.tid).next(), Tid::MAX)?;
         let fast = match request.recovery {
             Recovery::Normal => false,
@@ -476,7 +445,7 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
         let blobs = storage.blobs.as_ref().filter(|_| !request.without_blobs);
         Sending { storage: name, transactions, blobs, fast }.run(frames)?;
     }
-    frames.send(b'z', b"")
+    frames.send(&CatchUpFrame::Done)
 }
 
 /// Tells what is missing in what will come.
@@ -504,8 +473,7 @@ fn send_holes(
         return Err(SendError::NotNow(reason.into()));
     }
     for hole in holes.iter() {
-        let bytes = [hole.after.to_bytes(), hole.through.to_bytes()].concat();
-        frames.send(b'f', &bytes)?;
+        frames.send(&CatchUpFrame::Hole(*hole))?;
     }
     Ok(())
 }
@@ -552,14 +520,14 @@ impl Sending<'_> {
                     told = left;
                     let so_far = frames.sent - before;
                     let all = so_far as f64 * (total as f64 / (total - left) as f64);
-                    frames.send(b'p', &(before + all as u64).to_be_bytes())?;
+                    frames.send(&CatchUpFrame::Total(before + all as u64))?;
                 }
                 continue;
             }
             self.send_head(&stored, frames)?;
             self.transactions
                 .records(&stored, |record| self.send_record(record, &stored, frames))?;
-            frames.send(b'e', b"")?;
+            frames.send(&CatchUpFrame::End)?;
         }
         Ok(())
     }
@@ -580,13 +548,11 @@ impl Sending<'_> {
             let record = self.transactions.record_at(stored, position)?;
             self.send_record(record, stored, frames)?;
         }
-        frames.send(b'e', b"")
+        frames.send(&CatchUpFrame::End)
     }
 
     fn send_head(&self, stored: &StoredTransaction, frames: &mut Frames) -> Result<(), SendError> {
-        let mut out = BytesMut::new();
-        put_meta(&stored.meta, &mut out);
-        frames.send(b't', &out)
+        frames.send(&CatchUpFrame::Begin(stored.meta.clone()))
     }
 
     fn send_record(
@@ -600,9 +566,7 @@ impl Sending<'_> {
         {
             send_blob(self.storage, blobs, (record.oid, stored.meta.tid), frames)?;
         }
-        let mut out = BytesMut::new();
-        put_record(&record, &mut out);
-        frames.send(b'd', &out)
+        frames.send(&CatchUpFrame::Record(record))
     }
 }
 
@@ -631,20 +595,21 @@ fn send_blob(
         }
         other => other.map_err(failed)?,
     };
-    frames.send(b'b', &oid.to_bytes())?;
+    frames.send(&CatchUpFrame::Blob(oid))?;
     let (mut hash, mut buffer, mut at) = (Sha256::new(), vec![0; BLOB_PIECE], 0);
     loop {
         let n = read_full(&*file, &mut buffer, at).map_err(failed)?;
         if n == 0 {
-            let sha256 = hash.finalize().into();
+            let sha256: [u8; 32] = hash.finalize().into();
             if !blobs.may_be((oid, tid), &sha256) {
                 let damaged = "it is damaged: its checksum is wrong";
                 return Err(failed(std::io::Error::new(ErrorKind::InvalidData, damaged)));
             }
-            return frames.send(b'h', &sha256);
+            let hash = Bytes::copy_from_slice(&sha256);
+            return frames.send(&CatchUpFrame::BlobEnd(hash));
         }
         hash.update(&buffer[..n]);
-        frames.send(b'c', &buffer[..n])?;
+        frames.send(&CatchUpFrame::BlobPiece(Bytes::copy_from_slice(&buffer[..n])))?;
         at += n as u64;
     }
 }

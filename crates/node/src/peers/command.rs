@@ -14,7 +14,8 @@ use tokio::sync::oneshot;
 use crate::cells::command::{Answer, Ask, PATIENCE};
 use crate::cells::events::Event;
 use crate::cells::shared::Shared;
-use crate::transport::frames::{MAX_FRAME, PeerError, read_frame, within, write_frame};
+use crate::cells::wire::{Answered, Question, receive, send};
+use crate::transport::frames::{MAX_FRAME, PeerError, within};
 use crate::transport::handshake::{Purpose, connect};
 use crate::transport::stream::Stream;
 
@@ -26,21 +27,21 @@ const ANSWER: Duration = PATIENCE.saturating_add(Duration::from_secs(5));
 /// Asks the node at `address`.
 pub async fn ask(shared: &Shared, address: &str, ask: &Ask) -> Result<Answer, PeerError> {
     let (mut stream, _) = connect(&shared.introduction(), address, Purpose::Ask).await?;
-    write_frame(&mut stream, b'q', &serde_json::to_vec(ask)?).await?;
-    match within(ANSWER, read_frame(&mut stream, MAX_FRAME)).await? {
-        (b'a', json) => Ok(serde_json::from_slice(&json)?),
-        (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
-    }
+    send(&mut stream, &Question(ask.clone())).await?;
+    let Answered(answer) = within(ANSWER, receive(&mut stream, MAX_FRAME)).await?;
+    Ok(answer)
 }
 
 /// Answers a node that asks.
 pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
-    let (_, json) = within(PROMPT, read_frame(&mut stream, 64 << 10)).await?;
-    let answer = match serde_json::from_slice(&json) {
+    let asked = within(PROMPT, receive(&mut stream, 64 << 10)).await?;
+    // What this version does not know is told in words.
+    let Question::<serde_json::Value>(asked) = asked;
+    let answer = match serde_json::from_value(asked) {
         Ok(ask) => here(shared, ask).await,
         Err(error) => Err(format!("the primary does not know how to do that: {error}")),
     };
-    write_frame(&mut stream, b'a', &serde_json::to_vec(&answer)?).await
+    send(&mut stream, &Answered(answer)).await
 }
 
 /// Does it here, if this node is the one to do it.

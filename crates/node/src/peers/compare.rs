@@ -1,24 +1,18 @@
 //! Comparing the contents of two nodes' data files, transaction by transaction.
 //!
-//! ```text
-//! asking node                                     serving node
-//!    'q' JSON: storage, the last transaction  ─────▶
-//!        that is compared already
-//!                                             ◀─────  'd' of each that follows: tid 8, status 1,
-//!                                                     checksum 4; about 16 MB of the data file together
-//! ```
-//!
+//! The asking node names the storage and the last transaction that is compared already; the answer,
+//! [`Digests`], is about those that follow, about 16 MB of the data file together.
 //! None follow if there are no more.
 
 use std::sync::Arc;
 
-use bytes::{Buf, Bytes};
 use serde::{Deserialize, Serialize};
 use standby_filestorage::Reader;
 use standby_types::Tid;
 
 use crate::cells::shared::Shared;
-use crate::transport::frames::{MAX_FRAME, PeerError, blocking, read_frame, write_frame};
+use crate::cells::wire::{Digest, Digests, Question, receive, send};
+use crate::transport::frames::{MAX_FRAME, PeerError, blocking};
 use crate::transport::handshake::{Introduction, Purpose, connect};
 use crate::transport::stream::Stream;
 
@@ -26,23 +20,11 @@ use crate::transport::stream::Stream;
 const BYTES: u64 = 16 << 20;
 /// Transactions that one answer is about.
 const MOST: usize = 10_000;
-const LEN: usize = 13;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Wanted {
     storage: String,
     after: u64,
-}
-
-/// What a transaction says, in short.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Digest {
-    /// The transaction.
-    pub tid: Tid,
-    /// It was packed, or comes from a fast recovery: what it says need not be the same everywhere.
-    pub partial: bool,
-    /// A checksum of all that it says.
-    pub sum: u32,
 }
 
 /// The next transactions after `after`, as far as one answer goes, and the bytes that they take.
@@ -69,41 +51,19 @@ pub async fn fetch_digests(
 ) -> Result<Vec<Digest>, PeerError> {
     let (mut stream, _) = connect(me, address, Purpose::Compare).await?;
     let wanted = Wanted { storage: storage.to_owned(), after: after.0 };
-    write_frame(&mut stream, b'q', &serde_json::to_vec(&wanted)?).await?;
-    match read_frame(&mut stream, MAX_FRAME).await? {
-        (b'd', content) => parse(content),
-        (other, _) => Err(PeerError::Protocol(format!("a frame of unknown kind {other}"))),
-    }
-}
-
-fn parse(mut content: Bytes) -> Result<Vec<Digest>, PeerError> {
-    if !content.len().is_multiple_of(LEN) {
-        return Err(PeerError::Protocol("malformed checksums of transactions".into()));
-    }
-    let count = content.len() / LEN;
-    let one = |_| Digest {
-        tid: Tid(content.get_u64()),
-        partial: content.get_u8() == b'p',
-        sum: content.get_u32(),
-    };
-    Ok((0..count).map(one).collect())
+    send(&mut stream, &Question(wanted)).await?;
+    let Digests(found) = receive(&mut stream, MAX_FRAME).await?;
+    Ok(found)
 }
 
 /// Serves them.
 pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
-    let (_, json) = read_frame(&mut stream, 4 << 10).await?;
-    let wanted: Wanted = serde_json::from_slice(&json)?;
+    let Question::<Wanted>(wanted) = receive(&mut stream, 4 << 10).await?;
     let reader = shared.storages.get(&wanted.storage).map(|storage| storage.reader());
     let reader = reader.ok_or_else(|| PeerError::Protocol("an unknown storage".into()))?;
     let work = move || digests(&reader, Tid(wanted.after), Tid::MAX);
     let (digests, _) = blocking(work).await?;
-    let mut content = Vec::with_capacity(digests.len() * LEN);
-    for Digest { tid, partial, sum } in digests {
-        content.extend_from_slice(&tid.to_bytes());
-        content.push(if partial { b'p' } else { b' ' });
-        content.extend_from_slice(&sum.to_be_bytes());
-    }
-    write_frame(&mut stream, b'd', &content).await
+    send(&mut stream, &Digests(digests)).await
 }
 
 /// The first transaction from which on two files say something else, of those that neither has
@@ -154,11 +114,5 @@ mod tests {
         // What a pack has removed on one side is no difference, nor what it has changed.
         assert_eq!(compare(&all, &[packed(2), digest(3, 30)]), None);
         assert_eq!(compare(&all, &[packed(1), digest(2, 20), digest(3, 31)]), Some(3));
-    }
-
-    #[test]
-    fn any_bytes_are_read_or_refused() {
-        assert!(parse(Bytes::from_static(&[0; 12])).is_err());
-        assert_eq!(parse(Bytes::from_static(&[0; 26])).unwrap().len(), 2);
     }
 }

@@ -1,13 +1,7 @@
 //! Links: the connections over which consensus talks.
 //!
-//! ```text
-//! dialling node                                   accepting node
-//!    'r' a message of consensus            ─────▶
-//!    's' report, 'a' 'd' 'g' of uploads    ─────▶
-//!    'k' nothing, after a second of it     ─────▶
-//!                                          ◀─────  'k' nothing, every second
-//!                                          ◀─────  'n' why the node is not let in as a member
-//! ```
+//! The dialling side says [`LinkFrame`]s, at least one each second; the accepting side says
+//! [`LinkSign`]s, one each second.
 //!
 //! A link over which nothing comes, or that takes nothing, for [`Shared::peer_silence`] is closed
 //! and dialled anew: a firewall that forgets a connection says nothing to either side.
@@ -20,8 +14,9 @@ use tracing::{debug, info, warn};
 
 use crate::cells::events::{Event, TaskReport};
 use crate::cells::shared::Shared;
+use crate::cells::wire::{Frame, LinkFrame, LinkSign, receive};
 use crate::platform;
-use crate::transport::frames::{PeerError, frame, halves, read_frame, silent, write_within};
+use crate::transport::frames::{PeerError, halves, silent, write_within};
 use crate::transport::handshake::{Introduction, PeerInfo, Purpose, connect};
 use crate::transport::stream::Stream;
 
@@ -158,7 +153,7 @@ async fn run_dialled(
             let first = match tokio::time::timeout(SIGN, queue.recv()).await {
                 Ok(Some(first)) => first,
                 Ok(None) => return Ok(()),
-                Err(_) => frame(b'k', b""),
+                Err(_) => LinkFrame::Sign.encode()?,
             };
             let mut together = bytes::BytesMut::from(&first[..]);
             while together.len() < 1 << 20 {
@@ -174,14 +169,17 @@ async fn run_dialled(
         let mut read = tokio::io::BufReader::new(read);
         loop {
             // A node of an older version says nothing; reading tells when it is gone.
-            let next = read_frame(&mut read, MAX_REASON);
-            let (kind, content) = match gives_signs {
+            let next = receive::<LinkSign>(&mut read, MAX_REASON);
+            let sign = match gives_signs {
                 true => tokio::time::timeout(patience, next).await.map_err(|_| silent())??,
                 false => next.await?,
             };
-            let refusal = (kind == b'n').then(|| String::from_utf8_lossy(&content).into_owned());
-            let trouble =
-                refusal.map(|reason| format!("{node} does not let this node in: {reason}"));
+            let trouble = match sign {
+                LinkSign::NotLetIn(reason) => {
+                    Some(format!("{node} does not let this node in: {reason}"))
+                }
+                LinkSign::There => None,
+            };
             if shared.peers.set_trouble(address, trouble.clone())
                 && let Some(reason) = trouble
             {
@@ -190,10 +188,9 @@ async fn run_dialled(
         }
     };
     let ended: Result<(), PeerError> = tokio::select! {
-        biased;
-        ended = send => ended,
-        ended = hear => ended,
-    };
+    biased;
+    ended = send => ended,
+    ended = hear => ended};
     if let Err(error) = ended {
         debug!(peer = node, address, %error, "a link ended");
     }

@@ -45,6 +45,7 @@ use crate::cells::serving_state::ServingState;
 use crate::cells::sessions::{Mail, SessionHandle};
 use crate::cells::shared::Shared;
 use crate::cells::status::OwnState;
+use crate::cells::wire::LinkFrame;
 use crate::peers::catch_up::fetch;
 use crate::peers::link::learn;
 use crate::platform;
@@ -475,7 +476,7 @@ impl Engine {
         }
         while let Some(output) = self.outputs.pop_front() {
             match output {
-                Output::Send(to, message) => self.shared.peers.send(to, &message),
+                Output::Send(to, message) => self.shared.peers.send(to, message),
                 Output::Persist(batch) => self.to_log(LogWork::Persist(batch))?,
                 Output::Fetch(fetch) => {
                     let shared = self.shared.clone();
@@ -819,6 +820,7 @@ impl Engine {
             }),
         );
         self.shared.reports.forget_removed(&self.settings.removed);
-        self.shared.peers.broadcast(&self.shared.reports.own());
+        let own = Box::new(self.shared.reports.own());
+        self.shared.peers.tell_all(&LinkFrame::Report(own));
     }
 }

@@ -4,22 +4,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use standby_consensus::decode_message;
-use standby_types::{NodeId, Transfer};
+use standby_types::NodeId;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tracing::{debug, warn};
 
 use crate::cells::events::Event;
 use crate::cells::gate::Pass;
 use crate::cells::shared::Shared;
-use crate::cells::status::NodeReport;
+use crate::cells::wire::{Frame, LinkFrame, LinkSign, receive as receive_frame};
 use crate::clients::listener;
 use crate::peers::link::{MAX_REASON, SIGN, learn, note_other_history};
 use crate::peers::{blob_source, block, catch_up, command, compare};
 use crate::platform::{TcpListener, TcpStream};
 use crate::tasks::founding;
-use crate::transport::frames::{
-    MAX_FRAME, PeerError, Progressing, frame, halves, read_frame, write_within,
-};
+use crate::transport::frames::{MAX_FRAME, PeerError, Progressing, halves, write_within};
 use crate::transport::handshake::{PeerInfo, Purpose, Welcome, answer, receive};
 
 /// Accepts connections from other nodes.
@@ -99,10 +97,9 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream, stranger: Pass) {
             shared.tell(Event::PeerUp(info)).await;
             let (read, write) = halves(stream);
             let ended = tokio::select! {
-                biased;
-                ended = receive_all(&shared, read, dialling) => ended,
-                ended = give_signs(&shared, write, id), if signs => ended,
-            };
+            biased;
+            ended = receive_all(&shared, read, dialling) => ended,
+            ended = give_signs(&shared, write, id), if signs => ended};
             if let Err(error) = ended {
                 debug!(from, %error, "a link ended");
             }
@@ -156,10 +153,13 @@ async fn give_signs(
     loop {
         let refusal = shared.peers.refusal(to);
         let sign = match refusal {
-            Some(reason) => frame(b'n', reason.get(..MAX_REASON / 2).unwrap_or(&reason).as_bytes()),
-            None => frame(b'k', b""),
+            Some(reason) => {
+                let short = reason.get(..MAX_REASON / 2).unwrap_or(&reason);
+                LinkSign::NotLetIn(short.to_owned())
+            }
+            None => LinkSign::There,
         };
-        write_within(&mut write, sign, patience).await?;
+        write_within(&mut write, sign.encode()?, patience).await?;
         tokio::time::sleep(SIGN).await;
     }
 }
@@ -204,13 +204,13 @@ async fn receive_all(
     let patience = signs.then(|| shared.peer_silence());
     let mut read = tokio::io::BufReader::with_capacity(256 << 10, Progressing::new(read, patience));
     loop {
-        let (kind, content) = read_frame(&mut read, MAX_FRAME).await?;
+        let frame = receive_frame(&mut read, MAX_FRAME).await?;
         if shared.peers.epoch() != epoch {
             return Err(PeerError::Protocol("this node has begun another timeline".into()));
         }
-        match kind {
-            b'r' => {
-                let message = decode_message(content)
+        match frame {
+            LinkFrame::Raft(message) => {
+                let message = decode_message(message)
                     .map_err(|error| PeerError::Protocol(error.to_string()))?;
                 if message.from() != from || message.to() != shared.id {
                     return Err(PeerError::Protocol("a message under another's name".into()));
@@ -222,32 +222,24 @@ async fn receive_all(
                 }
                 shared.tell(Event::Peer(message, epoch)).await;
             }
-            b's' => {
-                if let Ok(report) = serde_json::from_slice::<NodeReport>(&content) {
-                    if is_gone(shared, report.node()) {
-                        shared.reports.forget(from);
-                        return Err(PeerError::Protocol("the node was removed".into()));
-                    }
-                    shared.note_acknowledged(&report);
-                    shared.reports.note(from, report);
+            LinkFrame::Report(report) => {
+                if is_gone(shared, report.node()) {
+                    shared.reports.forget(from);
+                    return Err(PeerError::Protocol("the node was removed".into()));
                 }
+                shared.note_acknowledged(&report);
+                shared.reports.note(from, *report);
             }
-            b'a' | b'd' => {
-                let announcement = serde_json::from_slice(&content)?;
-                let event = match kind {
-                    b'a' => Event::Announced(from, announcement),
-                    _ => Event::Forgotten(announcement),
-                };
-                shared.tell(event).await;
+            LinkFrame::Announced(announcement) => {
+                shared.tell(Event::Announced(from, announcement)).await;
             }
-            b'g' => {
-                let transfer = content[..].try_into().map(Transfer);
-                let wrong = |_| PeerError::Protocol("a malformed name of an upload".into());
-                shared.tell(Event::Arrived(from, transfer.map_err(wrong)?)).await;
+            LinkFrame::Forgotten(announcement) => {
+                shared.tell(Event::Forgotten(announcement)).await;
             }
-            b'k' => {}
+            LinkFrame::Arrived(transfer) => shared.tell(Event::Arrived(from, transfer)).await,
+            LinkFrame::Sign => {}
             // A newer version may say what this one does not know.
-            other => debug!(%from, kind = other, "a frame of unknown kind"),
+            LinkFrame::Unknown(kind) => debug!(%from, kind, "a frame of unknown kind"),
         }
     }
 }

@@ -18,8 +18,9 @@ use standby_types::time::utc;
 use tracing::{error, info, warn};
 
 use crate::cells::shared::Shared;
+use crate::cells::wire::Digest;
 use crate::peers::blob_repair;
-use crate::peers::compare::{Comparison, Digest, digests, fetch_digests};
+use crate::peers::compare::{Comparison, digests, fetch_digests};
 use crate::platform::Instant;
 use crate::platform::lock::lock;
 

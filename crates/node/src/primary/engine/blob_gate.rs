@@ -19,6 +19,7 @@ use tracing::{debug, info, warn};
 use crate::cells::announcement::Announcement;
 use crate::cells::events::{Fetched, TaskReport};
 use crate::cells::storage::StorageShared;
+use crate::cells::wire::LinkFrame;
 use crate::peers::blob::{Wanted, WantedBlob, obtain};
 use crate::platform;
 use crate::primary::engine::{Engine, Outgoing};
@@ -262,7 +263,8 @@ impl Engine {
         for outgoing in &self.blobs.waiting {
             for blob in &outgoing.blobs.all {
                 if let BlobSource::Upload(upload) = blob.source {
-                    self.shared.peers.announce(&Announcement::of(&outgoing.storage, upload));
+                    let announcement = Announcement::of(&outgoing.storage, upload);
+                    self.shared.peers.tell_all(&LinkFrame::Announced(announcement));
                 }
             }
         }
