@@ -3,6 +3,7 @@
 //! of, and says what it was told.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -29,6 +30,10 @@ pub const BLOBS: u64 = 70;
 pub const FIRST_FREE: u64 = 100;
 /// How long a server may take to let a client in.
 const PATIENCE: Duration = Duration::from_secs(6);
+/// After so long a client that cannot connect is restarted by somebody.
+const LEFT_WAITING: Duration = Duration::from_secs(30);
+/// It says so often that it waits.
+const WINDOW: Duration = Duration::from_secs(2);
 
 /// Why something was not done.
 #[derive(Debug)]
@@ -73,6 +78,21 @@ struct Connection {
     frames: FrameReader,
     encoding: Encoding,
     next_id: i64,
+}
+
+impl Connection {
+    /// The next frame.
+    async fn frame(&mut self) -> Result<Bytes> {
+        loop {
+            let next = self.frames.next_frame(MAX_FRAME).map_err(|_| Trouble::Lost)?;
+            if let Some(frame) = next {
+                return Ok(frame);
+            }
+            if self.stream.read_buf(self.frames.buffer()).await? == 0 {
+                return Err(Trouble::Lost);
+            }
+        }
+    }
 }
 
 /// See the module.
@@ -138,37 +158,28 @@ impl Client {
                 vec![self.script.addresses[at].clone()]
             }
         };
-        let mut attempts = JoinSet::new();
-        for address in addresses {
-            attempts.spawn(async move {
-                loop {
-                    if let Ok(found) = greeted(&address).await {
-                        return found;
-                    }
-                    sleep(Duration::from_millis(40)).await;
-                }
-            });
-        }
-        let patience = if self.script.writes { Duration::from_secs(30) } else { PATIENCE };
-        let first = timeout(patience, attempts.join_next()).await;
-        let Ok(Some(Ok((stream, frames)))) = first else { return Err(Trouble::Lost) };
-        drop(attempts);
         let encoding = if self.random.one_in(2) { Encoding::Msgpack } else { Encoding::Pickle };
-        let mut connection = Connection { stream, frames, encoding, next_id: 0 };
-        connection.stream.write_all(&frame(encoding.version())).await?;
-        self.connection = Some(connection);
-        let known = self.told;
-        // Invalidations of this session follow what `register` answers.
-        self.told = Tid::NONE;
-        let answer = self.call("register", vec![Value::str("1"), (!self.script.writes).into()]);
-        let answer = match answer.await {
-            Ok(answer) => answer,
-            Err(trouble) => {
-                self.told = known;
-                return Err(trouble);
+        let read_only = !self.script.writes;
+        let patience = if self.script.writes { LEFT_WAITING } else { PATIENCE };
+        let found = {
+            let mut connecting = pin!(first_registered(addresses, encoding, read_only));
+            let mut waited = Duration::ZERO;
+            loop {
+                match timeout(WINDOW, &mut connecting).await {
+                    Ok(found) => break Some(found),
+                    Err(_) if waited + WINDOW >= patience => break None,
+                    Err(_) => waited += WINDOW,
+                }
+                if self.script.writes {
+                    self.history.add(Event::StillWaits { client: self.script.client });
+                }
             }
         };
-        let tid = tid_of(&answer)?;
+        let known = self.told;
+        let Some((connection, tid)) = found else { return Err(Trouble::Lost) };
+        self.connection = Some(connection);
+        // Invalidations of this session follow what `register` answers.
+        self.told = Tid::NONE;
         let (client, writes) = (self.script.client, self.script.writes);
         self.history.add(Event::Connected { client, writes, tid, known });
         self.told = self.told.max(tid);
@@ -468,15 +479,7 @@ impl Client {
     /// The next message, after what it says of other transactions was noted.
     async fn incoming(&mut self) -> Result<Incoming> {
         let Some(connection) = &mut self.connection else { return Err(Trouble::Lost) };
-        let frame = loop {
-            let next = connection.frames.next_frame(MAX_FRAME).map_err(|_| Trouble::Lost)?;
-            if let Some(frame) = next {
-                break frame;
-            }
-            if connection.stream.read_buf(connection.frames.buffer()).await? == 0 {
-                return Err(Trouble::Lost);
-            }
-        };
+        let frame = connection.frame().await?;
         let incoming = connection.encoding.decode(&frame).map_err(|_| Trouble::Lost)?;
         if let Incoming::Call(call) = &incoming
             && call.method == "receiveBlobChunk"
@@ -507,16 +510,55 @@ pub fn blob_of(amount: i64) -> Vec<u8> {
     (0..words).flat_map(|_| random.below(u64::MAX).to_le_bytes()).collect()
 }
 
-/// Connects, and waits until the server speaks: it may be held for long.
-async fn greeted(address: &str) -> Result<(TcpStream, FrameReader)> {
-    let mut stream = TcpStream::connect(address).await?;
-    let mut frames = FrameReader::default();
+/// Connects as a stock client does (`ClientIO` in `ZEO/asyncio/client.py`): to all addresses at the
+/// same time, and to each that refuses again and again. An address whose connection was closed is tried
+/// again only when all of them were. The first one that registers it is taken.
+async fn first_registered(
+    addresses: Vec<String>,
+    encoding: Encoding,
+    read_only: bool,
+) -> (Connection, Tid) {
     loop {
-        if frames.next_frame(MAX_FRAME).map_err(|_| Trouble::Lost)?.is_some() {
-            return Ok((stream, frames));
+        let mut attempts = JoinSet::new();
+        for address in addresses.clone() {
+            attempts.spawn(async move { registered(&address, encoding, read_only).await });
         }
-        if stream.read_buf(frames.buffer()).await? == 0 {
-            return Err(Trouble::Lost);
+        while let Some(ended) = attempts.join_next().await {
+            if let Ok(Ok(found)) = ended {
+                return found;
+            }
+        }
+        sleep(Duration::from_millis(40)).await;
+    }
+}
+
+async fn registered(
+    address: &str,
+    encoding: Encoding,
+    read_only: bool,
+) -> Result<(Connection, Tid)> {
+    let stream = loop {
+        match TcpStream::connect(address).await {
+            Ok(stream) => break stream,
+            Err(_) => sleep(Duration::from_millis(40)).await,
+        }
+    };
+    let frames = FrameReader::default();
+    let mut connection = Connection { stream, frames, encoding, next_id: 1 };
+    // It may be held for long.
+    connection.frame().await?;
+    connection.stream.write_all(&frame(encoding.version())).await?;
+    let id = Value::Int(connection.next_id);
+    let call = encoding.call(&id, "register", vec![Value::str("1"), read_only.into()]);
+    connection.stream.write_all(&call).await?;
+    loop {
+        let frame = connection.frame().await?;
+        match encoding.decode(&frame).map_err(|_| Trouble::Lost)? {
+            Incoming::Reply(reply) if reply.id == id => {
+                let tid = reply.result.map_err(|(class, _)| Trouble::Refused(class))?;
+                return Ok((connection, tid_of(&tid)?));
+            }
+            _ => {}
         }
     }
 }

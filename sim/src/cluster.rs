@@ -121,6 +121,8 @@ struct Cluster {
     /// The node whose data file or blobs were damaged.
     damaged: Option<usize>,
     /// When something was last wrong.
+    /// How often a node was started, or has ended.
+    changes: u64,
     troubled: Duration,
     calm: bool,
     outcome: Outcome,
@@ -198,6 +200,7 @@ pub fn run(plan: &Plan) -> Outcome {
         serves: vec![false; count],
         flips: Vec::new(),
         damaged: None,
+        changes: 0,
         troubled: Duration::ZERO,
         calm: false,
         outcome: Outcome::default(),
@@ -360,6 +363,10 @@ impl Cluster {
                 self.violation(format!("a panic: {panic}"));
             }
             self.look_at(node);
+        }
+        let changes = self.machines.iter().map(|machine| machine.changes).sum();
+        if std::mem::replace(&mut self.changes, changes) != changes {
+            self.history.add(Event::NodesChanged);
         }
         trace::set_machine(&self.clients.name);
         self.clients.step(TICK);

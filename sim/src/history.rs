@@ -18,6 +18,13 @@ pub enum Event {
         /// What the client had heard of before.
         known: Tid,
     },
+    /// A client cannot connect, for two seconds more.
+    StillWaits {
+        /// Who.
+        client: u32,
+    },
+    /// A node was started, or has ended.
+    NodesChanged,
     /// A revision was read.
     Read {
         /// Who.

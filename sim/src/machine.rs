@@ -46,6 +46,8 @@ pub struct Machine {
     pub rate: f64,
     /// Its program is stopped.
     pub paused: bool,
+    /// How often a program was started, or has ended.
+    pub changes: u64,
     runtime: Option<(Runtime, tokio::time::Instant)>,
     /// How far the program's clock is.
     clock: Duration,
@@ -61,6 +63,7 @@ impl Machine {
             disk: SimDisk::new(),
             rate: 1.0,
             paused: false,
+            changes: 0,
             runtime: None,
             clock: Duration::ZERO,
             shown: Arc::default(),
@@ -90,6 +93,7 @@ impl Machine {
         self.runtime = Some((runtime, begun));
         self.clock = Duration::ZERO;
         self.paused = false;
+        self.changes += 1;
     }
 
     /// Starts a node.
@@ -117,6 +121,7 @@ impl Machine {
     pub fn kill(&mut self) {
         self.host.network.close_all(self.host.address);
         let runtime = self.runtime.take();
+        self.changes += 1;
         self.host.enter(|| drop(runtime));
         *lock(&self.shown) = Shown::default();
     }

@@ -75,8 +75,38 @@ pub fn judge(
     wrong.extend(one_primary_in_a_term(events));
     wrong.extend(commits_are_in_the_order_of_time(events));
     wrong.extend(clients_go_forward(events));
+    wrong.extend(nobody_is_left_waiting(events));
     wrong.extend(syncs_see_what_was_acknowledged(events));
     wrong
+}
+
+/// Two seconds each for which a client may be without a server although others are served.
+const WAITS: u32 = 10;
+
+/// A stock client that has been disappointed by all living nodes waits for the others for ever. While
+/// no process begins or ends, no node may disappoint it.
+fn nobody_is_left_waiting(events: &[Event]) -> Option<String> {
+    // Of each client that waits: for how long while others were served, and whether one just was.
+    let mut waiting: BTreeMap<u32, (u32, bool)> = BTreeMap::new();
+    for event in events {
+        match event {
+            Event::NodesChanged => waiting.clear(),
+            Event::Connected { client, .. } => drop(waiting.remove(client)),
+            Event::Committed { client, .. } => {
+                let others = waiting.iter_mut().filter(|(other, _)| *other != client);
+                others.for_each(|(_, (_, served))| *served = true);
+            }
+            Event::StillWaits { client } => {
+                let (windows, served) = waiting.entry(*client).or_default();
+                *windows = if std::mem::take(served) { *windows + 1 } else { 0 };
+                if *windows >= WAITS {
+                    return Some(format!("waits: client {client} is served by nobody, others are"));
+                }
+            }
+            _ => {}
+        }
+    }
+    None
 }
 
 /// The moments of timelines that were left: between the last transaction before a fork and the

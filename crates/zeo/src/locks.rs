@@ -8,7 +8,7 @@
 //! take long to get into as many queues, and out of them, while everybody waits: it stands beside
 //! them, and its sorted list is compared with the lists of the others.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::Hash;
 
 use standby_types::Oid;
@@ -105,6 +105,11 @@ impl<T: Copy + Eq + Hash> Locks<T> {
         })
     }
 
+    /// Those who have asked for locks.
+    pub fn owners(&self) -> impl Iterator<Item = T> {
+        self.owners.keys().copied()
+    }
+
     /// An object that `owner` waits for, and who has come first of those whom it waits for.
     pub fn blocker(&self, owner: T) -> Option<(Oid, T)> {
         let held = self.owners.get(&owner).filter(|held| held.blocked > 0)?;
@@ -175,8 +180,8 @@ impl<T: Copy + Eq + Hash> Locks<T> {
         freed
     }
 
-    #[cfg(test)]
-    fn check(&self) {
+    /// Fails if an invariant does not hold. It takes long if there are many owners.
+    pub fn invariants(&self) {
         for queue in self.queues.values() {
             assert!(!queue.is_empty());
             let granted = queue.iter().take_while(|w| w.granted).count();
@@ -185,6 +190,8 @@ impl<T: Copy + Eq + Hash> Locks<T> {
             let exclusive =
                 queue.iter().take(granted).filter(|w| w.mode == Mode::Exclusive).count();
             assert!(exclusive == 0 || granted == 1);
+            let owners: HashSet<T> = queue.iter().map(|w| w.owner).collect();
+            assert_eq!(owners.len(), queue.len(), "an owner stands in a queue once");
         }
         for (owner, held) in &self.owners {
             let before = self.owners.values().filter(|other| other.arrived < held.arrived);
@@ -229,7 +236,7 @@ mod tests {
 
     fn ask(locks: &mut Locks<u32>, owner: u32, oids: &[(u64, Mode)]) -> bool {
         let granted = locks.acquire(owner, oids.iter().map(|(o, m)| (Oid(*o), *m)).collect());
-        locks.check();
+        locks.invariants();
         granted
     }
 
@@ -304,7 +311,7 @@ mod tests {
             while !granted.is_empty() {
                 let owner = granted.remove(order[done % order.len()] % granted.len());
                 granted.extend(locks.release(owner));
-                locks.check();
+                locks.invariants();
                 done += 1;
             }
             prop_assert_eq!(done, wishes.len());

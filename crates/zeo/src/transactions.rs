@@ -187,6 +187,19 @@ impl Transactions {
         self.transactions.clear();
     }
 
+    /// Fails if an invariant does not hold: each transaction has asked for its locks, and nobody else
+    /// has; one that was examined holds them all; one that finishes cannot be timed out.
+    pub fn invariants(&self) {
+        self.locks.invariants();
+        assert!(self.locks.owners().all(|owner| self.transactions.contains_key(&owner)));
+        for (session, transaction) in &self.transactions {
+            let examined = transaction.phase != Phase::Waiting;
+            assert!(!examined || self.locks.holds(*session, &[]), "{session:?} has voted");
+            let finishing = transaction.phase == Phase::Finishing;
+            assert!(!finishing || transaction.deadline.is_none(), "{session:?} finishes");
+        }
+    }
+
     /// Sessions that have held their locks for too long. The caller closes them and then calls
     /// [`Transactions::abort`].
     pub fn expired(&self, now: Duration) -> Vec<SessionId> {

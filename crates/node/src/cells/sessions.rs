@@ -273,7 +273,7 @@ impl Sessions {
         let all: Vec<_> = lock(&self.all).values().cloned().collect();
         for session in all {
             if let Some(reason) = session.gone(patience) {
-                session.cut(reason);
+                session.send_away(reason);
             }
         }
     }

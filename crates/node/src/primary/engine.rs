@@ -296,6 +296,24 @@ impl Engine {
             self.pump()?;
             self.tick_switchover()?;
             self.publish_lease();
+            if cfg!(debug_assertions) {
+                self.invariants();
+            }
+        }
+    }
+
+    /// Fails if an invariant does not hold: after each event in builds with debug assertions, as the
+    /// simulator's is.
+    fn invariants(&self) {
+        let in_flight: usize = self.pending.values().map(|pending| pending.len).sum();
+        assert_eq!(self.in_flight, in_flight, "bytes of entries that are not committed");
+        let last = self.consensus.last_index();
+        assert!(self.pending.keys().all(|index| *index <= last), "an entry beyond the log");
+        let idle = self.pending.is_empty() && self.outgoing.is_empty() && self.packs.is_empty();
+        assert!(self.role.serves || idle, "something is under way, and this node is not primary");
+        for (name, storage) in &self.storages {
+            assert!(self.role.serves || storage.oids.is_none(), "oids of {name} are handed out");
+            storage.transactions.invariants();
         }
     }
 

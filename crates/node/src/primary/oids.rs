@@ -56,6 +56,12 @@ impl<T> Oids<T> {
         self.used = self.used.max(used.0);
         self.ceiling = self.ceiling.max(ceiling.0).max(self.used);
         self.proposed = self.proposed.max(self.ceiling);
+        self.invariants();
+    }
+
+    /// Fails if an invariant does not hold: an oid would be handed out twice.
+    fn invariants(&self) {
+        assert!(self.used <= self.ceiling && self.ceiling <= self.proposed, "ceilings of oids");
     }
 
     /// A ceiling to propose, if it is time to.
@@ -66,6 +72,7 @@ impl<T> Oids<T> {
             return None;
         }
         self.proposed = needed.saturating_add(BLOCK);
+        self.invariants();
         Some(Oid(self.proposed))
     }
 
@@ -84,6 +91,7 @@ impl<T> Oids<T> {
         let Some(last) = last else { return Some((asker, Err(Exhausted))) };
         let oids = (self.used..last).map(|before| Oid(before + 1)).collect();
         self.used = last;
+        self.invariants();
         Some((asker, Ok(oids)))
     }
 }
