@@ -558,7 +558,7 @@ def test_row_38_five_hundred_clients_come_to_another_primary_at_once(nodes):
 
 def test_what_nobody_takes_does_not_fill_the_system(nodes):
     """The kernel has one store for all connections of the machine: without it no node reaches another one."""
-    cluster = nodes.cluster().start()
+    cluster = nodes.cluster(options=PATIENT).start()
     primary = cluster.primary()
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0, long="x" * 1_000_000))
