@@ -1,4 +1,4 @@
-//! A running node: what its tasks share, and how they are started and stopped.
+//! A running node: how its tasks are started and stopped.
 
 use std::path::Path;
 use std::sync::Arc;
