@@ -7,6 +7,6 @@ use standby_node::cells::wire::read_in_all_ways;
 
 fuzz_target!(|data: &[u8]| {
     if let Some((kind, content)) = data.split_first() {
-        read_in_all_ways(*kind, &Bytes::copy_from_slice(content));
+        read_in_all_ways(*kind, &Bytes::copy_from_slice(content)).unwrap();
     }
 });

@@ -3,12 +3,16 @@
 //! A file and the folder of its name are one module here: what is in the folder is part of what is
 //! in the file.
 
+mod sources;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use syn::visit::{self, Visit};
 use syn::{ItemMod, ItemUse, UseTree};
+
+use sources::collect;
 
 /// The rooms of `node`. Each uses only those before it.
 const ROOMS: [&str; 12] = [
@@ -155,18 +159,6 @@ fn is_room(modules: &BTreeMap<Module, BTreeSet<Module>>, module: &Module) -> boo
     let below = |other: &Module| other.len() > module.len() && other.starts_with(module);
     let names = |other: &Module| modules[other].contains(module);
     !modules.keys().any(|other| below(other) && names(other))
-}
-
-fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        if path.is_dir() {
-            collect(&path, files);
-        } else if name.ends_with(".rs") && name != "tests.rs" {
-            files.push(path);
-        }
-    }
 }
 
 fn crates() -> impl Iterator<Item = (String, PathBuf)> {

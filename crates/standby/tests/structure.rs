@@ -1,11 +1,15 @@
 //! What the structure promises: which crates are pure, and which way the arrows point.
 
+mod sources;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+
+use sources::collect;
 
 const PURE: [&str; 5] =
     ["standby-types", "standby-pickle", "standby-filestorage", "standby-zeo", "standby-consensus"];
@@ -105,17 +109,5 @@ fn files_can_be_read_in_one_sitting() {
     for file in files {
         let lines = fs::read_to_string(&file).unwrap().lines().count();
         assert!(lines <= 1000, "{} has {lines} lines", file.display());
-    }
-}
-
-fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        if path.is_dir() {
-            collect(&path, files);
-        } else if name.ends_with(".rs") && name != "tests.rs" {
-            files.push(path);
-        }
     }
 }
