@@ -14,11 +14,11 @@ use standby_filestorage::{
 use standby_node::admin::route::route;
 use standby_node::cells::command::{Answer, Ask};
 use standby_node::cells::shared::Shared;
-use standby_node::config::Config;
+use standby_config::Config;
 use standby_node::peers::command::here;
 use standby_node::platform::simulated::{Latency, Network, PLENTY, Random};
 use standby_node::platform::wall_clock;
-use standby_node::replica::lost_transactions::open_lost;
+use standby_replica::lost_transactions::open_lost;
 use standby_types::time::tid_at;
 use standby_types::{Disk, Oid, Tid};
 use tokio::sync::oneshot::{self, error::TryRecvError};

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use anyhow::Context;
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{Batch, Command, Ending, LogWriter, recover};
+use standby_disk::OsDisk;
 use standby_filestorage::{TransactionMeta, put_meta};
-use standby_node::platform::os_disk::OsDisk;
 use standby_types::{Disk, LogIndex, Tid};
 
 fn main() -> anyhow::Result<()> {

@@ -16,11 +16,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
-use standby_node::config::Config;
-use standby_node::logging;
-use standby_node::platform::os_disk::OsDisk;
+use standby_config::Config;
+use standby_disk::OsDisk;
+use standby_logging as logging;
 use standby_node::start::node::{Next, start_on};
 use standby_types::disk::{Disk, File, Mapped, Open, parent, read_full};
+use standby_types::lock::lock;
 use tokio::signal::unix::{SignalKind, signal};
 
 const SECTOR: u64 = 512;
@@ -66,10 +67,6 @@ struct Inner {
     number: std::sync::atomic::AtomicU64,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl PowerDisk {
     fn on(&self) -> RwLockReadGuard<'_, ()> {
         self.0.plugged.read().unwrap_or_else(PoisonError::into_inner)
@@ -83,7 +80,7 @@ impl PowerDisk {
     }
 
     fn note(&self, renaming: Renaming) {
-        locked(&self.0.names).push(renaming);
+        lock(&self.0.names).push(renaming);
     }
 
     /// Power fails.
@@ -93,15 +90,15 @@ impl PowerDisk {
         let in_part = chance.one_in_two();
         let mut open: HashMap<u64, PathBuf> = HashMap::new();
         // Files that have a name now, or had one.
-        let named = locked(&self.0.names);
+        let named = lock(&self.0.names);
         let mut dirs: Vec<PathBuf> = named.iter().map(|one| one.dir().to_owned()).collect();
         dirs.extend(ROOTS.get().into_iter().flatten().cloned());
         for dir in dirs {
             walk(&dir, &mut open);
         }
-        for (inode, unsynced) in locked(&self.0.files).iter() {
+        for (inode, unsynced) in lock(&self.0.files).iter() {
             let Some(path) = open.get(inode) else { continue };
-            let unsynced = locked(unsynced);
+            let unsynced = lock(unsynced);
             let file = std::fs::OpenOptions::new().write(true).open(path);
             let file = file.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             let keeps_length = in_part && chance.one_in_two();
@@ -193,7 +190,7 @@ impl File for PowerFile {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let _on = self.disk.on();
-        let mut unsynced = locked(&self.unsynced);
+        let mut unsynced = lock(&self.unsynced);
         self.remember(&mut unsynced, offset, offset + bytes.len() as u64)?;
         self.file.write_at(bytes, offset)
     }
@@ -204,7 +201,7 @@ impl File for PowerFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let _on = self.disk.on();
-        let mut unsynced = locked(&self.unsynced);
+        let mut unsynced = lock(&self.unsynced);
         self.remember(&mut unsynced, len, u64::MAX)?;
         self.file.set_len(len)
     }
@@ -213,7 +210,7 @@ impl File for PowerFile {
         let _on = self.disk.on();
         // As long as a device takes, so that others write meanwhile.
         std::thread::sleep(std::time::Duration::from_micros(300));
-        let mut unsynced = locked(&self.unsynced);
+        let mut unsynced = lock(&self.unsynced);
         unsynced.before.clear();
         unsynced.durable_len = self.file.len()?;
         Ok(())
@@ -229,7 +226,7 @@ impl Disk for PowerDisk {
         if made {
             self.note(Renaming::Made(path.to_owned()));
         }
-        let mut files = locked(&self.0.files);
+        let mut files = lock(&self.0.files);
         let unsynced = match made {
             true => {
                 let unsynced = Arc::<Mutex<Unsynced>>::default();
@@ -308,7 +305,7 @@ impl Disk for PowerDisk {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         let _on = self.on();
-        let mut names = locked(&self.0.names);
+        let mut names = lock(&self.0.names);
         for renaming in names.extract_if(.., |renaming| renaming.dir() == dir) {
             let kept = match renaming {
                 Renaming::Made(_) => None,
@@ -319,7 +316,7 @@ impl Disk for PowerDisk {
                 let metadata = std::fs::metadata(&kept)?;
                 if metadata.nlink() == 1 {
                     // Its number may be given to another file.
-                    locked(&self.0.files).remove(&metadata.ino());
+                    lock(&self.0.files).remove(&metadata.ino());
                 }
                 std::fs::remove_file(kept)?;
             }

@@ -1,12 +1,9 @@
-//! A node: everything that touches sockets, threads, clocks, TLS or the configuration.
+//! A node: everything that touches sockets, threads, clocks or TLS.
 //!
 //! Rooms, each of which uses only those above it:
 //!
 //! ```text
 //! platform    what a node takes from its machine: time, randomness, threads, sockets, files
-//! logging     where log lines go
-//! config      zeo.conf
-//! replica     what the log's entries do to the storages; what is on disk, and how a node begins from it
 //! transport   connections: streams, TLS, frames, the handshake between nodes
 //! cells       what tasks share, and what they tell each other
 //! peers       conversations between nodes
@@ -28,12 +25,9 @@
 pub mod admin;
 pub mod cells;
 mod clients;
-pub mod config;
-pub mod logging;
 pub mod peers;
 pub mod platform;
 mod primary;
-pub mod replica;
 pub mod start;
 mod tasks;
 mod transport;

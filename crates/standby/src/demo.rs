@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::zeo_client::Client;
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use clap::Args;
@@ -15,10 +14,12 @@ use serde_json::json;
 use standby_node::admin::http::{ask, fetch_status};
 use standby_node::cells::command::Ask;
 use standby_node::cells::status::Status;
+use standby_types::lock::lock;
 use standby_types::{Oid, Tid};
 
 use crate::process::{NodeProcess, configure};
 use crate::status::table;
+use crate::zeo_client::Client;
 
 /// How long a writer waits for a primary.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -58,10 +59,6 @@ struct Shared {
     acks: Mutex<Vec<Instant>>,
     count: AtomicU64,
     stop: AtomicBool,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the check at the end found.
@@ -221,7 +218,7 @@ fn leave_up(nodes: &[NodeProcess]) {
 async fn write(addresses: Vec<String>, shared: Arc<Shared>) -> anyhow::Result<()> {
     let mut client = Client::connect(&addresses, PATIENCE).await?;
     let place = {
-        let mut journals = locked(&shared.journals);
+        let mut journals = lock(&shared.journals);
         journals.push(Journal::default());
         journals.len() - 1
     };
@@ -241,7 +238,7 @@ async fn write(addresses: Vec<String>, shared: Arc<Shared>) -> anyhow::Result<()
                     }
                 }
                 let fresh = oids.pop().context("no oid")?;
-                locked(&shared.journals)[place].oids.push(fresh);
+                lock(&shared.journals)[place].oids.push(fresh);
                 (oid, serial) = (Some(fresh), Tid::NONE);
                 fresh
             }
@@ -251,8 +248,8 @@ async fn write(addresses: Vec<String>, shared: Arc<Shared>) -> anyhow::Result<()
             Ok(tid) => {
                 number += 1;
                 serial = tid;
-                locked(&shared.journals)[place].acknowledged.insert(number, tid);
-                locked(&shared.acks).push(Instant::now());
+                lock(&shared.journals)[place].acknowledged.insert(number, tid);
+                lock(&shared.acks).push(Instant::now());
                 shared.count.fetch_add(1, Ordering::Relaxed);
             }
             Err(_) => {
@@ -267,7 +264,7 @@ async fn write(addresses: Vec<String>, shared: Arc<Shared>) -> anyhow::Result<()
                 if let Some((data, tid)) = now
                     && number_in(&data)? == number + 1
                 {
-                    locked(&shared.journals)[place].unanswered += 1;
+                    lock(&shared.journals)[place].unanswered += 1;
                     (number, serial) = (number + 1, tid);
                 }
             }
@@ -287,7 +284,7 @@ async fn pause_after(shared: &Shared, killed: Instant) -> anyhow::Result<Duratio
     let mut resumed = None;
     while Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(20)).await;
-        let acks = locked(&shared.acks);
+        let acks = lock(&shared.acks);
         let late = acks.iter().filter(|at| **at > killed + Duration::from_millis(50)).count();
         if late > 0 && resumed.is_none() {
             resumed = Some(Instant::now());
@@ -306,7 +303,7 @@ async fn pause_after(shared: &Shared, killed: Instant) -> anyhow::Result<Duratio
 /// Walks through every revision of every writer's object on every node.
 async fn check(nodes: &[NodeProcess], shared: &Shared) -> anyhow::Result<Found> {
     let mut found = Found::default();
-    let journals = std::mem::take(&mut *locked(&shared.journals));
+    let journals = std::mem::take(&mut *lock(&shared.journals));
     for node in nodes {
         let address = [node.read_only_address.clone()];
         let mut client = Client::connect_read_only(&address, PATIENCE).await?;

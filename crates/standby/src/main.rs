@@ -176,7 +176,7 @@ fn main() -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("standby: {}", standby_node::platform::error_text::with_causes(&error));
+            eprintln!("standby: {}", standby_logging::error_text::with_causes(&error));
             ExitCode::FAILURE
         }
     }

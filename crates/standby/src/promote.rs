@@ -10,14 +10,15 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use comfy_table::{Table, presets};
 use serde_json::json;
+use standby_config::Config;
+use standby_disk::OsDisk;
 use standby_node::admin::http::fetch_status;
 use standby_node::cells::command::Ask;
 use standby_node::cells::status::{NodeStatus, Status};
-use standby_node::config::Config;
-use standby_node::platform::os_disk::OsDisk;
-use standby_node::replica::change_timeline::describe_fork;
-use standby_node::replica::lineage::Fork;
-use standby_node::replica::lost_transactions::{LostTail, blobs_of, open_lost};
+use standby_replica::lineage::Fork;
+use standby_replica::lost_transactions::{LostTail, blobs_of, open_lost};
+use standby_replica::start::change_timeline::{accept, describe_fork};
+use standby_replica::state_dir::StateDir;
 use standby_types::time::{tid_at, time_of, utc};
 use standby_types::{Disk, Oid, Tid};
 
@@ -333,7 +334,7 @@ pub async fn lineage(command: LineageOf) -> anyhow::Result<()> {
                     config.display()
                 );
             }
-            let path = standby_node::replica::change_timeline::accept(&file, &name)?;
+            let path = accept(&OsDisk, &StateDir(file.state_dir()), &name)?;
             println!(
                 "when this node starts and meets a node of timeline {name}, it comes over to it; \
                  until then the choice stands in {}",

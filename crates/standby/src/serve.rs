@@ -6,8 +6,8 @@ use std::process::Command;
 
 use anyhow::Context;
 use rustix::process::{Signal, set_parent_process_death_signal};
-use standby_node::config::Config;
-use standby_node::logging;
+use standby_config::Config;
+use standby_logging as logging;
 use standby_node::platform::watchdog::{SUPERVISED, Watchdog};
 use standby_node::start::node::{Next, start};
 use tokio::signal::unix::{SignalKind, signal};

@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use comfy_table::{ContentArrangement, Table, presets};
+use standby_config::Config;
 use standby_node::admin::http::fetch_status;
 use standby_node::cells::status::Status;
-use standby_node::config::Config;
 
 /// Which node is asked.
 #[derive(Args)]

@@ -11,8 +11,14 @@ use serde_json::Value;
 
 use sources::collect;
 
-const PURE: [&str; 5] =
-    ["standby-types", "standby-pickle", "standby-filestorage", "standby-zeo", "standby-consensus"];
+const PURE: [&str; 6] = [
+    "standby-types",
+    "standby-pickle",
+    "standby-filestorage",
+    "standby-zeo",
+    "standby-consensus",
+    "standby-replica",
+];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -57,9 +63,32 @@ fn arrows_point_one_way() {
         ("standby-filestorage", &["standby-types"]),
         ("standby-zeo", &["standby-types", "standby-pickle"]),
         ("standby-consensus", &["standby-types"]),
+        ("standby-disk", &["standby-types"]),
+        ("standby-logging", &["standby-types"]),
+        ("standby-config", &["standby-logging", "standby-zeo"]),
+        (
+            "standby-replica",
+            &[
+                "standby-types",
+                "standby-filestorage",
+                "standby-zeo",
+                "standby-consensus",
+                "standby-logging",
+                "standby-config",
+            ],
+        ),
         (
             "standby-node",
-            &["standby-types", "standby-filestorage", "standby-zeo", "standby-consensus"],
+            &[
+                "standby-types",
+                "standby-filestorage",
+                "standby-zeo",
+                "standby-consensus",
+                "standby-disk",
+                "standby-logging",
+                "standby-config",
+                "standby-replica",
+            ],
         ),
     ];
     let all = dependencies();

@@ -8,7 +8,9 @@
 
 pub mod blob;
 pub mod disk;
+pub mod hex;
 pub mod id;
+pub mod lock;
 pub mod memory;
 pub mod mutation;
 pub mod time;

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use crate::disk::{Disk, File, Mapped, Open, parent};
+use crate::lock::lock;
 
 /// See the module. Clones share the same files.
 #[derive(Clone, Default)]
@@ -35,10 +36,6 @@ struct Content {
     unreadable: std::ops::Range<usize>,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
 impl MemoryDisk {
     /// An empty disk.
     pub fn new() -> Self {
@@ -48,10 +45,10 @@ impl MemoryDisk {
     /// What a power failure leaves: names and bytes that were synced. Handles that are still open
     /// see the same.
     pub fn crash(&self) {
-        let mut names = locked(&self.names);
+        let mut names = lock(&self.names);
         names.current = names.durable.clone();
         for file in names.current.values() {
-            let mut content = locked(&file.bytes);
+            let mut content = lock(&file.bytes);
             content.current = content.durable.clone();
         }
     }
@@ -59,15 +56,15 @@ impl MemoryDisk {
     /// As [`MemoryDisk::crash`], but of the bytes that were appended to `path` and not synced the
     /// first `keep` survive: a torn write.
     pub fn crash_torn(&self, path: &Path, keep: usize) {
-        let torn = locked(&self.names).current.get(path).cloned();
+        let torn = lock(&self.names).current.get(path).cloned();
         let kept = torn.as_ref().map(|file| {
-            let content = locked(&file.bytes);
+            let content = lock(&file.bytes);
             let end = (content.durable.len() + keep).min(content.current.len());
             content.current[..end].to_vec()
         });
         self.crash();
         if let (Some(file), Some(kept)) = (torn, kept) {
-            let mut content = locked(&file.bytes);
+            let mut content = lock(&file.bytes);
             content.current = kept.clone();
             content.durable = kept;
         }
@@ -75,9 +72,9 @@ impl MemoryDisk {
 
     /// Another disk that holds what is durable on this one: a snapshot.
     pub fn copy(&self) -> MemoryDisk {
-        let names = locked(&self.names);
+        let names = lock(&self.names);
         let copied = |(path, file): (&PathBuf, &Arc<MemoryFile>)| {
-            let durable = locked(&file.bytes).durable.clone();
+            let durable = lock(&file.bytes).durable.clone();
             let content = Content { current: durable.clone(), durable, ..Content::default() };
             (path.clone(), Arc::new(MemoryFile { bytes: Mutex::new(content) }))
         };
@@ -93,27 +90,27 @@ impl MemoryDisk {
 
     /// The next `sync` of this file fails. The one after it does not: Linux tells of an error once.
     pub fn fail_sync(&self, path: &Path) {
-        if let Some(file) = locked(&self.names).current.get(path) {
-            locked(&file.bytes).fail_sync = true;
+        if let Some(file) = lock(&self.names).current.get(path) {
+            lock(&file.bytes).fail_sync = true;
         }
     }
 
     /// From now on no directory can be opened, as in a process that has too many files open, or all
     /// can again.
     pub fn refuse_dirs(&self, refuse: bool) {
-        locked(&self.names).refuses_dirs = refuse;
+        lock(&self.names).refuses_dirs = refuse;
     }
 
     /// From now on these bytes of a file cannot be read, as on a device with a bad sector; until
     /// they are written.
     pub fn fail_reads(&self, path: &Path, bytes: std::ops::Range<usize>) {
-        if let Some(file) = locked(&self.names).current.get(path) {
-            locked(&file.bytes).unreadable = bytes;
+        if let Some(file) = lock(&self.names).current.get(path) {
+            lock(&file.bytes).unreadable = bytes;
         }
     }
 
     fn find(&self, path: &Path) -> io::Result<Arc<MemoryFile>> {
-        locked(&self.names).current.get(path).cloned().ok_or_else(|| {
+        lock(&self.names).current.get(path).cloned().ok_or_else(|| {
             io::Error::new(io::ErrorKind::NotFound, format!("{}: no such file", path.display()))
         })
     }
@@ -121,7 +118,7 @@ impl MemoryDisk {
 
 impl File for MemoryFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let content = locked(&self.bytes);
+        let content = lock(&self.bytes);
         let start = (offset as usize).min(content.current.len());
         let n = buf.len().min(content.current.len() - start);
         if start < content.unreadable.end && content.unreadable.start < start + n {
@@ -136,7 +133,7 @@ impl File for MemoryFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        let mut content = locked(&self.bytes);
+        let mut content = lock(&self.bytes);
         let end = offset as usize + bytes.len();
         if content.current.len() < end {
             content.current.resize(end, 0);
@@ -149,16 +146,16 @@ impl File for MemoryFile {
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(locked(&self.bytes).current.len() as u64)
+        Ok(lock(&self.bytes).current.len() as u64)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        locked(&self.bytes).current.resize(len as usize, 0);
+        lock(&self.bytes).current.resize(len as usize, 0);
         Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut content = locked(&self.bytes);
+        let mut content = lock(&self.bytes);
         if std::mem::take(&mut content.fail_sync) {
             return Err(io::Error::other("injected fsync error"));
         }
@@ -170,23 +167,23 @@ impl File for MemoryFile {
 impl Disk for MemoryDisk {
     fn open(&self, path: &Path, open: Open) -> io::Result<Arc<dyn File>> {
         if open == Open::Create {
-            let mut names = locked(&self.names);
+            let mut names = lock(&self.names);
             return Ok(names.current.entry(path.to_owned()).or_default().clone());
         }
         Ok(self.find(path)?)
     }
 
     fn map(&self, path: &Path) -> io::Result<Mapped> {
-        Ok(Arc::new(locked(&self.find(path)?.bytes).current.clone()))
+        Ok(Arc::new(lock(&self.find(path)?.bytes).current.clone()))
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
-        Ok(locked(&self.names).current.contains_key(path))
+        Ok(lock(&self.names).current.contains_key(path))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let file = self.find(from)?;
-        let mut names = locked(&self.names);
+        let mut names = lock(&self.names);
         names.current.remove(from);
         names.current.insert(to.to_owned(), file);
         Ok(())
@@ -194,7 +191,7 @@ impl Disk for MemoryDisk {
 
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
         let file = self.find(from)?;
-        match locked(&self.names).current.entry(to.to_owned()) {
+        match lock(&self.names).current.entry(to.to_owned()) {
             std::collections::btree_map::Entry::Occupied(_) => {
                 Err(io::ErrorKind::AlreadyExists.into())
             }
@@ -207,12 +204,12 @@ impl Disk for MemoryDisk {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.find(path)?;
-        locked(&self.names).current.remove(path);
+        lock(&self.names).current.remove(path);
         Ok(())
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
-        let names = locked(&self.names);
+        let names = lock(&self.names);
         let inside = |path: &PathBuf| {
             let first = path.strip_prefix(dir).ok()?.components().next()?;
             Some(dir.join(first))
@@ -241,7 +238,7 @@ impl Disk for MemoryDisk {
     fn wait_for_room(&self) {}
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        let mut guard = locked(&self.names);
+        let mut guard = lock(&self.names);
         let names = &mut *guard;
         if names.refuses_dirs {
             return Err(io::Error::other("too many open files"));

@@ -27,9 +27,10 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use standby_types::disk::{Open, parent, read_all, read_full, replace};
+use standby_types::lock::lock;
 use standby_types::{Disk, File};
 
 /// Length of a block in bytes.
@@ -190,10 +191,6 @@ fn decode(bytes: &[u8]) -> (Vec<u32>, usize) {
     (sums, at)
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl ChecksummedFile {
     /// A file of which the first `durable` bytes do not change any more; its checksums are read if
     /// they are there.
@@ -214,7 +211,7 @@ impl ChecksummedFile {
         let blocks = (durable / BLOCK) as usize;
         let fits = list.len() <= blocks && end == bytes.len();
         list.truncate(blocks);
-        let mut writing = locked(&checked.writing);
+        let mut writing = lock(&checked.writing);
         if fits {
             writing.sums = Some(checked.disk.open(sums_path, Open::Write)?);
             writing.end = end as u64;
@@ -275,7 +272,7 @@ impl ChecksummedFile {
 
     /// Another data file takes the place of this one: its checksums go.
     pub fn retire(&self) -> io::Result<()> {
-        let mut writing = locked(&self.writing);
+        let mut writing = lock(&self.writing);
         writing.retired = true;
         writing.sums = None;
         if self.disk.exists(&self.sums_path)? {
@@ -288,7 +285,7 @@ impl ChecksummedFile {
     /// Takes the checksums of durable blocks that have none, at most so many; true if there are
     /// more.
     pub fn take_sums(&self, most: usize) -> io::Result<bool> {
-        let mut writing = locked(&self.writing);
+        let mut writing = lock(&self.writing);
         let durable = (self.durable.load(Ordering::Acquire) / BLOCK) as usize;
         let first = self.state.read().unwrap_or_else(PoisonError::into_inner).list.len();
         let end = durable.min(first + most);
@@ -339,7 +336,7 @@ impl ChecksummedFile {
 
     /// What is known of damage.
     pub fn damage(&self) -> Damage {
-        locked(&self.damage).clone()
+        lock(&self.damage).clone()
     }
 
     /// The bytes of a block for another node: `None` if there is no such block, or it is damaged
@@ -363,7 +360,7 @@ impl ChecksummedFile {
         if self.is_right(buffer, DamagedBlock { offset, sum }) {
             state.note_seen(block);
             drop(state);
-            locked(&self.damage).blocks.remove(&offset);
+            lock(&self.damage).blocks.remove(&offset);
             return Ok(true);
         }
         drop(state);
@@ -377,7 +374,7 @@ impl ChecksummedFile {
     }
 
     fn mend_block(&self, damaged: DamagedBlock, buffer: &mut [u8]) -> io::Result<()> {
-        let _mending = locked(&self.mending);
+        let _mending = lock(&self.mending);
         let offset = damaged.offset;
         // Somebody else may have mended it meanwhile.
         if self.is_right(buffer, damaged) {
@@ -387,17 +384,17 @@ impl ChecksummedFile {
             |bytes: &Vec<u8>| bytes.len() as u64 == BLOCK && crc32c::crc32c(bytes) == damaged.sum;
         let mended = self.mend.as_ref().and_then(|mend| mend(damaged)).filter(right);
         let Some(bytes) = mended else {
-            locked(&self.damage).blocks.insert(offset);
+            lock(&self.damage).blocks.insert(offset);
             let lost = LostBlock { offset, asked: self.mend.is_some() };
             return Err(io::Error::new(io::ErrorKind::InvalidData, lost));
         };
-        let _writing = locked(&self.writing);
+        let _writing = lock(&self.writing);
         // Also if another data file has taken this one's place: readers of before go on with this
         // one.
         self.file.write_at(&bytes, offset)?;
         self.sync()?;
         buffer.copy_from_slice(&bytes);
-        let mut damage = locked(&self.damage);
+        let mut damage = lock(&self.damage);
         damage.blocks.remove(&offset);
         damage.mended += 1;
         Ok(())
@@ -475,7 +472,7 @@ impl File for ChecksummedFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let mut writing = locked(&self.writing);
+        let mut writing = lock(&self.writing);
         self.durable.fetch_min(len, Ordering::AcqRel);
         let blocks = (len / BLOCK) as usize;
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
@@ -595,8 +592,8 @@ mod tests {
         let (answer, answered) = std::sync::mpsc::channel::<()>();
         let (asked, answered) = (Mutex::new(asked), Mutex::new(answered));
         let mend: Mend = Arc::new(move |_| {
-            locked(&asked).send(()).unwrap();
-            locked(&answered).recv().unwrap();
+            lock(&asked).send(()).unwrap();
+            lock(&answered).recv().unwrap();
             None
         });
         let checked = Arc::new(open_mending(&disk, bytes.len() as u64, Some(mend)));

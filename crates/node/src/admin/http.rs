@@ -14,6 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use standby_logging::harmless;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::admin::metrics;
@@ -22,7 +23,6 @@ use crate::cells::command::{Answer, Ask};
 use crate::cells::gate::Gate;
 use crate::cells::shared::Shared;
 use crate::cells::status::Status;
-use crate::logging::harmless;
 
 /// How long a node may take to do what it is asked for.
 const ASK_PATIENCE: Duration = Duration::from_secs(130);

@@ -1,9 +1,8 @@
 //! What the nodes tell each other of uploads.
 
 use serde::{Deserialize, Serialize};
+use standby_types::hex::{hex, unhex};
 use standby_types::{Transfer, Upload};
-
-use crate::platform::hex::{hex, unhex};
 
 /// What is said of an upload: that it is to be had, or that it is given up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use standby_consensus::{AppliedPoint, Committed};
 use standby_filestorage::{Hole, Job, Outcome, Record, Staged, TransactionMeta};
+use standby_replica::lineage::Promotion;
 use standby_types::{Blob, Tid};
 use standby_zeo::Value;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::cells::sessions::SessionHandle;
-use crate::replica::lineage::Promotion;
 
 /// What the thread is asked to do.
 pub enum ApplyTask {

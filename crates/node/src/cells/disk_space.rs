@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use standby_types::lock::lock;
 use tracing::{error, info};
 
 use crate::platform::free_room::FreeRoom;
-use crate::platform::lock::lock;
 
 /// Files that are kept in reserve: segments of the log, blobs, temporary files.
 const RESERVED_FILES: u64 = 64;

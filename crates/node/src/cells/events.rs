@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use standby_consensus::{AppliedPoint, LogError, PeerMessage, Written};
+use standby_replica::lineage::Lineage;
+use standby_replica::settings::Settings;
 use standby_types::{LogIndex, NodeId, Oid, Tid, Transfer};
 use standby_zeo::{Buffer, ClientError, Examination, SessionId, Value, Vote, VoteAnswer};
 use tokio::sync::oneshot;
@@ -11,8 +13,6 @@ use tokio::sync::oneshot;
 use crate::cells::announcement::Announcement;
 use crate::cells::command::{Ask, Asker};
 use crate::cells::sessions::SessionHandle;
-use crate::replica::lineage::Lineage;
-use crate::replica::settings::Settings;
 use crate::transport::handshake::PeerInfo;
 
 /// A vote on more objects is examined beside the engine's task, like one on objects that are not in

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::ensure;
+use standby_types::lock::lock;
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
-use crate::platform::lock::lock;
 use crate::platform::{self, Instant};
 
 /// Time between two log lines about refused connections.

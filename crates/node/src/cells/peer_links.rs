@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use standby_types::lock::lock;
 use standby_types::{NodeId, Transfer};
 use tokio::sync::mpsc;
 
 use crate::cells::wire::{Frame, LinkFrame};
-use crate::platform::lock::lock;
 use crate::platform::{self, Instant};
 
 /// Time between two log lines about the same trouble with the same node.

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::platform::lock::lock;
+use standby_types::lock::lock;
+
 use crate::transport::handshake::Introduction;
 
 /// The nodes that may have what is damaged here, and how to introduce this node to them.

@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use standby_types::lock::lock;
 use standby_zeo::{Encoding, SessionId, VoteOutcome};
 use tokio::sync::{Notify, mpsc};
 
 use crate::cells::memory::{Memory, Share};
 use crate::cells::outbox::Outbox;
-use crate::platform::lock::lock;
 use crate::transport::socket::Cutter;
 
 /// Something that the session's own task must know.

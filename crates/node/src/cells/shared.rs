@@ -5,8 +5,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use standby_config::{Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Secrets};
 use standby_consensus::Member;
 use standby_filestorage::BlobDir;
+use standby_replica::lost_transactions::LostTail;
+use standby_replica::settings::{SEALED_LEVEL, Settings};
+use standby_replica::start::prepared::Prepared;
+use standby_replica::start::self_as_member;
+use standby_replica::state_dir::{Checkpoint, StateDir};
+use standby_types::lock::lock;
 use standby_types::{Disk, LogIndex, NodeId};
 use standby_zeo::{MakeSpill, Retention, Value};
 use tokio::sync::{mpsc, watch};
@@ -25,16 +32,9 @@ use crate::cells::serving_state::{Lease, ServingState};
 use crate::cells::sessions::Sessions;
 use crate::cells::status::{CatchUp, MissingHistory, NodeReport, OwnState, Reports};
 use crate::cells::storage::StorageShared;
-use crate::config::{Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Secrets};
-use crate::platform::hex::random_hex;
-use crate::platform::lock::lock;
+use crate::platform::random::random_hex;
 use crate::platform::watchdog::Pulse;
 use crate::platform::{self, Instant};
-use crate::replica::lost_transactions::LostTail;
-use crate::replica::prepare;
-use crate::replica::prepared::Prepared;
-use crate::replica::settings::{SEALED_LEVEL, Settings};
-use crate::replica::state_dir::{Checkpoint, StateDir};
 use crate::transport::handshake::{Introduction, Wire};
 use crate::transport::tls::Tls;
 
@@ -162,7 +162,7 @@ impl Shared {
         let (most_clients, most_strangers) = gate::limits()?;
         Ok(Shared {
             id: prepared.id,
-            member: prepare::self_as_member(&config, prepared.id),
+            member: self_as_member(&config, prepared.id),
             storages: storages.collect(),
             sessions: Sessions::default(),
             peers: Peers::default(),

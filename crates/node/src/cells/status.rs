@@ -7,16 +7,16 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use standby_consensus::{Member, Membership, Role};
 use standby_filestorage::Hole;
+use standby_replica::lineage::{Fork, Lineage};
+use standby_replica::lost_transactions::LostTail;
+use standby_replica::settings::{FEATURE_LEVEL, Settings};
+use standby_types::lock::lock;
 use standby_types::time::{time_of, utc};
 use standby_types::{LogIndex, NodeId, Term, Tid};
 use tracing::warn;
 
 use crate::cells::memory::Memory;
-use crate::platform::lock::lock;
 use crate::platform::{self, Instant};
-use crate::replica::lineage::{Fork, Lineage};
-use crate::replica::lost_transactions::LostTail;
-use crate::replica::settings::{FEATURE_LEVEL, Settings};
 
 /// Silence after which a node counts as down.
 const SILENCE: Duration = Duration::from_millis(2500);

@@ -20,12 +20,14 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use standby_config::Recovery;
 use standby_consensus::AppliedPoint;
 use standby_filestorage::{
     BlobDir, BlobId, Hole, Mark, Reader, Record, RecordData, StorageError, StoredTransaction,
     Transactions, may_be_blob,
 };
 use standby_types::disk::{Open, read_full};
+use standby_types::hex::hex;
 use standby_types::{Blob, BlobSource, Disk, NodeId, Oid, Position, Tid};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::sync::mpsc;
@@ -37,10 +39,8 @@ use crate::cells::shared::Shared;
 use crate::cells::status::CatchUp;
 use crate::cells::storage::StorageShared;
 use crate::cells::wire::{CatchUpFrame, Frame, Question, receive as receive_frame, send};
-use crate::config::Recovery;
 use crate::peers::blob::obtain_old;
 use crate::peers::blob_repair::mend_for_another;
-use crate::platform::hex::hex;
 use crate::platform::{self, Instant};
 use crate::transport::blob_files::{BlobWriter, new_transfer};
 use crate::transport::frames::{PeerError, blocking, read_frame, within};

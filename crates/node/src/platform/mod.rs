@@ -4,11 +4,9 @@
 //! Built with the feature `simulated`, a node takes all of it from a simulator: one thread runs
 //! several nodes, and a seed decides what happens, and when.
 
-pub mod error_text;
+pub(crate) mod crash_notes;
 pub(crate) mod free_room;
-pub(crate) mod hex;
-pub(crate) mod lock;
-pub mod os_disk;
+pub(crate) mod random;
 #[cfg(not(feature = "simulated"))]
 mod real;
 #[cfg(not(feature = "simulated"))]
@@ -31,6 +29,11 @@ pub use chosen::{
 };
 /// A moment of the monotonic clock.
 pub use tokio::time::Instant;
+
+/// What a node's beginning takes from here.
+pub fn for_start() -> standby_replica::start::Platform {
+    standby_replica::start::Platform { wall_clock, fill_random, temporary_file }
+}
 
 /// Work that is done beside its caller's: it holds the sender, and drops it however it ends.
 pub struct Job(watch::Receiver<()>);

@@ -8,17 +8,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::net::sockopt;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+pub use standby_disk::temporary_file;
 use tokio::net::TcpSocket;
+pub use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::platform::free_room::FreeRoom;
-
-pub use crate::platform::os_disk::temporary_file;
 pub use crate::platform::silence::ask_for_signs;
 pub use crate::platform::silence::drain;
-pub use tokio::net::{TcpListener, TcpStream};
 
 /// The time of day, since 1970.
 pub fn wall_clock() -> Duration {
@@ -69,7 +68,7 @@ fn listen_at(address: SocketAddr, both: bool) -> io::Result<TcpListener> {
 }
 
 /// Holds a data file for this process.
-pub type Lock = crate::platform::os_disk::LockFile;
+pub type Lock = standby_disk::LockFile;
 
 /// Takes FileStorage's lock on a data file.
 pub fn lock_file(data_file: &Path) -> io::Result<Lock> {

@@ -31,6 +31,10 @@ use std::time::Duration;
 use standby_consensus::{
     AppliedPoint, Caution, Command, Committed, Consensus, Event as Happened, Output, Role,
 };
+use standby_logging::error_text::with_causes;
+use standby_replica::lineage::Lineage;
+use standby_replica::settings::Settings;
+use standby_replica::state_dir::Note;
 use standby_types::{LogIndex, Mutation, NodeId, Oid, Term, Tid, mutation};
 use standby_zeo::{SessionId, Transactions, Value};
 use tokio::sync::mpsc;
@@ -49,7 +53,7 @@ use crate::cells::wire::LinkFrame;
 use crate::peers::catch_up::fetch;
 use crate::peers::link::learn;
 use crate::platform;
-use crate::platform::error_text::with_causes;
+use crate::platform::crash_notes;
 use crate::primary::engine::blob_gate::Blobs;
 use crate::primary::engine::clock::Clock;
 use crate::primary::engine::commands::AwaitedAnswer;
@@ -61,10 +65,6 @@ use crate::primary::engine::promotion::PromotionStage;
 use crate::primary::engine::read_index::{Freshness, Readers};
 use crate::primary::engine::switchover::Switchover;
 use crate::primary::oids::{Exhausted, Oids, exhausted};
-use crate::replica::crash_notes;
-use crate::replica::lineage::Lineage;
-use crate::replica::settings::Settings;
-use crate::replica::state_dir::Note;
 use crate::transport::handshake::PeerInfo;
 
 /// Ticks after which a starting node serves readers although it has not heard of a primary: two

@@ -6,7 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
+use standby_config::{Address, Config, ZeoAddress};
 use standby_consensus::{Consensus, LogWriter};
+use standby_disk::OsDisk;
+use standby_logging::error_text::with_causes;
+use standby_replica::lost_transactions;
+use standby_replica::machine::Replica;
+use standby_replica::start::open::forget_index_of_link;
+use standby_replica::start::prepared::Beginning;
+use standby_replica::start::{Place, explain, prepare};
+use standby_replica::state_dir::{Note, StateDir};
 use standby_types::Disk;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
@@ -17,19 +26,13 @@ use crate::cells::events::{Event, TaskReport};
 use crate::cells::log_work::LogWork;
 use crate::cells::shared::{Opened, Queues, Shared};
 use crate::clients::listener;
-use crate::config::{Address, Config, ZeoAddress};
 use crate::peers::block::mender;
 use crate::peers::command::here;
 use crate::peers::link::{dial, learn};
-use crate::platform::error_text::with_causes;
-use crate::platform::os_disk::OsDisk;
+use crate::platform::crash_notes;
 use crate::platform::{self, Lock, TcpListener};
 use crate::primary::consensus_config::raft_config;
 use crate::primary::engine::{Ended, Engine};
-use crate::replica::machine::Replica;
-use crate::replica::prepared::Beginning;
-use crate::replica::state_dir::{Note, StateDir};
-use crate::replica::{crash_notes, lost_transactions, prepare};
 use crate::start::{other_nodes, read_only};
 use crate::tasks::applier::Applier;
 use crate::tasks::{
@@ -73,7 +76,7 @@ pub async fn start(mut config: Config) -> anyhow::Result<Running> {
 /// are the machine's.
 pub async fn start_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running> {
     let as_configured = config.clone();
-    begin_on(config, disk).await.map_err(|error| prepare::explain(error, &as_configured))
+    begin_on(config, disk).await.map_err(|error| explain(error, &as_configured))
 }
 
 async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running> {
@@ -124,7 +127,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
             lock(&storage.path)?;
             info!(file = %storage.named.display(), target = %storage.path.display(), "a symbolic \
             link is followed");
-            prepare::forget_index_of_link(&*disk, &storage.named)?;
+            forget_index_of_link(&*disk, &storage.named)?;
         }
     }
     let beginning = beginning(&config);
@@ -133,7 +136,10 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         let mended = config.storages.iter().filter(|_| config.standby.is_some());
         let menders = mended.map(|s| (s.name.clone(), mender(&helpers, &s.name))).collect();
         platform::spawn_blocking(move || {
-            prepare::prepare(&config, &disk, &state, beginning, &menders)
+            let platform = platform::for_start();
+            let place =
+                Place { config: &config, disk: &disk, state: &state, menders: &menders, platform };
+            prepare(&place, beginning)
         })
     };
     let prepared = opening.await??;

@@ -5,6 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use standby_config::{Config, Standby};
+use standby_replica::lineage::{Lineage, Relation};
+use standby_replica::start::change_timeline::describe_fork;
+use standby_replica::start::self_as_member;
+use standby_replica::state_dir::{Checkpoint, StateDir};
 use standby_types::disk::read_all;
 use standby_types::{Disk, NodeId};
 use tokio::task::JoinSet;
@@ -12,11 +17,6 @@ use tracing::warn;
 
 use crate::cells::repair_sources::RepairSources;
 use crate::cells::shared::{is_unsealed, silence_at};
-use crate::config::{Config, Standby};
-use crate::replica::change_timeline::describe_fork;
-use crate::replica::lineage::{Lineage, Relation};
-use crate::replica::prepare;
-use crate::replica::state_dir::{Checkpoint, StateDir};
 use crate::transport::frames::PeerError;
 use crate::transport::handshake::{Introduction, Purpose, Wire, connect};
 
@@ -55,7 +55,7 @@ pub async fn find(
 /// How a node introduces itself before it takes part in anything.
 fn asker(config: &Config, standby: &Standby, id: NodeId, wire: Wire) -> Introduction {
     Introduction {
-        member: prepare::self_as_member(config, id),
+        member: self_as_member(config, id),
         cluster: standby.cluster.clone(),
         cluster_id: String::new(),
         secrets: standby.secrets.clone(),

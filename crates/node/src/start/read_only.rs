@@ -12,10 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::bail;
+use standby_config::Config;
 use standby_types::disk::{Disk, File, Mapped, Open};
 use standby_types::memory::MemoryDisk;
-
-use crate::config::Config;
 
 /// Checks the read-only storages of a configuration; the disk that protects them, if there are any.
 pub fn protect(config: &Config, disk: Arc<dyn Disk>) -> anyhow::Result<Arc<dyn Disk>> {

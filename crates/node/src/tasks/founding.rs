@@ -18,14 +18,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use standby_config::MemberLine;
+use standby_logging::error_text::with_causes;
+use standby_replica::state_dir::Promise;
 use tracing::info;
 
 use crate::cells::events::TaskReport;
 use crate::cells::shared::Shared;
-use crate::config::MemberLine;
 use crate::platform;
-use crate::platform::error_text::with_causes;
-use crate::replica::state_dir::Promise;
 use crate::transport::handshake::{PeerInfo, Purpose, Welcome, connect};
 
 /// Time between two rounds.

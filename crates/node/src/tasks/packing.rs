@@ -10,6 +10,7 @@ use std::sync::Arc;
 use standby_filestorage::{
     BlobDir, FileStorage, Job, Need, Outcome, Packed, Reader, StorageError, copy_most, pack,
 };
+use standby_logging::error_text::with_causes;
 use standby_types::disk::remove_tree;
 use standby_types::time::time_of;
 use standby_types::{Oid, Tid};
@@ -20,7 +21,6 @@ use crate::cells::reserve::room_for;
 use crate::cells::shared::Shared;
 use crate::cells::status::ctime;
 use crate::platform;
-use crate::platform::error_text::with_causes;
 
 /// The packs that the applier has to do with.
 #[derive(Default)]

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use standby_filestorage::{BLOCK, BlobDamage, BlobDir, BlobId, Checking, Damage, Found, Reader};
 use standby_types::Tid;
+use standby_types::lock::lock;
 use standby_types::time::utc;
 use tracing::{error, info, warn};
 
@@ -22,7 +23,6 @@ use crate::cells::wire::Digest;
 use crate::peers::blob_repair;
 use crate::peers::compare::{Comparison, digests, fetch_digests};
 use crate::platform::Instant;
-use crate::platform::lock::lock;
 
 /// Time between two looks for work.
 const PAUSE: Duration = Duration::from_millis(500);

@@ -5,11 +5,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use standby_replica::lineage::Lineage;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Sleep;
 
 use crate::platform;
-use crate::replica::lineage::Lineage;
 use crate::transport::stream::Stream;
 
 /// The longest frame between nodes.

@@ -26,13 +26,14 @@ use std::time::Duration;
 use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
+use standby_config::{Secrets, Standby};
 use standby_consensus::Member;
+use standby_replica::lineage::{Lineage, Relation};
+use standby_types::hex::{hex, unhex};
 use standby_types::{LogIndex, NodeId};
 
-use crate::config::{Secrets, Standby};
-use crate::platform::hex::{hex, random_hex, unhex};
+use crate::platform::random::random_hex;
 use crate::platform::{self, TcpStream, end_when_silent};
-use crate::replica::lineage::{Lineage, Relation};
 use crate::transport::frames::{PeerError, read_frame, within, write_frame};
 use crate::transport::sealed::{Bound, Sealed};
 use crate::transport::stream::Stream;

@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use standby_types::lock::lock;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{tcp, unix};
 
 use crate::platform::Instant;
-use crate::platform::lock::lock;
 use crate::platform::silence::{Watch, acknowledged};
 use crate::transport::stream::Stream;
 

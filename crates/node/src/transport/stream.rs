@@ -7,11 +7,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use standby_config::{Address, ZeoAddress};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_rustls::TlsStream;
 
-use crate::config::{Address, ZeoAddress};
 use crate::platform::{self, TcpListener, TcpStream, ask_for_signs, listen_everywhere};
 
 /// See the module.

@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use pkcs8::{EncryptedPrivateKeyInfo, SecretDocument};
+use standby_config::SslSection;
+use standby_types::lock::lock;
 use tokio_rustls::rustls::client::danger::{
     HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier,
 };
@@ -31,8 +33,6 @@ use tokio_rustls::rustls::{
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tracing::warn;
 
-use crate::config::SslSection;
-use crate::platform::lock::lock;
 use crate::platform::{self, TcpStream};
 use crate::transport::certificate::Known;
 

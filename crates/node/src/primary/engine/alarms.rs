@@ -4,11 +4,11 @@
 use std::time::Duration;
 
 use standby_consensus::Broken;
+use standby_replica::state_dir::Note;
 use standby_types::{LogIndex, NodeId};
 use tracing::{error, warn};
 
 use crate::primary::engine::{Ended, Engine};
-use crate::replica::state_dir::Note;
 
 /// How long a primary may lead without a lease before it says so.
 pub(super) const NO_LEASE: Duration = Duration::from_secs(3);

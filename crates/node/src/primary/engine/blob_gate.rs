@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use standby_consensus::{Committed, Event as Happened, PeerMessage, ending_with_blobs};
 use standby_filestorage::take_meta;
+use standby_replica::machine::ApplyError;
 use standby_types::{BlobSource, NodeId, Tid, Transfer, Upload};
 use tracing::{debug, info, warn};
 
@@ -23,7 +24,6 @@ use crate::cells::wire::LinkFrame;
 use crate::peers::blob::{Wanted, WantedBlob, obtain};
 use crate::platform;
 use crate::primary::engine::{Engine, Outgoing};
-use crate::replica::machine::ApplyError;
 use crate::transport::frames::PeerError;
 
 /// Messages that are held back; more are dropped.

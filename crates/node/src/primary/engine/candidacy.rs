@@ -5,8 +5,8 @@ use std::time::Duration;
 use standby_consensus::Caution;
 use tracing::{info, warn};
 
+use crate::platform::crash_notes;
 use crate::primary::engine::Engine;
-use crate::replica::crash_notes;
 
 /// Losses of the leadership, within [`FLAPPING_FOR`], from which a node counts as flapping.
 const LOSSES: usize = 3;

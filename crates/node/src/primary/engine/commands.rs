@@ -3,16 +3,16 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use standby_config::word;
 use standby_consensus::Member;
+use standby_replica::settings::{FEATURE_LEVEL, Invitation, SETTINGS_LEVEL, Setting};
 use standby_types::NodeId;
 
 use crate::cells::apply_task::ApplyTask;
 use crate::cells::command::{Answer, Ask, Asker, Done};
 use crate::cells::storage::StorageShared;
-use crate::config::word;
-use crate::platform::hex::random_hex;
+use crate::platform::random::random_hex;
 use crate::primary::engine::Engine;
-use crate::replica::settings::{FEATURE_LEVEL, Invitation, SETTINGS_LEVEL, Setting};
 
 /// Time for a decision to come into force.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -10,11 +10,11 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use standby_consensus::{Change, Command, Member};
+use standby_replica::settings::{SETTINGS_LEVEL, Setting};
 use standby_types::NodeId;
 use tracing::{info, warn};
 
 use crate::primary::engine::{Engine, NEARLY};
-use crate::replica::settings::{SETTINGS_LEVEL, Setting};
 use crate::transport::handshake::PeerInfo;
 
 /// For so long a member must have been silent before another machine takes its place by itself.

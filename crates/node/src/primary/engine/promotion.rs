@@ -17,16 +17,16 @@ use std::collections::BTreeSet;
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{AppliedPoint, Caution, Command, Consensus, Ending, Event as Happened};
 use standby_filestorage::{TransactionMeta, put_meta};
+use standby_replica::lineage::{Lineage, Promotion, Relation};
 use standby_types::{NodeId, Tid};
 use tracing::{info, warn};
 
 use crate::cells::apply_task::ApplyTask;
 use crate::cells::command::{Asker, Done};
 use crate::cells::log_work::LogWork;
-use crate::platform::hex::random_hex;
+use crate::platform::random::random_hex;
 use crate::primary::consensus_config::raft_config;
 use crate::primary::engine::{Ended, Engine};
-use crate::replica::lineage::{Lineage, Promotion, Relation};
 
 /// A timeline is being begun.
 pub(super) enum PromotionStage {

@@ -6,10 +6,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use standby_zeo::Limits;
 
-use crate::config::address::Address;
-use crate::config::reader::{Checker, SectionReader, byte_size, path, word};
-use crate::config::ssl::SslSection;
-use crate::config::zconfig::{ConfigError, Section};
+use crate::address::Address;
+use crate::reader::{Checker, SectionReader, byte_size, path, word};
+use crate::ssl::SslSection;
+use crate::zconfig::{ConfigError, Section};
 
 /// A day: copies bring old tids, and clocks differ.
 pub const DEFAULT_FUTURE_TIDS: Duration = Duration::from_secs(86_400);
@@ -376,7 +376,7 @@ mod tests {
     use std::path::Path;
 
     use super::{Recovery, Secrets};
-    use crate::config::Config;
+    use crate::Config;
 
     fn read(text: &str) -> Result<Config, String> {
         Config::parse(Path::new("zeo.conf"), text).map_err(|error| error.to_string())

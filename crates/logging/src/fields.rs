@@ -97,8 +97,9 @@ mod tests {
     use std::io;
     use std::sync::{Arc, Mutex};
 
+    use standby_types::lock::lock;
+
     use super::*;
-    use crate::platform::lock::lock;
 
     #[derive(Clone, Default)]
     struct Kept(Arc<Mutex<Vec<u8>>>);

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::config::ssl::SslSection;
-use crate::config::zconfig::{ConfigError, Section};
+use crate::ssl::SslSection;
+use crate::zconfig::{ConfigError, Section};
 
 pub(super) struct Checker {
     pub(super) file: String,

@@ -26,14 +26,12 @@ use standby_types::time::{tid_at, utc};
 use standby_types::{Disk, Tid};
 use tracing::{info, warn};
 
-use crate::config::Config;
-use crate::platform::os_disk::OsDisk;
-use crate::platform::temporary_file;
-use crate::replica::lineage::{Fork, Lineage};
-use crate::replica::lost_transactions::{LostTail, blobs_of, lost_path};
-use crate::replica::machine::Replica;
-use crate::replica::prepared::Prepared;
-use crate::replica::state_dir::{Checkpoint, StateDir, StoragePoint};
+use crate::lineage::{Fork, Lineage};
+use crate::lost_transactions::{LostTail, blobs_of, lost_path};
+use crate::machine::Replica;
+use crate::start::Place;
+use crate::start::prepared::Prepared;
+use crate::state_dir::{Checkpoint, StateDir, StoragePoint};
 
 /// A timeline in words.
 pub fn describe_fork(number: u64, fork: &Fork) -> String {
@@ -43,28 +41,22 @@ pub fn describe_fork(number: u64, fork: &Fork) -> String {
 
 /// Notes that this node is to come over to a timeline although it has gone on by itself. Returns
 /// where that stands.
-pub fn accept(config: &Config, name: &str) -> anyhow::Result<PathBuf> {
-    let state = StateDir(config.state_dir());
-    if state.checkpoint(&OsDisk)?.is_none() {
+pub fn accept(disk: &dyn Disk, state: &StateDir, name: &str) -> anyhow::Result<PathBuf> {
+    if state.checkpoint(disk)?.is_none() {
         bail!("{}: this node has never been a member of a cluster", state.0.display());
     }
-    replace(&OsDisk, &state.accepted(), name.as_bytes())?;
+    replace(disk, &state.accepted(), name.as_bytes())?;
     Ok(state.accepted())
 }
 
 /// Keeps what is not in the other history, and writes the checkpoint from which the node goes on in
 /// it.
-pub(crate) fn leave(
-    config: &Config,
-    disk: &Arc<dyn Disk>,
-    state: &StateDir,
-    prepared: Prepared,
-    lineage: &Lineage,
-) -> anyhow::Result<()> {
+pub fn leave(place: &Place<'_>, prepared: Prepared, lineage: &Lineage) -> anyhow::Result<()> {
+    let Place { config, disk, state, platform, .. } = *place;
     let own = prepared.checkpoint.settings.lineage.clone();
     let Prepared { checkpoint, storages, blobs, recovered, .. } = prepared;
     let spill_dir = state.0.clone();
-    let make_spill = Arc::new(move || temporary_file(&spill_dir));
+    let make_spill = Arc::new(move || (platform.temporary_file)(&spill_dir));
     let replica = Replica::new(&checkpoint, storages, blobs.clone(), make_spill);
     let mut replica = replica.skipping(state.skipped(&**disk)?);
     let log = state.log();
@@ -196,12 +188,8 @@ fn keep(
 
 /// Makes the disk what the new checkpoint says: the log is empty, the blobs of what is lost are
 /// gone, and a data file that does not count at all is put aside.
-pub(crate) fn cut(
-    config: &Config,
-    disk: &Arc<dyn Disk>,
-    state: &StateDir,
-    checkpoint: &Checkpoint,
-) -> anyhow::Result<()> {
+pub fn cut(place: &Place<'_>, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+    let Place { config, disk, state, .. } = *place;
     for path in disk.list(&state.log())? {
         disk.remove(&path)?;
     }
@@ -248,16 +236,18 @@ pub(crate) fn cut(
 
 #[cfg(test)]
 mod tests {
-    use crate::replica::lost_transactions::{lost_tails, open_lost};
+    use standby_disk::OsDisk;
     use standby_filestorage::{Record, RecordData, Transaction, TransactionMeta};
     use standby_types::LogIndex;
     use standby_types::Oid;
     use standby_types::memory::MemoryDisk;
 
     use super::*;
-    use crate::replica::lineage::Departure;
-    use crate::replica::prepare::prepare;
-    use crate::replica::prepared::Beginning;
+    use crate::lineage::Departure;
+    use crate::lost_transactions::{lost_tails, open_lost};
+    use crate::start::ground::Ground;
+    use crate::start::prepare;
+    use crate::start::prepared::Beginning;
 
     const NODE: &str =
         "cluster c\nnode n1\ngroup g\npeer-address 127.0.0.1:1\nmember n1 127.0.0.1:1 g\n";
@@ -294,9 +284,7 @@ mod tests {
 
     struct Node {
         _dir: tempfile::TempDir,
-        config: Config,
-        disk: Arc<dyn Disk>,
-        state: StateDir,
+        ground: Ground,
     }
 
     impl Node {
@@ -310,9 +298,7 @@ mod tests {
                 {path}/Data.fs\n</filestorage>\n\
                  <standby>\n{NODE}state-dir {path}/state\n</standby>\n"
             );
-            let config = Config::parse(Path::new("zeo.conf"), &text).unwrap();
-            let state = StateDir(config.state_dir());
-            let node = Node { _dir: dir, config, disk: Arc::new(OsDisk), state };
+            let node = Node { _dir: dir, ground: Ground::new(Arc::new(OsDisk), &text) };
             let mut prepared = node.start();
             let storage = prepared.storages.get_mut("1").unwrap();
             for tid in [10, 20, 30] {
@@ -321,35 +307,34 @@ mod tests {
             let mark = storage.mark();
             let mut checkpoint = prepared.checkpoint;
             checkpoint.storages.get_mut("1").unwrap().mark = mark;
-            node.state.set_checkpoint(&*node.disk, &checkpoint).unwrap();
+            node.ground.state.set_checkpoint(&*node.ground.disk, &checkpoint).unwrap();
             node.order(&lineage(&[("a", 20)]));
             node
         }
 
         fn start(&self) -> Prepared {
-            let menders = BTreeMap::new();
-            prepare(&self.config, &self.disk, &self.state, Beginning::Found, &menders).unwrap()
+            prepare(&self.ground.place(), Beginning::Found).unwrap()
         }
 
         fn start_without_order(&self) -> Prepared {
-            self.state.end_coming_over(&*self.disk).unwrap();
+            self.ground.state.end_coming_over(&*self.ground.disk).unwrap();
             self.start()
         }
 
         fn order(&self, lineage: &Lineage) {
-            self.state.set_coming_over(&*self.disk, lineage).unwrap();
+            self.ground.state.set_coming_over(&*self.ground.disk, lineage).unwrap();
         }
 
         /// As the start does it, up to the new checkpoint.
         fn leave(&self) {
-            let order = self.state.coming_over(&*self.disk).unwrap().unwrap();
+            let order = self.ground.state.coming_over(&*self.ground.disk).unwrap().unwrap();
             let prepared = self.start_without_order();
             self.order(&order);
-            leave(&self.config, &self.disk, &self.state, prepared, &order).unwrap();
+            leave(&self.ground.place(), prepared, &order).unwrap();
         }
 
         fn checkpoint(&self) -> Checkpoint {
-            self.state.checkpoint(&*self.disk).unwrap().unwrap()
+            self.ground.state.checkpoint(&*self.ground.disk).unwrap().unwrap()
         }
 
         /// The next start ends what was begun.
@@ -359,9 +344,9 @@ mod tests {
                 assert_eq!(prepared.storages["1"].mark().tid, Tid(20));
                 assert_eq!(prepared.checkpoint.settings.lineage.timeline(), timeline);
                 assert_eq!(prepared.recovered.last_index(), LogIndex(0));
-                assert_eq!(self.state.coming_over(&*self.disk).unwrap(), None);
+                assert_eq!(self.ground.state.coming_over(&*self.ground.disk).unwrap(), None);
             }
-            let lost = lost_tails(&self.config, &self.disk).unwrap();
+            let lost = lost_tails(&self.ground.config, &self.ground.disk).unwrap();
             let [tail] = &lost[..] else { panic!("{lost:?}") };
             assert_eq!((tail.transactions, tail.objects, tail.timeline), (1, 1, 1));
             assert_eq!(
@@ -369,7 +354,7 @@ mod tests {
                 (&Tid(30).to_string(), &vec!["somebody".into()])
             );
             assert!(tail.file.ends_with(format!("lost-1-{}.fs", Tid(30))));
-            let kept = open_lost(&self.disk, &tail.file).unwrap();
+            let kept = open_lost(&self.ground.disk, &tail.file).unwrap();
             assert_eq!(kept.last_tid(), Tid(30));
         }
     }
@@ -396,7 +381,7 @@ mod tests {
         lineage.begin(fork_of("a", 10, 20, "never committed"));
         node.order(&lineage);
         assert_eq!(node.start().storages["1"].mark().tid, Tid(10));
-        let lost = lost_tails(&node.config, &node.disk).unwrap();
+        let lost = lost_tails(&node.ground.config, &node.ground.disk).unwrap();
         assert_eq!((lost.len(), lost[0].transactions), (1, 2));
         assert_eq!((&lost[0].first, &lost[0].last), (&Tid(20).to_string(), &Tid(30).to_string()));
     }
@@ -418,15 +403,13 @@ mod tests {
             "<zeo>\naddress localhost:8100\n</zeo>\n<filestorage>\npath /Data.fs\n</filestorage>\n\
              <standby>\n{NODE}state-dir /state\n</standby>\n"
         );
-        let config = Config::parse(Path::new("zeo.conf"), &text).unwrap();
         let memory = MemoryDisk::new();
-        let disk: Arc<dyn Disk> = Arc::new(memory.clone());
-        let state = StateDir(config.state_dir());
-        let start = || prepare(&config, &disk, &state, Beginning::Found, &BTreeMap::new()).unwrap();
+        let ground = Ground::new(Arc::new(memory.clone()), &text);
+        let start = || prepare(&ground.place(), Beginning::Found).unwrap();
         let mut prepared = start();
         // As if the log had brought it.
         add(prepared.storages.get_mut("1").unwrap(), 10, "data");
-        leave(&config, &disk, &state, prepared, &lineage(&[("a", 10)])).unwrap();
+        leave(&ground.place(), prepared, &lineage(&[("a", 10)])).unwrap();
         memory.crash();
         assert_eq!(start().storages["1"].mark().tid, Tid(10));
     }
@@ -436,7 +419,7 @@ mod tests {
         let node = Node::new();
         let before = node.checkpoint();
         node.leave();
-        node.state.set_checkpoint(&*node.disk, &before).unwrap();
+        node.ground.state.set_checkpoint(&*node.ground.disk, &before).unwrap();
         node.check(2);
     }
 
@@ -447,7 +430,7 @@ mod tests {
         node.check(2);
         let node = Node::new();
         node.leave();
-        cut(&node.config, &node.disk, &node.state, &node.checkpoint()).unwrap();
+        cut(&node.ground.place(), &node.checkpoint()).unwrap();
         node.check(2);
     }
 

@@ -19,9 +19,8 @@ use standby_types::disk::parent;
 use standby_types::{Disk, NodeId};
 use tracing::warn;
 
-use crate::config::Config;
-use crate::platform::hex::random_hex;
-use crate::replica::state_dir::{Checkpoint, Identity, StateDir, free_name};
+use crate::start::Place;
+use crate::state_dir::{Checkpoint, Identity, StateDir, free_name};
 
 /// Something that was durable in the log is lost.
 #[derive(Debug, thiserror::Error)]
@@ -60,13 +59,12 @@ pub fn read(
 /// Puts the log aside and makes this node a new one with the former one's data; fails if the others
 /// cannot do without it.
 pub fn begin_anew(
-    config: &Config,
-    disk: &Arc<dyn Disk>,
-    state: &StateDir,
+    place: &Place<'_>,
     former: &Identity,
     checkpoint: Checkpoint,
     lost: &LostLog,
 ) -> anyhow::Result<(Identity, Checkpoint)> {
+    let Place { config, disk, state, platform, .. } = *place;
     if config.standby.is_none() {
         bail!("{lost}. {}", advice_to_one_alone(state));
     }
@@ -82,7 +80,7 @@ pub fn begin_anew(
         state.set_catching_up(&**disk, &BTreeMap::new())?;
     }
     // First of all: who has a new identity has promised nothing, whatever becomes of the rest.
-    let identity = Identity { id: random_hex(8)?, ..former.clone() };
+    let identity = Identity { id: platform.random_hex(8)?, ..former.clone() };
     state.set_identity(&**disk, &identity)?;
     let kept = put_aside(disk, state)?;
     let checkpoint = checkpoint.without_log();
@@ -133,23 +131,21 @@ fn put_aside(disk: &Arc<dyn Disk>, state: &StateDir) -> anyhow::Result<PathBuf> 
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
 
     use standby_consensus::Member;
+    use standby_disk::OsDisk;
     use standby_filestorage::{Record, RecordData, Transaction, TransactionMeta};
     use standby_types::{LogIndex, Oid, Tid};
 
     use super::*;
-    use crate::platform::os_disk::OsDisk;
-    use crate::replica::prepare::prepare;
-    use crate::replica::prepared::Beginning;
-    use crate::replica::prepared::Prepared;
+    use crate::start::ground::Ground;
+    use crate::start::prepare;
+    use crate::start::prepared::Beginning;
+    use crate::start::prepared::Prepared;
 
     struct Node {
         dir: tempfile::TempDir,
-        config: Config,
-        disk: Arc<dyn Disk>,
-        state: StateDir,
+        ground: Ground,
     }
 
     impl Node {
@@ -164,9 +160,7 @@ mod tests {
                  <standby>\ncluster c\nnode n1\ngroup g\npeer-address 127.0.0.1:1\n\
                  member n1 127.0.0.1:1 g\nstate-dir {path}/state\n</standby>\n"
             );
-            let config = Config::parse(Path::new("/zeo.conf"), &text).unwrap();
-            let state = StateDir(config.state_dir());
-            let node = Node { dir, config, disk: Arc::new(OsDisk), state };
+            let node = Node { dir, ground: Ground::new(Arc::new(OsDisk), &text) };
             let mut prepared = node.prepare(Beginning::Found).unwrap();
             let storage = prepared.storages.get_mut("1").unwrap();
             for tid in [10, 20] {
@@ -179,20 +173,20 @@ mod tests {
                 checkpoint.membership.voters.insert(member.id);
                 checkpoint.membership.members.insert(member.id, member);
             }
-            node.state.set_checkpoint(&*node.disk, &checkpoint).unwrap();
+            node.ground.state.set_checkpoint(&*node.ground.disk, &checkpoint).unwrap();
             add(storage, 30);
             storage.sync().unwrap();
             node
         }
 
         fn prepare(&self, beginning: Beginning) -> anyhow::Result<Prepared> {
-            prepare(&self.config, &self.disk, &self.state, beginning, &BTreeMap::new())
+            prepare(&self.ground.place(), beginning)
         }
 
         /// As a bad disk would: the header of a segment is not what was written, and something is
         /// behind it.
         fn damage_the_log(&self) {
-            let segment = self.disk.list(&self.state.log()).unwrap().remove(0);
+            let segment = self.ground.disk.list(&self.ground.state.log()).unwrap().remove(0);
             let mut bytes = std::fs::read(&segment).unwrap();
             bytes[3] ^= 0x10;
             std::fs::write(&segment, &bytes).unwrap();
@@ -200,7 +194,7 @@ mod tests {
         }
 
         fn id(&self) -> String {
-            self.state.identity(&*self.disk).unwrap().unwrap().id
+            self.ground.state.identity(&*self.ground.disk).unwrap().unwrap().id
         }
 
         /// The node is a new one, with what its checkpoint vouches for.
@@ -242,8 +236,8 @@ mod tests {
     fn row_28_a_log_that_is_gone_is_as_bad_as_a_damaged_one() {
         let node = Node::of(3);
         let former = node.id();
-        std::fs::remove_dir_all(node.state.log()).unwrap();
-        std::fs::create_dir(node.state.log()).unwrap();
+        std::fs::remove_dir_all(node.ground.state.log()).unwrap();
+        std::fs::create_dir(node.ground.state.log()).unwrap();
         node.has_begun_anew(&former);
     }
 
@@ -254,15 +248,18 @@ mod tests {
             let node = Node::of(3);
             let former = node.id();
             node.damage_the_log();
-            node.state.set_catching_up(&*node.disk, &BTreeMap::new()).unwrap();
+            node.ground.state.set_catching_up(&*node.ground.disk, &BTreeMap::new()).unwrap();
             if steps > 0 {
-                let identity = node.state.identity(&*node.disk).unwrap().unwrap();
+                let identity = node.ground.state.identity(&*node.ground.disk).unwrap().unwrap();
                 let identity = Identity { id: "0000000000000077".into(), ..identity };
-                node.state.set_identity(&*node.disk, &identity).unwrap();
+                node.ground.state.set_identity(&*node.ground.disk, &identity).unwrap();
             }
             if steps > 1 {
-                std::fs::rename(node.state.log(), node.dir.path().join("state/log.damaged-1"))
-                    .unwrap();
+                std::fs::rename(
+                    node.ground.state.log(),
+                    node.dir.path().join("state/log.damaged-1"),
+                )
+                .unwrap();
             }
             node.has_begun_anew(&former);
         }

@@ -28,15 +28,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use standby_consensus::{AppliedPoint, Member, Membership};
 use standby_filestorage::{Hole, Holes, Job, Mark};
+use standby_logging::error_text::with_causes;
 use standby_types::disk::{parent, read_all, replace};
 use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
 use tracing::warn;
 
-use crate::config::Config;
-use crate::platform::error_text::with_causes;
-use crate::platform::os_disk::{LockFile, OsDisk};
-use crate::replica::lineage::Lineage;
-use crate::replica::settings::Settings;
+use crate::lineage::Lineage;
+use crate::settings::Settings;
 
 /// Who this node is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,19 +184,6 @@ impl Note {
     }
 }
 
-/// Says durably that a node, which is stopped, leaves out an entry of its log if no node can apply
-/// it; the file that says so.
-pub fn skip_entry(config: &Config, index: LogIndex, term: Term) -> anyhow::Result<PathBuf> {
-    let state = StateDir(config.state_dir());
-    if state.identity(&OsDisk)?.is_none() {
-        bail!("{} is no state-dir of a node", state.0.display());
-    }
-    let locks = config.storages.iter().map(|storage| LockFile::take(&storage.path));
-    let _locks = locks.collect::<io::Result<Vec<_>>>().context("stop the node first")?;
-    state.skip(&OsDisk, index, term)?;
-    Ok(state.0.join(SKIPPED))
-}
-
 /// Paths in a state directory.
 #[derive(Debug, Clone)]
 pub struct StateDir(pub PathBuf);
@@ -338,11 +323,13 @@ impl StateDir {
     }
 
     /// Adds one of these, durably.
-    pub fn skip(&self, disk: &dyn Disk, index: LogIndex, term: Term) -> anyhow::Result<()> {
+    pub fn skip(&self, disk: &dyn Disk, index: LogIndex, term: Term) -> anyhow::Result<PathBuf> {
         let mut skipped = self.skipped(disk)?;
         skipped.insert((index, term));
         let lines = skipped.iter().map(|(index, term)| format!("{index} {term}\n"));
-        Ok(replace(disk, &self.0.join(SKIPPED), lines.collect::<String>().as_bytes())?)
+        let path = self.0.join(SKIPPED);
+        replace(disk, &path, lines.collect::<String>().as_bytes())?;
+        Ok(path)
     }
 
     /// Says durably that this node leaves its timeline for another one at its next start.

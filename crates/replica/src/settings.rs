@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::replica::lineage::Lineage;
+use crate::lineage::Lineage;
 
 /// What this program can do. A cluster uses what its feature level includes; it is raised by
 /// command, when every node can do it.

@@ -11,13 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use standby_config::{Config, StorageSection};
 use standby_filestorage::{Extent, FileStorage, Magic, Reader, StorageError};
 use standby_types::disk::parent;
 use standby_types::time::utc;
 use standby_types::{Disk, Oid, Tid};
 use tracing::warn;
-
-use crate::config::{Config, StorageSection};
 
 /// What a node has lost by leaving a timeline.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

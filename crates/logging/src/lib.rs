@@ -1,24 +1,25 @@
 //! Where log lines go: the `<eventlog>` section, or standard error.
 
+pub mod error_text;
 mod fields;
-pub(crate) mod file;
-pub(crate) mod format;
+pub mod file;
+pub mod format;
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
+use standby_types::lock::lock;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-use crate::logging::fields::SafeFields;
-pub use crate::logging::fields::harmless;
-use crate::logging::file::{LogFile, Rotation};
-use crate::logging::format::Format;
-use crate::platform::lock::lock;
+use crate::fields::SafeFields;
+pub use crate::fields::harmless;
+use crate::file::{LogFile, Rotation};
+use crate::format::Format;
 
 /// `<eventlog>`
 #[derive(Debug, Clone)]

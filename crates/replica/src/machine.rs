@@ -20,9 +20,9 @@ use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
 use standby_zeo::{MakeSpill, Slot, Spill};
 use tracing::{error, warn};
 
-use crate::replica::lineage::{Departure, Fork, Promotion};
-use crate::replica::settings::{Setting, Settings};
-use crate::replica::state_dir::{Checkpoint, StoragePoint, decode_shared, encode_shared};
+use crate::lineage::{Departure, Fork, Promotion};
+use crate::settings::{Setting, Settings};
+use crate::state_dir::{Checkpoint, StoragePoint, decode_shared, encode_shared};
 
 /// Oids that a new timeline leaves out.
 const SKIPPED_OIDS: u64 = 1 << 20;

@@ -6,7 +6,7 @@ use standby_consensus::{LogWriter, Recovered};
 use standby_filestorage::{BlobDir, FileStorage, Mend};
 use standby_types::NodeId;
 
-use crate::replica::state_dir::Checkpoint;
+use crate::state_dir::Checkpoint;
 
 /// What a new node does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use standby_logging::file::Rotation;
+use standby_logging::format::Format;
+use standby_logging::{EventLog, LogFileSection};
 use standby_zeo::{Limits, Retention};
 use tracing::warn;
 
-use crate::config::address::{Address, ZeoAddress};
-use crate::config::reader::{Checker, byte_size, level, path};
-use crate::config::ssl::SslSection;
-use crate::config::standby::{DEFAULT_FUTURE_TIDS, Standby};
-use crate::config::zconfig::{ConfigError, Section, parse};
-use crate::logging::file::Rotation;
-use crate::logging::format::Format;
-use crate::logging::{EventLog, LogFileSection};
+use crate::address::{Address, ZeoAddress};
+use crate::reader::{Checker, byte_size, level, path};
+use crate::ssl::SslSection;
+use crate::standby::{DEFAULT_FUTURE_TIDS, Standby};
+use crate::zconfig::{ConfigError, Section, parse};
 
 /// `<zeo>`
 #[derive(Debug, Clone, Default)]

@@ -1,9 +1,5 @@
 //! Bytes as hexadecimal digits.
 
-use anyhow::bail;
-
-use crate::platform;
-
 /// Two digits for each byte.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -20,16 +16,6 @@ pub fn unhex(digits: &str) -> Option<Vec<u8>> {
             _ => None,
         })
         .collect()
-}
-
-/// A random hexadecimal string of `bytes` bytes; never all zeros.
-pub fn random_hex(bytes: usize) -> anyhow::Result<String> {
-    let mut random = vec![0; bytes];
-    platform::fill_random(&mut random)?;
-    if random.iter().all(|byte| *byte == 0) {
-        bail!("the system's randomness is broken: it gives zeros only");
-    }
-    Ok(hex(&random))
 }
 
 #[cfg(test)]
