@@ -7,17 +7,17 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use standby_config::Config;
 use standby_filestorage::{
     BLOCK, BlobDir, Extent, FileStorage, Magic, Mend, Reader, Record, RecordData, StorageError,
     Transaction, TransactionMeta, blocks_in,
 };
 use standby_node::admin::route::route;
-use standby_node::cells::command::{Answer, Ask};
 use standby_node::cells::shared::Shared;
-use standby_config::Config;
 use standby_node::peers::command::here;
 use standby_node::platform::simulated::{Latency, Network, PLENTY, Random};
 use standby_node::platform::wall_clock;
+use standby_primary::command::{Answer, Ask};
 use standby_replica::lost_transactions::open_lost;
 use standby_types::time::tid_at;
 use standby_types::{Disk, Oid, Tid};

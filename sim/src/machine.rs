@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use standby_node::cells::shared::Shared;
 use standby_config::Config;
+use standby_node::cells::shared::Shared;
 use standby_node::platform::fill_random;
 use standby_node::platform::simulated::{Host, Network, Random};
 use standby_node::start::node::{Next, start_on};

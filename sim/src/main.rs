@@ -23,9 +23,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
-use tracing::level_filters::LevelFilter;
-
 use standby_types::{Mutation, mutation};
+use tracing::level_filters::LevelFilter;
 
 use crate::cluster::{Outcome, run};
 use crate::plan::Plan;

@@ -8,17 +8,16 @@
 //! cells       what tasks share, and what they tell each other
 //! peers       conversations between nodes
 //! clients     conversations with ZEO clients
-//! primary     what the node decides: consensus, votes, commits, members, switchovers
-//! tasks       what runs beside that: the applier, packs, scrubs, the log's writer, who watches what
+//! tasks       what runs: the primary's machine, the applier, packs, scrubs, the log's writer
 //! admin       HTTP for people and monitoring
 //! start       from a configuration to a running node
 //! ```
 //!
 //! ```text
-//!   listener ─▶ connection ──votes, finishes──▶ engine ──batches──▶ log writer
+//!   listener ─▶ connection ──votes, finishes──▶ primary ──batches──▶ log writer
 //!                   │  ▲                        ▲  │ committed       │ durable
 //!             reads │  │ replies, invalidations │  ▼                 │
-//!                   ▼  └───────────────────── applier ◀──────────────┘ (through the engine)
+//!                   ▼  └───────────────────── applier ◀──────────────┘ (through the primary)
 //!               storages ◀──────appends──────────┘
 //! ```
 
@@ -27,7 +26,6 @@ pub mod cells;
 mod clients;
 pub mod peers;
 pub mod platform;
-mod primary;
 pub mod start;
 mod tasks;
 mod transport;

@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use crate::zeo_client::Client;
 use anyhow::bail;
 use bytes::Bytes;
 use clap::Args;
 use serde_json::json;
 use standby_types::Tid;
+
+use crate::zeo_client::Client;
 
 #[derive(Args)]
 pub struct Options {

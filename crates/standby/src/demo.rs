@@ -12,8 +12,8 @@ use bytes::Bytes;
 use clap::Args;
 use serde_json::json;
 use standby_node::admin::http::{ask, fetch_status};
-use standby_node::cells::command::Ask;
 use standby_node::cells::status::Status;
+use standby_primary::command::Ask;
 use standby_types::lock::lock;
 use standby_types::{Oid, Tid};
 

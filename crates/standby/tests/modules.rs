@@ -15,8 +15,8 @@ use syn::{ItemMod, ItemUse, UseTree};
 use sources::collect;
 
 /// The rooms of `node`. Each uses only those before it.
-const ROOMS: [&str; 9] =
-    ["platform", "transport", "cells", "peers", "clients", "primary", "tasks", "admin", "start"];
+const ROOMS: [&str; 8] =
+    ["platform", "transport", "cells", "peers", "clients", "tasks", "admin", "start"];
 
 type Module = Vec<String>;
 

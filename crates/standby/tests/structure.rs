@@ -11,13 +11,14 @@ use serde_json::Value;
 
 use sources::collect;
 
-const PURE: [&str; 6] = [
+const PURE: [&str; 7] = [
     "standby-types",
     "standby-pickle",
     "standby-filestorage",
     "standby-zeo",
     "standby-consensus",
     "standby-replica",
+    "standby-primary",
 ];
 
 fn root() -> PathBuf {
@@ -78,6 +79,17 @@ fn arrows_point_one_way() {
             ],
         ),
         (
+            "standby-primary",
+            &[
+                "standby-types",
+                "standby-filestorage",
+                "standby-zeo",
+                "standby-consensus",
+                "standby-config",
+                "standby-replica",
+            ],
+        ),
+        (
             "standby-node",
             &[
                 "standby-types",
@@ -88,6 +100,7 @@ fn arrows_point_one_way() {
                 "standby-logging",
                 "standby-config",
                 "standby-replica",
+                "standby-primary",
             ],
         ),
     ];

@@ -15,11 +15,11 @@ use hyper_util::service::TowerToHyperService;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use standby_logging::harmless;
+use standby_primary::command::{Answer, Ask};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::admin::metrics;
 use crate::admin::route::route;
-use crate::cells::command::{Answer, Ask};
 use crate::cells::gate::Gate;
 use crate::cells::shared::Shared;
 use crate::cells::status::Status;

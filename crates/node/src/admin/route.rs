@@ -4,8 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::cells::command::{Answer, Ask};
-use crate::cells::serving_state::ServingState;
+use standby_primary::ServingState;
+use standby_primary::command::{Answer, Ask};
+
 use crate::cells::shared::Shared;
 use crate::peers::command::{self, here};
 

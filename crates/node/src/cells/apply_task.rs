@@ -1,49 +1,20 @@
 //! What the applier is asked to do.
 
-use std::sync::Arc;
-
 use standby_consensus::{AppliedPoint, Committed};
 use standby_filestorage::{Hole, Job, Outcome, Record, Staged, TransactionMeta};
+use standby_primary::{Caller, Reading};
 use standby_replica::lineage::Promotion;
 use standby_types::{Blob, Tid};
-use standby_zeo::Value;
 use tokio::sync::{mpsc, oneshot};
-
-use crate::cells::sessions::SessionHandle;
 
 /// What the thread is asked to do.
 pub enum ApplyTask {
-    /// Apply; reply to the sessions that committed.
-    Entries(Vec<(Committed, Option<Origin>)>),
-    /// Answer `register` and begin to send invalidations.
-    Register {
-        /// The storage, which exists.
-        storage: String,
-        /// Who.
-        session: Arc<SessionHandle>,
-        /// The call.
-        id: Value,
-    },
-    /// Answer a call by `None`, after what was applied before.
-    Answer {
-        /// Who.
-        session: Arc<SessionHandle>,
-        /// The call.
-        id: Value,
-    },
+    /// Apply; reply to the callers.
+    Entries(Vec<(Committed, Option<Caller>)>),
+    /// Answer after what was applied before.
+    Read(Reading),
     /// End the sessions that may write, after what was applied before has been sent.
     SendWritersAway,
-    /// Answer `getInvalidations`.
-    Invalidations {
-        /// The storage.
-        storage: String,
-        /// Who.
-        session: Arc<SessionHandle>,
-        /// The call.
-        id: Value,
-        /// The last transaction that the client knows.
-        since: Tid,
-    },
     /// Append what comes from a peer, until the state is `target`.
     CatchUp {
         /// What comes.
@@ -75,14 +46,6 @@ pub enum ApplyTask {
     BlobsRemoved(String),
     /// Make a last checkpoint and end.
     Stop(oneshot::Sender<()>),
-}
-
-/// Who is to get the reply to a commit.
-pub struct Origin {
-    /// The session.
-    pub session: Arc<SessionHandle>,
-    /// The `tpc_finish` call.
-    pub id: Value,
 }
 
 /// A piece of a catch-up.

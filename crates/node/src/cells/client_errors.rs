@@ -1,22 +1,11 @@
 //! Errors that clients are told, in the words of ZODB and of the Python server.
 
 use standby_filestorage::StorageError;
-use standby_zeo::{ClientError, Value};
+use standby_zeo::ClientError;
 use tracing::error;
 
 /// A read failed for another reason than that the object does not exist.
 pub fn read_failed(error: &StorageError) -> ClientError {
     error!(%error, "a read failed");
     ClientError::storage(error.to_string())
-}
-
-/// The error for a storage that does not exist.
-pub fn unknown_storage(name: &str) -> ClientError {
-    let text = Value::Str(format!("unknown storage: {name}"));
-    ClientError::Other("builtins.ValueError", vec![text])
-}
-
-/// The error of undo while a pack is under way, in ZODB's words.
-pub fn undo_disabled() -> ClientError {
-    ClientError::Undo("Undo is currently disabled for database maintenance.<p>".into())
 }

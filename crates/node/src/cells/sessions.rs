@@ -1,4 +1,4 @@
-//! The clients' sessions, as the engine and the applier see them.
+//! The clients' sessions, as the primary's machine and the applier see them.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -51,7 +51,7 @@ pub struct SessionHandle {
     pub uploads: AtomicBool,
     /// It waits for a pack to end.
     pub packs: AtomicBool,
-    /// Calls that the engine or the applier is to answer.
+    /// Calls that the primary's machine or the applier is to answer.
     pub unanswered: AtomicUsize,
     one_answered: Notify,
     /// It ends when nothing of it is under way.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use standby_config::{Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Secrets};
 use standby_consensus::Member;
 use standby_filestorage::BlobDir;
+use standby_primary::{OwnState, ServingState};
 use standby_replica::lost_transactions::LostTail;
 use standby_replica::settings::{SEALED_LEVEL, Settings};
 use standby_replica::start::prepared::Prepared;
@@ -23,14 +24,14 @@ use crate::cells::apply_task::ApplyTask;
 use crate::cells::disk_space::Room;
 use crate::cells::events::{Event, TaskReport};
 use crate::cells::gate::{self, Gate, StrangersLines};
+use crate::cells::lease::Lease;
 use crate::cells::log_work::Busy;
 use crate::cells::memory::Memory;
 use crate::cells::peer_links::Peers;
 use crate::cells::progress::Progress;
 use crate::cells::repair_sources::RepairSources;
-use crate::cells::serving_state::{Lease, ServingState};
 use crate::cells::sessions::Sessions;
-use crate::cells::status::{CatchUp, MissingHistory, NodeReport, OwnState, Reports};
+use crate::cells::status::{CatchUp, MissingHistory, NodeReport, Reports};
 use crate::cells::storage::StorageShared;
 use crate::platform::random::random_hex;
 use crate::platform::watchdog::Pulse;
@@ -58,9 +59,9 @@ pub struct Opened {
 
 /// Where what tasks tell each other goes.
 pub struct Queues {
-    /// To the engine, from this process's own threads.
+    /// To the primary's machine, from this process's own threads.
     pub internal: mpsc::UnboundedSender<TaskReport>,
-    /// To the engine, from tasks that serve others.
+    /// To the primary's machine, from tasks that serve others.
     pub events: mpsc::Sender<Event>,
     /// To the applier.
     pub work: mpsc::UnboundedSender<ApplyTask>,
@@ -114,7 +115,7 @@ pub struct Shared {
     pub promising: tokio::sync::Mutex<()>,
     /// Room on the disks.
     pub room: Room,
-    /// Beats while the engine works.
+    /// Beats while the primary's machine works.
     pub pulse: Arc<Pulse>,
     /// Who may have what is damaged here.
     pub helpers: Arc<RepairSources>,
@@ -442,15 +443,15 @@ impl Shared {
         self.unconfirmed.store(false, Ordering::Release);
     }
 
-    /// Tells the engine, from a thread of this process.
-    pub fn report(&self, told: TaskReport) {
-        // Without an engine the process is ending.
-        let _ = self.internal.send(told);
+    /// Tells the primary's machine, from a thread of this process.
+    pub fn report(&self, told: impl Into<TaskReport>) {
+        // Without one the process is ending.
+        let _ = self.internal.send(told.into());
     }
 
-    /// Tells the engine, from a task that serves others.
-    pub async fn tell(&self, event: Event) {
-        let _ = self.events.send(event).await;
+    /// Tells the primary's machine, from a task that serves others.
+    pub async fn tell(&self, event: impl Into<Event>) {
+        let _ = self.events.send(event.into()).await;
     }
 
     /// Gives work to the applier.
@@ -468,7 +469,7 @@ impl Shared {
     }
 
     /// What this node says of itself.
-    pub fn own_report(&self, moment: OwnState<'_>) -> NodeReport {
+    pub fn own_report(&self, moment: &OwnState<'_>) -> NodeReport {
         fn text(address: Option<&impl ToString>) -> String {
             address.map_or_else(String::new, ToString::to_string)
         }
@@ -484,6 +485,7 @@ impl Shared {
         let tids = self.storages.iter().map(last_tids);
         let cluster = self.cluster_name();
         NodeReport::new(&self.member, &self.run, moment, tids, addresses, cluster)
+            .waiting((!moment.is_member).then(|| self.waits()).flatten(), self.peers.refusals())
             .under_way(self.percents(|storage| &storage.packing), lock(&self.catch_up).clone())
             .room(self.room.reason(), &self.memory)
             .acknowledging(self.all_acknowledged())

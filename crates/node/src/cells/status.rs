@@ -5,14 +5,15 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use standby_consensus::{Member, Membership, Role};
+use standby_consensus::Member;
 use standby_filestorage::Hole;
+use standby_primary::OwnState;
 use standby_replica::lineage::{Fork, Lineage};
 use standby_replica::lost_transactions::LostTail;
-use standby_replica::settings::{FEATURE_LEVEL, Settings};
+use standby_replica::settings::FEATURE_LEVEL;
 use standby_types::lock::lock;
 use standby_types::time::{time_of, utc};
-use standby_types::{LogIndex, NodeId, Term, Tid};
+use standby_types::{LogIndex, NodeId, Tid};
 use tracing::warn;
 
 use crate::cells::memory::Memory;
@@ -40,46 +41,6 @@ pub struct CatchUp {
     pub transactions: u64,
     /// Since its beginning.
     pub seconds: f64,
-}
-
-/// What a node is at a moment.
-pub struct OwnState<'a> {
-    /// Its role.
-    pub role: &'a Role,
-    /// The members.
-    pub membership: &'a Membership,
-    /// The last entry applied.
-    pub applied: LogIndex,
-    /// It is being brought up to date from a data file.
-    pub catching_up: bool,
-    /// The primary's name.
-    pub primary: Option<String>,
-    /// How old its data may be; `None` if it was never level with a primary.
-    pub staleness: Option<Duration>,
-    /// What administrators have decided.
-    pub settings: &'a Settings,
-    /// Writes of the log take too long.
-    pub slow_disk: bool,
-    /// How long a write of the log took of late, at worst.
-    pub slowest_write: Duration,
-    /// The term and the index of the log's last entry.
-    pub log: (Term, LogIndex),
-    /// It has lost the leadership again and again.
-    pub flapping: bool,
-    /// Its process has crashed again and again.
-    pub crashes: bool,
-    /// What it waits for to become a member, if it is none.
-    pub waits: Option<String>,
-    /// Why it does not serve, if there is an older cluster of the same name.
-    pub stopped: Option<String>,
-    /// Commits that were acknowledged are lost on some node.
-    pub alarm: Option<String>,
-    /// Whose vote waits long for whose, if one does.
-    pub held_vote: Option<String>,
-    /// It leads, and a majority answers too late for it to serve.
-    pub no_lease: bool,
-    /// Nodes that it does not let in, and why.
-    pub not_let_in: BTreeMap<String, String>,
 }
 
 /// A node's report of itself.
@@ -205,13 +166,13 @@ impl NodeReport {
     pub fn new(
         member: &Member,
         run: &str,
-        moment: OwnState<'_>,
+        moment: &OwnState<'_>,
         last_tids: impl Iterator<Item = (String, Tid)>,
         addresses: [String; 4],
         cluster: &str,
     ) -> NodeReport {
         let [address, read_only_address, peer_address, admin_address] = addresses;
-        let OwnState { role, membership, settings, .. } = moment;
+        let OwnState { role, membership, settings, .. } = *moment;
         let witnesses = membership.members.values().filter(|m| m.witness);
         let members = membership
             .members
@@ -224,7 +185,7 @@ impl NodeReport {
             id: member.id.to_string(),
             group: member.group.clone(),
             serves: role.serves,
-            primary: moment.primary,
+            primary: moment.primary.clone(),
             term: role.term.0,
             catching_up: moment.catching_up,
             applied_index: moment.applied.0,
@@ -257,15 +218,15 @@ impl NodeReport {
             damage: None,
             differs: BTreeMap::new(),
             flapping: moment.flapping,
-            crashes: moment.crashes,
+            crashes: moment.crash_looping,
             run: run.into(),
             acknowledged: BTreeMap::new(),
-            waits: moment.waits,
-            stopped: moment.stopped,
-            alarm: moment.alarm,
-            held_vote: moment.held_vote,
+            waits: None,
+            stopped: moment.stopped.map(Into::into),
+            alarm: moment.alarm.map(Into::into),
+            held_vote: moment.held_vote.map(Into::into),
             no_lease: moment.no_lease,
-            not_let_in: moment.not_let_in,
+            not_let_in: BTreeMap::new(),
         }
     }
 
@@ -277,6 +238,16 @@ impl NodeReport {
     /// The node's name.
     pub fn node(&self) -> &str {
         &self.node
+    }
+
+    /// The same, with what it waits for to become a member, if it is none, and the nodes that it
+    /// does not let in, and why.
+    pub fn waiting(
+        self,
+        waits: Option<String>,
+        not_let_in: BTreeMap<String, String>,
+    ) -> NodeReport {
+        NodeReport { waits, not_let_in, ..self }
     }
 
     /// The same, with the packs that are under way (the storages, and how far each is, in percent),

@@ -9,11 +9,11 @@ use serde::de::DeserializeOwned;
 use standby_filestorage::{
     Hole, Record, TransactionMeta, put_meta, put_record, take_meta, take_record,
 };
+use standby_primary::command::Answer;
 use standby_types::{Oid, Tid, Transfer};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 use crate::cells::announcement::Announcement;
-use crate::cells::command::Answer;
 use crate::cells::status::NodeReport;
 use crate::transport::frames::{PeerError, read_frame};
 

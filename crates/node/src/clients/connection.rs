@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use standby_filestorage::{Access, Staged, StorageError, Undone};
+use standby_primary::client_errors::undo_disabled;
+use standby_primary::input::PackRequest;
+use standby_primary::{Caller, MANY, Request};
 use standby_types::{Oid, Tid, Upload};
 use standby_zeo::{
     ClientError, Effect, Expected, FrameReader, Look, Options, Read, Session, StagedFile, Value,
@@ -17,13 +20,13 @@ use tokio::sync::mpsc;
 use tokio::task::coop::consume_budget;
 use tracing::{debug, error, info, warn};
 
-use crate::cells::client_errors::{read_failed, undo_disabled};
-use crate::cells::events::{Event, MANY, Request};
+use crate::cells::client_errors::read_failed;
 use crate::cells::gate::Pass;
 use crate::cells::reserve;
 use crate::cells::sessions::{Mail, SessionHandle};
 use crate::cells::shared::Shared;
 use crate::cells::storage::StorageShared;
+use crate::clients::encoding::finished;
 use crate::clients::history_calls::{self, Iterators};
 use crate::clients::newcomer::{MOST_SAID, Newcomer};
 use crate::clients::staged_blob::StagedBlob;
@@ -41,7 +44,7 @@ const BLOB_QUEUE: usize = 2 << 20;
 const NO_BLOBS: &str = "the client stores a blob, but the storage has no blob-dir";
 /// How long a client whose session has ended may take to read what is queued for it.
 const LEAVING: Duration = Duration::from_secs(2);
-/// Calls of a client that the engine has to answer; beyond it no more are read.
+/// Calls of a client that the primary's machine has to answer; beyond it no more are read.
 const UNANSWERED: usize = 1000;
 /// How long a client that is to leave must have said nothing.
 const QUIET: Duration = Duration::from_millis(2);
@@ -176,7 +179,7 @@ where
         (None, None) if connection.waits_on => debug!(client = %peer, "a client waits on"),
         (None, None) => debug!(client = %peer, label, "a client has left"),
     }
-    shared.tell(Event::Client(Request::Closed { session: handle.id, storage })).await;
+    shared.tell(Request::Closed { session: handle.id, storage }).await;
     handle.outbox.finish();
     if connection.waits_on {
         let write = tokio::time::timeout(LEAVING, sending).await;
@@ -393,7 +396,7 @@ impl Connection {
             }
         };
         let (session, storage) = (self.handle.id, self.storage.clone().unwrap_or_default());
-        self.shared.tell(Event::Client(Request::Abort { session, storage })).await;
+        self.shared.tell(Request::Abort { session, storage }).await;
         VoteOutcome::Failed(failed)
     }
 
@@ -463,7 +466,8 @@ impl Connection {
 
     /// `Some` ends the session, with a reason if the client is to blame.
     async fn perform(&mut self, effect: Effect) -> Option<Option<String>> {
-        let session = self.handle.clone();
+        let session = self.handle.id;
+        let caller = |call| Caller { session, call };
         let storage = self.storage.clone().unwrap_or_default();
         let request = match effect {
             Effect::Send(frame) => {
@@ -481,22 +485,24 @@ impl Connection {
             Effect::Register { id, storage, read_only } => {
                 self.storage = Some(storage.clone());
                 self.handle.set_encoding(self.session.encoding());
-                Request::Register { session, id, storage, read_only }
+                Request::Register { caller: caller(id), storage, read_only }
             }
             Effect::Invalidations { id, since } => {
                 // Each answer may be long: one is made at a time, when there is room for it.
                 self.handle.few_unanswered(0).await;
                 self.handle.outbox.room().await;
-                Request::Invalidations { session, storage, id, since }
+                Request::Invalidations { caller: caller(id), storage, since }
             }
-            Effect::Ping { id } if self.read_only => Request::Sync { session, id },
+            Effect::Ping { id } if self.read_only => Request::Sync { caller: caller(id) },
             Effect::Ping { id } => {
                 // This node is primary: what it has acknowledged is visible.
                 self.handle.outbox.push(self.handle.encoding().reply(&id, Value::None));
                 self.syncs = true;
                 return self.may_leave().then_some(None);
             }
-            Effect::NewOids { id, count } => Request::NewOids { session, storage, id, count },
+            Effect::NewOids { id, count } => {
+                Request::NewOids { caller: caller(id), storage, count }
+            }
             Effect::Labelled => {
                 // In the words of the Python server: sites look for them in their logs.
                 let label = self.session.label().unwrap_or_default();
@@ -518,7 +524,7 @@ impl Connection {
                         self.warm(&request).await;
                         Vote::from(request)
                     }
-                    // The engine has it examined elsewhere.
+                    // The primary's machine has it examined elsewhere.
                     true => match platform::spawn_blocking(move || Vote::from(request)).await {
                         Ok(vote) => vote,
                         Err(error) => return Some(Some(error.to_string())),
@@ -531,10 +537,11 @@ impl Connection {
                     let count = transaction.writes().len() as u64;
                     storage.stats.stores.fetch_add(count, Ordering::Relaxed);
                 }
-                Request::Finish { session, storage, id, transaction }
+                let transaction = finished(&self.shared, transaction);
+                Request::Finish { caller: caller(id), storage, transaction }
             }
             Effect::BlobStart => {
-                session.uploads.store(true, Ordering::Release);
+                self.handle.uploads.store(true, Ordering::Release);
                 return self.begin_upload().err().map(Some);
             }
             Effect::BlobChunk(bytes) => {
@@ -581,18 +588,20 @@ impl Connection {
                 }
                 return None;
             }
-            Effect::Pack { id, time, wait } => Request::Pack { session, storage, id, time, wait },
+            Effect::Pack { id, time, wait } => {
+                Request::Pack(PackRequest { session, storage, id, time, wait })
+            }
             Effect::Abort => {
                 if let Some(storage) = self.storage() {
                     storage.stats.aborts.fetch_add(1, Ordering::Relaxed);
                 }
-                Request::Abort { session: session.id, storage }
+                Request::Abort { session, storage }
             }
         };
         if request.awaits_answer() {
             self.handle.unanswered.fetch_add(1, Ordering::AcqRel);
         }
-        self.shared.tell(Event::Client(request)).await;
+        self.shared.tell(request).await;
         None
     }
 
@@ -681,7 +690,7 @@ impl Connection {
         self.shared.storages.get(self.storage.as_deref()?)
     }
 
-    /// Brings into memory what the engine is about to compare, so that it need not wait for a disk.
+    /// Brings into memory what the machine is about to compare, so that it need not wait for a disk.
     async fn warm(&self, request: &VoteRequest) {
         let Some(storage) = self.storage() else { return };
         let writes = request.writes.iter().map(|(oid, _)| *oid);
@@ -698,7 +707,7 @@ impl Connection {
         let reader = storage.reader().clone();
         let _ = platform::spawn_blocking(move || {
             for oid in cold {
-                // An error will be found again, and answered, by the engine.
+                // An error will be found again, and answered, by the primary's machine.
                 let _ = reader.committed_serial(oid, Access::Blocking);
             }
         })

@@ -11,12 +11,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use standby_primary::ServingState;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, copy_bidirectional, join};
 use tokio::sync::watch;
 use tracing::debug;
 
 use crate::cells::gate::{Gate, Pass};
-use crate::cells::serving_state::ServingState;
 use crate::cells::shared::Shared;
 use crate::clients::connection;
 use crate::clients::newcomer::Newcomer;
@@ -148,7 +148,8 @@ async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
             () = client.gone() => return,
             () = pass.wanted() => return,
             () = due => {
-                let Some((address, _)) = primary_since.clone().filter(|_| !serves) else { continue };
+                let other = primary_since.clone().filter(|_| !serves);
+                let Some((address, _)) = other else { continue };
                 // The connection to the primary takes a descriptor, too.
                 let Some(second) = shared.clients.enter(&client.peer) else {
                     primary_since = Some((address, Instant::now()));

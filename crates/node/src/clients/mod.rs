@@ -1,6 +1,7 @@
 //! Conversations with ZEO clients.
 
 pub(crate) mod connection;
+pub(crate) mod encoding;
 pub(crate) mod history_calls;
 pub(crate) mod listener;
 pub(crate) mod newcomer;

@@ -11,7 +11,7 @@ use crate::cells::shared::Shared;
 use crate::cells::status::ctime;
 use crate::cells::storage::StorageShared;
 
-/// How long the counters of a status may wait for the engine.
+/// How long the counters of a status may wait for the primary's machine.
 const SETTLING: Duration = Duration::from_secs(1);
 
 /// `get_info`: what the storage can do.

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use standby_filestorage::{BlobDir, BlobId, Staged};
+use standby_primary::action::{Wanted, WantedBlob};
 use standby_types::{Blob, BlobSource, Oid, Tid, Transfer, Upload};
 use tokio::io::BufReader;
 use tracing::info;
@@ -29,42 +30,6 @@ use crate::transport::stream::Stream;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest piece of a blob.
 const MAX_PIECE: usize = 4 << 20;
-
-/// A blob that a node is to have.
-#[derive(Debug, Clone)]
-pub struct Wanted {
-    /// The storage.
-    pub storage: String,
-    /// The blob.
-    pub blob: WantedBlob,
-}
-
-/// See [`Wanted`].
-#[derive(Debug, Clone, Copy)]
-pub enum WantedBlob {
-    /// An upload, and the revision that it belongs to, if its transaction is in the log.
-    Upload(Upload, Option<(Oid, Tid)>),
-    /// That of a revision which this node does not have, for it lies in a hole: an undo brings it
-    /// back.
-    Copy {
-        /// The object.
-        oid: Oid,
-        /// The revision in the hole.
-        of: Tid,
-        /// The undo.
-        by: Tid,
-    },
-}
-
-impl WantedBlob {
-    /// What it is called while it is on its way.
-    pub fn transfer(&self) -> Transfer {
-        match self {
-            WantedBlob::Upload(upload, _) => upload.transfer,
-            WantedBlob::Copy { oid, by, .. } => Transfer::of_revision(*oid, *by),
-        }
-    }
-}
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -9,9 +9,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use standby_primary::command::{Answer, Ask};
 use tokio::sync::oneshot;
 
-use crate::cells::command::{Answer, Ask, PATIENCE};
 use crate::cells::events::Event;
 use crate::cells::shared::Shared;
 use crate::cells::wire::{Answered, Question, receive, send};
@@ -19,6 +19,8 @@ use crate::transport::frames::{MAX_FRAME, PeerError, within};
 use crate::transport::handshake::{Purpose, connect};
 use crate::transport::stream::Stream;
 
+/// Longer than anything that is waited for.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// An administrator's node says soon what it wants.
 const PROMPT: Duration = Duration::from_secs(10);
 /// Longer than the other node waits for what was asked for.

@@ -9,10 +9,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use standby_primary::Input;
+use standby_types::LogIndex;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
-use crate::cells::events::{Event, TaskReport};
+use crate::cells::events::Event;
 use crate::cells::shared::Shared;
 use crate::cells::wire::{Frame, LinkFrame, LinkSign, receive};
 use crate::platform;
@@ -123,7 +125,8 @@ fn note_rollback(shared: &Shared, introduction: &Introduction, info: &PeerInfo) 
     let same = !introduction.cluster_id.is_empty() && introduction.cluster_id == info.cluster_id;
     let lost = same && introduction.log_end.is_some_and(|end| end.0 < acknowledged);
     if lost {
-        shared.report(TaskReport::RolledBack { acknowledged, by: info.node.clone() });
+        let (acknowledged, by) = (LogIndex(acknowledged), info.node.clone());
+        shared.report(Input::RolledBack { acknowledged, by });
     }
     lost
 }
@@ -205,9 +208,9 @@ pub fn note_other_history(shared: &Shared, error: &PeerError) {
     match error {
         PeerError::OtherCluster { node, founded: Some(founded), .. } => {
             let (node, founded) = (node.clone(), *founded);
-            shared.report(TaskReport::OtherCluster { node, founded });
+            shared.report(Input::OtherCluster { node, founded });
         }
-        PeerError::Outdated(lineage) => shared.report(TaskReport::Outdated(lineage.clone())),
+        PeerError::Outdated(lineage) => shared.report(Input::Outdated(lineage.clone())),
         PeerError::Diverged { node, lineage } => shared.reports.note_diverged(node, lineage),
         _ => {}
     }

@@ -7,8 +7,8 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
+use standby_primary::CRASHES_MATTER;
 use standby_types::Disk;
 use standby_types::disk::{read_all, replace};
 use tracing::{error, warn};
@@ -17,8 +17,6 @@ use crate::platform;
 
 /// Threads without which a node cannot go on.
 const ESSENTIAL: [&str; 3] = ["applier", "log", "lease"];
-/// For how long a crash matters.
-pub const REMEMBERED: Duration = Duration::from_secs(300);
 /// After so many of them a node does not stand for election, as long as another one can be primary.
 const MANY: usize = 3;
 
@@ -63,7 +61,7 @@ fn lines(disk: &dyn Disk, state_dir: &Path) -> String {
 /// True, and told, if the process has crashed so often lately that the node should not be primary.
 pub fn are_many(disk: &dyn Disk, state_dir: &Path) -> bool {
     let recent = |line: &&str| {
-        line.parse::<u64>().is_ok_and(|at| now().saturating_sub(at) < REMEMBERED.as_secs())
+        line.parse::<u64>().is_ok_and(|at| now().saturating_sub(at) < CRASHES_MATTER.as_secs())
     };
     let many = lines(disk, state_dir).lines().filter(recent).count() >= MANY;
     if many {

@@ -17,17 +17,17 @@ pub const SUPERVISED: &str = "STANDBY_SUPERVISED";
 
 /// Between two signs of life.
 const EVERY: Duration = Duration::from_millis(100);
-/// How long the engine may take for one step.
+/// How long the primary's machine may take for one step.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// What systemd is asked for while the node starts: a large data file may have no index.
 const STARTING: Duration = Duration::from_secs(60);
 
-/// Counts the engine's ticks.
+/// Counts the primary's machine's ticks.
 #[derive(Default)]
 pub struct Pulse(AtomicU64);
 
 impl Pulse {
-    /// The engine works.
+    /// The primary's machine works.
     pub fn beat(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
@@ -37,7 +37,7 @@ impl Pulse {
     }
 }
 
-/// Gives signs of life while the engine's pulse beats, and before there is an engine.
+/// Gives signs of life while the primary's machine's pulse beats, and before there is one.
 #[derive(Clone, Default)]
 pub struct Watchdog(Arc<OnceLock<Arc<Pulse>>>);
 

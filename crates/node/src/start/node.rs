@@ -10,6 +10,9 @@ use standby_config::{Address, Config, ZeoAddress};
 use standby_consensus::{Consensus, LogWriter};
 use standby_disk::OsDisk;
 use standby_logging::error_text::with_causes;
+use standby_primary::command::Ask;
+use standby_primary::consensus_config::raft_config;
+use standby_primary::{Ended, Input};
 use standby_replica::lost_transactions;
 use standby_replica::machine::Replica;
 use standby_replica::start::open::forget_index_of_link;
@@ -21,8 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use crate::cells::apply_task::ApplyTask;
-use crate::cells::command::Ask;
-use crate::cells::events::{Event, TaskReport};
+use crate::cells::events::TaskReport;
 use crate::cells::log_work::LogWork;
 use crate::cells::shared::{Opened, Queues, Shared};
 use crate::clients::listener;
@@ -31,10 +33,9 @@ use crate::peers::command::here;
 use crate::peers::link::{dial, learn};
 use crate::platform::crash_notes;
 use crate::platform::{self, Lock, TcpListener};
-use crate::primary::consensus_config::raft_config;
-use crate::primary::engine::{Ended, Engine};
 use crate::start::{other_nodes, read_only};
 use crate::tasks::applier::Applier;
+use crate::tasks::primary::Primary;
 use crate::tasks::{
     accept_peers, certificates, client_memory, disk_space, founding, log_writer, scrub,
 };
@@ -44,7 +45,7 @@ use crate::transport::tls::Tls;
 
 /// How long a primary that is to end waits for transactions that have voted.
 const STOPPING_GRACE: Duration = Duration::from_secs(5);
-/// Requests of clients and messages of peers that wait for the engine.
+/// Requests of clients and messages of peers that wait for the primary's machine.
 const EVENTS: usize = 1024;
 /// How often it is looked whether the lease has run out.
 const LEASE_CHECK: Duration = Duration::from_millis(20);
@@ -61,7 +62,7 @@ pub enum Next {
 /// A running node.
 pub struct Running {
     shared: Arc<Shared>,
-    engine: tokio::task::JoinHandle<anyhow::Result<Ended>>,
+    primary: tokio::task::JoinHandle<anyhow::Result<Ended>>,
     _locks: Vec<Lock>,
 }
 
@@ -161,7 +162,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
 
     let point = prepared.checkpoint.applied_point();
     let consensus = Consensus::new(
-        raft_config(&shared),
+        raft_config(shared.id, shared.member.witness, shared.profile()),
         disk.clone(),
         state.log(),
         &prepared.recovered,
@@ -174,11 +175,9 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         shared.make_spill.clone(),
     )
     .skipping(state.skipped(&*disk)?);
-    let ceilings = replica.ceilings();
-    let applied = replica.index();
+    let primary = Primary::new(shared.clone(), consensus, log, &replica);
     start_threads(&shared, &disk, replica, prepared.writer, work_receiver, log_receiver)?;
-    let engine = Engine::new(shared.clone(), consensus, log, ceilings, applied);
-    let engine = tokio::spawn(engine.run(internal_receiver, events_receiver));
+    let primary = tokio::spawn(primary.run(internal_receiver, events_receiver));
 
     if let Some(peer) = peer {
         tokio::spawn(accept_peers::listen(shared.clone(), peer));
@@ -217,7 +216,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         Some(address) => info!(node = shared.member.name, %address, "listening"),
         None => info!(node = shared.member.name, "a witness: it votes, and holds no data"),
     }
-    Ok(Running { shared, engine, _locks: locks })
+    Ok(Running { shared, primary, _locks: locks })
 }
 
 async fn bind(address: &Address, key: &str) -> anyhow::Result<TcpListener> {
@@ -318,12 +317,17 @@ impl Running {
         }
     }
 
+    /// A panic of the primary's task counts as a crash of the process.
+    fn noted<T, E>(&self, ended: Result<T, E>) -> Result<T, E> {
+        ended.inspect_err(|_| crash_notes::note(&*self.shared.disk, &self.shared.state.0))
+    }
+
     /// Waits until the node fails or `stop` says to end; then ends it in an orderly way. The
     /// process is to begin anew if the node has left its timeline.
     pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<Next> {
         let next = tokio::select! {
             biased;
-            ended = &mut self.engine => match ended.inspect_err(|_| crash_notes::note(&*self.shared.disk, &self.shared.state.0))? {
+            ended = &mut self.primary => match self.noted(ended)? {
                 Ok(Ended::Stopped) => return Ok(Next::End),
                 Ok(Ended::Founds) => {
                     info!("a majority of the listed members agrees: this node founds the cluster");
@@ -353,9 +357,9 @@ impl Running {
         if next == Next::End {
             self.hand_over().await;
         }
-        self.shared.lease.set(false, Duration::ZERO);
+        self.shared.lease.set(None);
         self.shared.sessions.cut("the server stops", |_| true);
-        self.shared.tell(Event::Stop).await;
+        self.shared.tell(Input::Stop).await;
         let (done, stopped) = oneshot::channel();
         self.shared.apply(ApplyTask::Stop(done));
         let _ = tokio::time::timeout(Duration::from_secs(30), stopped).await;

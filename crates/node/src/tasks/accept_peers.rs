@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use standby_consensus::decode_message;
+use standby_primary::Input;
 use standby_types::NodeId;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tracing::{debug, warn};
@@ -231,12 +232,18 @@ async fn receive_all(
                 shared.reports.note(from, *report);
             }
             LinkFrame::Announced(announcement) => {
-                shared.tell(Event::Announced(from, announcement)).await;
+                if let Some(upload) = announcement.upload() {
+                    let storage = announcement.storage().to_owned();
+                    shared.tell(Input::Announced { from, storage, upload }).await;
+                }
             }
             LinkFrame::Forgotten(announcement) => {
-                shared.tell(Event::Forgotten(announcement)).await;
+                if let Some(upload) = announcement.upload() {
+                    let (storage, transfer) = (announcement.storage().to_owned(), upload.transfer);
+                    shared.tell(Input::Forgotten { storage, transfer }).await;
+                }
             }
-            LinkFrame::Arrived(transfer) => shared.tell(Event::Arrived(from, transfer)).await,
+            LinkFrame::Arrived(transfer) => shared.tell(Input::Arrived(from, transfer)).await,
             LinkFrame::Sign => {}
             // A newer version may say what this one does not know.
             LinkFrame::Unknown(kind) => debug!(%from, kind, "a frame of unknown kind"),

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Committed};
 use standby_filestorage::{Hole, Need, Outcome, Packed, Reader, StorageError, TransactionMeta};
 use standby_logging::error_text::with_causes;
+use standby_primary::{Caller, Input, Reading};
 use standby_replica::changed_in_hole::Hidden;
 use standby_replica::lineage::Promotion;
 use standby_replica::machine::{Applied, ApplyError, Done, Replica};
@@ -26,7 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::{debug, error, info, warn};
 
-use crate::cells::apply_task::{ApplyTask, CatchUpItem, CatchUpItems, Cause, Origin};
+use crate::cells::apply_task::{ApplyTask, CatchUpItem, CatchUpItems, Cause};
 use crate::cells::events::TaskReport;
 use crate::cells::reserve::room_for;
 use crate::cells::sessions::{Mail, SessionHandle};
@@ -63,7 +64,7 @@ pub struct Applier {
     /// Of each storage whose data file is within a hole.
     hidden: BTreeMap<String, Hidden>,
     /// What is held back by a mutation.
-    late: Vec<(Applied, Option<Origin>)>,
+    late: Vec<(Applied, Option<Caller>)>,
 }
 
 impl Applier {
@@ -118,20 +119,12 @@ impl Applier {
             // A packed file waits for the end of a checkpoint.
             match timeout(Duration::from_millis(200), work.recv()).await {
                 Ok(Some(ApplyTask::Entries(entries))) => self.entries(entries).await?,
-                Ok(Some(ApplyTask::Register { storage, session, id })) => {
-                    self.register(&storage, session, &id)
-                }
-                Ok(Some(ApplyTask::Answer { session, id })) => {
-                    session.answer(session.encoding().reply(&id, Value::None));
-                }
+                Ok(Some(ApplyTask::Read(reading))) => self.read(reading),
                 Ok(Some(ApplyTask::SendWritersAway)) => {
                     let unfinished = self.shared.sessions.let_writers_depart();
                     if unfinished > 0 {
                         info!(unfinished, "transactions that have not voted are aborted");
                     }
-                }
-                Ok(Some(ApplyTask::Invalidations { storage, session, id, since })) => {
-                    self.invalidations(&storage, session, id, since);
                 }
                 Ok(Some(ApplyTask::CatchUp { items, target })) => {
                     match self.catch_up(items, &target).await {
@@ -325,12 +318,13 @@ impl Applier {
         if let Some(shared) = self.shared.storages.get(storage) {
             shared.packing.set(None);
         }
-        for Origin { session, id } in self.packs.ended(storage) {
+        for Caller { session, call } in self.packs.ended(storage) {
+            let Some(session) = self.shared.sessions.get(session) else { continue };
             let encoding = session.encoding();
             session.packs.store(false, Ordering::Release);
             session.answer(match &failed {
-                None => encoding.reply(&id, Value::None),
-                Some(reason) => encoding.error(&id, &ClientError::file_storage(reason.clone())),
+                None => encoding.reply(&call, Value::None),
+                Some(reason) => encoding.error(&call, &ClientError::file_storage(reason.clone())),
             });
         }
         self.start_next(storage);
@@ -363,10 +357,10 @@ impl Applier {
         self.start_next(storage);
     }
 
-    async fn entries(&mut self, entries: Vec<(Committed, Option<Origin>)>) -> anyhow::Result<()> {
+    async fn entries(&mut self, entries: Vec<(Committed, Option<Caller>)>) -> anyhow::Result<()> {
         let mut visible = Vec::new();
         let mut finished = Vec::new();
-        for (entry, origin) in entries {
+        for (entry, caller) in entries {
             if let Committed::Command(_, _, data) = &entry {
                 self.checkpointed.2 += data.len() as u64;
             }
@@ -381,34 +375,34 @@ impl Applier {
                     done => break done?,
                 }
             };
-            if let (Done::Applied(_), Some(origin)) = (&done, &origin) {
-                finished.push(origin.session.id);
+            if let (Done::Applied(_), Some(caller)) = (&done, &caller) {
+                finished.push(caller.session);
             }
             match done {
                 Done::Applied(applied) => {
                     if let Some(applied) = self.reveal(applied) {
                         self.remember(&applied);
-                        visible.push((applied, origin));
+                        visible.push((applied, caller));
                     }
                 }
                 Done::Pack(storage) => {
-                    if let Some(origin) = origin {
-                        self.packs.wait(&storage, origin);
+                    if let Some(caller) = caller {
+                        self.packs.wait(&storage, caller);
                     }
                     self.start_next(&storage);
                 }
                 Done::Nothing => {
-                    debug_assert!(origin.is_none(), "an entry of ours was there before");
+                    debug_assert!(caller.is_none(), "an entry of ours was there before");
                 }
             }
         }
-        // First the engine, then the clients: a client's next vote finds its locks free.
+        // First the primary's machine, then the clients: a client's next vote finds its locks free.
         self.report(finished);
         if mutation::on(Mutation::LateInvalidations) {
             visible = std::mem::replace(&mut self.late, visible);
         }
-        for (applied, origin) in visible {
-            self.publish(&applied, origin);
+        for (applied, caller) in visible {
+            self.publish(&applied, caller);
         }
         Ok(())
     }
@@ -426,13 +420,13 @@ impl Applier {
         let checkpoint = self.checkpoint().context("parts are open in a new timeline")?;
         self.write_checkpoint(&checkpoint).await?;
         self.report(Vec::new());
-        self.shared.report(TaskReport::TimelineBegun(self.replica.point()));
+        self.shared.report(Input::TimelineBegun(self.replica.point()));
         Ok(())
     }
 
     fn report(&self, finished: Vec<SessionId>) {
         self.shared.set_applied(self.replica.index());
-        self.shared.report(TaskReport::Applied {
+        self.shared.report(Input::Applied {
             point: self.replica.point(),
             ceilings: self.replica.ceilings(),
             settings: self.replica.settings().clone(),
@@ -479,7 +473,7 @@ impl Applier {
     }
 
     /// Tells the sessions of a transaction: the others by an invalidation, its own by the reply.
-    fn publish(&self, applied: &Applied, origin: Option<Origin>) {
+    fn publish(&self, applied: &Applied, caller: Option<Caller>) {
         let mut frames: [Option<Bytes>; 2] = [None, None];
         let mut invalidation = |encoding: Encoding| {
             let slot = &mut frames[usize::from(encoding == Encoding::Msgpack)];
@@ -490,7 +484,7 @@ impl Applier {
             })
             .clone()
         };
-        let own = origin.as_ref().map(|origin| origin.session.id);
+        let own = caller.as_ref().map(|caller| caller.session);
         let (told, all_told) = oneshot::channel();
         let told = Arc::new(told);
         for session in self.shared.sessions.of(&applied.storage) {
@@ -500,13 +494,34 @@ impl Applier {
             }
         }
         drop(told);
-        if let Some(Origin { session, id }) = origin {
+        if let Some(Caller { session, call }) = caller
+            && let Some(session) = self.shared.sessions.get(session)
+        {
             let encoding = session.encoding();
             let info = encoding.notify("info", vec![self.shared.short_info(&applied.storage)]);
-            let reply = encoding.reply(&id, applied.tid.to_bytes().into());
+            let reply = encoding.reply(&call, applied.tid.to_bytes().into());
             let both = [info, reply].concat().into();
             session.outbox.push_committed(applied.tid, both, all_told);
             session.answered();
+        }
+    }
+
+    fn read(&self, reading: Reading) {
+        let (Reading::Register { caller, .. }
+        | Reading::Invalidations { caller, .. }
+        | Reading::Sync(caller)) = &reading;
+        // Without its session nobody waits.
+        let Some(session) = self.shared.sessions.get(caller.session) else { return };
+        match reading {
+            Reading::Register { storage, caller } => {
+                self.register(&storage, session, &caller.call);
+            }
+            Reading::Sync(caller) => {
+                session.answer(session.encoding().reply(&caller.call, Value::None));
+            }
+            Reading::Invalidations { storage, caller, since } => {
+                self.invalidations(&storage, session, caller.call, since);
+            }
         }
     }
 
@@ -602,7 +617,7 @@ impl Applier {
         self.merge_indexes();
         info!(applied = %self.replica.index(), "caught up");
         self.report(Vec::new());
-        self.shared.report(TaskReport::CaughtUp(target.index));
+        self.shared.report(Input::CaughtUp(target.index));
         Ok(())
     }
 
@@ -743,7 +758,7 @@ impl Applier {
                         let least = INDEX_OVERLAY.max(reader.len() as usize / 8);
                         merge_index(&shared, name, reader, least);
                     }
-                    shared.report(TaskReport::Checkpointed(checkpoint.index));
+                    shared.report(Input::Checkpointed(checkpoint.index));
                 }
             }
         });

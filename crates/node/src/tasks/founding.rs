@@ -20,10 +20,10 @@ use std::time::Duration;
 
 use standby_config::MemberLine;
 use standby_logging::error_text::with_causes;
+use standby_primary::Input;
 use standby_replica::state_dir::Promise;
 use tracing::info;
 
-use crate::cells::events::TaskReport;
 use crate::cells::shared::Shared;
 use crate::platform;
 use crate::transport::handshake::{PeerInfo, Purpose, Welcome, connect};
@@ -65,7 +65,7 @@ pub async fn run(shared: Arc<Shared>) {
         }
         if promised.is_ok() && !exists && agreed * 2 > standby.members.len() {
             info!(agreed, of = standby.members.len(), "the listed members agree to a founding");
-            shared.report(TaskReport::Founds);
+            shared.report(Input::Founds);
         }
         let waits = waits.join("; ");
         shared.set_founding(Some(match exists {

@@ -1,4 +1,4 @@
-//! What runs beside the engine.
+//! What runs beside the primary's machine.
 
 pub(crate) mod accept_peers;
 pub(crate) mod applier;
@@ -9,4 +9,5 @@ pub(crate) mod disk_space;
 pub(crate) mod founding;
 pub(crate) mod log_writer;
 pub(crate) mod packing;
+pub(crate) mod primary;
 pub(crate) mod scrub;

@@ -11,12 +11,13 @@ use standby_filestorage::{
     BlobDir, FileStorage, Job, Need, Outcome, Packed, Reader, StorageError, copy_most, pack,
 };
 use standby_logging::error_text::with_causes;
+use standby_primary::Caller;
 use standby_types::disk::remove_tree;
 use standby_types::time::time_of;
 use standby_types::{Oid, Tid};
 use tracing::{error, info, warn};
 
-use crate::cells::apply_task::{ApplyTask, Cause, Origin};
+use crate::cells::apply_task::{ApplyTask, Cause};
 use crate::cells::reserve::room_for;
 use crate::cells::shared::Shared;
 use crate::cells::status::ctime;
@@ -26,7 +27,7 @@ use crate::platform;
 #[derive(Default)]
 pub struct Packs {
     running: BTreeMap<String, Stage>,
-    waiting: BTreeMap<String, Vec<Origin>>,
+    waiting: BTreeMap<String, Vec<Caller>>,
 }
 
 enum Stage {
@@ -38,8 +39,8 @@ enum Stage {
 
 impl Packs {
     /// Somebody wants to know when the storage is packed.
-    pub fn wait(&mut self, storage: &str, origin: Origin) {
-        self.waiting.entry(storage.into()).or_default().push(origin);
+    pub fn wait(&mut self, storage: &str, caller: Caller) {
+        self.waiting.entry(storage.into()).or_default().push(caller);
     }
 
     /// True if nothing else was being done to the storage; from now on something is.
@@ -157,7 +158,7 @@ impl Packs {
     }
 
     /// A pack is over; returns who waited for it.
-    pub fn ended(&mut self, storage: &str) -> Vec<Origin> {
+    pub fn ended(&mut self, storage: &str) -> Vec<Caller> {
         self.release(storage);
         self.waiting.remove(storage).unwrap_or_default()
     }

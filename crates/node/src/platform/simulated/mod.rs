@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+pub use net::{Latency, Network, TcpListener, TcpStream};
+pub use random::Random;
 use standby_filestorage::Mend;
 use standby_types::disk::Open;
 use standby_types::memory::MemoryDisk;
@@ -28,9 +30,6 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinHandle};
 
 use crate::platform::free_room::FreeRoom;
-
-pub use net::{Latency, Network, TcpListener, TcpStream};
-pub use random::Random;
 
 /// Nobody else uses a machine's files.
 pub type Lock = ();

@@ -9,33 +9,27 @@
 //! log does not reach back.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::time::Duration;
 
 use standby_consensus::{Committed, Event as Happened, PeerMessage, ending_with_blobs};
 use standby_filestorage::take_meta;
 use standby_replica::machine::ApplyError;
-use standby_types::{BlobSource, NodeId, Tid, Transfer, Upload};
-use tracing::{debug, info, warn};
+use standby_types::{BlobSource, NodeId, Transfer, Upload};
+use tracing::{debug, info};
 
-use crate::cells::announcement::Announcement;
-use crate::cells::events::{Fetched, TaskReport};
-use crate::cells::storage::StorageShared;
-use crate::cells::wire::LinkFrame;
-use crate::peers::blob::{Wanted, WantedBlob, obtain};
-use crate::platform;
-use crate::primary::engine::{Engine, Outgoing};
-use crate::transport::frames::PeerError;
+use crate::Result;
+use crate::action::{Action, Wanted, WantedBlob};
+use crate::input::Obtained;
+use crate::machine::Machine;
+use crate::machine::commits::Outgoing;
 
 /// Messages that are held back; more are dropped.
 const HELD: usize = 256;
 /// Uploads that are remembered; what is forgotten is looked for on disk.
 const REMEMBERED: usize = 10_000;
-/// Time after a failed fetch before anybody tries again.
-const PAUSE: Duration = Duration::from_millis(500);
 
 /// See the module.
 #[derive(Default)]
-pub(super) struct Blobs {
+pub(crate) struct Blobs {
     /// Uploads that are durable here and not applied yet.
     here: BTreeSet<Transfer>,
     fetching: BTreeSet<Transfer>,
@@ -51,18 +45,18 @@ pub(super) struct Blobs {
 
 impl Blobs {
     /// This node is not primary any more.
-    pub(super) fn demoted(&mut self) {
+    pub(crate) fn demoted(&mut self) {
         self.waiting.clear();
         self.arrived.clear();
     }
 
     /// Another node leads: it sends again what was held.
-    pub(super) fn leader_changed(&mut self) {
+    pub(crate) fn leader_changed(&mut self) {
         self.held.clear();
     }
 
     /// Entries are being applied: their blobs are uploads no more.
-    pub(super) fn committed(&mut self, entry: &Committed) {
+    pub(crate) fn committed(&mut self, entry: &Committed) {
         if let Committed::Command(_, _, data) = entry
             && let Some(ending) = ending_with_blobs(data)
         {
@@ -79,25 +73,20 @@ impl Blobs {
     }
 }
 
-/// True if the file of a storage lacks the revision that has this tid.
-fn lies_in_hole(storage: Option<&StorageShared>, tid: Tid) -> bool {
-    storage.is_some_and(|storage| storage.reader().hole_of(tid).is_some())
-}
-
-impl Engine {
+impl Machine {
     /// A message of consensus has come.
-    pub(super) fn received(&mut self, message: PeerMessage) -> anyhow::Result<()> {
+    pub(crate) fn received(&mut self, message: PeerMessage) -> Result<()> {
         if !message.is_append() {
-            return self.step(Happened::Received(message));
+            return self.consensus_step(Happened::Received(message));
         }
         // Raft sends it again. But a leader must be able to begin: it tells clients why nothing can
         // be committed.
-        if self.shared.room.is_low() && !message.is_without_data() {
+        if self.facts.lacks_room() && !message.is_without_data() {
             return Ok(());
         }
         let missing = self.missing(&message)?;
         if missing.is_empty() && self.blobs.held.is_empty() {
-            return self.step(Happened::Received(message));
+            return self.consensus_step(Happened::Received(message));
         }
         if self.blobs.held.len() < HELD {
             let from = message.from();
@@ -108,11 +97,11 @@ impl Engine {
     }
 
     /// The blobs of a message's entries that are not known to be here.
-    fn missing(&self, message: &PeerMessage) -> anyhow::Result<Vec<Wanted>> {
+    fn missing(&self, message: &PeerMessage) -> Result<Vec<Wanted>> {
         let mut missing = Vec::new();
         for ending in message.endings_with_blobs() {
-            let storage = self.shared.storages.get(&ending.storage);
-            if storage.is_some_and(|storage| storage.blobs.is_none()) {
+            let storage = &ending.storage;
+            if self.storages.contains_key(storage) && !self.facts.has_blobs(storage) {
                 return Err(ApplyError::NoBlobDir(ending.storage).into());
             }
             // What means nothing is refused when it is applied.
@@ -121,7 +110,7 @@ impl Engine {
                 let (oid, by) = (blob.oid, meta.tid);
                 let blob = match blob.source {
                     BlobSource::Upload(upload) => WantedBlob::Upload(upload, Some((oid, by))),
-                    BlobSource::Copy(of) if lies_in_hole(storage, of) => {
+                    BlobSource::Copy(of) if self.facts.lies_in_hole(storage, of) => {
                         WantedBlob::Copy { oid, of, by }
                     }
                     BlobSource::Copy(_) => continue,
@@ -136,64 +125,47 @@ impl Engine {
 
     fn obtain(&mut self, from: NodeId, wanted: Wanted) {
         let members = &self.consensus.membership().members;
-        let address = members.get(&from).map(|member| member.peer_address.clone());
-        let address = address.or_else(|| self.present.get(&from).map(|p| p.peer_address.clone()));
-        let Some(address) = address else { return };
-        let transfer = wanted.blob.transfer();
-        if !self.blobs.fetching.insert(transfer) {
-            return;
+        let member = members.get(&from).or_else(|| self.members.present(from));
+        let Some(address) = member.map(|member| member.peer_address.clone()) else { return };
+        if self.blobs.fetching.insert(wanted.blob.transfer()) {
+            self.act(Action::Obtain { from, address, wanted });
         }
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            let how = match obtain(&shared, &wanted, &address).await {
-                Ok(()) => Fetched::Here,
-                Err(PeerError::PackedAway) => Fetched::PackedAway,
-                Err(error) => {
-                    warn!(address, storage = wanted.storage, %error, "cannot fetch a blob; it is \
-                    tried again");
-                    tokio::time::sleep(PAUSE).await;
-                    Fetched::Failed
-                }
-            };
-            let storage = wanted.storage;
-            shared.report(TaskReport::Obtained { from, storage, transfer, how });
-        });
     }
 
     /// A fetch has ended.
-    pub(super) fn obtained(
+    pub(crate) fn obtained(
         &mut self,
         from: NodeId,
-        storage: &str,
+        storage: String,
         transfer: Transfer,
-        how: Fetched,
-    ) -> anyhow::Result<()> {
+        how: Obtained,
+    ) -> Result<()> {
         self.blobs.fetching.remove(&transfer);
         if self.blobs.forgotten.remove(&transfer) {
-            self.discard(storage, transfer);
+            self.act(Action::Discard { storage, transfer });
             return self.release_held_messages();
         }
         match how {
-            Fetched::Here => {
+            Obtained::Here => {
                 debug!(%transfer, "a blob has arrived");
                 if self.blobs.here.len() >= REMEMBERED {
                     self.blobs.here.clear();
                 }
                 self.blobs.here.insert(transfer);
-                self.shared.peers.arrived(from, transfer);
+                self.act(Action::Arrived(from, transfer));
             }
-            Fetched::Failed => self.blobs.held.clear(),
-            Fetched::PackedAway => {
+            Obtained::Failed => self.blobs.held.clear(),
+            Obtained::PackedAway => {
                 info!(storage, "a blob that the log names was packed away: catching up instead");
                 self.blobs.held.clear();
-                self.step(Happened::CannotFollow)?;
+                self.consensus_step(Happened::CannotFollow)?;
             }
         }
         self.release_held_messages()
     }
 
     /// Takes up the messages whose blobs are here, in order; sees to it that the others' come.
-    fn release_held_messages(&mut self) -> anyhow::Result<()> {
+    fn release_held_messages(&mut self) -> Result<()> {
         while let Some(message) = self.blobs.held.front().cloned() {
             let missing = self.missing(&message)?;
             if !missing.is_empty() {
@@ -202,45 +174,32 @@ impl Engine {
                 break;
             }
             self.blobs.held.pop_front();
-            self.step(Happened::Received(message))?;
+            self.consensus_step(Happened::Received(message))?;
         }
         Ok(())
     }
 
     /// Another node has an upload that this one will need.
-    pub(super) fn announced(&mut self, from: NodeId, announcement: &Announcement) {
-        let Some(upload) = announcement.upload() else { return };
-        let storage = announcement.storage();
-        let has_dir = self.shared.storages.get(storage).is_some_and(|s| s.blobs.is_some());
+    pub(crate) fn announced(&mut self, from: NodeId, storage: String, upload: Upload) {
         if self.blobs.here.contains(&upload.transfer) {
-            self.shared.peers.arrived(from, upload.transfer);
-        } else if has_dir {
-            let blob = WantedBlob::Upload(upload, None);
-            self.obtain(from, Wanted { storage: storage.into(), blob });
+            self.act(Action::Arrived(from, upload.transfer));
+        } else if self.storages.contains_key(&storage) && self.facts.has_blobs(&storage) {
+            self.obtain(from, Wanted { storage, blob: WantedBlob::Upload(upload, None) });
         }
     }
 
     /// The transaction of an upload was aborted.
-    pub(super) fn forgotten(&mut self, announcement: &Announcement) {
-        let Some(Upload { transfer, .. }) = announcement.upload() else { return };
+    pub(crate) fn forgotten(&mut self, storage: String, transfer: Transfer) {
         self.blobs.here.remove(&transfer);
         if self.blobs.fetching.contains(&transfer) {
             self.blobs.forgotten.insert(transfer);
         } else {
-            self.discard(announcement.storage(), transfer);
+            self.act(Action::Discard { storage, transfer });
         }
     }
 
-    fn discard(&self, storage: &str, transfer: Transfer) {
-        let blobs = self.shared.storages.get(storage).and_then(|s| s.blobs.clone());
-        drop(platform::spawn_blocking(move || {
-            // What cannot be removed now goes at the next start.
-            let _ = blobs.map(|blobs| blobs.discard(transfer));
-        }));
-    }
-
     /// A node has fetched an upload.
-    pub(super) fn arrived(&mut self, at: NodeId, transfer: Transfer) {
+    pub(crate) fn arrived(&mut self, at: NodeId, transfer: Transfer) {
         if self.blobs.arrived.len() >= REMEMBERED {
             // Who waits announces again.
             self.blobs.arrived.clear();
@@ -250,7 +209,7 @@ impl Engine {
     }
 
     /// Lets a transaction go into the log, or holds it until its blobs are on a majority.
-    pub(super) fn with_blobs(&mut self, outgoing: Outgoing) -> Option<Outgoing> {
+    pub(crate) fn with_blobs(&mut self, outgoing: Outgoing) -> Option<Outgoing> {
         if outgoing.blobs.all.is_empty() || self.at_majority(&outgoing) {
             return Some(outgoing);
         }
@@ -259,15 +218,17 @@ impl Engine {
     }
 
     /// Some time has passed: what has been said may have been lost.
-    pub(super) fn tick_blobs(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn tick_blobs(&mut self) -> Result<()> {
+        let mut announced = Vec::new();
         for outgoing in &self.blobs.waiting {
             for blob in &outgoing.blobs.all {
                 if let BlobSource::Upload(upload) = blob.source {
-                    let announcement = Announcement::of(&outgoing.storage, upload);
-                    self.shared.peers.tell_all(&LinkFrame::Announced(announcement));
+                    let storage = outgoing.storage.clone();
+                    announced.push(Action::Announce { storage, upload });
                 }
             }
         }
+        announced.into_iter().for_each(|action| self.act(action));
         self.release_ready_transactions();
         self.release_held_messages()
     }
@@ -275,7 +236,7 @@ impl Engine {
     fn release_ready_transactions(&mut self) {
         for outgoing in std::mem::take(&mut self.blobs.waiting) {
             if self.at_majority(&outgoing) {
-                self.outgoing.push_back(outgoing);
+                self.commits.push(outgoing);
             } else {
                 self.blobs.waiting.push(outgoing);
             }

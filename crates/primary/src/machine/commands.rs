@@ -6,41 +6,75 @@ use std::time::Duration;
 use standby_config::word;
 use standby_consensus::Member;
 use standby_replica::settings::{FEATURE_LEVEL, Invitation, SETTINGS_LEVEL, Setting};
-use standby_types::NodeId;
+use standby_types::{LogIndex, NodeId};
 
-use crate::cells::apply_task::ApplyTask;
-use crate::cells::command::{Answer, Ask, Asker, Done};
-use crate::cells::storage::StorageShared;
-use crate::platform::random::random_hex;
-use crate::primary::engine::Engine;
+use crate::Result;
+use crate::action::Action;
+use crate::caller::Asker;
+use crate::command::{Answer, Ask, Done};
+use crate::machine::Machine;
 
 /// Time for a decision to come into force.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-pub(super) type Condition = Box<dyn Fn(&Engine) -> bool + Send>;
-
-/// An answer that waits until something holds.
-pub(super) struct AwaitedAnswer {
-    holds: Condition,
-    done: Done,
-    /// What it is that is waited for.
-    what: &'static str,
-    deadline: Duration,
-    asker: Asker,
+/// What an answer waits for.
+pub(crate) enum Awaited {
+    /// The node of this name is no member any more.
+    Removed(String),
+    /// The nodes of the group have the votes that this entry says.
+    Votes(LogIndex, String),
+    /// This entry is applied.
+    Applied(LogIndex),
+    /// This node serves.
+    Serves,
 }
 
-impl Engine {
-    pub(super) fn ask(&mut self, ask: Ask, asker: Asker) -> anyhow::Result<()> {
+impl Awaited {
+    fn holds(&self, machine: &Machine) -> bool {
+        match self {
+            Awaited::Removed(node) => machine.consensus.membership().named(node).is_none(),
+            Awaited::Votes(index, group) => {
+                machine.applied >= *index && machine.has_its_votes(group)
+            }
+            Awaited::Applied(index) => machine.applied >= *index,
+            Awaited::Serves => machine.serves(),
+        }
+    }
+
+    /// What is told to somebody who has waited in vain.
+    fn is_missing(&self) -> &'static str {
+        match self {
+            Awaited::Removed(_) => "the node is still a member",
+            Awaited::Votes(..) => {
+                "the votes are not yet what they are to be: nodes are down, or catching up"
+            }
+            Awaited::Applied(_) => "the decision is not on a majority of the nodes yet",
+            Awaited::Serves => "the new timeline has not begun yet",
+        }
+    }
+}
+
+/// An answer that waits until something holds.
+pub(crate) struct AwaitedAnswer {
+    awaited: Awaited,
+    done: Done,
+    deadline: Duration,
+    pub(crate) asker: Asker,
+}
+
+impl Machine {
+    pub(crate) fn ask(&mut self, ask: Ask, asker: Asker) -> Result<()> {
         match ask {
             Ask::Backfill { node } => {
-                let _ = asker.send(self.backfill(&node));
+                let answer = self.backfill(&node);
+                self.reply(asker, answer);
                 return Ok(());
             }
             Ask::Promote { node, group } => return self.promote(&node, group, asker),
             _ => {}
         }
         if !self.serves() {
-            let _ = asker.send(Err("this node is not primary any more; ask again".into()));
+            self.reply(asker, Err("this node is not primary any more; ask again".into()));
             return Ok(());
         }
         match &ask {
@@ -51,7 +85,7 @@ impl Engine {
             // A node that does not know the level does not know the entry that says so either.
             Ask::FeatureLevel { level } if !self.raises(*level) => {
                 let text = format!("the feature level is {} already", self.settings.level());
-                let _ = asker.send(Ok(Done { text, token: None }));
+                self.reply(asker, Ok(Done { text, token: None }));
                 return Ok(());
             }
             _ => {}
@@ -59,48 +93,42 @@ impl Engine {
         let (setting, done) = match self.decision(&ask) {
             Ok(decision) => decision,
             Err(reason) => {
-                let _ = asker.send(Err(reason));
+                self.reply(asker, Err(reason));
                 return Ok(());
             }
         };
         if !self.decide(&setting)? {
-            let _ = asker.send(Err("another change is under way; ask again".into()));
+            self.reply(asker, Err("another change is under way; ask again".into()));
             return Ok(());
         }
-        let index = self.decided;
-        let (holds, what): (Condition, _) = match setting {
-            Setting::Remove { node } => (
-                Box::new(move |engine| engine.consensus.membership().named(&node).is_none()),
-                "the node is still a member",
-            ),
-            Setting::Failover { group, .. } => (
-                Box::new(move |engine| engine.applied >= index && engine.has_its_votes(&group)),
-                "the votes are not yet what they are to be: nodes are down, or catching up",
-            ),
-            _ => (
-                Box::new(move |engine| engine.applied >= index),
-                "the decision is not on a majority of the nodes yet",
-            ),
+        let index = self.members.decided;
+        let awaited = match setting {
+            Setting::Remove { node } => Awaited::Removed(node),
+            Setting::Failover { group, .. } => Awaited::Votes(index, group),
+            _ => Awaited::Applied(index),
         };
-        self.watch(holds, done, what, asker);
+        self.answer_when(awaited, done, asker);
         Ok(())
     }
 
-    /// Answers as soon as something holds; `what` says what is waited for.
-    pub(super) fn watch(&mut self, holds: Condition, done: Done, what: &'static str, asker: Asker) {
-        let deadline = self.shared.now() + PATIENCE;
-        self.watches.push(AwaitedAnswer { holds, done, what, deadline, asker });
+    pub(crate) fn reply(&mut self, asker: Asker, answer: Answer) {
+        self.act(Action::Reply(asker, answer));
     }
 
-    fn backfill(&self, node: &str) -> Answer {
-        if node != self.shared.member.name {
-            return Err(format!("this is {}, not {node}", self.shared.member.name));
+    /// Answers as soon as something holds.
+    pub(crate) fn answer_when(&mut self, awaited: Awaited, done: Done, asker: Asker) {
+        let deadline = self.now + PATIENCE;
+        self.watches.push(AwaitedAnswer { awaited, done, deadline, asker });
+    }
+
+    fn backfill(&mut self, node: &str) -> Answer {
+        if node != self.me.name {
+            return Err(format!("this is {}, not {node}", self.me.name));
         }
-        let has_holes =
-            |(_, storage): &(&String, &StorageShared)| !storage.reader().holes().is_empty();
-        let storages: Vec<_> = self.shared.storages.iter().filter(has_holes).collect();
-        for (name, _) in &storages {
-            self.shared.apply(ApplyTask::Backfill((*name).clone()));
+        let names = self.names.clone();
+        let storages: Vec<_> = names.iter().filter(|name| self.facts.has_holes(name)).collect();
+        for name in &storages {
+            self.act(Action::Backfill((*name).clone()));
         }
         let text = match storages.is_empty() {
             true => format!("{node} has the whole history"),
@@ -110,16 +138,15 @@ impl Engine {
     }
 
     /// Answers those for whom it has come true, or who have waited too long.
-    pub(super) fn tick_watches(&mut self) {
-        let now = self.shared.now();
+    pub(crate) fn tick_watches(&mut self) {
+        let now = self.now;
         for watch in std::mem::take(&mut self.watches) {
-            if (watch.holds)(self) {
-                let _ = watch.asker.send(Ok(watch.done));
+            if watch.awaited.holds(self) {
+                self.reply(watch.asker, Ok(watch.done));
             } else if now > watch.deadline {
-                let _ = watch.asker.send(Err(format!(
-                    "{}; the cluster goes on trying, see standby status",
-                    watch.what
-                )));
+                let missing = watch.awaited.is_missing();
+                let text = format!("{missing}; the cluster goes on trying, see standby status");
+                self.reply(watch.asker, Err(text));
             } else {
                 self.watches.push(watch);
             }
@@ -170,7 +197,7 @@ impl Engine {
                 if self.settings.moving_to.as_ref() == Some(group) {
                     return Err(format!("the primary is being moved to group {group}"));
                 }
-                if *group == self.shared.member.group {
+                if *group == self.me.group {
                     return Err(format!(
                         "the primary is in group {group}; to have the primary and the voters in \
                          another group: standby group move --to GROUP"
@@ -220,13 +247,13 @@ impl Engine {
     fn known_level(&self) -> (u32, String) {
         let members = self.consensus.membership().members.values();
         members
-            .map(|m| (self.shared.reports.feature_level(m.id), m.name.clone()))
-            .chain([(FEATURE_LEVEL, self.shared.member.name.clone())])
+            .map(|m| (self.facts.feature_level(m.id), m.name.clone()))
+            .chain([(FEATURE_LEVEL, self.me.name.clone())])
             .min()
             .unwrap_or_default()
     }
 
-    pub(super) fn member(&self, name: &str) -> Result<&Member, String> {
+    pub(crate) fn member(&self, name: &str) -> Result<&Member, String> {
         let membership = self.consensus.membership();
         membership.named(name).ok_or_else(|| {
             let names: BTreeSet<_> = membership.members.values().map(|m| m.name.as_str()).collect();
@@ -238,7 +265,7 @@ impl Engine {
     /// A member that is not primary.
     fn replica(&self, name: &str) -> Result<&Member, String> {
         match self.member(name)? {
-            member if member.id == self.shared.id => Err(format!(
+            member if member.id == self.me.id => Err(format!(
                 "{name} is primary: first make another node primary by standby switchover"
             )),
             member => Ok(member),
@@ -272,10 +299,10 @@ impl Engine {
                 replace"
             ));
         } else {
-            (&self.shared.member, witness)
+            (&self.me, witness)
         };
         let group = group.map_or_else(|| Ok(like.group.clone()), word)?;
-        let token = random_hex(16).map_err(|error| error.to_string())?;
+        let token = self.facts.random_hex(16)?;
         let done = Done {
             text: format!("node {node} may join as a member of group {group}"),
             token: Some(token.clone()),

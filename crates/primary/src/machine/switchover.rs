@@ -25,9 +25,11 @@ use std::time::Duration;
 use standby_types::NodeId;
 use tracing::{info, warn};
 
-use crate::cells::apply_task::ApplyTask;
-use crate::cells::command::{Answer, Asker, Done};
-use crate::primary::engine::Engine;
+use crate::Result;
+use crate::action::Action;
+use crate::caller::Asker;
+use crate::command::{Answer, Done};
+use crate::machine::Machine;
 
 /// Time for the last commits to reach the other node.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(1);
@@ -41,21 +43,22 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest grace.
 const MAX_GRACE: Duration = Duration::from_secs(60);
 
+/// See the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+pub(crate) enum Phase {
     Levelling,
     Draining,
     Handing,
 }
 
 /// See the module.
-pub(super) struct Switchover {
+pub(crate) struct Switchover {
     target: NodeId,
     name: String,
     grace: Duration,
     /// This node may not be able to finish what is under way: it is not waited for long.
     urgent: bool,
-    phase: Phase,
+    pub(crate) phase: Phase,
     /// When the phase began.
     since: Duration,
     /// When clients were first held.
@@ -65,17 +68,17 @@ pub(super) struct Switchover {
     asker: Option<Asker>,
 }
 
-impl Engine {
+impl Machine {
     /// Starts one, or says why not.
-    pub(super) fn begin_switchover(&mut self, to: Option<&str>, grace: f64, asker: Asker) {
+    pub(crate) fn begin_switchover(&mut self, to: Option<&str>, grace: f64, asker: Asker) {
         let grace = Duration::try_from_secs_f64(grace).unwrap_or_default().min(MAX_GRACE);
         match self.choose(to) {
-            Err(reason) => drop(asker.send(Err(reason))),
+            Err(reason) => self.reply(asker, Err(reason)),
             Ok(target) => self.switch_to(target, grace, false, Some(asker)),
         }
     }
 
-    pub(super) fn switch_to(
+    pub(crate) fn switch_to(
         &mut self,
         target: NodeId,
         grace: Duration,
@@ -84,7 +87,7 @@ impl Engine {
     ) {
         let name = self.name_of(target).unwrap_or_default();
         info!(to = name, "a switchover begins");
-        let now = self.shared.now();
+        let now = self.now;
         self.switchover = Some(Switchover {
             target,
             name,
@@ -107,13 +110,13 @@ impl Engine {
             return Err(format!("the primary is being moved to group {group}"));
         }
         let Some(name) = to else {
-            let own = self.best_voter(|group| group == self.shared.member.group);
+            let own = self.best_voter(|group| group == self.me.group);
             return own.or_else(|| self.best_voter(|_| true)).ok_or_else(|| {
                 "no other voter with data is there: nobody could be primary".to_owned()
             });
         };
         let member = self.member(name)?;
-        if member.id == self.shared.id {
+        if member.id == self.me.id {
             return Err(format!("{name} is primary already"));
         }
         if member.witness {
@@ -137,11 +140,11 @@ impl Engine {
     }
 
     /// The voter with data, of the groups that are `wanted`, that is nearest to this one.
-    pub(super) fn best_voter(&self, wanted: impl Fn(&str) -> bool) -> Option<NodeId> {
+    pub(crate) fn best_voter(&self, wanted: impl Fn(&str) -> bool) -> Option<NodeId> {
         let membership = self.consensus.membership();
         let fits = |id: &NodeId| {
             let member = membership.members.get(id);
-            *id != self.shared.id
+            *id != self.me.id
                 && member.is_some_and(|m| !m.witness && wanted(&m.group))
                 && self.is_there(*id)
         };
@@ -151,30 +154,24 @@ impl Engine {
     }
 
     /// True if the node's connection is open and it has answered lately.
-    pub(super) fn is_there(&self, id: NodeId) -> bool {
+    pub(crate) fn is_there(&self, id: NodeId) -> bool {
         let active = self.consensus.progress(id).is_some_and(|progress| progress.active);
-        id == self.shared.id || active && self.present.contains_key(&id)
-    }
-
-    /// True if this node answers as primary.
-    pub(super) fn serves(&self) -> bool {
-        let handing = self.switchover.as_ref().is_some_and(|s| s.phase == Phase::Handing);
-        self.role.serves && !handing && !self.opening && self.superseded.is_none()
+        id == self.me.id || active && self.members.is_present(id)
     }
 
     /// True if clients that may write are to leave, and those that come are held.
-    pub(super) fn lets_clients_go(&self) -> bool {
+    pub(crate) fn lets_clients_go(&self) -> bool {
         self.switchover.as_ref().is_some_and(|s| s.phase != Phase::Levelling)
     }
 
     /// Goes on if it can.
-    pub(super) fn tick_switchover(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn tick_switchover(&mut self) -> Result<()> {
         let Some(switchover) = &self.switchover else { return Ok(()) };
         if !self.role.leads {
             return Ok(());
         }
         let (phase, target) = (switchover.phase, switchover.target);
-        let waited = self.shared.now().saturating_sub(switchover.since);
+        let waited = self.now.saturating_sub(switchover.since);
         let (grace, urgent) = (switchover.grace, switchover.urgent);
         if phase != Phase::Handing && !self.is_there(target) {
             return self.switchover_failed("it cannot be reached any more");
@@ -185,11 +182,11 @@ impl Engine {
         match phase {
             Phase::Levelling => {
                 let level = self.is_level(target);
-                let long_call = self.shared.sessions.any_long_call();
+                let long_call = self.facts.any_long_call();
                 if level && (!long_call || waited >= grace || urgent) {
                     self.enter(Phase::Draining);
-                    self.publish_standing();
-                    self.shared.sessions.let_writers_leave();
+                    self.publish_serving();
+                    self.act(Action::LetWritersLeave);
                     return self.tick_switchover();
                 } else if waited >= grace.max(COMMIT_PATIENCE) {
                     let reason = format!("it is {behind} log entries behind");
@@ -198,8 +195,8 @@ impl Engine {
             }
             Phase::Draining => {
                 let idle = self.storages.values().all(|s| s.transactions.is_empty());
-                let alone = waited >= BEGUN_PATIENCE || !self.shared.sessions.any_writer();
-                let level = self.outgoing.is_empty() && self.pending.is_empty() && behind == 0;
+                let alone = waited >= BEGUN_PATIENCE || !self.facts.any_writer();
+                let level = self.commits.is_idle() && behind == 0;
                 // A node that has not applied the last change of members does not stand for
                 // election.
                 let level = level && !self.consensus.is_changing();
@@ -212,14 +209,14 @@ impl Engine {
                     self.enter(Phase::Handing);
                     self.publish_lease();
                     // After the applier has queued the last replies.
-                    self.shared.apply(ApplyTask::SendWritersAway);
+                    self.act(Action::SendWritersAwayWhenApplied);
                     let mut outputs = Vec::new();
                     if self.consensus.hand_over(target, &mut outputs).is_err() {
                         return self.switchover_failed("it has no vote any more");
                     }
                     return self.perform(outputs);
                 }
-                let now = self.shared.now();
+                let now = self.now;
                 let idle_since = idle.then(|| switchover.idle_since.unwrap_or(now));
                 if idle_since.is_some_and(|since| now >= since + COMMIT_PATIENCE) {
                     return self.switchover_failed("the last commits do not reach it");
@@ -244,7 +241,7 @@ impl Engine {
     }
 
     fn enter(&mut self, phase: Phase) {
-        let now = self.shared.now();
+        let now = self.now;
         if let Some(switchover) = &mut self.switchover {
             if phase == Phase::Draining {
                 switchover.held_since = now;
@@ -255,7 +252,7 @@ impl Engine {
 
     /// The grace is over: whoever has voted and does not finish loses its place.
     fn end_transactions(&mut self) {
-        for name in self.shared.clone().storages.keys() {
+        for name in &*self.names.clone() {
             let undecided =
                 self.storages.get(name).map_or_else(Vec::new, |s| s.transactions.undecided());
             for session in undecided {
@@ -266,29 +263,30 @@ impl Engine {
     }
 
     /// Back to how it was.
-    fn switchover_failed(&mut self, reason: &str) -> anyhow::Result<()> {
+    fn switchover_failed(&mut self, reason: &str) -> Result<()> {
         let Some(switchover) = self.switchover.take() else { return Ok(()) };
         warn!(to = switchover.name, reason, "the switchover was given up; this node is primary");
-        self.switchover_failed_at = Some(self.shared.now());
+        self.switchover_failed_at = Some(self.now);
         if let Some(asker) = switchover.asker {
-            let _ = asker.send(Err(format!(
+            let text = format!(
                 "the switchover to {} was given up: {reason}; {} is primary as before",
-                switchover.name, self.shared.member.name
-            )));
+                switchover.name, self.me.name
+            );
+            self.reply(asker, Err(text));
         }
-        self.publish_standing();
+        self.publish_serving();
         self.publish_lease();
         Ok(())
     }
 
     /// This node's role, or what it knows of the leader, has changed.
-    pub(super) fn switchover_role_changed(&mut self) {
+    pub(crate) fn switchover_role_changed(&mut self) {
         if self.switchover.is_none() || self.role.leads {
             return;
         }
         let Some(leader) = self.role.leader else { return };
         let Some(switchover) = self.switchover.take() else { return };
-        let pause = self.shared.now().saturating_sub(switchover.held_since).as_millis();
+        let pause = self.now.saturating_sub(switchover.held_since).as_millis();
         let name = self.name_of(leader).unwrap_or_default();
         let answer: Answer = if leader == switchover.target {
             info!(to = name, held_ms = pause, "the switchover is done");
@@ -299,23 +297,24 @@ impl Engine {
             Err(format!("{name} is primary now: {} did not take the role", switchover.name))
         };
         if let Some(asker) = switchover.asker {
-            let _ = asker.send(answer);
+            self.reply(asker, answer);
         }
     }
 
     /// After a hand-over nobody has been heard of for long.
-    pub(super) fn switchover_lost(&mut self) {
-        let now = self.shared.now();
+    pub(crate) fn switchover_lost(&mut self) {
+        let now = self.now;
         let late = |s: &mut Switchover| now.saturating_sub(s.since) > PATIENCE;
         if !self.role.leads
             && let Some(switchover) = self.switchover.take_if(late)
             && let Some(asker) = switchover.asker
         {
-            let _ = asker.send(Err(format!(
+            let text = format!(
                 "{} was handed the primary's role, but no primary is heard of now; see standby \
                 status",
                 switchover.name
-            )));
+            );
+            self.reply(asker, Err(text));
         }
     }
 }

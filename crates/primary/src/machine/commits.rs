@@ -1,58 +1,91 @@
 //! Finished transactions on their way into the log: short ones at once, of long ones a part each in
 //! turn.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use standby_consensus::{Command, Ending, PART_LEN};
-use standby_filestorage::{Record, RecordData, TransactionMeta, put_meta, put_record};
+use standby_consensus::{Command, Ending};
+use standby_filestorage::{TransactionMeta, put_meta};
 use standby_types::time::{new_tid, tid_at, time_of, utc};
-use standby_types::{LogIndex, Mutation, Tid, mutation};
-use standby_zeo::{Blobs, Buffer, ClientError, Content, Meta, Value};
-use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::TryRecvError;
+use standby_types::{LogIndex, Mutation, Term, Tid, mutation};
+use standby_zeo::{Blobs, ClientError, Meta, Value};
 use tracing::error;
 
-use crate::cells::apply_task::Origin;
-use crate::cells::events::{MANY, TaskReport};
-use crate::cells::sessions::SessionHandle;
-use crate::platform;
-use crate::primary::engine::Engine;
+use crate::Result;
+use crate::action::Action;
+use crate::caller::Caller;
+use crate::input::{Finished, Piece, Records};
+use crate::machine::Machine;
 
 /// Bytes of entries of ours without a majority, beyond which nothing more is proposed.
 const WINDOW: usize = 16 << 20;
 /// Parts of long transactions without a majority, each a megabyte. What others commit, and answers
 /// to heartbeats, come behind them on every link.
 const PARTS_IN_FLIGHT: usize = 4;
-/// Parts of a long transaction that are at hand.
-const AT_HAND: usize = 2;
+/// What is on its way into the log, and through it.
+#[derive(Default)]
+pub(crate) struct Commits {
+    /// Transactions whose closing entry is not proposed.
+    outgoing: VecDeque<Outgoing>,
+    /// Entries of this primary that are not committed.
+    pending: BTreeMap<LogIndex, Pending>,
+    /// Their bytes.
+    in_flight: usize,
+}
+
+/// An entry of this primary that is not committed yet.
+pub(crate) struct Pending {
+    pub term: Term,
+    pub len: usize,
+    pub caller: Option<Caller>,
+}
+
+impl Commits {
+    /// An entry is in the log.
+    pub(crate) fn proposed(&mut self, index: LogIndex, pending: Pending) {
+        self.in_flight += pending.len;
+        self.pending.insert(index, pending);
+    }
+
+    /// An entry is committed. Returns who waits for it, if it is this primary's.
+    pub(crate) fn committed(&mut self, (index, term): (LogIndex, Term)) -> Option<Caller> {
+        let pending = self.pending.remove(&index)?;
+        self.in_flight = self.in_flight.saturating_sub(pending.len);
+        pending.caller.filter(|_| pending.term == term)
+    }
+
+    /// A transaction may go into the log.
+    pub(crate) fn push(&mut self, outgoing: Outgoing) {
+        self.outgoing.push_back(outgoing);
+    }
+
+    /// This node is not primary any more.
+    pub(crate) fn clear(&mut self) {
+        *self = Commits::default();
+    }
+
+    /// True if nothing is on its way.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.pending.is_empty() && self.outgoing.is_empty()
+    }
+
+    /// Fails if an invariant does not hold.
+    pub(crate) fn invariants(&self, last_index: LogIndex) {
+        let in_flight: usize = self.pending.values().map(|pending| pending.len).sum();
+        assert_eq!(self.in_flight, in_flight, "bytes of entries that are not committed");
+        assert!(self.pending.keys().all(|index| *index <= last_index), "an entry beyond the log");
+    }
+}
 
 /// A transaction on its way into the log.
-pub(super) struct Outgoing {
-    pub(super) session: Arc<SessionHandle>,
-    id: Value,
-    pub(super) storage: String,
+pub(crate) struct Outgoing {
+    caller: Caller,
+    pub(crate) storage: String,
     meta: Meta,
-    pub(super) blobs: Blobs,
+    pub(crate) blobs: Blobs,
     records: Records,
     parts: Vec<LogIndex>,
-}
-
-/// The records of a transaction, as they go into the log.
-enum Records {
-    /// All that are not in the log yet.
-    Rest(Bytes),
-    /// They are encoded beside the engine's task, and come piece by piece.
-    Coming(mpsc::Receiver<io::Result<Piece>>),
-    /// This part comes next.
-    Part(Bytes, mpsc::Receiver<io::Result<Piece>>),
-}
-
-enum Piece {
-    Part(Bytes),
-    /// The last one, no longer than a part.
-    Rest(Bytes),
 }
 
 /// What the pump can do for a transaction.
@@ -65,72 +98,35 @@ enum Next {
     Closes(Bytes),
 }
 
-impl Engine {
-    pub(super) fn finish(
-        &mut self,
-        session: Arc<SessionHandle>,
-        storage: String,
-        id: Value,
-        mut buffer: Box<Buffer>,
-    ) {
+impl Machine {
+    pub(crate) fn finish(&mut self, caller: Caller, storage: String, transaction: Finished) {
         let Some(committing) = self.storages.get_mut(&storage) else { return };
-        if committing.transactions.finish(session.id).is_err() {
+        if committing.transactions.finish(caller.session).is_err() {
             let text = Value::str("finished called wo lock");
             let error = ClientError::Other("builtins.AssertionError", vec![text]);
-            session.answer(session.encoding().error(&id, &error));
-            return;
+            return self.act(Action::Answer(caller, Err(error)));
         }
-        let (meta, blobs) = (buffer.meta.clone(), buffer.take_blobs());
-        // Of one with few objects all fits the closing entry, as a rule.
-        let rest = match buffer.writes().len() <= MANY {
-            true => encode(&buffer, &mut |_| false),
-            false => Ok(None),
-        };
-        let records = match rest {
-            Ok(Some(rest)) => Records::Rest(rest),
-            Ok(None) => Records::Coming(self.encode_beside(buffer)),
-            Err(error) => return self.unreadable(&session, &storage, &error),
-        };
+        let Finished { meta, blobs, records } = transaction;
         let parts = Vec::new();
-        self.outgoing.push_back(Outgoing { session, id, storage, meta, blobs, records, parts });
-    }
-
-    /// Encodes a long transaction, a few parts ahead of what is proposed.
-    fn encode_beside(&self, buffer: Box<Buffer>) -> mpsc::Receiver<io::Result<Piece>> {
-        let (pieces, coming) = platform::queue(AT_HAND);
-        let shared = self.shared.clone();
-        // It ends at the latest when nobody takes its pieces any more.
-        drop(platform::spawn_blocking(move || {
-            let send = |piece| {
-                let taken = platform::send_blocking(&pieces, piece).is_ok();
-                shared.report(TaskReport::Encoded);
-                taken
-            };
-            match encode(&buffer, &mut |part| send(Ok(Piece::Part(part)))) {
-                Ok(Some(rest)) => drop(send(Ok(Piece::Rest(rest)))),
-                // Nobody takes them.
-                Ok(None) => {}
-                Err(error) => drop(send(Err(error))),
-            }
-        }));
-        coming
+        self.commits.push(Outgoing { caller, storage, meta, blobs, records, parts });
     }
 
     /// What a client has stored is not there any more.
-    fn unreadable(&mut self, session: &SessionHandle, storage: &str, error: &io::Error) {
+    fn unreadable(&mut self, outgoing: &Outgoing, error: &io::Error) {
         error!(%error, "cannot read a large transaction back");
-        session.cut("its transaction cannot be read back");
-        let (now, id) = (self.shared.now(), session.id);
-        self.unlocked(storage, |t| t.applied(now, id));
+        let session = outgoing.caller.session;
+        self.act(Action::Cut(session, "its transaction cannot be read back"));
+        let now = self.now;
+        self.unlocked(&outgoing.storage, |t| t.applied(now, session));
     }
 
     /// Moves finished transactions into the log: short ones at once, of long ones a part each
     /// in turn, as fast as they are committed.
-    pub(super) fn pump(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn pump(&mut self) -> Result<()> {
         // How many have had their turn since something was proposed.
         let mut passed = 0;
-        while self.in_flight < WINDOW && passed < self.outgoing.len() {
-            let Some(mut outgoing) = self.outgoing.pop_front() else { break };
+        while self.commits.in_flight < WINDOW && passed < self.commits.outgoing.len() {
+            let Some(mut outgoing) = self.commits.outgoing.pop_front() else { break };
             if outgoing.parts.is_empty() {
                 if self.overtaken(&outgoing) {
                     continue;
@@ -148,7 +144,7 @@ impl Engine {
                         Some(index) => outgoing.parts.push(index),
                         None => {
                             outgoing.put_back(part);
-                            self.outgoing.push_front(outgoing);
+                            self.commits.outgoing.push_front(outgoing);
                             break;
                         }
                     }
@@ -167,17 +163,17 @@ impl Engine {
                     continue;
                 }
                 Err(error) => {
-                    self.unreadable(&outgoing.session, &outgoing.storage, &error);
+                    self.unreadable(&outgoing, &error);
                     continue;
                 }
             }
             if goes_first {
-                self.outgoing.push_front(outgoing);
+                self.commits.outgoing.push_front(outgoing);
                 if passed > 0 {
                     break;
                 }
             } else {
-                self.outgoing.push_back(outgoing);
+                self.commits.outgoing.push_back(outgoing);
             }
         }
         Ok(())
@@ -189,14 +185,14 @@ impl Engine {
         // Entries are committed in order.
         let of = |outgoing: &Outgoing| {
             let parts = outgoing.parts.iter().rev();
-            parts.take_while(|index| self.pending.contains_key(index)).count()
+            parts.take_while(|index| self.commits.pending.contains_key(index)).count()
         };
-        self.outgoing.iter().chain([one]).map(of).sum()
+        self.commits.outgoing.iter().chain([one]).map(of).sum()
     }
 
     /// Why a transaction with this tid, or with one that it will get, cannot be stored. What is in
     /// the log must be applied by every node: a tid that no data file takes may not get there.
-    pub(super) fn refuse_tid(&self, storage: &str, tid: Option<Tid>) -> Option<ClientError> {
+    pub(crate) fn refuse_tid(&self, storage: &str, tid: Option<Tid>) -> Option<ClientError> {
         let last = self.storages.get(storage).map_or(Tid::NONE, |s| s.last_tid);
         let Some(tid) = tid else {
             return (last >= Tid::MAX).then(|| {
@@ -209,8 +205,8 @@ impl Engine {
         if tid <= last {
             return Some(does_not_follow(tid, last));
         }
-        let ahead = self.shared.config.future_tids();
-        let bound = tid_at(self.shared.wall_clock().saturating_add(ahead)).min(Tid(Tid::MAX.0 - 1));
+        let ahead = self.config.future_tids();
+        let bound = tid_at(self.facts.wall_clock().saturating_add(ahead)).min(Tid(Tid::MAX.0 - 1));
         (tid > bound).then(|| {
             ClientError::storage(format!(
                 "a transaction with tid {tid} cannot be stored: it is in the future ({}), and \
@@ -227,15 +223,14 @@ impl Engine {
         let Some(error) = self.refuse_tid(&outgoing.storage, outgoing.meta.tid) else {
             return false;
         };
-        let session = &outgoing.session;
-        session.answer(session.encoding().error(&outgoing.id, &error));
-        let (now, id) = (self.shared.now(), session.id);
-        self.unlocked(&outgoing.storage, |t| t.applied(now, id));
+        self.act(Action::Answer(outgoing.caller.clone(), Err(error)));
+        let (now, session) = (self.now, outgoing.caller.session);
+        self.unlocked(&outgoing.storage, |t| t.applied(now, session));
         true
     }
 
     /// Proposes the closing entry of a transaction; false if it has to be tried again.
-    fn close(&mut self, outgoing: Outgoing, rest: Bytes) -> anyhow::Result<bool> {
+    fn close(&mut self, outgoing: Outgoing, rest: Bytes) -> Result<bool> {
         let wall_clock = self.time_of_commits();
         let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
         let meta = &outgoing.meta;
@@ -265,15 +260,13 @@ impl Engine {
             blobs: outgoing.blobs.all.clone(),
             rest,
         };
-        let origin = Origin { session: outgoing.session.clone(), id: outgoing.id.clone() };
-        if self.propose(Command::Transaction(ending), Some(origin))?.is_none() {
-            self.outgoing.push_front(outgoing);
+        let caller = outgoing.caller.clone();
+        if self.propose(Command::Transaction(ending), Some(caller))?.is_none() {
+            self.commits.outgoing.push_front(outgoing);
             return Ok(false);
         }
         if mutation::on(Mutation::AcknowledgeBeforeMajority) {
-            let session = &outgoing.session;
-            let tid = tid.to_bytes().into();
-            session.outbox.push(session.encoding().reply(&outgoing.id, tid));
+            self.act(Action::AnswerTooEarly(outgoing.caller.clone(), tid.to_bytes().into()));
         }
         self.look_at_clock(behind);
         outgoing.blobs.keep();
@@ -291,13 +284,12 @@ impl Outgoing {
         let (next, records) = match records {
             Records::Rest(rest) => (Next::Closes(rest.clone()), Records::Rest(rest)),
             Records::Part(part, coming) => (Next::Part(part), Records::Coming(coming)),
-            Records::Coming(mut coming) => match coming.try_recv() {
-                Ok(Ok(Piece::Part(part))) => (Next::Part(part), Records::Coming(coming)),
-                Ok(Ok(Piece::Rest(rest))) => (Next::Closes(rest.clone()), Records::Rest(rest)),
-                Ok(Err(error)) => return Err(error),
-                Err(TryRecvError::Empty) => (Next::Waits, Records::Coming(coming)),
-                Err(TryRecvError::Disconnected) => return Err(io::ErrorKind::BrokenPipe.into()),
+            Records::Coming(mut coming) => match coming.take()? {
+                Some(Piece::Part(part)) => (Next::Part(part), Records::Coming(coming)),
+                Some(Piece::Rest(rest)) => (Next::Closes(rest.clone()), Records::Rest(rest)),
+                None => (Next::Waits, Records::Coming(coming)),
             },
+            Records::Unreadable(error) => return Err(error),
         };
         self.records = records;
         Ok(next)
@@ -311,33 +303,8 @@ impl Outgoing {
     }
 }
 
-/// Encodes the changes of a transaction: gives parts to `each`, and returns what is left, which is
-/// no longer than a part; `None` if `each` takes no more.
-fn encode(buffer: &Buffer, each: &mut dyn FnMut(Bytes) -> bool) -> io::Result<Option<Bytes>> {
-    let mut records = BytesMut::new();
-    for write in buffer.writes() {
-        let data = record_data(buffer.content(write)?);
-        put_record(&Record { oid: write.oid, data }, &mut records);
-        while records.len() > PART_LEN {
-            if !each(records.split_to(PART_LEN).freeze()) {
-                return Ok(None);
-            }
-        }
-    }
-    Ok(Some(records.freeze()))
-}
-
 fn does_not_follow(tid: Tid, last: Tid) -> ClientError {
     ClientError::storage(format!(
         "a transaction with tid {tid} cannot be stored: the storage's last one is {last}"
     ))
-}
-
-/// What the session kept, as it goes into the log.
-fn record_data(content: Content) -> RecordData {
-    match content {
-        Content::Data(data) => RecordData::Data(data),
-        Content::Back(tid, data) => RecordData::Back(tid, data),
-        Content::Gone => RecordData::Gone,
-    }
 }

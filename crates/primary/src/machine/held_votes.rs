@@ -5,7 +5,7 @@ use std::time::Duration;
 use standby_zeo::SessionId;
 use tracing::warn;
 
-use crate::primary::engine::Engine;
+use crate::machine::Machine;
 
 /// A vote that waits for so long is told.
 const LONG: Duration = Duration::from_secs(5);
@@ -16,19 +16,19 @@ const QUIET: Duration = Duration::from_secs(60);
 
 /// What was told.
 #[derive(Default)]
-pub(super) struct HeldVote {
+pub(crate) struct HeldVote {
     /// Who waits longest for whom, if somebody waits long.
     pub text: Option<String>,
     told_at: Option<Duration>,
 }
 
-impl Engine {
+impl Machine {
     /// Looks for votes that wait.
-    pub(super) fn tick_held_votes(&mut self) {
+    pub(crate) fn tick_held_votes(&mut self) {
         if !self.ticks.is_multiple_of(EVERY) {
             return;
         }
-        let now = self.shared.now();
+        let now = self.now;
         let waits = self.storages.iter().filter_map(|(name, committing)| {
             Some((name, committing.transactions.longest_wait(now, LONG)?))
         });
@@ -52,6 +52,6 @@ impl Engine {
     }
 
     fn who(&self, session: SessionId) -> String {
-        self.shared.sessions.get(session).map_or_else(|| "?".into(), |handle| handle.who())
+        self.facts.who(session)
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tracing::{error, info, warn};
 
-use crate::primary::engine::Engine;
+use crate::machine::Machine;
 
 /// A clock that is so far ahead is not used.
 const TOO_MUCH: Duration = Duration::from_secs(3600);
@@ -17,7 +17,7 @@ const BEHIND: Duration = Duration::from_secs(60);
 
 /// This machine's clock, beside its monotonic time: a leap ahead is not followed at once.
 #[derive(Debug, Default)]
-pub(super) struct Clock {
+pub(crate) struct Clock {
     /// What the clock showed when it was last believed, and when that was.
     believed: Option<(Duration, Duration)>,
     leapt_at: Option<Duration>,
@@ -45,10 +45,10 @@ impl Clock {
     }
 }
 
-impl Engine {
+impl Machine {
     /// The time for a transaction. A node alone has nobody to ask, and believes its clock.
-    pub(super) fn time_of_commits(&mut self) -> Duration {
-        let (now, wall) = (self.shared.now(), self.shared.wall_clock());
+    pub(crate) fn time_of_commits(&mut self) -> Duration {
+        let (now, wall) = (self.now, self.facts.wall_clock());
         if self.consensus.membership().voters.len() <= 1 {
             return wall;
         }
@@ -56,9 +56,9 @@ impl Engine {
     }
 
     /// Asks the reports whether the clock is an hour or more ahead of a majority's.
-    pub(super) fn tick_clock(&mut self) {
+    pub(crate) fn tick_clock(&mut self) {
         let voters = &self.consensus.membership().voters;
-        let ahead = self.shared.reports.ahead_of_majority(voters).unwrap_or_default();
+        let ahead = self.facts.ahead_of_majority(voters).unwrap_or_default();
         if (ahead > Duration::ZERO) != (self.clock.ahead > Duration::ZERO) {
             match ahead.as_secs() {
                 0 => info!("the clock of this machine is used again"),
@@ -75,8 +75,8 @@ impl Engine {
     }
 
     /// Tids count up whatever the clock does; but somebody should set it.
-    pub(super) fn look_at_clock(&mut self, behind: Duration) {
-        let now = self.shared.now();
+    pub(crate) fn look_at_clock(&mut self, behind: Duration) {
+        let now = self.now;
         let told = self.clock.told.is_some_and(|at| now < at + BEHIND);
         if behind > BEHIND && !told {
             self.clock.told = Some(now);

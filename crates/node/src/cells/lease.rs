@@ -1,20 +1,9 @@
-//! The role of this node, as those see it who serve clients.
+//! Until when this node may serve, as those see it who serve clients.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use standby_types::{Mutation, mutation};
-
-/// What tasks that serve clients must know of the node's role.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ServingState {
-    /// This node is primary and may serve.
-    pub serves: bool,
-    /// Another node is primary; its peer address.
-    pub other_primary: Option<String>,
-    /// Read-only clients can be served.
-    pub ready: bool,
-}
 
 /// Until when a primary may serve its clients without hearing from a majority.
 ///
@@ -26,10 +15,13 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// Sets it; `until` is a monotonic time.
-    pub fn set(&self, serves: bool, until: Duration) {
-        self.until.store(u64::try_from(until.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
-        self.serves.store(serves, Ordering::Release);
+    /// Sets it, as a monotonic time; `None` if this node does not serve.
+    pub fn set(&self, until: Option<Duration>) {
+        if let Some(until) = until {
+            let nanos = u64::try_from(until.as_nanos()).unwrap_or(u64::MAX);
+            self.until.store(nanos, Ordering::Release);
+        }
+        self.serves.store(until.is_some(), Ordering::Release);
     }
 
     /// True if this node serves and nobody else can be serving.

@@ -7,7 +7,7 @@ use standby_types::NodeId;
 use standby_zeo::ClientError;
 use tracing::{info, warn};
 
-use crate::primary::engine::Engine;
+use crate::machine::Machine;
 
 /// Between two attempts to find a better place for the primary.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -22,7 +22,7 @@ const FASTER: u32 = 2;
 
 /// The slowest write of the log, of about the last [`SLOW_FOR`].
 #[derive(Default)]
-pub(super) struct SlowestWrite {
+pub(crate) struct SlowestWrite {
     seen_at: Duration,
     took: Duration,
 }
@@ -35,45 +35,58 @@ impl SlowestWrite {
     }
 }
 
-impl Engine {
+/// The state of this node's disks.
+#[derive(Default)]
+pub(crate) struct Disks {
+    /// How long the log takes.
+    slowest_write: SlowestWrite,
+    /// Something is damaged, and nobody has it: another node would be a better primary.
+    pub is_damaged: bool,
+    /// That is true of a data file.
+    pub lacks_data: bool,
+    /// When a better place for the primary was last looked for.
+    moved_at: Option<Duration>,
+}
+
+impl Machine {
     /// True if the node has room on its disks, as far as is known.
-    pub(super) fn has_room(&self, id: NodeId) -> bool {
-        match id == self.shared.id {
-            true => !self.shared.room.is_low(),
-            false => self.shared.reports.has_room(id),
+    pub(crate) fn has_room(&self, id: NodeId) -> bool {
+        match id == self.me.id {
+            true => !self.facts.lacks_room(),
+            false => self.facts.has_room(id),
         }
     }
 
     /// True if nothing bad is known of the node's disks.
-    pub(super) fn has_good_disks(&self, id: NodeId) -> bool {
+    pub(crate) fn has_good_disks(&self, id: NodeId) -> bool {
         self.has_room(id)
-            && match id == self.shared.id {
-                true => !self.is_slow() && !self.is_damaged,
-                false => !self.shared.reports.is_slow(id) && !self.shared.reports.is_damaged(id),
+            && match id == self.me.id {
+                true => !self.is_slow() && !self.disks.is_damaged,
+                false => !self.facts.is_slow(id) && !self.facts.is_damaged(id),
             }
     }
 
     /// True if writes of the log take too long here, or did a moment ago.
-    pub(super) fn is_slow(&self) -> bool {
+    pub(crate) fn is_slow(&self) -> bool {
         self.slowest_write() > SLOW
     }
 
     /// How long a write of the log takes here, at worst.
-    pub(super) fn slowest_write(&self) -> Duration {
-        self.slowest_write.took
+    pub(crate) fn slowest_write(&self) -> Duration {
+        self.disks.slowest_write.took
     }
 
     /// True if the node would be a better primary than this one, whose disks are full, slow or
     /// damaged.
     fn is_better_place(&self, id: NodeId) -> bool {
-        let only_slow = self.has_room(self.shared.id) && !self.is_damaged;
-        let faster = || self.shared.reports.slowest_write(id) < self.slowest_write() / FASTER;
+        let only_slow = self.has_room(self.me.id) && !self.disks.is_damaged;
+        let faster = || self.facts.slowest_write(id) < self.slowest_write() / FASTER;
         self.has_good_disks(id) && (!only_slow || faster())
     }
 
     /// Why nothing can be committed now, if disks are full.
-    pub(super) fn no_room(&self) -> Option<ClientError> {
-        if let Some(reason) = self.shared.room.reason() {
+    pub(crate) fn no_room(&self) -> Option<ClientError> {
+        if let Some(reason) = self.facts.full_disk() {
             return Some(ClientError::storage(reason));
         }
         let membership = self.consensus.membership();
@@ -96,24 +109,24 @@ impl Engine {
     }
 
     /// A primary with a full or slow disk lets a node with better ones be primary.
-    pub(super) fn tick_disks(&mut self) {
-        let now = self.shared.now();
+    pub(crate) fn tick_disks(&mut self) {
+        let now = self.now;
         let was_slow = self.is_slow();
-        let busy = self.shared.log_busy.for_how_long(now);
-        self.slowest_write.note(now, busy);
+        let busy = self.facts.log_busy(now);
+        self.disks.slowest_write.note(now, busy);
         if self.is_slow() && !was_slow {
             let seconds = busy.as_secs_f64();
             warn!(seconds, "the disk of the log is slow: one write takes that long already");
         }
-        self.is_damaged = self.shared.damage().is_some();
-        self.lacks_data = self.shared.lacks_data();
-        let rests = self.moved_for_disks.is_some_and(|at| now < at + PAUSE);
+        self.disks.is_damaged = self.facts.is_damaged_here();
+        self.disks.lacks_data = self.facts.lacks_data();
+        let rests = self.disks.moved_at.is_some_and(|at| now < at + PAUSE);
         let moving = self.switchover.is_some() || self.settings.moving_to.is_some();
-        if self.has_good_disks(self.shared.id) || !self.serves() || moving || rests {
+        if self.has_good_disks(self.me.id) || !self.serves() || moving || rests {
             return;
         }
-        self.moved_for_disks = Some(now);
-        let better = self.best_voter(|group| group == self.shared.member.group);
+        self.disks.moved_at = Some(now);
+        let better = self.best_voter(|group| group == self.me.group);
         match better.or_else(|| self.best_voter(|_| true)) {
             Some(target) if self.is_better_place(target) => {
                 info!(

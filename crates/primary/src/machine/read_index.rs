@@ -10,18 +10,15 @@
 //! time, and whoever comes meanwhile shares the next one: readers cannot keep the primary busy.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use standby_consensus::Event as Happened;
 use standby_types::{LogIndex, Mutation, mutation};
-use standby_zeo::Value;
 use tracing::{info, warn};
 
-use crate::cells::apply_task::ApplyTask;
-use crate::cells::sessions::SessionHandle;
-use crate::platform::Instant;
-use crate::primary::engine::Engine;
+use crate::Result;
+use crate::action::{Action, Reading, Which};
+use crate::machine::Machine;
 
 /// How long a client waits for the primary to say what it must see.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -33,7 +30,7 @@ const OLD: Duration = Duration::from_secs(10);
 const NEXT: Duration = Duration::from_millis(100);
 
 /// Those who wait until this node has applied what is acknowledged elsewhere.
-pub(super) struct Readers {
+pub(crate) struct Readers {
     /// Questions that were asked, by their number.
     asked: BTreeMap<u64, Question>,
     /// What comes while one is under way.
@@ -43,26 +40,26 @@ pub(super) struct Readers {
 
 struct Question {
     /// What is to be done when this node has applied what the primary says.
-    works: Vec<ApplyTask>,
+    works: Vec<Reading>,
     /// `None` until the primary has said it.
     index: Option<LogIndex>,
     /// Since when somebody waits.
-    since: Instant,
+    since: Duration,
     /// When the primary was asked.
-    asked: Instant,
+    asked: Duration,
 }
 
 impl Readers {
     /// Questions are numbered from `first` on: the primary must not take one for one of a former
     /// process.
-    pub(super) fn new(first: u64) -> Readers {
+    pub(crate) fn new(first: u64) -> Readers {
         Readers { asked: BTreeMap::new(), next: None, last_number: first }
     }
 
     /// True if the next question has to wait for an answer.
-    fn is_asking(&self) -> bool {
+    fn is_asking(&self, now: Duration) -> bool {
         let under_way =
-            |question: &Question| question.index.is_none() && question.asked.elapsed() < NEXT;
+            |question: &Question| question.index.is_none() && now < question.asked + NEXT;
         self.asked.values().any(under_way)
     }
 
@@ -77,33 +74,29 @@ impl Readers {
 
 /// How old this node's data may be.
 #[derive(Default)]
-pub(super) struct Freshness {
+pub(crate) struct Freshness {
     /// All that was acknowledged at this moment is here.
-    as_of: Option<Instant>,
+    as_of: Option<Duration>,
     /// It has been said that the data are old.
     told: bool,
     /// Readers are refused.
-    pub(super) refuses: bool,
+    pub(crate) refuses: bool,
 }
 
-impl Engine {
+impl Machine {
     /// Does `work` when this node has applied all that is acknowledged by now.
-    pub(super) fn when_level(&mut self, work: ApplyTask) -> anyhow::Result<()> {
+    pub(crate) fn when_level(&mut self, work: Reading) -> Result<()> {
         let asks = !mutation::on(Mutation::ReadWithoutAsking);
         if self.is_surely_primary() || self.role.leader.is_none() || !asks {
             // All that is known to be committed is in the applier's queue already.
-            self.shared.apply(work);
+            self.act(Action::Read(work));
             return Ok(());
         }
         self.ask_read_index(Some(work))
     }
 
-    fn is_surely_primary(&self) -> bool {
-        self.serves() && self.shared.lease.holds(self.shared.now())
-    }
-
-    fn ask_read_index(&mut self, work: Option<ApplyTask>) -> anyhow::Result<()> {
-        let now = Instant::now();
+    fn ask_read_index(&mut self, work: Option<Reading>) -> Result<()> {
+        let now = self.now;
         let next = self.readers.next.get_or_insert_with(|| Question {
             works: Vec::new(),
             index: None,
@@ -116,25 +109,20 @@ impl Engine {
 
     /// Asks what has come while another question was under way, if that has been answered or is
     /// late.
-    fn ask_next(&mut self) -> anyhow::Result<()> {
-        if self.readers.is_asking() {
+    fn ask_next(&mut self) -> Result<()> {
+        if self.readers.is_asking(self.now) {
             return Ok(());
         }
         let Some(mut question) = self.readers.next.take() else { return Ok(()) };
-        question.asked = Instant::now();
+        question.asked = self.now;
         self.readers.last_number += 1;
         let number = self.readers.last_number;
         self.readers.asked.insert(number, question);
-        self.step(Happened::ReadIndex(number))
-    }
-
-    /// A client that reads from here begins a transaction.
-    pub(super) fn sync(&mut self, session: Arc<SessionHandle>, id: Value) -> anyhow::Result<()> {
-        self.when_level(ApplyTask::Answer { session, id })
+        self.consensus_step(Happened::ReadIndex(number))
     }
 
     /// The primary has answered.
-    pub(super) fn read_index(&mut self, number: u64, index: LogIndex) -> anyhow::Result<()> {
+    pub(crate) fn read_index(&mut self, number: u64, index: LogIndex) -> Result<()> {
         if let Some(question) = self.readers.asked.get_mut(&number) {
             question.index = Some(index);
         }
@@ -142,44 +130,46 @@ impl Engine {
         self.ask_next()
     }
 
-    pub(super) fn admit_readers(&mut self) {
+    pub(crate) fn admit_readers(&mut self) {
         let applied = self.applied;
         let ready = |question: &Question| question.index.is_some_and(|index| index <= applied);
         for question in self.readers.take(ready) {
             self.freshness.as_of = self.freshness.as_of.max(Some(question.asked));
-            question.works.into_iter().for_each(|work| self.shared.apply(work));
+            question.works.into_iter().for_each(|work| self.act(Action::Read(work)));
         }
     }
 
     /// Readers that have waited in vain get what this node has: the primary is silent, or this node
     /// has no room for what is new.
-    pub(super) fn give_up_on_primary(&mut self) -> anyhow::Result<()> {
-        let full = self.shared.room.is_low();
+    pub(crate) fn give_up_on_primary(&mut self) -> Result<()> {
+        let full = self.facts.lacks_room();
+        let now = self.now;
         let late = |question: &Question| {
-            (question.index.is_none() || full) && question.since.elapsed() > PATIENCE
+            (question.index.is_none() || full) && now > question.since + PATIENCE
         };
         for question in self.readers.take(late) {
-            question.works.into_iter().for_each(|work| self.shared.apply(work));
+            question.works.into_iter().for_each(|work| self.act(Action::Read(work)));
         }
         self.ask_next()
     }
 
     /// How old this node's data may be; `None` if it has never been level with a primary.
-    pub(super) fn staleness(&self) -> Option<Duration> {
+    pub(crate) fn staleness(&self) -> Option<Duration> {
         if self.is_surely_primary() {
             return Some(Duration::ZERO);
         }
-        self.freshness.as_of.map(|at| at.elapsed())
+        self.freshness.as_of.map(|at| self.now.saturating_sub(at))
     }
 
     /// Asks how fresh the data are, and says when they are old.
-    pub(super) fn tick_freshness(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn tick_freshness(&mut self) -> Result<()> {
         if self.is_surely_primary() {
-            self.freshness.as_of = Some(Instant::now());
+            self.freshness.as_of = Some(self.now);
         } else if self.role.leader.is_some() {
             self.ask_read_index(None)?;
         }
-        let Some(standby) = &self.shared.config.standby else { return Ok(()) };
+        let Some(standby) = &self.config.standby else { return Ok(()) };
+        let most = standby.max_staleness;
         let age = self.staleness();
         let old = age.is_some_and(|age| age > OLD);
         if old && !self.freshness.told {
@@ -189,15 +179,14 @@ impl Engine {
             info!("the data are fresh again");
         }
         self.freshness.told = old;
-        let Some(most) = standby.max_staleness else { return Ok(()) };
+        let Some(most) = most else { return Ok(()) };
         let refuses = age.is_none_or(|age| age > most);
         if refuses != self.freshness.refuses {
             self.freshness.refuses = refuses;
-            self.publish_standing();
+            self.publish_serving();
             if refuses {
-                let readers = |session: &SessionHandle| session.is_reader();
-                let closed = self.shared.sessions.send_away("the data here are too old", readers);
-                warn!(closed, "the data are older than max-staleness: readers are refused");
+                self.act(Action::SendAway(Which::Readers, "the data here are too old"));
+                warn!("the data are older than max-staleness: readers are refused");
             } else {
                 info!("the data are fresh enough again: readers are served");
             }

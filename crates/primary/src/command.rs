@@ -1,10 +1,7 @@
 //! What administrators ask for. Any node takes it; the primary does it, or the node that it is
 //! about.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
 
 /// A request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -81,9 +78,3 @@ pub struct Done {
 
 /// What was done, or why not.
 pub type Answer = Result<Done, String>;
-
-/// Where an answer goes.
-pub type Asker = oneshot::Sender<Answer>;
-
-/// Longer than anything that is waited for.
-pub const PATIENCE: Duration = Duration::from_secs(120);

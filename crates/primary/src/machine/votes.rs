@@ -1,25 +1,21 @@
 //! Votes: refused, queued for their locks, examined, answered.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use standby_filestorage::{Access, StorageError};
 use standby_zeo::{
     ClientError, Examination, Expected, SessionId, Transactions, Value, Vote, VoteAnswer,
     VoteOutcome, VoteRequest,
 };
 
-use crate::cells::client_errors::read_failed;
-use crate::cells::events::{MANY, TaskReport};
-use crate::cells::sessions::{Mail, SessionHandle};
-use crate::platform;
-use crate::primary::engine::Engine;
+use crate::action::Action;
+use crate::machine::Machine;
+use crate::machine::requests::IS_NOT_PRIMARY;
+use crate::{MANY, Result};
 
-impl Engine {
-    pub(super) fn vote(&mut self, session: &Arc<SessionHandle>, storage: &str, vote: Vote) {
+impl Machine {
+    pub(crate) fn vote(&mut self, session: SessionId, storage: &str, vote: Vote) {
         if !self.serves() {
-            return session.cut("this node is not primary");
+            return self.act(Action::Cut(session, IS_NOT_PRIMARY));
         }
         let refused = self
             .refuse_tid(storage, vote.request.tid)
@@ -27,19 +23,17 @@ impl Engine {
             .or_else(|| self.refuse_undo(storage, &vote.request))
             .or_else(|| self.over_quota(storage, &vote.request));
         if let Some(error) = refused {
-            // Without its own task the session is ending.
-            let _ = session.mailbox.send(Mail::Voted(VoteOutcome::Failed(error)));
-            return;
+            return self.act(Action::Voted(session, VoteOutcome::Failed(error)));
         }
-        let (now, id) = (self.shared.now(), session.id);
-        self.unlocked(storage, |t| t.vote(now, id, vote));
+        let now = self.now;
+        self.unlocked(storage, |t| t.vote(now, session, vote));
     }
 
     /// As FileStorage: nothing is stored by a record that would begin beyond the quota.
     fn over_quota(&self, storage: &str, request: &VoteRequest) -> Option<ClientError> {
-        let section = self.shared.config.storages.iter().find(|s| s.name == storage)?;
+        let section = self.config.storages.iter().find(|s| s.name == storage)?;
         let quota = section.quota?;
-        let size = self.shared.storages.get(storage)?.reader().size();
+        let size = self.facts.size(storage);
         let stores = request.writes.iter().any(|(_, expected)| *expected != Expected::Any);
         (stores && size + request.len_before_last > quota).then(|| {
             let name = "ZODB.FileStorage.FileStorage.FileStorageQuotaError";
@@ -48,7 +42,7 @@ impl Engine {
     }
 
     /// Something has freed locks: examines the votes of those who hold all of theirs now.
-    pub(super) fn unlocked(
+    pub(crate) fn unlocked(
         &mut self,
         storage: &str,
         change: impl FnOnce(&mut Transactions) -> Vec<SessionId>,
@@ -58,10 +52,6 @@ impl Engine {
         while let Some(session) = complete.pop_front() {
             complete.extend(self.examine(storage, session));
         }
-        let Some(committing) = self.storages.get(storage) else { return };
-        let Some(stored) = self.shared.storages.get(storage) else { return };
-        stored.stats.waiting.store(committing.transactions.waiting(), Ordering::Relaxed);
-        stored.stats.active.store(committing.transactions.len(), Ordering::Relaxed);
     }
 
     /// Compares a vote with what is applied: at once, if its objects are few and in memory. Who
@@ -69,35 +59,19 @@ impl Engine {
     fn examine(&mut self, storage: &str, session: SessionId) -> Vec<SessionId> {
         let Some(committing) = self.storages.get(storage) else { return Vec::new() };
         let Some(vote) = committing.transactions.examination(session) else { return Vec::new() };
-        let Some(stored) = self.shared.storages.get(storage) else { return Vec::new() };
-        let reader = stored.reader();
-        if vote.objects() <= MANY {
-            match vote.compare(|oid| reader.committed_serial(oid, Access::Cached)) {
-                Err(StorageError::NotCached) => {}
-                compared => {
-                    let answer = compared.map_err(|error| read_failed(&error));
-                    return self.answer_vote(storage, &vote, answer);
-                }
-            }
+        if vote.objects() <= MANY
+            && let Some(answer) = self.facts.compare(storage, &vote)
+        {
+            return self.answer_vote(storage, &vote, answer);
         }
         // Nobody changes these objects as long as the vote holds its locks, nor does it matter if a
         // pack replaces the file.
-        let (shared, storage) = (self.shared.clone(), storage.to_owned());
-        tokio::spawn(async move {
-            let comparing = platform::spawn_blocking(move || {
-                let compared = vote.compare(|oid| reader.committed_serial(oid, Access::Blocking));
-                (vote, compared.map_err(|error| read_failed(&error)))
-            });
-            // It does not panic; if it did, the client's time would run out.
-            if let Ok((vote, answer)) = comparing.await {
-                shared.report(TaskReport::Examined { storage, vote, answer });
-            }
-        });
+        self.act(Action::Examine { storage: storage.to_owned(), vote });
         Vec::new()
     }
 
-    /// A vote was compared beside the engine's task.
-    pub(super) fn examined(
+    /// A vote was compared beside the machine.
+    pub(crate) fn examined(
         &mut self,
         storage: &str,
         vote: &Examination,
@@ -139,14 +113,14 @@ impl Engine {
             }
             VoteOutcome::Failed(_) => (false, true),
         };
-        if let Some(stored) = self.shared.storages.get(storage).filter(|_| conflict) {
-            stored.stats.conflicts.fetch_add(1, Ordering::Relaxed);
+        let freed = match dead {
+            true => committing.transactions.abort(self.now, session),
+            false => Vec::new(),
+        };
+        if conflict {
+            self.act(Action::CountConflict(storage.to_owned()));
         }
-        let handle = self.shared.sessions.get(session);
-        let told = handle.is_some_and(|handle| handle.mailbox.send(Mail::Voted(outcome)).is_ok());
-        if dead || !told {
-            return committing.transactions.abort(self.shared.now(), session);
-        }
-        Vec::new()
+        self.act(Action::Voted(session, outcome));
+        freed
     }
 }
