@@ -9,7 +9,7 @@ use standby_filestorage::{record_len, take_meta, take_record};
 fuzz_target!(|data: &[u8]| {
     let bytes = Bytes::copy_from_slice(data);
     if let Ok(message) = decode_message(bytes.clone()) {
-        for ending in message.endings_with_blobs() {
+        for ending in message.closings_with_blobs() {
             let _ = take_meta(&mut ending.head.clone());
         }
     }

@@ -30,7 +30,7 @@ pub enum Command {
     /// A part of a transaction that is closed later.
     Part(Bytes),
     /// A transaction is committed.
-    Transaction(Ending),
+    Transaction(ClosingEntry),
     /// Oids up to this one may be handed out by whoever proposed this; nobody else may.
     OidCeiling {
         /// The storage.
@@ -53,7 +53,7 @@ pub enum Command {
 
 /// The end of a transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ending {
+pub struct ClosingEntry {
     /// The storage.
     pub storage: String,
     /// What it says about itself.
@@ -66,7 +66,7 @@ pub struct Ending {
     pub rest: Bytes,
 }
 
-impl Ending {
+impl ClosingEntry {
     /// The uploads among its blobs.
     pub fn uploads(&self) -> impl Iterator<Item = Upload> {
         self.blobs.iter().filter_map(|blob| match blob.source {
@@ -77,7 +77,7 @@ impl Ending {
 }
 
 /// Reads an entry's data if it is a transaction with blobs.
-pub fn ending_with_blobs(data: &Bytes) -> Option<Ending> {
+pub fn closing_with_blobs(data: &Bytes) -> Option<ClosingEntry> {
     match data.first() {
         Some(b'b') => match Command::decode(data.clone()) {
             Ok(Command::Transaction(ending)) => Some(ending),
@@ -160,7 +160,7 @@ impl Command {
         let mut reader = Reader::new(bytes, "log entry");
         Ok(match reader.u8()? {
             b'p' => Command::Part(reader.rest()),
-            kind @ (b't' | b'b') => Command::Transaction(Ending {
+            kind @ (b't' | b'b') => Command::Transaction(ClosingEntry {
                 storage: reader.string()?,
                 head: reader.bytes()?,
                 parts: reader.list(|r| r.u64().map(LogIndex))?,
@@ -207,14 +207,14 @@ mod tests {
     fn commands_travel() {
         for command in [
             Command::Part(Bytes::from_static(b"part")),
-            Command::Transaction(Ending {
+            Command::Transaction(ClosingEntry {
                 storage: "1".into(),
                 head: Bytes::from_static(b"head"),
                 parts: vec![LogIndex(4), LogIndex(6)],
                 blobs: Vec::new(),
                 rest: Bytes::from_static(b"rest"),
             }),
-            Command::Transaction(Ending {
+            Command::Transaction(ClosingEntry {
                 storage: "1".into(),
                 head: Bytes::from_static(b"head"),
                 parts: Vec::new(),

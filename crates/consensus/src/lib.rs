@@ -21,9 +21,9 @@ mod membership;
 mod message;
 
 pub use codec::Malformed;
-pub use command::{Command, Ending, PART_LEN, ending_with_blobs};
+pub use command::{ClosingEntry, Command, PART_LEN, closing_with_blobs};
 pub use committed::{AppliedPoint, Committed};
-pub use core::{Broken, Caution, Config, Consensus, Event, NotLeader, Output, Progress, Role};
+pub use core::{Broken, Candidacy, Config, Consensus, Event, NotLeader, Output, Progress, Role};
 pub use log::{
     Batch, Fetch, Fetched, LogError, LogWriter, PlacedEntry, Recovered, SEGMENT_LEN, Written,
     recover,

@@ -12,7 +12,7 @@ use raft::eraftpb::{Entry, EntryType, Message, MessageType, Snapshot};
 use standby_types::{NodeId, Term};
 
 use crate::codec::{Malformed, Reader, put_bytes, put_list};
-use crate::command::{Ending, ending_with_blobs};
+use crate::command::{ClosingEntry, closing_with_blobs};
 use crate::membership::Membership;
 
 const VERSION: u8 = 1;
@@ -44,9 +44,9 @@ impl PeerMessage {
     }
 
     /// The transactions with blobs among its entries: they may be persisted only with their blobs.
-    pub fn endings_with_blobs(&self) -> Vec<Ending> {
+    pub fn closings_with_blobs(&self) -> Vec<ClosingEntry> {
         let entries = self.0.get_entries().iter();
-        entries.filter_map(|entry| ending_with_blobs(&entry.data)).collect()
+        entries.filter_map(|entry| closing_with_blobs(&entry.data)).collect()
     }
 
     /// The sender's term.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use bytes::{Bytes, BytesMut};
-use standby_consensus::{Batch, Command, Ending, LogWriter, recover};
+use standby_consensus::{Batch, ClosingEntry, Command, LogWriter, recover};
 use standby_disk::OsDisk;
 use standby_filestorage::{TransactionMeta, put_meta};
 use standby_types::{Disk, LogIndex, Tid};
@@ -20,7 +20,7 @@ fn main() -> anyhow::Result<()> {
     let (index, term) = (LogIndex(recovered.last_index().0 + 1), recovered.last_term());
     let mut head = BytesMut::new();
     put_meta(&TransactionMeta::new(Tid(u64::MAX)), &mut head);
-    let ending = Ending {
+    let ending = ClosingEntry {
         storage: "1".into(),
         head: head.freeze(),
         parts: Vec::new(),

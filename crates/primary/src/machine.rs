@@ -39,7 +39,7 @@ use crate::input::{Input, PackRequest};
 use crate::log_tail::LogTail;
 use crate::machine::alarms::Alarms;
 use crate::machine::blob_gate::Blobs;
-use crate::machine::candidacy::Candidacy;
+use crate::machine::candidacy::Suitability;
 use crate::machine::clock::Clock;
 use crate::machine::commands::AwaitedAnswer;
 use crate::machine::commits::Commits;
@@ -119,7 +119,7 @@ pub struct Machine {
     pub(crate) switchover: Option<Switchover>,
     pub(crate) switchover_failed_at: Option<Duration>,
     pub(crate) disks: Disks,
-    pub(crate) candidacy: Candidacy,
+    pub(crate) suitability: Suitability,
     pub(crate) held_vote: HeldVote,
     pub(crate) clock: Clock,
     /// A primary has been heard of since the start, or enough time has passed to give up on one:
@@ -208,7 +208,7 @@ impl Machine {
             storages: storages.iter().map(committing).collect(),
             names: storages.into(),
             alarms: Alarms::new(beginning.superseded),
-            candidacy: Candidacy::new(beginning.crash_looping),
+            suitability: Suitability::new(beginning.crash_looping),
             log_tail: LogTail::new(log_tail),
             facts,
             config,
@@ -295,7 +295,7 @@ impl Machine {
             settings: &self.settings,
             log: (self.consensus.last_term(), self.consensus.last_index()),
             flapping: self.is_flapping(),
-            crash_looping: self.candidacy.crash_looping,
+            crash_looping: self.suitability.crash_looping,
             is_member: self.consensus.membership().contains(self.me.id),
             stopped: self.alarms.superseded.as_deref(),
             alarm: self.alarms.lost.as_deref(),

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use standby_consensus::{AppliedPoint, Command, Committed, Ending, Membership};
+use standby_consensus::{AppliedPoint, ClosingEntry, Command, Committed, Membership};
 use standby_filestorage::{
     Appender, BlobDir, FileStorage, Holes, Job, Packed, Record, References, StorageError,
     TransactionMeta, copy_rest, record_len, take_meta, take_record,
@@ -331,7 +331,7 @@ impl Replica {
     fn transaction(
         &mut self,
         index: LogIndex,
-        ending: Ending,
+        ending: ClosingEntry,
     ) -> Result<Option<Applied>, ApplyError> {
         let malformed = |_| ApplyError::Malformed(index);
         let meta = take_meta(&mut ending.head.clone()).map_err(malformed)?;

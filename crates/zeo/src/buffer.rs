@@ -93,7 +93,7 @@ const POINTER_LEN: u64 = 8;
 
 /// What can be worked out only when the transaction holds its locks.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Later {
+pub enum DeferredWrite {
     /// Undo a transaction.
     Undo(Tid),
     /// Write this revision; a back pointer if the one that is hinted at has the same data.
@@ -101,7 +101,7 @@ pub enum Later {
 }
 
 #[derive(Clone, Debug)]
-enum KeptLater {
+enum KeptWrite {
     Undo(Tid),
     Restore(Oid, Option<Slot>, Option<Tid>),
 }
@@ -162,38 +162,40 @@ impl Blobs {
 }
 
 /// A transaction before it is finished. Of several changes of one object the last one counts.
-pub struct Buffer {
+pub struct PendingTransaction {
     /// Its head.
     pub meta: Meta,
     writes: Vec<Write>,
     by_oid: HashMap<Oid, usize>,
     /// Objects that must not have changed since they were read.
     checks: Vec<(Oid, Tid)>,
-    later: VecDeque<KeptLater>,
+    deferred: VecDeque<KeptWrite>,
     /// Something was to be worked out, or is.
-    has_later: bool,
+    has_deferred: bool,
     /// Bytes of all changes so far, also of those that do not count any more.
     bytes: u64,
     blobs: BTreeMap<Oid, (BlobSource, Option<Box<dyn StagedFile>>)>,
     spill: Spill,
 }
 
-impl std::fmt::Debug for Buffer {
+impl std::fmt::Debug for PendingTransaction {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Buffer").field("writes", &self.writes.len()).finish_non_exhaustive()
+        f.debug_struct("PendingTransaction")
+            .field("writes", &self.writes.len())
+            .finish_non_exhaustive()
     }
 }
 
-impl Buffer {
+impl PendingTransaction {
     /// An empty transaction.
-    pub fn new(meta: Meta, make_spill: MakeSpill) -> Buffer {
-        Buffer {
+    pub fn new(meta: Meta, make_spill: MakeSpill) -> PendingTransaction {
+        PendingTransaction {
             meta,
             writes: Vec::new(),
             by_oid: HashMap::new(),
             checks: Vec::new(),
-            later: VecDeque::new(),
-            has_later: false,
+            deferred: VecDeque::new(),
+            has_deferred: false,
             bytes: 0,
             blobs: BTreeMap::new(),
             spill: Spill::new(SPILL_ABOVE, make_spill),
@@ -202,7 +204,8 @@ impl Buffer {
 
     /// Bytes of memory that it takes, about.
     pub fn held(&self) -> usize {
-        let entries = self.writes.len() + self.checks.len() + self.later.len() + self.blobs.len();
+        let entries =
+            self.writes.len() + self.checks.len() + self.deferred.len() + self.blobs.len();
         self.spill.held() + entries * ENTRY_HELD
     }
 
@@ -259,38 +262,38 @@ impl Buffer {
     }
 
     /// Adds what can be worked out only when the transaction holds its locks.
-    pub fn later(&mut self, later: Later) -> io::Result<()> {
-        self.has_later = true;
-        self.later.push_back(match later {
-            Later::Undo(tid) => KeptLater::Undo(tid),
-            Later::Restore(oid, data, hint) => {
+    pub fn defer(&mut self, write: DeferredWrite) -> io::Result<()> {
+        self.has_deferred = true;
+        self.deferred.push_back(match write {
+            DeferredWrite::Undo(tid) => KeptWrite::Undo(tid),
+            DeferredWrite::Restore(oid, data, hint) => {
                 self.bytes +=
                     RECORD_LEN + data.as_ref().map_or(POINTER_LEN, |data| data.len() as u64);
                 let slot = data.map(|data| self.spill.put(data)).transpose()?;
-                KeptLater::Restore(oid, slot, hint)
+                KeptWrite::Restore(oid, slot, hint)
             }
         });
         Ok(())
     }
 
     /// True if something is to be worked out: what comes after it must wait, to stay in order.
-    pub fn has_later(&self) -> bool {
-        self.has_later
+    pub fn has_deferred(&self) -> bool {
+        self.has_deferred
     }
 
     /// Takes what is to be worked out, in order, some megabytes of it; nothing if that was all.
-    pub fn take_later(&mut self) -> io::Result<Vec<Later>> {
+    pub fn take_deferred(&mut self) -> io::Result<Vec<DeferredWrite>> {
         let (mut taken, mut bytes) = (Vec::new(), 0);
         while bytes < SPILL_ABOVE
-            && let Some(later) = self.later.pop_front()
+            && let Some(write) = self.deferred.pop_front()
         {
-            taken.push(match later {
-                KeptLater::Undo(tid) => Later::Undo(tid),
-                KeptLater::Restore(oid, slot, hint) => {
+            taken.push(match write {
+                KeptWrite::Undo(tid) => DeferredWrite::Undo(tid),
+                KeptWrite::Restore(oid, slot, hint) => {
                     let data = slot.as_ref().map(|slot| self.spill.get(slot)).transpose()?;
                     slot.into_iter().for_each(|slot| self.spill.release(slot));
                     bytes += data.as_ref().map_or(0, Bytes::len);
-                    Later::Restore(oid, data, hint)
+                    DeferredWrite::Restore(oid, data, hint)
                 }
             });
             bytes += RECORD_LEN as usize;
@@ -300,14 +303,14 @@ impl Buffer {
 
     /// An error if the transaction has more than it may.
     pub fn check_limits(&self, limits: &Limits) -> Result<(), ClientError> {
-        let objects = self.writes.len() + self.checks.len() + self.later.len();
+        let objects = self.writes.len() + self.checks.len() + self.deferred.len();
         limits.check(objects, self.bytes)
     }
 
     /// The transaction will not be committed: nothing of it need be kept.
     pub fn forget(&mut self) {
         (self.writes, self.by_oid, self.checks) = Default::default();
-        self.later.clear();
+        self.deferred.clear();
         self.blobs.clear();
         self.spill.clear();
     }
@@ -321,10 +324,10 @@ impl Buffer {
             undos: Vec::new(),
             len_before_last: self.len_before_last(),
         };
-        for later in &self.later {
+        for later in &self.deferred {
             match later {
-                KeptLater::Undo(tid) => request.undos.push(*tid),
-                KeptLater::Restore(oid, ..) => request.writes.push((*oid, Expected::Any)),
+                KeptWrite::Undo(tid) => request.undos.push(*tid),
+                KeptWrite::Restore(oid, ..) => request.writes.push((*oid, Expected::Any)),
             }
         }
         request
@@ -377,7 +380,7 @@ mod tests {
         let disk = MemoryDisk::new();
         let spill_disk = disk.clone();
         let make: MakeSpill = Arc::new(move || spill_disk.open(Path::new("/spill"), Open::Create));
-        let mut buffer = Buffer::new(Meta::default(), make);
+        let mut buffer = PendingTransaction::new(Meta::default(), make);
         let data = |i: u64| Bytes::from(vec![i as u8; 1 << 20]);
         for i in 0..8 {
             buffer.store(Oid(i), Tid(0), data(i)).unwrap();

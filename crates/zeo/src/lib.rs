@@ -23,12 +23,14 @@ mod spill;
 mod transactions;
 mod vote;
 
-pub use buffer::{Blobs, Buffer, Content, Later, Limits, Meta, SPILL_ABOVE, StagedFile, Write};
+pub use buffer::{
+    Blobs, Content, DeferredWrite, Limits, Meta, PendingTransaction, SPILL_ABOVE, StagedFile, Write,
+};
 pub use error::ClientError;
 pub use frame::{FrameReader, FrameTooLong, MAX_FRAME, MAX_FRAME_BEFORE_REGISTER, frame};
 pub use history::{History, Retention};
 pub use message::{Call, Encoding, Incoming, Reply, WireError};
-pub use session::{CloseReason, Effect, Look, Options, Read, Session, VoteOutcome, WorkedOut};
+pub use session::{CloseReason, Effect, Look, Options, Read, ResolvedWrite, Session, VoteOutcome};
 pub use spill::{MakeSpill, Slot, Spill};
 pub use standby_pickle::{Value, references};
 pub use transactions::{Examination, FinishRefused, Transactions, VoteAnswer, Wait};

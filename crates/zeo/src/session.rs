@@ -23,7 +23,7 @@ use standby_types::{BlobSource, Oid, Tid, Upload};
 
 use self::args::Args;
 use self::transaction::{Phase, Transaction, conflict_list};
-use crate::buffer::{Buffer, Content, Later, Limits, StagedFile};
+use crate::buffer::{Content, DeferredWrite, Limits, PendingTransaction, StagedFile};
 use crate::error::ClientError;
 use crate::frame::frame;
 use crate::message::{Call, Encoding, Incoming};
@@ -146,7 +146,7 @@ pub enum Effect {
         /// The call.
         id: Value,
         /// What to commit.
-        transaction: Box<Buffer>,
+        transaction: Box<PendingTransaction>,
     },
     /// Free the locks of the session's transaction.
     Abort,
@@ -218,7 +218,7 @@ pub enum CloseReason {
 }
 
 /// What was worked out for an object once its lock was held.
-pub struct WorkedOut {
+pub struct ResolvedWrite {
     /// The object.
     pub oid: Oid,
     /// What it becomes.
@@ -388,17 +388,17 @@ impl Session {
     }
 
     /// The transaction holds its locks: takes what is to be worked out before [`Session::voted`]
-    /// may be told, some of it at a time. Each result goes to [`Session::worked_out`].
-    pub fn take_later(&mut self) -> std::io::Result<Vec<Later>> {
+    /// may be told, some of it at a time. Each result goes to [`Session::resolved`].
+    pub fn take_deferred(&mut self) -> std::io::Result<Vec<DeferredWrite>> {
         match &mut self.transaction {
-            Some(Transaction { phase: Phase::Voting { .. }, buffer, .. }) => buffer.take_later(),
+            Some(Transaction { phase: Phase::Voting { .. }, buffer, .. }) => buffer.take_deferred(),
             _ => Ok(Vec::new()),
         }
     }
 
     /// Adds what was worked out.
-    pub fn worked_out(&mut self, out: WorkedOut) -> std::io::Result<()> {
-        let WorkedOut { oid, content, undone, blob } = out;
+    pub fn resolved(&mut self, out: ResolvedWrite) -> std::io::Result<()> {
+        let ResolvedWrite { oid, content, undone, blob } = out;
         let Some(transaction) = &mut self.transaction else { return Ok(()) };
         if undone {
             transaction.changed.insert(oid);

@@ -152,12 +152,12 @@ pub struct Progress {
 
 /// What a node does in elections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Caution {
+pub enum Candidacy {
     /// It stands, and it votes.
     #[default]
-    None,
+    Stands,
     /// It votes for others only.
-    DoesNotStand,
+    VotesOnly,
     /// It has lost some of what it had: it neither stands nor votes.
     Abstains,
 }
@@ -209,7 +209,7 @@ pub struct Consensus {
     /// Ticks since the leader was heard.
     leader_silence: usize,
     witnesses: Witnesses,
-    caution: Caution,
+    candidacy: Candidacy,
     /// What Raft draws its timeout for; another one means a new draw.
     drawn_for: (u64, StateRole, u64),
     /// What was drawn, as a part of 2^32.
@@ -286,7 +286,7 @@ impl Consensus {
             asked_to_stand: None,
             leader_silence: 0,
             witnesses: Witnesses::default(),
-            caution: Caution::None,
+            candidacy: Candidacy::Stands,
             config,
         };
         consensus.draw_election_timeout();
@@ -405,15 +405,15 @@ impl Consensus {
     }
 
     /// What this node does in elections from now on.
-    pub fn set_caution(&mut self, caution: Caution) {
-        self.caution = caution;
+    pub fn set_candidacy(&mut self, candidacy: Candidacy) {
+        self.candidacy = candidacy;
         if !self.may_stand() {
             self.stand_in = None;
         }
     }
 
     fn may_stand(&self) -> bool {
-        !self.config.witness && self.caution == Caution::None
+        !self.config.witness && self.candidacy == Candidacy::Stands
     }
 
     /// Forgets entries up to `index`, which must be in a durable checkpoint.
@@ -514,7 +514,7 @@ impl Consensus {
         let unwanted = match message.get_msg_type() {
             MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => {
                 let asked_by_leader = message.context == raft::CAMPAIGN_TRANSFER;
-                self.caution == Caution::Abstains
+                self.candidacy == Candidacy::Abstains
                     || (self.quiet > 0 || self.patience.is_promised()) && !asked_by_leader
             }
             // Whoever hands over does not know yet.

@@ -850,15 +850,15 @@ fn a_voter_is_made_a_learner() {
 #[test]
 fn row_28_who_has_lost_something_neither_stands_nor_votes() {
     let mut cluster = Cluster::of(3);
-    let set = |cluster: &mut Cluster, id, caution| {
-        cluster.nodes.get_mut(&NodeId(id)).unwrap().consensus.set_caution(caution);
+    let set = |cluster: &mut Cluster, id, candidacy| {
+        cluster.nodes.get_mut(&NodeId(id)).unwrap().consensus.set_candidacy(candidacy);
     };
-    set(&mut cluster, 2, Caution::Abstains);
+    set(&mut cluster, 2, Candidacy::Abstains);
     cluster.propose(NodeId(1), b"one").unwrap();
     let dead = cluster.kill(NodeId(1));
     cluster.ticks(200);
     assert_eq!(cluster.primary(), None, "two of three are no majority if one abstains");
-    set(&mut cluster, 2, Caution::None);
+    set(&mut cluster, 2, Candidacy::Stands);
     cluster.ticks(100);
     assert!(cluster.primary().is_some());
     cluster.restart(NodeId(1), dead);
@@ -870,7 +870,7 @@ fn row_28_who_has_lost_something_neither_stands_nor_votes() {
 fn row_41_who_does_not_stand_still_votes() {
     let mut cluster = Cluster::of(3);
     let node = &mut cluster.nodes.get_mut(&NodeId(2)).unwrap().consensus;
-    node.set_caution(Caution::DoesNotStand);
+    node.set_candidacy(Candidacy::VotesOnly);
     // By its rank it would stand first.
     cluster.kill(NodeId(1));
     cluster.ticks(10);

@@ -371,7 +371,7 @@ impl Connection {
         let (reader, blobs) = (storage.reader(), storage.blobs.clone());
         let mut undone = Undone::new();
         let failed = loop {
-            let later = match self.session.take_later() {
+            let later = match self.session.take_deferred() {
                 Ok(later) if later.is_empty() => return voted,
                 Ok(later) => later,
                 Err(error) => break cannot_keep(&error),
@@ -386,7 +386,7 @@ impl Connection {
             });
             let mut kept = Ok(());
             while let Some(out) = received.recv().await {
-                kept = kept.and_then(|()| self.session.worked_out(out));
+                kept = kept.and_then(|()| self.session.resolved(out));
             }
             match (working.await, kept) {
                 (Ok(Ok(so_far)), Ok(())) => undone = so_far,

@@ -9,7 +9,7 @@ use standby_consensus::PART_LEN;
 use standby_filestorage::{Record, RecordData, put_record};
 use standby_primary::input::{Finished, Piece, Pieces, Records};
 use standby_primary::{Input, MANY};
-use standby_zeo::{Buffer, Content};
+use standby_zeo::{Content, PendingTransaction};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 
@@ -33,7 +33,7 @@ impl Pieces for Coming {
 }
 
 /// What a client has finished, as it goes into the log.
-pub fn finished(shared: &Arc<Shared>, mut buffer: Box<Buffer>) -> Finished {
+pub fn finished(shared: &Arc<Shared>, mut buffer: Box<PendingTransaction>) -> Finished {
     let (meta, blobs) = (buffer.meta.clone(), buffer.take_blobs());
     // Of one with few objects all fits the closing entry, as a rule.
     let rest = match buffer.writes().len() <= MANY {
@@ -48,7 +48,7 @@ pub fn finished(shared: &Arc<Shared>, mut buffer: Box<Buffer>) -> Finished {
     Finished { meta, blobs, records }
 }
 
-fn encode_beside(shared: &Arc<Shared>, buffer: Box<Buffer>) -> Coming {
+fn encode_beside(shared: &Arc<Shared>, buffer: Box<PendingTransaction>) -> Coming {
     let (pieces, coming) = platform::queue(AT_HAND);
     let shared = shared.clone();
     // It ends at the latest when nobody takes its pieces any more.
@@ -70,7 +70,10 @@ fn encode_beside(shared: &Arc<Shared>, buffer: Box<Buffer>) -> Coming {
 
 /// Encodes the changes of a transaction: gives parts to `each`, and returns what is left, which is
 /// no longer than a part; `None` if `each` takes no more.
-fn encode(buffer: &Buffer, each: &mut dyn FnMut(Bytes) -> bool) -> io::Result<Option<Bytes>> {
+fn encode(
+    buffer: &PendingTransaction,
+    each: &mut dyn FnMut(Bytes) -> bool,
+) -> io::Result<Option<Bytes>> {
     let mut records = BytesMut::new();
     for write in buffer.writes() {
         let data = record_data(buffer.content(write)?);

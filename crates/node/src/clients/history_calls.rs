@@ -11,7 +11,7 @@ use standby_filestorage::{
 };
 use standby_types::time::seconds_of;
 use standby_types::{BlobSource, Oid, Tid};
-use standby_zeo::{ClientError, Content, Later, Look, Value, WorkedOut};
+use standby_zeo::{ClientError, Content, DeferredWrite, Look, ResolvedWrite, Value};
 
 use crate::cells::client_errors::read_failed;
 
@@ -297,24 +297,24 @@ pub fn undo_objects(
 pub fn work_out(
     reader: &Reader,
     blobs: Option<&BlobDir>,
-    later: Vec<Later>,
+    later: Vec<DeferredWrite>,
     undone: &mut Undone,
-    mut each: impl FnMut(WorkedOut) -> bool,
+    mut each: impl FnMut(ResolvedWrite) -> bool,
 ) -> Result<(), ClientError> {
     let gone = || ClientError::storage("the client has left");
     for task in later {
         match task {
-            Later::Undo(tid) => reader
+            DeferredWrite::Undo(tid) => reader
                 .undo(tid, undone, |oid, data| {
                     let blob = blob_brought_back(blobs, oid, &data).map_err(WorkError)?;
-                    let out = WorkedOut { oid, content: content(data), undone: true, blob };
+                    let out = ResolvedWrite { oid, content: content(data), undone: true, blob };
                     if each(out) { Ok(()) } else { Err(WorkError(gone())) }
                 })
                 .map_err(|WorkError(error)| error)?,
-            Later::Restore(oid, data, hint) => {
+            DeferredWrite::Restore(oid, data, hint) => {
                 let data = reader.restored(oid, data, hint).map_err(failed)?;
                 let content = content(data);
-                if !each(WorkedOut { oid, content, undone: false, blob: None }) {
+                if !each(ResolvedWrite { oid, content, undone: false, blob: None }) {
                     return Err(gone());
                 }
             }

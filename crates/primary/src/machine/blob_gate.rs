@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use standby_consensus::{Committed, Event as Happened, PeerMessage, ending_with_blobs};
+use standby_consensus::{Committed, Event as Happened, PeerMessage, closing_with_blobs};
 use standby_filestorage::take_meta;
 use standby_replica::machine::ApplyError;
 use standby_types::{BlobSource, NodeId, Transfer, Upload};
@@ -20,7 +20,7 @@ use crate::Result;
 use crate::action::{Action, Wanted, WantedBlob};
 use crate::input::Obtained;
 use crate::machine::Machine;
-use crate::machine::commits::Outgoing;
+use crate::machine::commits::FinishedTransaction;
 
 /// Messages that are held back; more are dropped.
 const HELD: usize = 256;
@@ -40,7 +40,7 @@ pub(crate) struct Blobs {
     /// Where uploads have arrived.
     arrived: BTreeMap<Transfer, BTreeSet<NodeId>>,
     /// Transactions whose blobs have not arrived at a majority.
-    waiting: Vec<Outgoing>,
+    waiting: Vec<FinishedTransaction>,
 }
 
 impl Blobs {
@@ -58,7 +58,7 @@ impl Blobs {
     /// Entries are being applied: their blobs are uploads no more.
     pub(crate) fn committed(&mut self, entry: &Committed) {
         if let Committed::Command(_, _, data) = entry
-            && let Some(ending) = ending_with_blobs(data)
+            && let Some(ending) = closing_with_blobs(data)
         {
             for upload in ending.uploads() {
                 self.here.remove(&upload.transfer);
@@ -99,7 +99,7 @@ impl Machine {
     /// The blobs of a message's entries that are not known to be here.
     fn missing(&self, message: &PeerMessage) -> Result<Vec<Wanted>> {
         let mut missing = Vec::new();
-        for ending in message.endings_with_blobs() {
+        for ending in message.closings_with_blobs() {
             let storage = &ending.storage;
             if self.storages.contains_key(storage) && !self.facts.has_blobs(storage) {
                 return Err(ApplyError::NoBlobDir(ending.storage).into());
@@ -209,7 +209,10 @@ impl Machine {
     }
 
     /// Lets a transaction go into the log, or holds it until its blobs are on a majority.
-    pub(crate) fn with_blobs(&mut self, outgoing: Outgoing) -> Option<Outgoing> {
+    pub(crate) fn with_blobs(
+        &mut self,
+        outgoing: FinishedTransaction,
+    ) -> Option<FinishedTransaction> {
         if outgoing.blobs.all.is_empty() || self.at_majority(&outgoing) {
             return Some(outgoing);
         }
@@ -243,7 +246,7 @@ impl Machine {
         }
     }
 
-    fn at_majority(&self, outgoing: &Outgoing) -> bool {
+    fn at_majority(&self, outgoing: &FinishedTransaction) -> bool {
         outgoing.blobs.all.iter().all(|blob| {
             let BlobSource::Upload(upload) = blob.source else { return true };
             let nowhere = BTreeSet::new();

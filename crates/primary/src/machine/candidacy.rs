@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use standby_consensus::Caution;
+use standby_consensus::Candidacy;
 use tracing::{info, warn};
 
 use crate::machine::Machine;
@@ -19,7 +19,7 @@ const FLAPPING_FOR: Duration = Duration::from_secs(60);
 const NO_PRIMARY: Duration = Duration::from_secs(5);
 
 /// What this node knows of itself as a primary.
-pub(crate) struct Candidacy {
+pub(crate) struct Suitability {
     /// The process had crashed again and again before it was started.
     pub crash_looping: bool,
     /// When this node has lost the leadership.
@@ -27,25 +27,25 @@ pub(crate) struct Candidacy {
     /// When a primary was last known.
     primary_known_at: Duration,
     /// What consensus was told.
-    caution: Caution,
+    candidacy: Candidacy,
 }
 
-impl Candidacy {
-    pub(crate) fn new(crash_looping: bool) -> Candidacy {
+impl Suitability {
+    pub(crate) fn new(crash_looping: bool) -> Suitability {
         let (losses, primary_known_at) = (VecDeque::new(), Duration::ZERO);
-        Candidacy { crash_looping, losses, primary_known_at, caution: Caution::None }
+        Suitability { crash_looping, losses, primary_known_at, candidacy: Candidacy::Stands }
     }
 
     /// The log has begun anew: the new consensus was told nothing yet.
-    pub(crate) fn forget_caution(&mut self) {
-        self.caution = Caution::None;
+    pub(crate) fn forget_candidacy(&mut self) {
+        self.candidacy = Candidacy::Stands;
     }
 }
 
 impl Machine {
     /// This node was primary, and nobody had asked it to hand over.
     pub(crate) fn note_lost_leadership(&mut self) {
-        self.candidacy.losses.push_back(self.now);
+        self.suitability.losses.push_back(self.now);
         if self.is_flapping() {
             warn!(
                 "this node has lost the leadership again and again: it does not stand for a minute"
@@ -55,31 +55,31 @@ impl Machine {
 
     /// True if the node has been primary too often for too short a time.
     pub(crate) fn is_flapping(&self) -> bool {
-        self.candidacy.losses.len() >= LOSSES
+        self.suitability.losses.len() >= LOSSES
     }
 
     /// Tells consensus what this node may do.
     pub(crate) fn tick_candidacy(&mut self) {
         let now = self.now;
-        self.candidacy.losses.retain(|at| now < *at + FLAPPING_FOR);
+        self.suitability.losses.retain(|at| now < *at + FLAPPING_FOR);
         if self.role.leader.is_some() {
-            self.candidacy.primary_known_at = now;
+            self.suitability.primary_known_at = now;
         }
         let alone = self.consensus.membership().voters.len() <= 1;
-        let crashes = self.candidacy.crash_looping && now < CRASHES_MATTER;
+        let crashes = self.suitability.crash_looping && now < CRASHES_MATTER;
         let others_first = self.is_flapping() || self.disks.is_damaged || crashes;
-        let waits = others_first && now < self.candidacy.primary_known_at + NO_PRIMARY;
-        let caution = match () {
+        let waits = others_first && now < self.suitability.primary_known_at + NO_PRIMARY;
+        let candidacy = match () {
             // Nobody else could be primary.
-            () if alone => Caution::None,
-            () if self.disks.lacks_data => Caution::Abstains,
-            () if waits => Caution::DoesNotStand,
-            () => Caution::None,
+            () if alone => Candidacy::Stands,
+            () if self.disks.lacks_data => Candidacy::Abstains,
+            () if waits => Candidacy::VotesOnly,
+            () => Candidacy::Stands,
         };
-        if caution != self.candidacy.caution {
-            info!(?caution, "what this node does in elections has changed");
-            self.candidacy.caution = caution;
-            self.consensus.set_caution(caution);
+        if candidacy != self.suitability.candidacy {
+            info!(?candidacy, "what this node does in elections has changed");
+            self.suitability.candidacy = candidacy;
+            self.consensus.set_candidacy(candidacy);
         }
     }
 }

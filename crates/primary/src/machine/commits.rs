@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 
 use bytes::{Bytes, BytesMut};
-use standby_consensus::{Command, Ending};
+use standby_consensus::{ClosingEntry, Command};
 use standby_filestorage::{TransactionMeta, put_meta};
 use standby_types::time::{new_tid, tid_at, time_of, utc};
 use standby_types::{LogIndex, Mutation, Term, Tid, mutation};
@@ -27,7 +27,7 @@ const PARTS_IN_FLIGHT: usize = 4;
 #[derive(Default)]
 pub(crate) struct Commits {
     /// Transactions whose closing entry is not proposed.
-    outgoing: VecDeque<Outgoing>,
+    outgoing: VecDeque<FinishedTransaction>,
     /// Entries of this primary that are not committed.
     pending: BTreeMap<LogIndex, Pending>,
     /// Their bytes.
@@ -56,7 +56,7 @@ impl Commits {
     }
 
     /// A transaction may go into the log.
-    pub(crate) fn push(&mut self, outgoing: Outgoing) {
+    pub(crate) fn push(&mut self, outgoing: FinishedTransaction) {
         self.outgoing.push_back(outgoing);
     }
 
@@ -79,7 +79,7 @@ impl Commits {
 }
 
 /// A transaction on its way into the log.
-pub(crate) struct Outgoing {
+pub(crate) struct FinishedTransaction {
     caller: Caller,
     pub(crate) storage: String,
     meta: Meta,
@@ -108,11 +108,11 @@ impl Machine {
         }
         let Finished { meta, blobs, records } = transaction;
         let parts = Vec::new();
-        self.commits.push(Outgoing { caller, storage, meta, blobs, records, parts });
+        self.commits.push(FinishedTransaction { caller, storage, meta, blobs, records, parts });
     }
 
     /// What a client has stored is not there any more.
-    fn unreadable(&mut self, outgoing: &Outgoing, error: &io::Error) {
+    fn unreadable(&mut self, outgoing: &FinishedTransaction, error: &io::Error) {
         error!(%error, "cannot read a large transaction back");
         let session = outgoing.caller.session;
         self.act(Action::Cut(session, "its transaction cannot be read back"));
@@ -181,9 +181,9 @@ impl Machine {
 
     /// Parts of this transaction, and of the others that are on their way, that are not committed
     /// yet.
-    fn parts_in_flight(&self, one: &Outgoing) -> usize {
+    fn parts_in_flight(&self, one: &FinishedTransaction) -> usize {
         // Entries are committed in order.
-        let of = |outgoing: &Outgoing| {
+        let of = |outgoing: &FinishedTransaction| {
             let parts = outgoing.parts.iter().rev();
             parts.take_while(|index| self.commits.pending.contains_key(index)).count()
         };
@@ -219,7 +219,7 @@ impl Machine {
     }
 
     /// True if a transaction cannot have its tid any more; the client is told.
-    fn overtaken(&mut self, outgoing: &Outgoing) -> bool {
+    fn overtaken(&mut self, outgoing: &FinishedTransaction) -> bool {
         let Some(error) = self.refuse_tid(&outgoing.storage, outgoing.meta.tid) else {
             return false;
         };
@@ -230,7 +230,7 @@ impl Machine {
     }
 
     /// Proposes the closing entry of a transaction; false if it has to be tried again.
-    fn close(&mut self, outgoing: Outgoing, rest: Bytes) -> Result<bool> {
+    fn close(&mut self, outgoing: FinishedTransaction, rest: Bytes) -> Result<bool> {
         let wall_clock = self.time_of_commits();
         let Some(committing) = self.storages.get_mut(&outgoing.storage) else { return Ok(true) };
         let meta = &outgoing.meta;
@@ -253,7 +253,7 @@ impl Machine {
         };
         let mut head = BytesMut::new();
         put_meta(&meta, &mut head);
-        let ending = Ending {
+        let ending = ClosingEntry {
             storage: outgoing.storage.clone(),
             head: head.freeze(),
             parts: outgoing.parts.clone(),
@@ -277,7 +277,7 @@ impl Machine {
     }
 }
 
-impl Outgoing {
+impl FinishedTransaction {
     /// What comes next. A part that is not proposed is put back.
     fn next(&mut self) -> io::Result<Next> {
         let records = std::mem::replace(&mut self.records, Records::Rest(Bytes::new()));

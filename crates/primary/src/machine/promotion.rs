@@ -15,7 +15,7 @@
 use std::collections::BTreeSet;
 
 use bytes::{Bytes, BytesMut};
-use standby_consensus::{AppliedPoint, Batch, Command, Consensus, Ending, Event as Happened};
+use standby_consensus::{AppliedPoint, Batch, ClosingEntry, Command, Consensus, Event as Happened};
 use standby_filestorage::{TransactionMeta, put_meta};
 use standby_replica::lineage::{Lineage, Promotion, Relation};
 use standby_types::{NodeId, Tid};
@@ -155,7 +155,7 @@ impl Machine {
         self.blobs.leader_changed();
         self.log_tail.clear();
         self.consensus = *consensus;
-        self.candidacy.forget_caution();
+        self.suitability.forget_candidacy();
         self.oriented = true;
         let timeline = self.settings.lineage.timeline();
         let text = format!("{} is primary, on timeline {timeline}", self.me.name);
@@ -213,7 +213,7 @@ impl Machine {
         let meta = TransactionMeta { description: text.into(), ..TransactionMeta::new(tid) };
         let mut head = BytesMut::new();
         put_meta(&meta, &mut head);
-        let ending = Ending {
+        let ending = ClosingEntry {
             storage: storage.into(),
             head: head.freeze(),
             parts: Vec::new(),

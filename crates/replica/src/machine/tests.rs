@@ -53,7 +53,7 @@ fn records(list: &[(u64, usize)]) -> Bytes {
 }
 
 fn closing(index: u64, term: u64, tid: u64, parts: &[u64], rest: Bytes) -> Committed {
-    let command = Command::Transaction(Ending {
+    let command = Command::Transaction(ClosingEntry {
         storage: "1".into(),
         head: head(tid),
         parts: parts.iter().map(|i| LogIndex(*i)).collect(),
@@ -186,7 +186,7 @@ fn packs_stand_in_the_checkpoint() {
 fn unknown_storages_and_garbage_are_errors() {
     let disk = MemoryDisk::new();
     let mut replica = replica(&disk);
-    let ending = Ending {
+    let ending = ClosingEntry {
         storage: "2".into(),
         head: head(1),
         parts: vec![],
@@ -217,7 +217,7 @@ fn blobs_are_there_with_their_transaction_and_replayed() {
     let blob = |source| Blob { oid: Oid(1), source };
     let entry = |index, tid, blobs: Vec<Blob>| {
         let (storage, rest) = ("1".into(), records(&[(1, 5)]));
-        let ending = Ending { storage, head: head(tid), parts: Vec::new(), blobs, rest };
+        let ending = ClosingEntry { storage, head: head(tid), parts: Vec::new(), blobs, rest };
         let data = Command::Transaction(ending).encode();
         Committed::Command(LogIndex(index), Term(1), data)
     };
@@ -298,7 +298,7 @@ fn what_this_machine_lacks_is_never_left_out() {
     let disk = MemoryDisk::new();
     let skipped = BTreeSet::from([(LogIndex(2), Term(1))]);
     let mut replica = replica(&disk).skipping(skipped);
-    let ending = Ending {
+    let ending = ClosingEntry {
         storage: "another".into(),
         head: head(10),
         parts: Vec::new(),

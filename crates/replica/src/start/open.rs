@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use standby_config::StorageSection;
-use standby_consensus::{Recovered, ending_with_blobs};
+use standby_consensus::{Recovered, closing_with_blobs};
 use standby_filestorage::{BlobDir, Extent, FileStorage, Magic, Mend};
 use standby_types::{Disk, LogIndex, Oid, Transfer};
 use tracing::{info, warn};
@@ -22,7 +22,7 @@ pub fn open_blobs(
     let Place { config, disk, state, .. } = *place;
     let mut needed: BTreeMap<String, BTreeSet<Transfer>> = BTreeMap::new();
     for (_, data) in recovered.data_after(&**disk, &state.log(), applied)? {
-        let Some(ending) = ending_with_blobs(&data) else { continue };
+        let Some(ending) = closing_with_blobs(&data) else { continue };
         let transfers: Vec<_> = ending.uploads().map(|upload| upload.transfer).collect();
         needed.entry(ending.storage).or_default().extend(transfers);
     }

@@ -212,10 +212,10 @@ fn undo_is_worked_out_when_the_locks_are_held() {
     let [Effect::Vote(request)] = &effects[..] else { panic!("{effects:?}") };
     let tid = Tid::from_slice(&TID).unwrap();
     assert_eq!((&request.undos[..], &request.writes[..]), (&[tid][..], &[][..]));
-    assert_eq!(client.session.take_later().unwrap(), [Later::Undo(tid)]);
+    assert_eq!(client.session.take_deferred().unwrap(), [DeferredWrite::Undo(tid)]);
     let content = Content::Back(Tid(7), None);
-    let out = WorkedOut { oid: Oid(1), content, undone: true, blob: None };
-    client.session.worked_out(out).unwrap();
+    let out = ResolvedWrite { oid: Oid(1), content, undone: true, blob: None };
+    client.session.resolved(out).unwrap();
     let reply = client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
     assert_eq!(client.result(&reply), Ok(Value::List(vec![OID.into()])));
     let effects = client.call("tpc_finish", vec![1.into()]);
@@ -252,8 +252,11 @@ fn copies_keep_their_tid_and_status() {
     assert!(request.writes.iter().copied().eq((1..5).map(|n| (Oid(n), Expected::Any))));
     // What follows a revision with a hint waits with it: records stay in order.
     assert!(matches!(
-        client.session.take_later().unwrap()[..],
-        [Later::Restore(Oid(3), Some(_), Some(_)), Later::Restore(Oid(4), None, None)]
+        client.session.take_deferred().unwrap()[..],
+        [
+            DeferredWrite::Restore(Oid(3), Some(_), Some(_)),
+            DeferredWrite::Restore(Oid(4), None, None)
+        ]
     ));
     client.session.voted(VoteOutcome::Answer(VoteAnswer::Voted)).unwrap();
     let effects = client.call("tpc_finish", vec![1.into()]);

@@ -9,7 +9,7 @@ use standby_types::{Oid, Tid};
 
 use super::args::Args;
 use super::{Effect, Session};
-use crate::buffer::{Buffer, Content, Later, Meta};
+use crate::buffer::{Content, DeferredWrite, Meta, PendingTransaction};
 use crate::error::{ClientError, serial_pair};
 use crate::message::Call;
 use crate::vote::Expected;
@@ -25,7 +25,7 @@ pub(super) struct Transaction {
     /// The client's name for it.
     pub name: Value,
     pub phase: Phase,
-    pub buffer: Box<Buffer>,
+    pub buffer: Box<PendingTransaction>,
     /// Why the vote will fail, if that is known already.
     pub doomed: Option<ClientError>,
     /// Objects that become something else than what the client has: what an undo changes.
@@ -74,7 +74,7 @@ impl Session {
         self.transaction = Some(Transaction {
             name: name.clone(),
             phase: Phase::Open,
-            buffer: Box::new(Buffer::new(meta, self.options.make_spill.clone())),
+            buffer: Box::new(PendingTransaction::new(meta, self.options.make_spill.clone())),
             doomed,
             changed: BTreeSet::new(),
         });
@@ -120,8 +120,8 @@ impl Session {
         };
         let (oid, data) = (args.oid(oid)?, args.data_or_none(data)?);
         let hint = args.tid_or_none(hint)?;
-        self.add(name, |buffer| match hint.is_some() || buffer.has_later() {
-            true => buffer.later(Later::Restore(oid, data, hint)),
+        self.add(name, |buffer| match hint.is_some() || buffer.has_deferred() {
+            true => buffer.defer(DeferredWrite::Restore(oid, data, hint)),
             false => buffer.put(oid, Expected::Any, data.map_or(Content::Gone, Content::Data)),
         })
     }
@@ -138,7 +138,7 @@ impl Session {
             self.open(name)?.doomed = Some(error);
             return Ok(());
         };
-        self.add(name, |buffer| buffer.later(Later::Undo(tid)))
+        self.add(name, |buffer| buffer.defer(DeferredWrite::Undo(tid)))
     }
 
     /// The transaction that a call names, for a change that needs another vote.
@@ -166,7 +166,7 @@ impl Session {
     fn add(
         &mut self,
         name: &Value,
-        add: impl FnOnce(&mut Buffer) -> std::io::Result<()>,
+        add: impl FnOnce(&mut PendingTransaction) -> std::io::Result<()>,
     ) -> Result<(), ClientError> {
         let limits = self.options.limits;
         let transaction = self.open(name)?;
@@ -319,7 +319,7 @@ const MOST_TO_RESOLVE: u64 = 64 << 20;
 /// What the client needs to resolve conflicts by itself. If that is very much, the transaction has
 /// a conflict that nobody resolves.
 pub(super) fn conflict_list(
-    buffer: &Buffer,
+    buffer: &PendingTransaction,
     conflicts: &[(Oid, Tid)],
 ) -> Result<Value, ClientError> {
     let unreadable =
