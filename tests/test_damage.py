@@ -90,7 +90,7 @@ def test_row_28_damage_is_mended_from_another_node(nodes):
         lambda: open(victim.data_file, "rb").read()[: len(intact)] == intact,
         timeout=60,
     )
-    assert "damage is mended from a node" in victim.log()
+    assert "damage is repaired from a node" in victim.log()
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(after=1))
     client.close()
@@ -114,9 +114,9 @@ def test_row_28_what_a_disk_cannot_read_is_mended_too(nodes, tmp_path):
     for number in range(2000):
         assert reader.root["object %d" % number]["number"] == number
     reader.close()
-    mended = lambda: victim.log().count("damage is mended from a node")  # noqa: E731
+    repaired = lambda: victim.log().count("damage is repaired from a node")  # noqa: E731
     # The scrub reads what nobody else does.
-    harness.wait_for("all to be mended", lambda: mended() >= len(bad), timeout=60)
+    harness.wait_for("all to be repaired", lambda: repaired() >= len(bad), timeout=60)
     assert len(bad) > 3 and cluster.seen(victim)["state"] == "up"
     check_histories(cluster, [])
     assert open(victim.data_file, "rb").read()[: len(intact)] == intact
@@ -199,8 +199,8 @@ def damage_blobs(node, faults=None):
     return names[: 3 if faults is None else 4]
 
 
-def mended_blobs(node):
-    return node.log().count("a damaged blob is mended from a node")
+def repaired_blobs(node):
+    return node.log().count("a damaged blob is repaired from a node")
 
 
 @pytest.mark.parametrize("reader", ["client", "scrub"])
@@ -216,7 +216,7 @@ def test_row_28_damaged_blobs_are_mended_from_another_node(nodes, tmp_path, read
     victim = next(node for node in cluster.nodes if node is not cluster.primary())
     intact = blob_files(victim)
     victim.stop()
-    # The shim knows bad sectors by the file's name only: a client would find that of a mended blob bad again.
+    # The shim knows bad sectors by the file's name only: a client would find that of a repaired blob bad again.
     damaged = damage_blobs(victim, faults if reader == "scrub" else None)
     faults.hold(victim).start()
     cluster.wait_healthy()
@@ -226,8 +226,8 @@ def test_row_28_damaged_blobs_are_mended_from_another_node(nodes, tmp_path, read
         )
         assert {name: read(client.root, name) for name in contents} == contents
         client.close()
-    harness.wait_for("the blobs", lambda: mended_blobs(victim) >= len(damaged), timeout=60)
-    assert len(damaged) == mended_blobs(victim) == (4 if reader == "scrub" else 3)
+    harness.wait_for("the blobs", lambda: repaired_blobs(victim) >= len(damaged), timeout=60)
+    assert len(damaged) == repaired_blobs(victim) == (4 if reader == "scrub" else 3)
     assert blob_files(victim) == intact
     assert cluster.seen(victim)["state"] == "up"
     check_histories(cluster, [])
@@ -252,7 +252,7 @@ def test_row_28_a_damaged_blob_does_not_spread(nodes, tmp_path):
     late.start()
     harness.wait_for("the blobs", lambda: blob_files(late) == intact, timeout=60)
     cluster.wait_healthy()
-    harness.wait_for("the others", lambda: mended_blobs(primary) >= len(damaged))
+    harness.wait_for("the others", lambda: repaired_blobs(primary) >= len(damaged))
     assert blob_files(primary) == intact
 
 
@@ -276,7 +276,7 @@ def test_row_28_a_blob_that_nobody_has_is_told(nodes, tmp_path):
     harness.wait_for("a line in the log", lambda: "this blob is damaged or missing" in node.log())
     # From a backup, say.
     damage(path, 50)
-    harness.wait_for("the scrub", lambda: "all damaged blobs are mended" in node.log())
+    harness.wait_for("the scrub", lambda: "all damaged blobs are repaired" in node.log())
     client.db.cacheMinimize()
     assert read(client.root, "blob") == content(1, 20_000)
     client.close()
@@ -315,7 +315,7 @@ def test_row_28_a_blob_that_no_node_has_stops_nothing_else(nodes, tmp_path):
     # One gets it back from a backup, and the other one from there.
     damage(paths[0], 50)
     for node in with_data:
-        healed = "all damaged blobs are mended"
+        healed = "all damaged blobs are repaired"
         harness.wait_for("the blob", lambda: healed in node.log(), timeout=60)
     client.db.cacheMinimize()
     assert read(client.root, "blob") == content(1, 20_000)

@@ -84,7 +84,7 @@ def test_row_45_members_that_each_list_themselves_first_found_nothing(nodes):
         )
     serves_nobody(cluster.nodes[0])
     assert not any("founded a cluster" in node.log() for node in cluster.nodes)
-    # The person mends the files.
+    # The person repairs the files.
     cluster.stop()
     cluster.configure()
     cluster.start()

@@ -121,7 +121,7 @@ def test_rows_7_13_20_21_a_place_is_lost_and_returns(nodes, tmp_path):
     expected = [(b"lost %d" % number) for number in (1, 2, 3, 4, 5)]
     whole = 0
     for node in london:
-        assert "this node is primary" not in node.log().split("comes over")[-1]
+        assert "this node is primary" not in node.log().split("rejoins")[-1]
         (path,) = lost_files(node)
         notes = [txn[3] for txn in transactions(path)]
         # What was acknowledged was on two of them.
@@ -286,7 +286,7 @@ def test_a_witness_comes_over_too(nodes):
         node.start()
     cluster.failover = "paris"
     cluster.wait_healthy()
-    assert "comes over" in witness.log()
+    assert "rejoins" in witness.log()
     client.close()
 
 

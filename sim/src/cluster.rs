@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use standby_config::Config;
 use standby_filestorage::{
-    BLOCK, BlobDir, Extent, FileStorage, Magic, Mend, Reader, Record, RecordData, StorageError,
+    BLOCK, BlobDir, Extent, FileStorage, Magic, Reader, Record, RecordData, Repair, StorageError,
     Transaction, TransactionMeta, blocks_in,
 };
 use standby_node::admin::route::route;
@@ -241,12 +241,12 @@ impl Cluster {
     }
 
     /// Damaged blocks are taken from any other node that has them.
-    fn let_nodes_mend(&self) {
+    fn let_nodes_repair(&self) {
         for machine in &self.machines {
             let is_other = |other: &&Machine| other.name != machine.name;
             let others: Vec<SimDisk> =
                 self.machines.iter().filter(is_other).map(|other| other.disk.clone()).collect();
-            let mend: Mend = Arc::new(move |damaged| {
+            let repair: Repair = Arc::new(move |damaged| {
                 let from = damaged.offset as usize;
                 others.iter().find_map(|disk| {
                     let bytes = disk.bytes(Path::new(DATA))?;
@@ -254,14 +254,14 @@ impl Cluster {
                     (crc32c::crc32c(block) == damaged.sum).then(|| block.to_vec())
                 })
             });
-            let mut place = machine.host.mend.lock().unwrap_or_else(PoisonError::into_inner);
-            *place = Some(mend);
+            let mut place = machine.host.repair.lock().unwrap_or_else(PoisonError::into_inner);
+            *place = Some(repair);
         }
     }
 
     fn simulate(&mut self) {
         self.prepare();
-        self.let_nodes_mend();
+        self.let_nodes_repair();
         for (node, machine) in self.machines.iter_mut().enumerate() {
             machine.rate = self.plan.rates[node];
             machine.host.device.store(self.plan.device.as_micros() as u64, Ordering::Relaxed);
@@ -297,7 +297,7 @@ impl Cluster {
             && let Some(damage) = self.machines.iter().find_map(damaged)
         {
             if self.now > deadline {
-                self.violation(format!("mends: {damage}"));
+                self.violation(format!("repairs: {damage}"));
             }
             self.tick();
         }
@@ -387,7 +387,7 @@ impl Cluster {
         }
     }
 
-    /// Where a node's files can be damaged so that the others can mend them.
+    /// Where a node's files can be damaged so that the others can repair them.
     fn damage_at(&mut self, node: usize, at: usize) -> Option<(PathBuf, usize)> {
         match self.plan.blobs && at.is_multiple_of(3) {
             true => self.damage_to_blob(node, at / 3),
@@ -399,7 +399,7 @@ impl Cluster {
         let here = &self.machines[node];
         let bytes = |machine: &Machine, path: &PathBuf| machine.disk.bytes(path);
         let has = |other: &Machine, path: &PathBuf| bytes(other, path) == bytes(here, path);
-        let mendable = |path: &PathBuf| {
+        let repairable = |path: &PathBuf| {
             path.starts_with(BLOB_DIR)
                 && path.extension().is_some_and(|extension| extension == "blob")
                 && bytes(here, path).is_some_and(|bytes| !bytes.is_empty())
@@ -407,7 +407,7 @@ impl Cluster {
         };
         let may = self.damaged.is_none_or(|other| other == node);
         let blobs: Vec<_> =
-            here.disk.names().into_iter().filter(|_| may).filter(mendable).collect();
+            here.disk.names().into_iter().filter(|_| may).filter(repairable).collect();
         let path = blobs.get(at % blobs.len().max(1))?.clone();
         let len = bytes(here, &path)?.len();
         self.damaged = Some(node);
@@ -510,7 +510,7 @@ impl Cluster {
             tracing::info!("starts");
             self.network.power_on(machine.host.address);
             self.may_fail[node] = false;
-            machine.disk.mend();
+            machine.disk.repair();
             machine.start_node(config);
         }
     }
@@ -792,7 +792,7 @@ impl Cluster {
             let machine = &mut self.machines[node];
             machine.set_skew(0);
             machine.paused = false;
-            machine.disk.mend();
+            machine.disk.repair();
             self.do_later(Later::EmptyDisk(node));
             self.do_later(Later::FastDisk(node));
             self.do_later(Later::Start(node));

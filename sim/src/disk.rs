@@ -128,7 +128,7 @@ impl SimDisk {
     }
 
     /// Nothing of what was to go wrong comes any more.
-    pub fn mend(&self) {
+    pub fn repair(&self) {
         let mut inner = self.lock();
         (inner.until_cut, inner.fail_sync) = (None, false);
     }

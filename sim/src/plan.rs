@@ -291,7 +291,7 @@ impl Plan {
         let members = &mut Random::new(seed ^ 0x006d_656d_6265_7273);
         let change = members.below(12);
         let replaceable = nodes.len() >= 3 && all_vote;
-        // Of two data nodes and a witness, see docs/testing.md: not mended yet.
+        // Of two data nodes and a witness, see docs/testing.md: not repaired yet.
         let change = if change == 1 && nodes.iter().any(|node| node.witness) { 0 } else { change };
         let is_rare =
             |step: &Step| matches!(step.fault, Fault::Promote { .. } | Fault::LoseDisk { .. });

@@ -7,7 +7,7 @@ three of which vote; client processes that move amounts, count, append, keep blo
 processes killed, frozen, restarted; hosts that vanish; links down, partitions of all kinds, one-way ones, slow and
 lossy cables, connections that deliver nothing any more; crowds of silent connections; clocks that jump, years ahead too;
 full, slow and failing disks, lost ones, and such as are put back to an earlier state; switchovers, packs, also where
-there is hardly room, killed clients. After each half minute all is mended: the
+there is hardly room, killed clients. After each half minute all is repaired: the
 cluster must be whole again, and every client must commit. In the end what clients were told is compared with the
 files of all nodes, as Python's FileStorage reads them.
 
@@ -39,7 +39,7 @@ WRITERS = ["w1", "w2", "w3", "w4"]
 READERS = ["r1", "r2"]
 # Of writing clients; those that are connected to a replica do not know of the newest commits.
 FRESH = WRITERS + ["r1"]
-MEND = 120
+REPAIR = 120
 # A node whose disk was lost gets everything from another one, while all commit.
 REFILL = 300
 
@@ -113,16 +113,16 @@ class Run:
         def packed():
             packing = self.start_pack()
             try:
-                return packing.wait(MEND) == 0
+                return packing.wait(REPAIR) == 0
             except subprocess.TimeoutExpired:
                 packing.kill()
                 packing.wait()
                 raise
 
         try:
-            harness.wait_for("a pack", packed, MEND, poll=1)
+            harness.wait_for("a pack", packed, REPAIR, poll=1)
         except (AssertionError, subprocess.TimeoutExpired):
-            raise Violation("no pack within %d s while nothing was wrong: see pack.err" % MEND)
+            raise Violation("no pack within %d s while nothing was wrong: see pack.err" % REPAIR)
 
     def log_path(self, name):
         return os.path.join(self.directory, name + ".log")
@@ -182,19 +182,19 @@ class Run:
                 time.sleep(0.02)
 
     def calm(self):
-        """All is mended: how long until the cluster is whole, and every client has committed."""
-        mended = time.monotonic()
-        limit = REFILL if self.world.lost_disk else MEND
+        """All is repaired: how long until the cluster is whole, and every client has committed."""
+        repaired = time.monotonic()
+        limit = REFILL if self.world.lost_disk else REPAIR
         for machine in self.world.machines:
             machine.ensure_running()
         try:
             self.cluster.wait_healthy(limit)
         except AssertionError as error:
-            raise Violation("the cluster is not whole %d s after all was mended: %s" % (limit, str(error)[:3000]))
+            raise Violation("the cluster is not whole %d s after all was repaired: %s" % (limit, str(error)[:3000]))
         self.world.lost_disk = False
-        whole = time.monotonic() - mended
+        whole = time.monotonic() - repaired
         self.wait_for_clients()
-        self.pauses.append((whole, time.monotonic() - mended))
+        self.pauses.append((whole, time.monotonic() - repaired))
         self.came["rounds"] += 1
 
     def wait_for_clients(self):
@@ -209,10 +209,10 @@ class Run:
                 return has_succeeded(self.log_path(name), sizes[name], began, writes)
 
             try:
-                harness.wait_for("client %s" % name, done, MEND, poll=0.1)
+                harness.wait_for("client %s" % name, done, REPAIR, poll=0.1)
             except AssertionError:
                 self.restart_if_lost(name)
-                harness.wait_for("client %s, started again" % name, done, MEND, poll=0.1)
+                harness.wait_for("client %s, started again" % name, done, REPAIR, poll=0.1)
 
     def restart_if_lost(self, name):
         """A stock client that waits to be greeted says nothing, and waits for ever over a connection of which no machine
@@ -220,7 +220,7 @@ class Run:
         client up."""
         half_open = self.world.half_open(self.clients[name].pid)
         if not half_open:
-            raise Violation("client %s does nothing %d s after all was mended" % (name, MEND))
+            raise Violation("client %s does nothing %d s after all was repaired" % (name, REPAIR))
         self.say("         client %s waits over %s, which nobody else knows" % (name, ", ".join(half_open)))
         self.came["clients with a connection that nobody else knows"] += 1
         self.clients[name].kill()
@@ -248,7 +248,7 @@ class Run:
             if client.wait(60) != 0:
                 raise Violation("client %s ended with %s: see %s.err" % (name, client.returncode, name))
         try:
-            self.cluster.wait_level(MEND)
+            self.cluster.wait_level(REPAIR)
         except AssertionError as error:
             raise Violation("the nodes do not come to the same: %s" % str(error)[:3000])
         logs = [node.log() for node in self.cluster.nodes]
@@ -277,7 +277,7 @@ class Run:
             self.say("\n%s" % title)
             for name, number in sorted(counts.items()):
                 self.say("  %-45s %8d" % (name, number))
-        self.say("\nafter all was mended, in the middle and at worst")
+        self.say("\nafter all was repaired, in the middle and at worst")
         for number, what in enumerate(("the cluster was whole", "every client had committed")):
             times = sorted(pause[number] for pause in self.pauses)
             if times:

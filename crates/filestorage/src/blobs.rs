@@ -302,15 +302,15 @@ impl BlobDir {
         }
     }
 
-    /// True if a blob is not known to be damaged, and nobody is mending it.
+    /// True if a blob is not known to be damaged, and nobody is repairing it.
     pub fn is_news(&self, id: BlobId) -> bool {
         self.0.sums.as_ref().is_some_and(|sums| sums.is_news(id))
     }
 
-    /// A blob is being fetched to mend it, or is not any more.
-    pub fn note_mending(&self, id: BlobId, begins: bool) {
+    /// A blob is being fetched to repair it, or is not any more.
+    pub fn note_repairing(&self, id: BlobId, begins: bool) {
         if let Some(sums) = &self.0.sums {
-            sums.note_mending(id, begins);
+            sums.note_repairing(id, begins);
         }
     }
 
@@ -337,16 +337,16 @@ impl BlobDir {
     }
 
     /// Puts an upload in the place of a damaged blob, durably. False if it is not what was there.
-    pub fn mend(&self, upload: &Upload, id: BlobId) -> Result<bool, StorageError> {
+    pub fn repair(&self, upload: &Upload, id: BlobId) -> Result<bool, StorageError> {
         if !self.may_be(id, &upload.sha256) {
             return Ok(false);
         }
         let (from, to) = (self.staged(upload.transfer), self.path(id.0, id.1));
-        let failed = StorageError::io(&to, "mend");
+        let failed = StorageError::io(&to, "repair");
         self.name(&to, || self.0.disk.rename(&from, &to)).map_err(&failed)?;
         self.0.disk.sync_dir(parent(&to)).map_err(&failed)?;
         if let Some(sums) = &self.0.sums {
-            sums.note_mended(id, sum_of(&upload.sha256));
+            sums.note_repaired(id, sum_of(&upload.sha256));
         }
         Ok(true)
     }
@@ -837,9 +837,9 @@ mod tests {
         assert_eq!(blobs.look_at(one), Found::Right, "it is in memory, and nobody writes there");
         assert_eq!(blobs.checking(one).finish(), Found::Damaged);
         assert_eq!(blobs.checking(copy).finish(), Found::Damaged, "it is the same file");
-        blobs.note_mending(one, true);
+        blobs.note_repairing(one, true);
         assert!(!blobs.is_news(one) && blobs.is_news(copy));
-        blobs.note_mending(one, false);
+        blobs.note_repairing(one, false);
         assert!(blobs.is_news(one));
         blobs.note_damaged(one);
         assert!(!blobs.is_news(one));
@@ -847,11 +847,11 @@ mod tests {
         assert_eq!(blobs.damage().blobs, BTreeSet::from([one]));
 
         let (wrong, staged) = upload(&blobs, b"other bytes");
-        assert!(!blobs.mend(&wrong, one).unwrap());
+        assert!(!blobs.repair(&wrong, one).unwrap());
         drop(staged);
         let (right, _staged) = upload(&blobs, b"some bytes");
-        assert!(blobs.mend(&right, one).unwrap());
-        assert_eq!(blobs.damage(), BlobDamage { blobs: BTreeSet::new(), mended: 1 });
+        assert!(blobs.repair(&right, one).unwrap());
+        assert_eq!(blobs.damage(), BlobDamage { blobs: BTreeSet::new(), repaired: 1 });
         assert_eq!(blobs.checking(one).finish(), Found::Right);
 
         disk.remove(&blobs.path(Oid(1), Tid(6))).unwrap();

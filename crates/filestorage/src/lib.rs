@@ -23,7 +23,7 @@ mod room;
 
 pub use blobs::{BlobDir, Checking, Found, Staged, Staging, may_be_blob};
 pub use checksums::blobs::{BlobDamage, BlobId};
-pub use checksums::blocks::{BLOCK, Damage, DamagedBlock, LostBlock, Mend, blocks_in};
+pub use checksums::blocks::{BLOCK, Damage, DamagedBlock, LostBlock, Repair, blocks_in};
 pub use error::{StorageError, Unreadable};
 pub use file::append::Appender;
 pub use file::format::{Magic, REFERENCE_LIMIT};

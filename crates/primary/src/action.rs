@@ -242,7 +242,7 @@ pub enum Ended {
     /// It was told to.
     Stopped,
     /// This node's timeline is over; to be started again, for another one.
-    ComesOver(Lineage),
+    Rejoins(Lineage),
     /// To be started again, to found the cluster.
     Founds,
     /// This node's disk was put back to an earlier state, and how that is known; to be started

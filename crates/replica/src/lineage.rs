@@ -8,7 +8,7 @@
 //!
 //! A forced promotion begins a timeline. Raft orders everything within one timeline and nothing
 //! across two: nodes of different timelines exchange no messages of consensus. Who meets a node
-//! whose lineage goes on where its own ends comes over to it: see `change_timeline.rs`.
+//! whose lineage goes on where its own ends rejoins on it: see `change_timeline.rs`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

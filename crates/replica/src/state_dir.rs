@@ -12,7 +12,7 @@
 //! STATE-DIR/peers         JSON: the peer addresses of the members, as they were last heard of
 //! STATE-DIR/superseded    text: why this node does not serve any more (see `Engine::note_other_cluster`)
 //! STATE-DIR/rolled-back   text: why this node gives up its vote and joins anew at its next start
-//! STATE-DIR/coming-over   JSON: the lineage (see `lineage.rs`) that the node comes over to at its start
+//! STATE-DIR/coming-over   JSON: the lineage (see `lineage.rs`) on which the node rejoins at its start
 //! STATE-DIR/accepted      the name of a timeline for which this node leaves its own: `standby lineage accept`
 //! STATE-DIR/catching-up   JSON: the holes of each storage; exists while transactions come from a peer
 //!                         instead of the log
@@ -333,12 +333,12 @@ impl StateDir {
     }
 
     /// Says durably that this node leaves its timeline for another one at its next start.
-    pub fn set_coming_over(&self, disk: &dyn Disk, lineage: &Lineage) -> io::Result<()> {
+    pub fn set_rejoining(&self, disk: &dyn Disk, lineage: &Lineage) -> io::Result<()> {
         replace(disk, &self.0.join("coming-over"), &serde_json::to_vec_pretty(lineage)?)
     }
 
     /// The history that this node is to have instead of its own, if it is to.
-    pub fn coming_over(&self, disk: &dyn Disk) -> anyhow::Result<Option<Lineage>> {
+    pub fn rejoining(&self, disk: &dyn Disk) -> anyhow::Result<Option<Lineage>> {
         let path = self.0.join("coming-over");
         if !disk.exists(&path)? {
             return Ok(None);
@@ -347,8 +347,8 @@ impl StateDir {
         Ok(Some(lineage.map_err(DamagedFile::at(&path))?))
     }
 
-    /// This node has come over.
-    pub fn end_coming_over(&self, disk: &dyn Disk) -> io::Result<()> {
+    /// This node has rejoined.
+    pub fn end_rejoining(&self, disk: &dyn Disk) -> io::Result<()> {
         for path in [self.0.join("coming-over"), self.accepted()] {
             remove(disk, &path)?;
         }

@@ -336,7 +336,7 @@ pub async fn lineage(command: LineageOf) -> anyhow::Result<()> {
             }
             let path = accept(&OsDisk, &StateDir(file.state_dir()), &name)?;
             println!(
-                "when this node starts and meets a node of timeline {name}, it comes over to it; \
+                "when this node starts and meets a node of timeline {name}, it rejoins on it; \
                  until then the choice stands in {}",
                 path.display()
             );

@@ -34,10 +34,10 @@ pub type BlobId = (Oid, Tid);
 /// What has been found of damage to blobs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlobDamage {
-    /// Those that are damaged, or missing, and could not be mended.
+    /// Those that are damaged, or missing, and could not be repaired.
     pub blobs: BTreeSet<BlobId>,
-    /// How many were mended since the start.
-    pub mended: u64,
+    /// How many were repaired since the start.
+    pub repaired: u64,
 }
 
 /// The checksum of a blob with this SHA-256.
@@ -64,7 +64,7 @@ struct State {
     end: u64,
     damage: BlobDamage,
     /// Those that are being fetched.
-    mending: BTreeSet<BlobId>,
+    repairing: BTreeSet<BlobId>,
 }
 
 #[derive(Clone, Copy)]
@@ -166,22 +166,22 @@ impl BlobSums {
         }
     }
 
-    /// True if nobody has tried to mend the blob, nor tries at the moment.
+    /// True if nobody has tried to repair the blob, nor tries at the moment.
     pub fn is_news(&self, id: BlobId) -> bool {
         let state = self.state();
-        !state.mending.contains(&id) && !state.damage.blobs.contains(&id)
+        !state.repairing.contains(&id) && !state.damage.blobs.contains(&id)
     }
 
     /// The blob is being fetched, or is not any more.
-    pub fn note_mending(&self, id: BlobId, begins: bool) {
-        let mending = &mut self.state().mending;
-        let _ = if begins { mending.insert(id) } else { mending.remove(&id) };
+    pub fn note_repairing(&self, id: BlobId, begins: bool) {
+        let repairing = &mut self.state().repairing;
+        let _ = if begins { repairing.insert(id) } else { repairing.remove(&id) };
     }
 
     /// The blob was damaged.
-    pub fn note_mended(&self, id: BlobId, sum: u64) {
+    pub fn note_repaired(&self, id: BlobId, sum: u64) {
         self.note(id, sum, true);
-        self.state().damage.mended += 1;
+        self.state().damage.repaired += 1;
     }
 
     /// The revisions are gone.

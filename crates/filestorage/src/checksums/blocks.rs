@@ -17,7 +17,7 @@
 //! A data file only grows, so a block that is durable never changes. Its checksum is taken soon
 //! after the checkpoint that makes it durable. It is compared by a scrub, and whenever a block is
 //! read and may come from the device: what the system has in memory is trusted once the block was
-//! right. A block whose bytes are wrong is mended with those of another node, if their checksum is
+//! right. A block whose bytes are wrong is repaired with those of another node, if their checksum is
 //! right. What is not a whole block yet, at the file's end, has no checksum.
 //!
 //! The file belongs to one data file: like the index, it is removed before another data file takes
@@ -48,7 +48,7 @@ pub struct DamagedBlock {
     pub sum: u32,
 }
 
-/// The error for a read of bytes that are damaged and cannot be mended now; inside of an
+/// The error for a read of bytes that are damaged and cannot be repaired now; inside of an
 /// [`io::Error`].
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error(
@@ -70,15 +70,15 @@ impl LostBlock {
 }
 
 /// Gets the right bytes of a block from elsewhere, if it can. It may block.
-pub type Mend = Arc<dyn Fn(DamagedBlock) -> Option<Vec<u8>> + Send + Sync>;
+pub type Repair = Arc<dyn Fn(DamagedBlock) -> Option<Vec<u8>> + Send + Sync>;
 
 /// What has been found of damage.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Damage {
-    /// Blocks that are damaged and could not be mended, by their offsets.
+    /// Blocks that are damaged and could not be repaired, by their offsets.
     pub blocks: BTreeSet<u64>,
-    /// How many were mended since the start.
-    pub mended: u64,
+    /// How many were repaired since the start.
+    pub repaired: u64,
 }
 
 /// A data file that compares what is read.
@@ -92,12 +92,12 @@ pub(crate) struct ChecksummedFile {
     /// Held by whoever takes checksums, or writes a block anew; never while other nodes are asked.
     writing: Mutex<Writing>,
     /// Held by whoever gets a block from elsewhere.
-    mending: Mutex<()>,
+    repairing: Mutex<()>,
     /// A sync has failed. The system tells of that once; nothing that was written counts as durable
     /// any more.
     lost: AtomicBool,
     damage: Mutex<Damage>,
-    mend: Option<Mend>,
+    repair: Option<Repair>,
 }
 
 /// Invariant: `seen` has a bit for each sum.
@@ -199,9 +199,9 @@ impl ChecksummedFile {
         disk: Arc<dyn Disk>,
         sums_path: &Path,
         durable: u64,
-        mend: Option<Mend>,
+        repair: Option<Repair>,
     ) -> io::Result<ChecksummedFile> {
-        let checked = ChecksummedFile::anew(file, disk, sums_path, mend);
+        let checked = ChecksummedFile::anew(file, disk, sums_path, repair);
         checked.durable.store(durable, Ordering::Release);
         if !checked.disk.exists(sums_path)? {
             return Ok(checked);
@@ -244,7 +244,7 @@ impl ChecksummedFile {
         file: Arc<dyn File>,
         disk: Arc<dyn Disk>,
         sums_path: &Path,
-        mend: Option<Mend>,
+        repair: Option<Repair>,
     ) -> ChecksummedFile {
         ChecksummedFile {
             file,
@@ -253,16 +253,16 @@ impl ChecksummedFile {
             state: RwLock::default(),
             durable: AtomicU64::new(0),
             writing: Mutex::default(),
-            mending: Mutex::default(),
+            repairing: Mutex::default(),
             lost: AtomicBool::new(false),
             damage: Mutex::default(),
-            mend,
+            repair,
         }
     }
 
-    /// Who mends.
-    pub fn mender(&self) -> &Option<Mend> {
-        &self.mend
+    /// Who repairs.
+    pub fn repairer(&self) -> &Option<Repair> {
+        &self.repair
     }
 
     /// The bytes before `end` are durable, and will not be changed.
@@ -322,7 +322,7 @@ impl ChecksummedFile {
         self.state.read().unwrap_or_else(PoisonError::into_inner).list.len()
     }
 
-    /// Reads these blocks from the device and compares them; mends what is damaged.
+    /// Reads these blocks from the device and compares them; repairs what is damaged.
     pub fn scrub(&self, blocks: std::ops::Range<usize>) -> io::Result<()> {
         let len = blocks.len() as u64 * BLOCK;
         self.file.forget_cached(blocks.start as u64 * BLOCK, len)?;
@@ -350,7 +350,7 @@ impl ChecksummedFile {
         Ok(whole.then_some(buffer))
     }
 
-    /// Compares a block with its checksum, and mends it if need be. What cannot be read is damaged
+    /// Compares a block with its checksum, and repairs it if need be. What cannot be read is damaged
     /// too. Returns true if the buffer holds the right bytes then, false if the block has no
     /// checksum.
     fn check(&self, block: usize, buffer: &mut [u8]) -> io::Result<bool> {
@@ -364,7 +364,7 @@ impl ChecksummedFile {
             return Ok(true);
         }
         drop(state);
-        self.mend_block(DamagedBlock { offset, sum }, buffer)?;
+        self.repair_block(DamagedBlock { offset, sum }, buffer)?;
         Ok(true)
     }
 
@@ -373,19 +373,19 @@ impl ChecksummedFile {
         read.is_ok_and(|n| n == buffer.len()) && crc32c::crc32c(buffer) == block.sum
     }
 
-    fn mend_block(&self, damaged: DamagedBlock, buffer: &mut [u8]) -> io::Result<()> {
-        let _mending = lock(&self.mending);
+    fn repair_block(&self, damaged: DamagedBlock, buffer: &mut [u8]) -> io::Result<()> {
+        let _repairing = lock(&self.repairing);
         let offset = damaged.offset;
-        // Somebody else may have mended it meanwhile.
+        // Somebody else may have repaired it meanwhile.
         if self.is_right(buffer, damaged) {
             return Ok(());
         }
         let right =
             |bytes: &Vec<u8>| bytes.len() as u64 == BLOCK && crc32c::crc32c(bytes) == damaged.sum;
-        let mended = self.mend.as_ref().and_then(|mend| mend(damaged)).filter(right);
-        let Some(bytes) = mended else {
+        let repaired = self.repair.as_ref().and_then(|repair| repair(damaged)).filter(right);
+        let Some(bytes) = repaired else {
             lock(&self.damage).blocks.insert(offset);
-            let lost = LostBlock { offset, asked: self.mend.is_some() };
+            let lost = LostBlock { offset, asked: self.repair.is_some() };
             return Err(io::Error::new(io::ErrorKind::InvalidData, lost));
         };
         let _writing = lock(&self.writing);
@@ -396,12 +396,12 @@ impl ChecksummedFile {
         buffer.copy_from_slice(&bytes);
         let mut damage = lock(&self.damage);
         damage.blocks.remove(&offset);
-        damage.mended += 1;
+        damage.repaired += 1;
         Ok(())
     }
 
-    /// Mends what of these bytes cannot be read.
-    fn mend_all(&self, offset: u64, len: usize) -> io::Result<()> {
+    /// Repairs what of these bytes cannot be read.
+    fn repair_all(&self, offset: u64, len: usize) -> io::Result<()> {
         let blocks = self.state.read().unwrap_or_else(PoisonError::into_inner).blocks(offset, len);
         let mut buffer = vec![0; BLOCK as usize];
         blocks.into_iter().try_for_each(|block| self.check(block, &mut buffer).map(drop))
@@ -429,7 +429,7 @@ impl ChecksummedFile {
         let mut buffer = vec![0; if others.is_empty() { 0 } else { BLOCK as usize }];
         for block in others {
             if self.check(block, &mut buffer)? {
-                // What is given out is what was compared, whoever mends it meanwhile.
+                // What is given out is what was compared, whoever repairs it meanwhile.
                 let start = block as u64 * BLOCK;
                 let (from, to) = (start.max(offset), (start + BLOCK).min(end));
                 let right = &buffer[(from - start) as usize..(to - start) as usize];
@@ -444,7 +444,7 @@ impl File for ChecksummedFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let n = match self.file.read_at(buf, offset) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                self.mend_all(offset, buf.len())?;
+                self.repair_all(offset, buf.len())?;
                 self.file.read_at(buf, offset)?
             }
             other => other?,
@@ -519,12 +519,16 @@ mod tests {
     }
 
     fn open(disk: &Arc<dyn Disk>, durable: u64) -> ChecksummedFile {
-        open_mending(disk, durable, None)
+        open_repairing(disk, durable, None)
     }
 
-    fn open_mending(disk: &Arc<dyn Disk>, durable: u64, mend: Option<Mend>) -> ChecksummedFile {
+    fn open_repairing(
+        disk: &Arc<dyn Disk>,
+        durable: u64,
+        repair: Option<Repair>,
+    ) -> ChecksummedFile {
         let file = disk.open(Path::new(PATH), Open::Write).unwrap();
-        ChecksummedFile::open(file, disk.clone(), Path::new(SUMS), durable, mend).unwrap()
+        ChecksummedFile::open(file, disk.clone(), Path::new(SUMS), durable, repair).unwrap()
     }
 
     fn damage(disk: &Arc<dyn Disk>, at: u64) {
@@ -572,7 +576,7 @@ mod tests {
         damage(&disk, BLOCK + 5);
         let right = bytes[BLOCK as usize..2 * BLOCK as usize].to_vec();
         let checked =
-            open_mending(&disk, bytes.len() as u64, Some(Arc::new(move |_| Some(right.clone()))));
+            open_repairing(&disk, bytes.len() as u64, Some(Arc::new(move |_| Some(right.clone()))));
         checked.write_at(b"committed", bytes.len() as u64).unwrap();
         memory.fail_sync(Path::new(PATH));
         checked.scrub(0..2).unwrap();
@@ -591,12 +595,12 @@ mod tests {
         let (asked, was_asked) = std::sync::mpsc::channel();
         let (answer, answered) = std::sync::mpsc::channel::<()>();
         let (asked, answered) = (Mutex::new(asked), Mutex::new(answered));
-        let mend: Mend = Arc::new(move |_| {
+        let repair: Repair = Arc::new(move |_| {
             lock(&asked).send(()).unwrap();
             lock(&answered).recv().unwrap();
             None
         });
-        let checked = Arc::new(open_mending(&disk, bytes.len() as u64, Some(mend)));
+        let checked = Arc::new(open_repairing(&disk, bytes.len() as u64, Some(repair)));
         let reader = checked.clone();
         let reading = std::thread::spawn(move || reader.read_at(&mut [0; 10], 0).is_err());
         was_asked.recv().unwrap();
@@ -616,7 +620,7 @@ mod tests {
         let right = bytes.clone();
         let asked = Arc::new(AtomicU64::new(0));
         let times = asked.clone();
-        let mend: Mend = Arc::new(move |damaged: DamagedBlock| {
+        let repair: Repair = Arc::new(move |damaged: DamagedBlock| {
             let from = damaged.offset as usize;
             let mut block = right[from..from + BLOCK as usize].to_vec();
             // The first time the other node has something else.
@@ -625,19 +629,19 @@ mod tests {
             }
             Some(block)
         });
-        let checked = open_mending(&disk, bytes.len() as u64, Some(mend));
+        let checked = open_repairing(&disk, bytes.len() as u64, Some(repair));
         let mut buf = vec![0; 10];
         assert!(checked.read_at(&mut buf, BLOCK + 100).is_err());
         assert_eq!(checked.damage().blocks.len(), 1);
         assert_eq!(checked.read_at(&mut buf, BLOCK - 5).unwrap(), 10);
         assert_eq!(buf, bytes[BLOCK as usize - 5..][..10]);
-        assert_eq!(checked.damage(), Damage { blocks: BTreeSet::new(), mended: 1 });
+        assert_eq!(checked.damage(), Damage { blocks: BTreeSet::new(), repaired: 1 });
         assert_eq!(asked.load(Ordering::Relaxed), 2);
         // A sector that cannot be read is written anew.
         memory.fail_reads(Path::new(PATH), 2 * BLOCK as usize + 5..2 * BLOCK as usize + 9);
         assert_eq!(checked.read_at(&mut buf, 3 * BLOCK - 5).unwrap(), 10);
-        assert_eq!(checked.damage().mended, 2);
-        // It stays mended.
+        assert_eq!(checked.damage().repaired, 2);
+        // It stays repaired.
         let mut all = vec![0; bytes.len()];
         open(&disk, bytes.len() as u64).read_at(&mut all, 0).unwrap();
         assert_eq!(all, bytes);
@@ -727,10 +731,10 @@ mod tests {
         }
     }
 
-    /// As if another reader mended the file between two reads of this one.
-    struct MendedMeanwhile(Arc<dyn File>, AtomicU64);
+    /// As if another reader repaired the file between two reads of this one.
+    struct RepairedMeanwhile(Arc<dyn File>, AtomicU64);
 
-    impl File for MendedMeanwhile {
+    impl File for RepairedMeanwhile {
         fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
             let n = self.0.read_at(buf, offset)?;
             if self.1.fetch_add(1, Ordering::Relaxed) == 0 {
@@ -767,7 +771,7 @@ mod tests {
         open(&disk, bytes.len() as u64).take_sums(9).unwrap();
         for len in [10, BLOCK as usize] {
             let file = disk.open(Path::new(PATH), Open::Write).unwrap();
-            let file = Arc::new(MendedMeanwhile(file, AtomicU64::new(0)));
+            let file = Arc::new(RepairedMeanwhile(file, AtomicU64::new(0)));
             let (durable, sums) = (bytes.len() as u64, Path::new(SUMS));
             let checked = ChecksummedFile::open(file, disk.clone(), sums, durable, None).unwrap();
             let mut buf = vec![0; len];
@@ -783,10 +787,10 @@ mod tests {
         open(&disk, bytes.len() as u64).take_sums(9).unwrap();
         damage(&disk, BLOCK);
         let right = bytes.clone();
-        let mend: Mend = Arc::new(move |damaged: DamagedBlock| {
+        let repair: Repair = Arc::new(move |damaged: DamagedBlock| {
             Some(right[damaged.offset as usize..][..BLOCK as usize].to_vec())
         });
-        let checked = open_mending(&disk, bytes.len() as u64, Some(mend));
+        let checked = open_repairing(&disk, bytes.len() as u64, Some(repair));
         checked.retire().unwrap();
         let mut buf = vec![0; 10];
         checked.read_at(&mut buf, BLOCK).unwrap();

@@ -8,7 +8,7 @@ use standby_types::disk::{Open, parent, read_full};
 use standby_types::{Disk, File, Position, Tid};
 
 use crate::StorageError;
-use crate::checksums::blocks::{ChecksummedFile, Mend};
+use crate::checksums::blocks::{ChecksummedFile, Repair};
 use crate::file::format::{DataHeader, Magic, TXN_HEADER};
 use crate::file::holes::Holes;
 use crate::file::mark::Mark;
@@ -80,18 +80,18 @@ impl FileStorage {
         extent: Extent,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<(FileStorage, Opened), StorageError> {
-        FileStorage::open_mending(disk, path, index_path, magic, extent, None, progress)
+        FileStorage::open_repairing(disk, path, index_path, magic, extent, None, progress)
     }
 
-    /// The same, for a file whose damaged blocks can be mended: this one's, and those of the files
+    /// The same, for a file whose damaged blocks can be repaired: this one's, and those of the files
     /// that take its place.
-    pub fn open_mending(
+    pub fn open_repairing(
         disk: Arc<dyn Disk>,
         path: &Path,
         index_path: &Path,
         magic: Magic,
         extent: Extent,
-        mend: Option<Mend>,
+        repair: Option<Repair>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<(FileStorage, Opened), StorageError> {
         let io = |action| StorageError::io(path, action);
@@ -131,7 +131,7 @@ impl FileStorage {
             // Who made this file is not known: they need not be of it.
             disk.remove(&sums_path).map_err(io("remove the checksums of"))?;
         }
-        let checked = ChecksummedFile::open(file, disk.clone(), &sums_path, limit, mend);
+        let checked = ChecksummedFile::open(file, disk.clone(), &sums_path, limit, repair);
         let file = Arc::new(checked.map_err(io("read the checksums of"))?);
         let sorted = Sorted::open(&*disk, index_path).filter(|sorted| {
             sorted.mark.position.0 <= limit && check_mark(path, file.clone(), sorted.mark).is_ok()
@@ -186,8 +186,9 @@ impl FileStorage {
         let file = old.disk.open(path, Open::Create).map_err(StorageError::io(path, "create"))?;
         file.set_len(0).map_err(StorageError::io(path, "cut"))?;
         file.write_at(old.magic.bytes(), 0).map_err(StorageError::io(path, "write"))?;
-        let (disk, mender) = (old.disk.clone(), old.file.mender().clone());
-        let file = Arc::new(ChecksummedFile::anew(file, disk, &sums_path(&old.index_path), mender));
+        let (disk, repairer) = (old.disk.clone(), old.file.repairer().clone());
+        let file =
+            Arc::new(ChecksummedFile::anew(file, disk, &sums_path(&old.index_path), repairer));
         let shared = Shared {
             path: old.path.clone(),
             file,

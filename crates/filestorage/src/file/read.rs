@@ -250,7 +250,7 @@ impl Reader {
         self.shared.file.blocks()
     }
 
-    /// Compares these blocks, as the device gives them, with their checksums; mends what is
+    /// Compares these blocks, as the device gives them, with their checksums; repairs what is
     /// damaged.
     pub fn scrub(&self, blocks: std::ops::Range<usize>) -> Result<(), StorageError> {
         self.shared.file.scrub(blocks).map_err(StorageError::io(&self.shared.path, "scrub"))

@@ -91,7 +91,7 @@ fn of_node(page: &mut Page, own: &NodeStatus, term: u64) {
     let damaged = of(own.damage.is_some());
     page.gauge(
         "damaged",
-        "1 if a data file of this node is damaged and no other node can mend it",
+        "1 if a data file of this node is damaged and no other node can repair it",
         [(vec![], damaged)],
     );
     let future = [(vec![], own.future_seconds.unwrap_or(0) as f64)];
@@ -137,12 +137,12 @@ fn of_storages(page: &mut Page, shared: &Shared) {
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
     let counters: [OfStorage<'_>; 7] = [
         ("loads", "Reads of objects", &|name| count(&storage(name).stats.loads)),
-        ("mended_blocks", "Damaged blocks that were mended from another node", &|name| {
-            storage(name).reader().damage().mended as f64
+        ("repaired_blocks", "Damaged blocks that were repaired from another node", &|name| {
+            storage(name).reader().damage().repaired as f64
         }),
-        ("mended_blobs", "Damaged blobs that were mended from another node", &|name| {
+        ("repaired_blobs", "Damaged blobs that were repaired from another node", &|name| {
             let blobs = storage(name).blobs.as_ref();
-            blobs.map_or(0.0, |blobs| blobs.damage().mended as f64)
+            blobs.map_or(0.0, |blobs| blobs.damage().repaired as f64)
         }),
         ("stores", "Objects stored", &|name| count(&storage(name).stats.stores)),
         ("commits", "Transactions applied", &|name| count(&storage(name).stats.commits)),

@@ -62,7 +62,7 @@ impl Memory {
     }
 
     /// Returns when all sessions together have come to hold too much.
-    pub async fn comes_over(&self) {
+    pub async fn exceeds(&self) {
         self.over.notified().await;
     }
 

@@ -47,7 +47,7 @@ impl Peers {
     }
 
     /// This node has begun a timeline: all links end, and the handshakes for new ones tell which
-    /// nodes have come over to it.
+    /// nodes have rejoined on it.
     pub fn end_links(&self) {
         let mut links = lock(&self.links);
         self.epoch.fetch_add(1, Ordering::AcqRel);

@@ -345,7 +345,7 @@ impl Shared {
         }
     }
 
-    /// What is damaged in the data files and among the blobs, and has not been mended.
+    /// What is damaged in the data files and among the blobs, and has not been repaired.
     pub fn damage(&self) -> Option<String> {
         self.storages.iter().find_map(|(name, storage)| {
             let blocks = storage.reader().damage().blocks.into_iter();

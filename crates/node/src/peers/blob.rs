@@ -122,8 +122,8 @@ pub async fn fetch_right(
             let to = new_transfer()?;
             let (upload, _staged) = source.fetch(blobs, storage, None, to, Some(id)).await?;
             let blobs = blobs.clone();
-            let mended = platform::spawn_blocking(move || blobs.mend(&upload, id));
-            Ok::<_, PeerError>(mended.await.map_err(std::io::Error::other)??)
+            let repaired = platform::spawn_blocking(move || blobs.repair(&upload, id));
+            Ok::<_, PeerError>(repaired.await.map_err(std::io::Error::other)??)
         };
         match fetched.await {
             Ok(true) => return Some(address),

@@ -21,7 +21,7 @@ pub async fn open_right(
     let looking = blobs.clone();
     let found = platform::spawn_blocking(move || looking.look_at(id));
     let found = found.await.map_err(io::Error::other)?;
-    if found == Found::Damaged && !mend(shared, storage, id).await {
+    if found == Found::Damaged && !repair(shared, storage, id).await {
         let text = match shared.config.standby {
             Some(_) => "it is damaged, and no other node that can be reached has it",
             None => "it is damaged",
@@ -33,7 +33,7 @@ pub async fn open_right(
 
 /// Fetches a blob that is damaged here from a node that has it. False if none has: then it is known
 /// as damage.
-pub async fn mend(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
+pub async fn repair(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
     let Some((stored, blobs)) =
         shared.storages.get(storage).and_then(|s| Some((s, s.blobs.as_ref()?)))
     else {
@@ -46,24 +46,24 @@ pub async fn mend(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
         blobs.note_gone(id);
         return true;
     }
-    blobs.note_mending(id, true);
-    let mended = fetch_right(shared, storage, blobs, id).await;
-    blobs.note_mending(id, false);
-    match &mended {
+    blobs.note_repairing(id, true);
+    let repaired = fetch_right(shared, storage, blobs, id).await;
+    blobs.note_repairing(id, false);
+    match &repaired {
         Some(address) => {
             let (oid, tid) = id;
-            warn!(storage, %oid, %tid, address, "a damaged blob is mended from a node");
+            warn!(storage, %oid, %tid, address, "a damaged blob is repaired from a node");
         }
         None => blobs.note_damaged(id),
     }
-    mended.is_some()
+    repaired.is_some()
 }
 
-/// Mends a blob that another node has asked for. What is known already the scrub tries again: two
+/// Repairs a blob that another node has asked for. What is known already the scrub tries again: two
 /// nodes on which the same blob is damaged would ask each other for ever.
-pub async fn mend_for_another(shared: &Arc<Shared>, storage: &str, id: BlobId) {
+pub async fn repair_for_another(shared: &Arc<Shared>, storage: &str, id: BlobId) {
     let blobs = shared.storages.get(storage).and_then(|stored| stored.blobs.as_ref());
     if blobs.is_some_and(|blobs| blobs.is_news(id)) {
-        mend(shared, storage, id).await;
+        repair(shared, storage, id).await;
     }
 }

@@ -9,7 +9,7 @@ use standby_types::{Oid, Tid, Transfer};
 use tokio::io::AsyncWrite;
 
 use super::blob::{Request, blobs_of};
-use super::blob_repair::mend_for_another;
+use super::blob_repair::repair_for_another;
 use crate::cells::shared::Shared;
 use crate::cells::wire::{BlobFrame, Question, receive, send};
 use crate::platform;
@@ -52,7 +52,7 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
                     Err(PeerError::Damaged) if let Some(revision) = revision => {
                         let shared = shared.clone();
                         tokio::spawn(async move {
-                            mend_for_another(&shared, &storage, revision).await;
+                            repair_for_another(&shared, &storage, revision).await;
                         });
                     }
                     sent => sent?,

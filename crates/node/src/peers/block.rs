@@ -11,7 +11,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use standby_filestorage::{BLOCK, DamagedBlock, Mend};
+use standby_filestorage::{BLOCK, DamagedBlock, Repair};
 use tokio::runtime::Handle;
 use tracing::{info, warn};
 
@@ -61,11 +61,11 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Gets blocks of a storage from them. To be called within the runtime.
-pub fn mender(helpers: &Arc<RepairSources>, storage: &str) -> Mend {
+pub fn repairer(helpers: &Arc<RepairSources>, storage: &str) -> Repair {
     let (helpers, storage, runtime) = (helpers.clone(), storage.to_owned(), Handle::current());
     #[cfg(feature = "simulated")]
-    if let Some(mend) = crate::platform::simulated::mender() {
-        return mend;
+    if let Some(repair) = crate::platform::simulated::repairer() {
+        return repair;
     }
     Arc::new(move |damaged| {
         let (me, addresses) = helpers.get();
@@ -76,7 +76,7 @@ pub fn mender(helpers: &Arc<RepairSources>, storage: &str) -> Mend {
                 match fetch_block(&me, &address, &name, damaged).await {
                     Ok(bytes) if crc32c::crc32c(&bytes) == damaged.sum => {
                         let offset = damaged.offset;
-                        warn!(storage = name, offset, address, "damage is mended from a node");
+                        warn!(storage = name, offset, address, "damage is repaired from a node");
                         let _ = sender.send(bytes);
                         return;
                     }

@@ -40,7 +40,7 @@ use crate::cells::status::CatchUp;
 use crate::cells::storage::StorageShared;
 use crate::cells::wire::{CatchUpFrame, Frame, Question, receive as receive_frame, send};
 use crate::peers::blob::obtain_old;
-use crate::peers::blob_repair::mend_for_another;
+use crate::peers::blob_repair::repair_for_another;
 use crate::platform::{self, Instant};
 use crate::transport::blob_files::{BlobWriter, new_transfer};
 use crate::transport::frames::{PeerError, blocking, read_frame, within};
@@ -355,7 +355,7 @@ pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
             Ok(Err(SendError::Storage(error))) => Err(PeerError::Protocol(error.to_string())),
             Ok(Err(SendError::Blob(storage, blob, error))) => {
                 // The other node tries again.
-                mend_for_another(&shared, &storage, blob).await;
+                repair_for_another(&shared, &storage, blob).await;
                 Err(PeerError::Protocol(error.to_string()))
             }
             Ok(Err(SendError::Gone)) => Ok(()),

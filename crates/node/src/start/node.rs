@@ -28,7 +28,7 @@ use crate::cells::events::TaskReport;
 use crate::cells::log_work::LogWork;
 use crate::cells::shared::{Opened, Queues, Shared};
 use crate::clients::listener;
-use crate::peers::block::mender;
+use crate::peers::block::repairer;
 use crate::peers::command::here;
 use crate::peers::link::{dial, learn};
 use crate::platform::crash_notes;
@@ -134,12 +134,17 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     let beginning = beginning(&config);
     let opening = {
         let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
-        let mended = config.storages.iter().filter(|_| config.standby.is_some());
-        let menders = mended.map(|s| (s.name.clone(), mender(&helpers, &s.name))).collect();
+        let repaired = config.storages.iter().filter(|_| config.standby.is_some());
+        let repairers = repaired.map(|s| (s.name.clone(), repairer(&helpers, &s.name))).collect();
         platform::spawn_blocking(move || {
             let platform = platform::for_start();
-            let place =
-                Place { config: &config, disk: &disk, state: &state, menders: &menders, platform };
+            let place = Place {
+                config: &config,
+                disk: &disk,
+                state: &state,
+                repairers: &repairers,
+                platform,
+            };
             prepare(&place, beginning)
         })
     };
@@ -339,11 +344,11 @@ impl Running {
                     self.shared.state.set_note(&*self.shared.disk, Note::RolledBack, &reason)?;
                     Next::Again
                 }
-                Ok(Ended::ComesOver(lineage)) => {
+                Ok(Ended::Rejoins(lineage)) => {
                     let timeline = lineage.timeline();
                     warn!(timeline, "the timeline of this node is over: it begins anew, on another \
                     one");
-                    self.shared.state.set_coming_over(&*self.shared.disk, &lineage)?;
+                    self.shared.state.set_rejoining(&*self.shared.disk, &lineage)?;
                     Next::Again
                 }
                 Err(error) => {

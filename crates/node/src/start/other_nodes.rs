@@ -71,7 +71,7 @@ fn asker(config: &Config, standby: &Standby, id: NodeId, wire: Wire) -> Introduc
 }
 
 /// Asks the other nodes which timeline they are of, before this one takes part in anything: a node
-/// that was away while another was promoted must not go on where it was. An order to come over is
+/// that was away while another was promoted must not go on where it was. An order to rejoin on another timeline is
 /// written if it has to.
 async fn ask_around(
     disk: &dyn Disk,
@@ -119,10 +119,10 @@ async fn ask_around(
     warn!(
         timeline = longest.timeline(),
         own = checkpoint.settings.lineage.timeline(),
-        "another node was promoted by force while this one was away: it comes over to the new \
+        "another node was promoted by force while this one was away: it rejoins on the new \
         timeline"
     );
-    state.set_coming_over(disk, &longest)?;
+    state.set_rejoining(disk, &longest)?;
     Ok(())
 }
 

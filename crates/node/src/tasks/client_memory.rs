@@ -14,7 +14,7 @@ const GIVEN_BACK: Duration = Duration::from_millis(50);
 pub async fn guard(shared: Arc<Shared>) {
     let memory = &shared.memory;
     loop {
-        memory.comes_over().await;
+        memory.exceeds().await;
         while memory.is_over() {
             if let Some(session) = shared.sessions.largest() {
                 let (held, all, limit) =

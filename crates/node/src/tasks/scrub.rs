@@ -1,9 +1,9 @@
-//! Damage to data files and blobs: found by their checksums, mended with what other nodes have.
+//! Damage to data files and blobs: found by their checksums, repaired with what other nodes have.
 //!
 //! A thread takes the checksums of what has become durable, and goes through each data file and its
 //! blobs, again and again and slowly, comparing what the device gives with them. Whatever is
 //! damaged, found here or when it is read, is fetched from another node before the reader gets an
-//! answer. A node that has damage which nobody can mend neither leads nor votes.
+//! answer. A node that has damage which nobody can repair neither leads nor votes.
 //!
 //! When it has been through all, the thread of a replica compares it with the primary's,
 //! transaction by transaction: a difference is told, for nobody can say which of the two is right.
@@ -32,7 +32,7 @@ const TOGETHER: usize = 1024;
 const STEP: usize = 16;
 /// A data file is gone through once in this time, if the rate allows it.
 const ROUND: Duration = Duration::from_secs(24 * 3600);
-/// Time between two attempts to mend what could not be mended.
+/// Time between two attempts to repair what could not be repaired.
 const AGAIN: Duration = Duration::from_secs(5);
 /// The same for blobs, which are fetched whole.
 const BLOBS_AGAIN: Duration = Duration::from_secs(10);
@@ -92,7 +92,7 @@ pub async fn run(shared: &Arc<Shared>, storage: &str) {
             for id in &damaged_blobs.blobs {
                 // Somebody may have put it back.
                 if blobs.checking(*id).finish() == Found::Damaged {
-                    blob_repair::mend(shared, storage, *id).await;
+                    blob_repair::repair(shared, storage, *id).await;
                 }
             }
         }
@@ -141,7 +141,7 @@ impl BlobRound {
         match found {
             Some(Found::Right) => {}
             Some(Found::Damaged) => {
-                blob_repair::mend(shared, storage, checking.id()).await;
+                blob_repair::repair(shared, storage, checking.id()).await;
             }
             None => self.checking = Some(checking),
         }
@@ -226,7 +226,7 @@ fn tell(storage: &str, before: &Damage, now: &Damage) {
         );
     }
     if now.blocks.is_empty() && !before.blocks.is_empty() {
-        info!(storage, "all damage is mended");
+        info!(storage, "all damage is repaired");
     }
 }
 
@@ -238,6 +238,6 @@ fn tell_blobs(storage: &str, before: &BlobDamage, now: &BlobDamage) {
         );
     }
     if now.blobs.is_empty() && !before.blobs.is_empty() {
-        info!(storage, "all damaged blobs are mended");
+        info!(storage, "all damaged blobs are repaired");
     }
 }

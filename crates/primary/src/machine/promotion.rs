@@ -191,7 +191,7 @@ impl Machine {
         }
     }
 
-    /// What nodes that have come over have lost may have tids above this timeline's: then a client
+    /// What nodes that have rejoined have lost may have tids above this timeline's: then a client
     /// that has seen them would not connect ("Server behind client"). The next empty transaction
     /// goes above them.
     pub(crate) fn tick_lost(&mut self) -> Result<()> {
@@ -231,7 +231,7 @@ impl Machine {
     pub(crate) fn outdated(&mut self, lineage: Lineage) {
         let older = self.settings.lineage.relation(&lineage) == Relation::Older;
         if older && self.promotion.is_none() {
-            self.end(Ended::ComesOver(lineage));
+            self.end(Ended::Rejoins(lineage));
         }
     }
 }

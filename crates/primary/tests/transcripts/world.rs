@@ -366,9 +366,9 @@ impl World {
         let disk: Arc<dyn Disk> = Arc::new(node.disk.clone());
         let state = StateDir(node.config.state_dir());
         let platform = Platform { wall_clock, fill_random: draw, temporary_file };
-        let menders = BTreeMap::new();
-        let (config, state, menders) = (&node.config, &state, &menders);
-        let place = Place { config, disk: &disk, state, menders, platform };
+        let repairers = BTreeMap::new();
+        let (config, state, repairers) = (&node.config, &state, &repairers);
+        let place = Place { config, disk: &disk, state, repairers, platform };
         let prepared = prepare(&place, first).unwrap();
         let me = self_as_member(config, prepared.id);
         let point = prepared.checkpoint.applied_point();

@@ -39,7 +39,7 @@ pub fn describe_fork(number: u64, fork: &Fork) -> String {
     format!("timeline {number}, {}, begun by {} at {time}", fork.id, fork.node)
 }
 
-/// Notes that this node is to come over to a timeline although it has gone on by itself. Returns
+/// Notes that this node is to rejoin on a timeline although it has gone on by itself. Returns
 /// where that stands.
 pub fn accept(disk: &dyn Disk, state: &StateDir, name: &str) -> anyhow::Result<PathBuf> {
     if state.checkpoint(disk)?.is_none() {
@@ -288,7 +288,7 @@ mod tests {
     }
 
     impl Node {
-        /// A node that has the transactions 10, 20 and 30, and is to come over to a timeline that
+        /// A node that has the transactions 10, 20 and 30, and is to rejoin on a timeline that
         /// has the first two.
         fn new() -> Node {
             let dir = tempfile::tempdir().unwrap();
@@ -317,17 +317,17 @@ mod tests {
         }
 
         fn start_without_order(&self) -> Prepared {
-            self.ground.state.end_coming_over(&*self.ground.disk).unwrap();
+            self.ground.state.end_rejoining(&*self.ground.disk).unwrap();
             self.start()
         }
 
         fn order(&self, lineage: &Lineage) {
-            self.ground.state.set_coming_over(&*self.ground.disk, lineage).unwrap();
+            self.ground.state.set_rejoining(&*self.ground.disk, lineage).unwrap();
         }
 
         /// As the start does it, up to the new checkpoint.
         fn leave(&self) {
-            let order = self.ground.state.coming_over(&*self.ground.disk).unwrap().unwrap();
+            let order = self.ground.state.rejoining(&*self.ground.disk).unwrap().unwrap();
             let prepared = self.start_without_order();
             self.order(&order);
             leave(&self.ground.place(), prepared, &order).unwrap();
@@ -344,7 +344,7 @@ mod tests {
                 assert_eq!(prepared.storages["1"].mark().tid, Tid(20));
                 assert_eq!(prepared.checkpoint.settings.lineage.timeline(), timeline);
                 assert_eq!(prepared.recovered.last_index(), LogIndex(0));
-                assert_eq!(self.ground.state.coming_over(&*self.ground.disk).unwrap(), None);
+                assert_eq!(self.ground.state.rejoining(&*self.ground.disk).unwrap(), None);
             }
             let lost = lost_tails(&self.ground.config, &self.ground.disk).unwrap();
             let [tail] = &lost[..] else { panic!("{lost:?}") };

@@ -10,7 +10,7 @@ use standby_config::Config;
 use standby_disk::temporary_file;
 use standby_types::Disk;
 
-use crate::start::prepared::Menders;
+use crate::start::prepared::Repairers;
 use crate::start::{Place, Platform};
 use crate::state_dir::StateDir;
 
@@ -21,14 +21,14 @@ pub struct Ground {
     pub config: Config,
     pub disk: Arc<dyn Disk>,
     pub state: StateDir,
-    pub menders: Menders,
+    pub repairers: Repairers,
 }
 
 impl Ground {
     pub fn new(disk: Arc<dyn Disk>, text: &str) -> Ground {
         let config = Config::parse(Path::new("/zeo.conf"), text).unwrap();
         let state = StateDir(config.state_dir());
-        Ground { config, disk, state, menders: BTreeMap::new() }
+        Ground { config, disk, state, repairers: BTreeMap::new() }
     }
 
     pub fn place(&self) -> Place<'_> {
@@ -41,7 +41,7 @@ impl Ground {
             },
             temporary_file,
         };
-        let Ground { config, disk, state, menders } = self;
-        Place { config, disk, state, menders, platform }
+        let Ground { config, disk, state, repairers } = self;
+        Place { config, disk, state, repairers, platform }
     }
 }

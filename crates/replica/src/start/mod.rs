@@ -8,7 +8,7 @@
 //!  log is damaged    a majority without it           puts it aside and joins anew, with the data file up to
 //!                                                    the checkpoint (`damaged_log.rs`)
 //!  has an order to   any                             keeps what only its own timeline has, then resumes
-//!  come over                                         with what the other one has too (`change_timeline.rs`)
+//!  rejoin                                            with what the other one has too (`change_timeline.rs`)
 //!  new               none                            founds a cluster of one
 //!  new               the only member                 founds the cluster
 //!  new               otherwise                       joins: empty, or with a data file that must be
@@ -44,7 +44,7 @@ use standby_types::{Disk, NodeId};
 use crate::lineage::Relation;
 use crate::start::begin::begin;
 use crate::start::damaged_log::LostLog;
-use crate::start::prepared::{Beginning, Menders, Prepared};
+use crate::start::prepared::{Beginning, Prepared, Repairers};
 use crate::start::resume::resume;
 use crate::state_dir::{DamagedFile, Identity, Note, StateDir};
 
@@ -84,7 +84,7 @@ pub struct Place<'a> {
     /// Its state directory.
     pub state: &'a StateDir,
     /// Who repairs damaged blocks of its data files.
-    pub menders: &'a Menders,
+    pub repairers: &'a Repairers,
     /// The rest of its machine.
     pub platform: Platform,
 }
@@ -108,7 +108,7 @@ pub fn prepare(place: &Place<'_>, beginning: Beginning) -> anyhow::Result<Prepar
                 }
                 state.end_note(&**disk, Note::RolledBack)?;
             }
-            let Some(lineage) = state.coming_over(&**disk)? else {
+            let Some(lineage) = state.rejoining(&**disk)? else {
                 let error = match resume(place, &identity, checkpoint.clone(), false) {
                     Err(error) => error,
                     prepared => return prepared,
@@ -118,7 +118,7 @@ pub fn prepare(place: &Place<'_>, beginning: Beginning) -> anyhow::Result<Prepar
                     damaged_log::begin_anew(place, &identity, checkpoint, &lost)?;
                 return resume(place, &identity, checkpoint, false);
             };
-            // Another promotion may have come before this node had come over to the last one.
+            // Another promotion may have come before this node had rejoined on the last one.
             if checkpoint.has_left() {
                 change_timeline::cut(place, &checkpoint)?;
             }
@@ -129,7 +129,7 @@ pub fn prepare(place: &Place<'_>, beginning: Beginning) -> anyhow::Result<Prepar
                 let prepared = resume(place, &identity, checkpoint, cuts).map_err(|error| {
                     match error.downcast::<LostLog>() {
                         Ok(lost) => anyhow!(
-                            "{lost}. This node is to come over to the others' timeline, and cannot \
+                            "{lost}. This node is to rejoin on the others' timeline, and cannot \
                              say what only its own has. {}",
                             damaged_log::advice(state)
                         ),
@@ -141,7 +141,7 @@ pub fn prepare(place: &Place<'_>, beginning: Beginning) -> anyhow::Result<Prepar
             let checkpoint = state.checkpoint(&**disk)?.context("the checkpoint is gone")?;
             change_timeline::cut(place, &checkpoint)?;
             let prepared = resume(place, &identity, checkpoint, true)?;
-            state.end_coming_over(&**disk)?;
+            state.end_rejoining(&**disk)?;
             Ok(prepared)
         }
         (identity, _) => begin(place, identity, beginning),
@@ -149,7 +149,7 @@ pub fn prepare(place: &Place<'_>, beginning: Beginning) -> anyhow::Result<Prepar
 }
 
 /// Says what a person can do about a file that a start must read and cannot: what has no checksum,
-/// or is needed before the other nodes can be asked, is not mended.
+/// or is needed before the other nodes can be asked, is not repaired.
 pub fn explain(error: anyhow::Error, config: &Config) -> anyhow::Error {
     let state = StateDir(config.state_dir());
     let io_errors = || error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use standby_config::StorageSection;
 use standby_consensus::{Recovered, closing_with_blobs};
-use standby_filestorage::{BlobDir, Extent, FileStorage, Magic, Mend};
+use standby_filestorage::{BlobDir, Extent, FileStorage, Magic, Repair};
 use standby_types::{Disk, LogIndex, Oid, Transfer};
 use tracing::{info, warn};
 
@@ -57,12 +57,12 @@ pub fn open_whole(
     place: &Place<'_>,
     section: &StorageSection,
 ) -> anyhow::Result<(FileStorage, Oid)> {
-    let Place { disk, state, menders, .. } = *place;
+    let Place { disk, state, repairers, .. } = *place;
     let index = state.index(&section.name);
     if disk.exists(&index)? {
         disk.remove(&index)?;
     }
-    open_storage(place, section, Extent::Whole, menders.get(&section.name).cloned())
+    open_storage(place, section, Extent::Whole, repairers.get(&section.name).cloned())
 }
 
 /// Opens a data file as far as it counts; also returns its highest oid.
@@ -70,7 +70,7 @@ pub fn open_storage(
     place: &Place<'_>,
     section: &StorageSection,
     extent: Extent,
-    mend: Option<Mend>,
+    repair: Option<Repair>,
 ) -> anyhow::Result<(FileStorage, Oid)> {
     let Place { disk, state, .. } = *place;
     let path: &Path = &section.path;
@@ -83,13 +83,13 @@ pub fn open_storage(
         }
     };
     let index = state.index(&section.name);
-    let (storage, opened) = FileStorage::open_mending(
+    let (storage, opened) = FileStorage::open_repairing(
         disk.clone(),
         path,
         &index,
         Magic::Fs30,
         extent,
-        mend,
+        repair,
         &mut progress,
     )?;
     if opened.created {

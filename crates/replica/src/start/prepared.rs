@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use standby_consensus::{LogWriter, Recovered};
-use standby_filestorage::{BlobDir, FileStorage, Mend};
+use standby_filestorage::{BlobDir, FileStorage, Repair};
 use standby_types::NodeId;
 
 use crate::state_dir::Checkpoint;
@@ -36,5 +36,5 @@ pub struct Prepared {
     pub unconfirmed: bool,
 }
 
-/// Who mends damaged blocks of each storage.
-pub type Menders = BTreeMap<String, Mend>;
+/// Who repairs damaged blocks of each storage.
+pub type Repairers = BTreeMap<String, Repair>;

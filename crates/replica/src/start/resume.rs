@@ -22,7 +22,7 @@ pub fn resume(
     mut checkpoint: Checkpoint,
     cuts: bool,
 ) -> anyhow::Result<Prepared> {
-    let Place { config, disk, state, menders, .. } = *place;
+    let Place { config, disk, state, repairers, .. } = *place;
     check_identity(place, identity)?;
     let listed = |name: &String| config.storages.iter().any(|section| section.name == *name);
     let gone = checkpoint.storages.keys().find(|name| !listed(name));
@@ -86,8 +86,8 @@ pub fn resume(
     }
     let mut storages = BTreeMap::new();
     for (section, extent) in config.storages.iter().zip(extents) {
-        let mend = menders.get(&section.name).cloned();
-        let mut storage = open_storage(place, section, extent, mend)?.0;
+        let repair = repairers.get(&section.name).cloned();
+        let mut storage = open_storage(place, section, extent, repair)?.0;
         if let Some(point) = checkpoint.storages.get_mut(&section.name) {
             let dug = interrupted.as_ref().and_then(|holes| holes.get(&section.name));
             dug.iter().flat_map(|holes| holes.iter()).for_each(|hole| point.holes.add(*hole));

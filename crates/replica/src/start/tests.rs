@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use standby_filestorage::{BLOCK, Mend, Record, RecordData, Transaction, TransactionMeta};
+use standby_filestorage::{BLOCK, Record, RecordData, Repair, Transaction, TransactionMeta};
 use standby_types::disk::Open;
 use standby_types::memory::MemoryDisk;
 use standby_types::{Oid, Tid};
@@ -10,7 +10,7 @@ use standby_types::{Oid, Tid};
 use super::*;
 use crate::start::ground::Ground;
 
-/// Found by a simulation: until its first restart a node could not mend anything.
+/// Found by a simulation: until its first restart a node could not repair anything.
 #[test]
 fn row_28_a_new_node_mends_its_file_too() {
     let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
@@ -18,7 +18,7 @@ fn row_28_a_new_node_mends_its_file_too() {
         "<zeo>\n address 127.0.0.1:1\n</zeo>\n<filestorage>\n path /Data.fs\n</filestorage>\n";
     let asked = Arc::new(AtomicUsize::new(0));
     let (times, shared) = (asked.clone(), disk.clone());
-    let mend: Mend = Arc::new(move |block| {
+    let repair: Repair = Arc::new(move |block| {
         times.fetch_add(1, Ordering::Relaxed);
         let mut bytes = vec![0; BLOCK as usize];
         let file = shared.open(Path::new("/intact"), Open::Read).ok()?;
@@ -26,7 +26,7 @@ fn row_28_a_new_node_mends_its_file_too() {
         Some(bytes)
     });
     let mut ground = Ground::new(disk.clone(), text);
-    ground.menders.insert("1".to_owned(), mend);
+    ground.repairers.insert("1".to_owned(), repair);
     let prepared = prepare(&ground.place(), Beginning::Found).unwrap();
     let mut storages = prepared.storages;
     let storage = storages.get_mut("1").unwrap();

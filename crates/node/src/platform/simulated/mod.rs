@@ -22,7 +22,7 @@ use std::time::Duration;
 
 pub use net::{Latency, Network, TcpListener, TcpStream};
 pub use random::Random;
-use standby_filestorage::Mend;
+use standby_filestorage::Repair;
 use standby_types::disk::Open;
 use standby_types::memory::MemoryDisk;
 use standby_types::{Disk, File};
@@ -53,9 +53,9 @@ pub struct Host {
     pub device: AtomicU64,
     /// One message of consensus in so many is lost, comes twice or late; 0 for none.
     pub unreliable: AtomicU64,
-    /// Who mends damaged blocks. A node waits for the answer of others, which no other can give
+    /// Who repairs damaged blocks. A node waits for the answer of others, which no other can give
     /// while it waits: here it is looked up on their disks.
-    pub mend: Mutex<Option<Mend>>,
+    pub repair: Mutex<Option<Repair>>,
     random: Mutex<Random>,
 }
 
@@ -73,7 +73,7 @@ impl Host {
             free: AtomicU64::new(PLENTY),
             device: AtomicU64::new(0),
             unreliable: AtomicU64::new(0),
-            mend: Mutex::default(),
+            repair: Mutex::default(),
             random: Mutex::new(random),
         }
     }
@@ -96,9 +96,9 @@ fn current() -> Arc<Host> {
     CURRENT.with(|current| current.borrow().clone()).expect("outside of a simulated machine")
 }
 
-/// Who mends damaged blocks of this machine.
-pub fn mender() -> Option<Mend> {
-    current().mend.lock().unwrap_or_else(PoisonError::into_inner).clone()
+/// Who repairs damaged blocks of this machine.
+pub fn repairer() -> Option<Repair> {
+    current().repair.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// The time of day, since 1970.
