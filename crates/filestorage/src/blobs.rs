@@ -15,6 +15,8 @@
 //! of them: before a blob is read ([`BlobDir::look_at`]), and by whoever goes through all of them
 //! ([`BlobDir::checking`]).
 
+mod staging;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -25,6 +27,7 @@ use standby_types::disk::{Open, parent, read_all, read_full, replace};
 use standby_types::{Blob, BlobSource, Disk, File, Mutation, Oid, Tid, Transfer, Upload, mutation};
 
 use crate::StorageError;
+pub use crate::blobs::staging::{Staged, Staging};
 use crate::checksums::blobs::{BlobDamage, BlobId, BlobSums, sum_of};
 use crate::file::read::{Access, Reader};
 
@@ -648,62 +651,6 @@ fn remove_if_there(disk: &dyn Disk, path: &Path) -> io::Result<()> {
     match disk.remove(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
-    }
-}
-
-/// An upload while it is being written. Dropped, it leaves nothing.
-pub struct Staging {
-    file: Arc<dyn File>,
-    transfer: Transfer,
-    len: u64,
-    hash: Sha256,
-    staged: Option<Staged>,
-}
-
-impl Staging {
-    /// Adds bytes.
-    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_at(bytes, self.len)?;
-        self.hash.update(bytes);
-        self.len += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// Makes it durable under its staged name.
-    pub fn finish(mut self) -> Result<(Upload, Staged), StorageError> {
-        let Some(staged) = self.staged.take() else {
-            return Err(StorageError::io(Path::new(""), "finish")(io::ErrorKind::NotFound.into()));
-        };
-        let [part, whole] = &staged.paths.clone();
-        let failed = StorageError::io(whole, "write");
-        self.file.sync().map_err(&failed)?;
-        staged.disk.make_read_only(part).map_err(&failed)?;
-        staged.disk.rename(part, whole).map_err(&failed)?;
-        staged.disk.sync_dir(parent(whole)).map_err(&failed)?;
-        let sha256 = std::mem::take(&mut self.hash).finalize().into();
-        Ok((Upload { transfer: self.transfer, len: self.len, sha256 }, staged))
-    }
-}
-
-/// Keeps an upload on disk; when it is dropped, the file goes, unless it was [`Staged::keep`]ed.
-pub struct Staged {
-    disk: Arc<dyn Disk>,
-    paths: [PathBuf; 2],
-}
-
-impl Staged {
-    /// The file stays: the log names it.
-    pub fn keep(mut self) {
-        self.paths = Default::default();
-    }
-}
-
-impl Drop for Staged {
-    fn drop(&mut self) {
-        for path in self.paths.iter().filter(|path| !path.as_os_str().is_empty()) {
-            // What cannot be removed now goes at the next start.
-            let _ = remove_if_there(&*self.disk, path);
-        }
     }
 }
 

@@ -14,8 +14,10 @@
 
 mod backlog;
 mod broken;
+mod catch_up;
 mod hand_over;
 mod lease;
+mod outputs;
 mod witness;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -24,21 +26,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use raft::eraftpb::{Entry, EntryType, HardState, Message, MessageType};
+use raft::eraftpb::{Entry, HardState, Message, MessageType};
 use raft::{RawNode, StateRole};
 use standby_types::{Disk, LogIndex, Mutation, NodeId, Term, mutation};
-
-use crate::codec::Malformed;
-use crate::committed::{AppliedPoint, Committed, said};
-use crate::log::{Batch, Fetch, Fetched, LogError, LogView, Point, Recovered, Written};
-use crate::membership::{Change, Membership, decode_changes, encode_changes, to_raft};
-use crate::message::{PeerMessage, encode_message};
 
 use self::backlog::Backlog;
 pub use self::broken::Broken;
 use self::hand_over::Asked;
 use self::lease::{Heard, Patience};
 use self::witness::Witnesses;
+use crate::committed::{AppliedPoint, Committed, said};
+use crate::log::{Batch, Fetch, Fetched, LogError, LogView, Point, Recovered, Written};
+use crate::membership::{Change, Membership, encode_changes, to_raft};
+use crate::message::PeerMessage;
 
 /// Bytes of proposed entries that may be without a majority; then proposals are refused.
 const UNCOMMITTED_LEN: u64 = 64 << 20;
@@ -568,67 +568,6 @@ impl Consensus {
         let _ = self.raft.step(message);
     }
 
-    fn begin_catch_up(&mut self, message: Message, outputs: &mut Vec<Output>) {
-        let metadata = message.get_snapshot().get_metadata();
-        let data = message.get_snapshot().data.clone();
-        let Ok((membership, state)) = Membership::decode(data) else { return };
-        let target = AppliedPoint {
-            index: LogIndex(metadata.index),
-            term: Term(metadata.term),
-            membership,
-            state,
-            open_parts: false,
-        };
-        // The sender leads: hearing of it now must not end in an election.
-        let mut heartbeat = Message::default();
-        heartbeat.set_msg_type(MessageType::MsgHeartbeat);
-        (heartbeat.from, heartbeat.to) = (message.from, message.to);
-        heartbeat.term = message.term;
-        let _ = self.raft.step(heartbeat);
-        if self.catching_up.as_ref().is_some_and(|running| running.from == message.from) {
-            // Only a reminder.
-            return;
-        }
-        outputs.push(Output::CatchUp { from: NodeId(message.from), target });
-        self.catching_up = Some(message);
-    }
-
-    /// Asks the leader for what it has applied. Raft's own `request_snapshot` asks only if this
-    /// node's log ends in the leader's term, and would refuse all entries until the answer comes.
-    fn ask_for_catch_up(&mut self, outputs: &mut Vec<Output>) {
-        let raft = &self.raft.raft;
-        let (committed, last) = (raft.raft_log.committed, raft.raft_log.last_index());
-        let Ok(last_term) = raft.raft_log.term(last) else { return };
-        if raft.leader_id == 0 || raft.leader_id == raft.id {
-            return;
-        }
-        let mut message = Message::default();
-        message.set_msg_type(MessageType::MsgAppendResponse);
-        (message.from, message.to) = (raft.id, raft.leader_id);
-        message.term = raft.term;
-        message.index = last;
-        message.commit = committed;
-        message.reject = true;
-        (message.reject_hint, message.log_term) = (last, last_term);
-        message.request_snapshot = committed + 1;
-        self.send(vec![message], outputs);
-    }
-
-    /// Lets Raft begin from where a catch-up has led. That state is committed, so this is right in
-    /// any term, also in a later one than that of the leader who asked for it.
-    fn install(&mut self, mut message: Message) {
-        if message.term == self.raft.raft.term {
-            let _ = self.raft.step(message);
-            return;
-        }
-        if self.raft.raft.state != StateRole::Follower {
-            let term = self.raft.raft.term;
-            self.raft.raft.become_follower(term, 0);
-            self.patience.leader_lost();
-        }
-        self.raft.raft.restore(message.take_snapshot());
-    }
-
     fn persisted(&mut self, written: Written, outputs: &mut Vec<Output>) {
         self.raft.mut_store().placed(&written.entries);
         let mut number = 0;
@@ -677,178 +616,12 @@ impl Consensus {
         }
     }
 
-    /// Takes out of Raft what it is ready for.
-    fn flush(&mut self, outputs: &mut Vec<Output>) {
-        loop {
-            self.note_role(outputs);
-            if !self.raft.has_ready() {
-                break;
-            }
-            let mut ready = self.raft.ready();
-            let messages = ready.take_messages();
-            self.send(messages, outputs);
-            let mut batch = Batch { number: ready.number(), ..Batch::default() };
-            let snapshot = ready.snapshot().clone();
-            if !snapshot.is_empty() {
-                let metadata = snapshot.get_metadata();
-                let point = Point { index: LogIndex(metadata.index), term: Term(metadata.term) };
-                self.raft.mut_store().reset(point);
-                // The storage stands there already. Raft must not look for the entries before.
-                self.raft.raft.raft_log.applied = point.index.0;
-                self.held.clear();
-                self.backlog.clear();
-                if let Ok((membership, _)) = Membership::decode(snapshot.data.clone()) {
-                    self.membership = membership;
-                }
-                batch.reset = Some(point);
-            }
-            batch.entries = ready.take_entries();
-            self.raft.mut_store().append(&batch.entries);
-            let entries = ready.take_committed_entries();
-            let changes = entries.iter().any(|e| e.get_entry_type() != EntryType::EntryNormal);
-            // The commit index alone is not worth a sync: it is found again by election. But see
-            // the module's comment.
-            let mut must_sync = ready.must_sync() || changes;
-            if mutation::on(Mutation::ForgetVote)
-                && batch.entries.is_empty()
-                && batch.reset.is_none()
-            {
-                must_sync = false;
-            }
-            if mutation::on(Mutation::ApplyBeforeCommit) && !self.role.leads {
-                let early = batch.entries.iter().cloned().map(said).collect();
-                outputs.push(Output::Commit(early));
-            }
-            batch.hard_state = must_sync.then(|| self.raft.raft.hard_state());
-            for state in ready.take_read_states() {
-                let own = state.request_ctx.strip_prefix(&self.config.id.to_bytes());
-                if let Some(key) = own.and_then(|key| <[u8; 8]>::try_from(key).ok()) {
-                    let key = u64::from_be_bytes(key);
-                    outputs.push(Output::ReadIndex(key, LogIndex(state.index)));
-                }
-            }
-            let mut messages = ready.take_persisted_messages();
-            let at_once = messages.extract_if(.., |m| self.says_only_that_it_follows(m));
-            let at_once = at_once.collect();
-            self.send(at_once, outputs);
-            let number = ready.number();
-            let (term, since) = (self.raft.raft.term, self.last_step);
-            self.raft.advance_append_async(ready);
-            if !must_sync && self.unsent.is_empty() {
-                self.send(messages, outputs);
-                self.raft.on_persist_ready(number);
-            } else {
-                let unsent = Unsent { number, needs_disk: must_sync, term, since, messages };
-                self.unsent.push_back(unsent);
-            }
-            if must_sync {
-                outputs.push(Output::Persist(batch));
-            }
-            if changes || !self.held.is_empty() {
-                self.held.push_back((number, entries));
-            } else if !entries.is_empty() {
-                self.hand_out(entries, outputs);
-            }
-        }
-        let fetches = self.raft.mut_store().take_fetches();
-        outputs.extend(fetches.into_iter().map(Output::Fetch));
-        self.release_to_witnesses(outputs);
-    }
-
-    /// An answer to a heartbeat says nothing of entries. It needs the disk for a new term only; a
-    /// leader whose followers write for long would lose its lease otherwise, and no other leader
-    /// could do without their disks.
-    fn says_only_that_it_follows(&self, message: &Message) -> bool {
-        message.get_msg_type() == MessageType::MsgHeartbeatResponse
-            && message.term == self.durable_term
-    }
-
     /// How long the disk takes for a sync: the last one, or the one that it is at.
     fn sync_time(&self) -> Duration {
         let running = self.unsent.iter().find(|unsent| unsent.needs_disk);
         let running =
             running.map_or(Duration::ZERO, |first| self.last_step.saturating_sub(first.since));
         running.max(self.last_sync)
-    }
-
-    fn send(&mut self, messages: Vec<Message>, outputs: &mut Vec<Output>) {
-        for mut message in messages {
-            self.put_context(&mut message);
-            if message.get_msg_type() == MessageType::MsgSnapshot
-                && let Some(progress) = self.raft.raft.mut_prs().get_mut(message.to)
-            {
-                // Raft would send another one to a follower that has asked for this one and has it.
-                progress.pending_request_snapshot = raft::INVALID_INDEX;
-            }
-            if message.get_msg_type() == MessageType::MsgAppend
-                && self.membership.is_witness(NodeId(message.to))
-            {
-                self.witnesses.keep(self.last_step, message);
-            } else {
-                send(&message, outputs);
-            }
-        }
-    }
-
-    fn take_committed(&mut self, entries: Vec<Entry>) -> Vec<Committed> {
-        let mut committed = Vec::with_capacity(entries.len());
-        for entry in entries {
-            committed.push(match entry.get_entry_type() {
-                EntryType::EntryNormal => said(entry),
-                EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => {
-                    let (index, term) = (LogIndex(entry.index), Term(entry.term));
-                    self.apply_change(entry.context);
-                    Committed::Membership(index, term, self.membership.clone())
-                }
-            });
-        }
-        committed
-    }
-
-    /// Every node has the same log, so every node refuses the same changes here.
-    fn apply_change(&mut self, context: Bytes) {
-        let applied = decode_changes(context).map_err(|Malformed(_)| ()).and_then(|changes| {
-            let state = self.raft.apply_conf_change(&to_raft(&changes)).map_err(|_| ())?;
-            Ok(self.membership.changed(&state, &changes))
-        });
-        if let Ok(membership) = applied {
-            self.heard.retain(|id, _| membership.contains(*id));
-            self.membership = membership;
-        }
-    }
-
-    fn note_role(&mut self, outputs: &mut Vec<Output>) {
-        self.draw_election_timeout();
-        let raft = &self.raft.raft;
-        let leads = raft.state == StateRole::Leader;
-        // Who may not stand for election hears Raft say nothing of a leader that is silent.
-        let silent = !leads && self.leader_silence > 2 * self.config.election_ticks;
-        let role = Role {
-            term: Term(raft.term),
-            leader: (raft.leader_id != 0 && !silent).then_some(NodeId(raft.leader_id)),
-            leads,
-            serves: leads && raft.apply_to_current_term(),
-        };
-        if role == self.role {
-            return;
-        }
-        if self.handing_over && !(leads && raft.lead_transferee.is_some()) {
-            self.handing_over = false;
-            if self.role.leads && !leads {
-                // Goes forward soon, also if the other one dies now.
-                self.stand_in = Some(self.config.election_ticks / 2);
-            }
-        }
-        if role.leader.is_some() {
-            self.stand_in = None;
-        }
-        if role.term != self.role.term || role.leads != self.role.leads {
-            self.heard.clear();
-            self.begin_patience(leads);
-            self.witnesses.begin_term(self.last_step);
-        }
-        self.role = role;
-        outputs.push(Output::Role(role));
     }
 
     /// While nobody leads an election timeout is longer by what three syncs take: an election is
@@ -893,12 +666,6 @@ impl Consensus {
     #[cfg(test)]
     fn hard_state(&self) -> raft::eraftpb::HardState {
         self.raft.raft.hard_state()
-    }
-}
-
-fn send(message: &Message, outputs: &mut Vec<Output>) {
-    if let Some(bytes) = encode_message(message) {
-        outputs.push(Output::Send(NodeId(message.to), bytes));
     }
 }
 

@@ -16,7 +16,8 @@ use std::time::Duration;
 use raft::eraftpb::{EntryType, Message};
 use standby_types::NodeId;
 
-use super::{Consensus, Output, send};
+use super::outputs::send;
+use super::{Consensus, Output};
 
 /// Messages that are kept for one witness; more are dropped, and Raft sends again.
 const KEPT: usize = 1024;
