@@ -9,8 +9,8 @@ use standby_filestorage::{record_len, take_meta, take_record};
 fuzz_target!(|data: &[u8]| {
     let bytes = Bytes::copy_from_slice(data);
     if let Ok(message) = decode_message(bytes.clone()) {
-        for ending in message.closings_with_blobs() {
-            let _ = take_meta(&mut ending.head.clone());
+        for closing in message.closings_with_blobs() {
+            let _ = take_meta(&mut closing.head.clone());
         }
     }
     if let Ok(command) = Command::decode(bytes.clone()) {

@@ -80,7 +80,7 @@ impl ClosingEntry {
 pub fn closing_with_blobs(data: &Bytes) -> Option<ClosingEntry> {
     match data.first() {
         Some(b'b') => match Command::decode(data.clone()) {
-            Ok(Command::Transaction(ending)) => Some(ending),
+            Ok(Command::Transaction(closing)) => Some(closing),
             _ => None,
         },
         _ => None,
@@ -126,15 +126,15 @@ impl Command {
                 out.put_u8(b'p');
                 out.put_slice(bytes);
             }
-            Command::Transaction(ending) => {
-                out.put_u8(if ending.blobs.is_empty() { b't' } else { b'b' });
-                put_bytes(&mut out, ending.storage.as_bytes());
-                put_bytes(&mut out, &ending.head);
-                put_list(&mut out, ending.parts.iter(), |out, index| out.put_u64(index.0));
-                if !ending.blobs.is_empty() {
-                    put_list(&mut out, ending.blobs.iter(), put_blob);
+            Command::Transaction(closing) => {
+                out.put_u8(if closing.blobs.is_empty() { b't' } else { b'b' });
+                put_bytes(&mut out, closing.storage.as_bytes());
+                put_bytes(&mut out, &closing.head);
+                put_list(&mut out, closing.parts.iter(), |out, index| out.put_u64(index.0));
+                if !closing.blobs.is_empty() {
+                    put_list(&mut out, closing.blobs.iter(), put_blob);
                 }
-                out.put_slice(&ending.rest);
+                out.put_slice(&closing.rest);
             }
             Command::OidCeiling { storage, ceiling } => {
                 out.put_u8(b'c');
@@ -188,11 +188,11 @@ impl Command {
     fn len(&self) -> usize {
         match self {
             Command::Part(bytes) | Command::Setting(bytes) => bytes.len(),
-            Command::Transaction(ending) => {
-                ending.head.len()
-                    + ending.parts.len() * 8
-                    + ending.blobs.len() * 65
-                    + ending.rest.len()
+            Command::Transaction(closing) => {
+                closing.head.len()
+                    + closing.parts.len() * 8
+                    + closing.blobs.len() * 65
+                    + closing.rest.len()
             }
             Command::OidCeiling { .. } | Command::Pack { .. } => 0,
         }

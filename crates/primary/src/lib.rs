@@ -9,8 +9,8 @@
 //!
 //! - It owns the machine in one task, and performs the actions of a step in their order, all of
 //!   them, before the next step.
-//! - Inputs of this process's own tasks come before those of clients and other nodes that wait at the same time: whoever
-//!   was told of a commit finds its locks free.
+//! - Inputs of this process's own tasks come before those of clients and of other nodes that wait
+//!   at the same time: whoever was told of a commit finds its locks free.
 //! - [`Action::Persist`] is durable before [`Input::Persisted`] says so: an entry counts from then
 //!   on. [`Action::Send`] may be lost.
 //! - [`Action::Apply`] and [`Action::Read`] go to one task that does them in their order. It tells

@@ -316,9 +316,9 @@ impl Replica {
                 Arc::make_mut(&mut self.settings).apply(setting);
                 Ok(Done::Nothing)
             }
-            Command::Transaction(ending) => {
-                let parts = ending.parts.clone();
-                let applied = self.transaction(index, ending);
+            Command::Transaction(closing) => {
+                let parts = closing.parts.clone();
+                let applied = self.transaction(index, closing);
                 if !matches!(&applied, Err(error) if error.is_full()) {
                     // Whatever came of it, nobody asks for them again.
                     self.parts.remove(&parts);
@@ -331,27 +331,27 @@ impl Replica {
     fn transaction(
         &mut self,
         index: LogIndex,
-        ending: ClosingEntry,
+        closing: ClosingEntry,
     ) -> Result<Option<Applied>, ApplyError> {
         let malformed = |_| ApplyError::Malformed(index);
-        let meta = take_meta(&mut ending.head.clone()).map_err(malformed)?;
-        let unknown = || ApplyError::UnknownStorage(ending.storage.clone());
-        let stored = self.storages.get_mut(&ending.storage).ok_or_else(unknown)?;
+        let meta = take_meta(&mut closing.head.clone()).map_err(malformed)?;
+        let unknown = || ApplyError::UnknownStorage(closing.storage.clone());
+        let stored = self.storages.get_mut(&closing.storage).ok_or_else(unknown)?;
         let parts = &self.parts;
         if meta.tid <= stored.storage.mark().tid {
-            discard(stored.blobs.as_ref(), &ending.blobs)?;
+            discard(stored.blobs.as_ref(), &closing.blobs)?;
             return Ok(None);
         }
         let Stored { storage, blobs, ceiling, .. } = stored;
         let mut appender = match storage.begin(&meta) {
             Ok(appender) => appender,
             Err(error) => {
-                discard(blobs.as_ref(), &ending.blobs)?;
+                discard(blobs.as_ref(), &closing.blobs)?;
                 return Err(error.into());
             }
         };
         // A blob is there before the record that tells of it can be read.
-        place(blobs.as_ref(), &ending.storage, &ending.blobs, meta.tid)?;
+        place(blobs.as_ref(), &closing.storage, &closing.blobs, meta.tid)?;
         let mut oids = Vec::new();
         let mut pending = BytesMut::new();
         let mut take = |bytes: Bytes| -> Result<(), ApplyError> {
@@ -367,16 +367,16 @@ impl Replica {
             }
             Ok(())
         };
-        for part in &ending.parts {
+        for part in &closing.parts {
             take(parts.get(*part).map_err(ApplyError::Part)?)?;
         }
-        take(ending.rest)?;
+        take(closing.rest)?;
         if !pending.is_empty() {
             return Err(ApplyError::Malformed(index));
         }
         appender.finish()?;
         note_oids(ceiling, &oids);
-        Ok(Some(Applied { storage: ending.storage, tid: meta.tid, oids: oids.into() }))
+        Ok(Some(Applied { storage: closing.storage, tid: meta.tid, oids: oids.into() }))
     }
 
     /// Begins a transaction that comes from a peer instead of the log.

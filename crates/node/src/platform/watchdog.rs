@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// What systemd is asked for while the node starts: a large data file may have no index.
 const STARTING: Duration = Duration::from_secs(60);
 
-/// Counts the primary's machine's ticks.
+/// Counts the ticks of the primary's machine.
 #[derive(Default)]
 pub struct Pulse(AtomicU64);
 
@@ -37,7 +37,7 @@ impl Pulse {
     }
 }
 
-/// Gives signs of life while the primary's machine's pulse beats, and before there is one.
+/// Gives signs of life while the pulse of the primary's machine beats, and before there is one.
 #[derive(Clone, Default)]
 pub struct Watchdog(Arc<OnceLock<Arc<Pulse>>>);
 

@@ -58,14 +58,14 @@ impl Blobs {
     /// Entries are being applied: their blobs are uploads no more.
     pub(crate) fn committed(&mut self, entry: &Committed) {
         if let Committed::Command(_, _, data) = entry
-            && let Some(ending) = closing_with_blobs(data)
+            && let Some(closing) = closing_with_blobs(data)
         {
-            for upload in ending.uploads() {
+            for upload in closing.uploads() {
                 self.here.remove(&upload.transfer);
                 self.arrived.remove(&upload.transfer);
             }
-            if let Ok(meta) = take_meta(&mut ending.head.clone()) {
-                for blob in ending.blobs {
+            if let Ok(meta) = take_meta(&mut closing.head.clone()) {
+                for blob in closing.blobs {
                     self.here.remove(&Transfer::of_revision(blob.oid, meta.tid));
                 }
             }
@@ -99,14 +99,14 @@ impl Machine {
     /// The blobs of a message's entries that are not known to be here.
     fn missing(&self, message: &PeerMessage) -> Result<Vec<Wanted>> {
         let mut missing = Vec::new();
-        for ending in message.closings_with_blobs() {
-            let storage = &ending.storage;
+        for closing in message.closings_with_blobs() {
+            let storage = &closing.storage;
             if self.storages.contains_key(storage) && !self.facts.has_blobs(storage) {
-                return Err(ApplyError::NoBlobDir(ending.storage).into());
+                return Err(ApplyError::NoBlobDir(closing.storage).into());
             }
             // What means nothing is refused when it is applied.
-            let Ok(meta) = take_meta(&mut ending.head.clone()) else { continue };
-            for blob in &ending.blobs {
+            let Ok(meta) = take_meta(&mut closing.head.clone()) else { continue };
+            for blob in &closing.blobs {
                 let (oid, by) = (blob.oid, meta.tid);
                 let blob = match blob.source {
                     BlobSource::Upload(upload) => WantedBlob::Upload(upload, Some((oid, by))),
@@ -116,7 +116,7 @@ impl Machine {
                     BlobSource::Copy(_) => continue,
                 };
                 if !self.blobs.here.contains(&blob.transfer()) {
-                    missing.push(Wanted { storage: ending.storage.clone(), blob });
+                    missing.push(Wanted { storage: closing.storage.clone(), blob });
                 }
             }
         }

@@ -253,7 +253,7 @@ impl Machine {
         };
         let mut head = BytesMut::new();
         put_meta(&meta, &mut head);
-        let ending = ClosingEntry {
+        let closing = ClosingEntry {
             storage: outgoing.storage.clone(),
             head: head.freeze(),
             parts: outgoing.parts.clone(),
@@ -261,7 +261,7 @@ impl Machine {
             rest,
         };
         let caller = outgoing.caller.clone();
-        if self.propose(Command::Transaction(ending), Some(caller))?.is_none() {
+        if self.propose(Command::Transaction(closing), Some(caller))?.is_none() {
             self.commits.outgoing.push_front(outgoing);
             return Ok(false);
         }

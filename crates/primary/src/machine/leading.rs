@@ -7,8 +7,7 @@ use standby_types::{LogIndex, Mutation, NodeId, Oid, mutation};
 use tracing::{info, warn};
 
 use crate::Result;
-use crate::action::ServingState;
-use crate::action::{Action, Which};
+use crate::action::{Action, ServingState, Which};
 use crate::caller::Caller;
 use crate::machine::Machine;
 use crate::machine::commits::Pending;

@@ -213,14 +213,14 @@ impl Machine {
         let meta = TransactionMeta { description: text.into(), ..TransactionMeta::new(tid) };
         let mut head = BytesMut::new();
         put_meta(&meta, &mut head);
-        let ending = ClosingEntry {
+        let closing = ClosingEntry {
             storage: storage.into(),
             head: head.freeze(),
             parts: Vec::new(),
             blobs: Vec::new(),
             rest: Bytes::new(),
         };
-        let proposed = self.propose(Command::Transaction(ending), None)?.is_some();
+        let proposed = self.propose(Command::Transaction(closing), None)?.is_some();
         if proposed && let Some(committing) = self.storages.get_mut(storage) {
             committing.last_tid = tid;
         }

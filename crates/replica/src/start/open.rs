@@ -22,9 +22,9 @@ pub fn open_blobs(
     let Place { config, disk, state, .. } = *place;
     let mut needed: BTreeMap<String, BTreeSet<Transfer>> = BTreeMap::new();
     for (_, data) in recovered.data_after(&**disk, &state.log(), applied)? {
-        let Some(ending) = closing_with_blobs(&data) else { continue };
-        let transfers: Vec<_> = ending.uploads().map(|upload| upload.transfer).collect();
-        needed.entry(ending.storage).or_default().extend(transfers);
+        let Some(closing) = closing_with_blobs(&data) else { continue };
+        let transfers: Vec<_> = closing.uploads().map(|upload| upload.transfer).collect();
+        needed.entry(closing.storage).or_default().extend(transfers);
     }
     let mut opened = BTreeMap::new();
     for section in &config.storages {

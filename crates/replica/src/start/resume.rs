@@ -156,9 +156,9 @@ fn logged_tids(
     let Place { disk, state, .. } = *place;
     let mut tids = Vec::new();
     for (index, data) in recovered.data_after(&**disk, &state.log(), applied)? {
-        if let Ok(Command::Transaction(ending)) = Command::decode(data)
-            && ending.storage == storage
-            && let Ok(meta) = take_meta(&mut ending.head.clone())
+        if let Ok(Command::Transaction(closing)) = Command::decode(data)
+            && closing.storage == storage
+            && let Ok(meta) = take_meta(&mut closing.head.clone())
         {
             tids.push((index, meta.tid));
         }
