@@ -57,6 +57,15 @@ pub enum Change {
 }
 
 impl Membership {
+    /// Fails if an invariant does not hold: who votes is no learner, and everybody is a member.
+    pub fn invariants(&self) {
+        assert!(self.voters.is_disjoint(&self.learners), "a voter is a learner");
+        assert!(self.learners_next.is_subset(&self.outgoing), "a learner to be is no voter");
+        let all = [&self.voters, &self.outgoing, &self.learners];
+        let all: BTreeSet<NodeId> = all.into_iter().flatten().copied().collect();
+        assert!(all.iter().eq(self.members.keys()), "the members are others");
+    }
+
     /// A cluster of one.
     pub fn founded_by(member: Member) -> Membership {
         Membership {

@@ -306,7 +306,12 @@ impl Machine {
 
     /// Fails if an invariant does not hold.
     fn invariants(&self) {
+        self.consensus.invariants();
         self.commits.invariants(self.consensus.last_index());
+        self.blobs.invariants();
+        self.readers.invariants();
+        assert_eq!(self.lease.is_some(), self.serves(), "the lease says who serves");
+        assert!(self.role.serves || !self.opening, "a timeline is opened by a replica");
         let idle = self.commits.is_idle() && self.packs.is_empty();
         assert!(self.role.serves || idle, "something is under way, and this node is not primary");
         for (name, storage) in &self.storages {

@@ -278,7 +278,17 @@ impl Replica {
             },
         };
         (self.index, self.term) = (index, term);
+        if cfg!(debug_assertions) {
+            self.invariants();
+        }
         Ok(applied)
+    }
+
+    /// Fails if an invariant does not hold.
+    fn invariants(&self) {
+        self.membership.invariants();
+        let begins = self.log_begins_after;
+        assert!(begins.is_none_or(|after| after <= self.index), "the log begins in the future");
     }
 
     fn decoded(&mut self, index: LogIndex, data: Bytes) -> Result<Done, ApplyError> {

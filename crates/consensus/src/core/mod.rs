@@ -332,6 +332,15 @@ impl Consensus {
             .collect()
     }
 
+    /// Fails if an invariant does not hold: for builds with debug assertions, after each step.
+    pub fn invariants(&self) {
+        self.raft.store().invariants();
+        self.membership.invariants();
+        let Role { leads, serves, leader, .. } = self.role;
+        assert!(leads || !serves, "this node serves and does not lead");
+        assert!(!leads || leader == Some(self.config.id), "this node leads, and another one does");
+    }
+
     /// What this node is.
     pub fn role(&self) -> Role {
         self.role

@@ -253,6 +253,24 @@ impl LogView {
     fn last(&self) -> u64 {
         self.start.index.0 + self.slots.len() as u64
     }
+
+    /// Fails if an invariant does not hold. Of a long log only some slots are looked at.
+    pub fn invariants(&self) {
+        const SOME: usize = 64;
+        assert!(self.evicted <= self.slots.len(), "more is dropped than is there");
+        let around = self.evicted.saturating_sub(SOME)..self.slots.len().min(self.evicted + SOME);
+        let last = self.slots.len().saturating_sub(SOME)..self.slots.len();
+        for (at, slot) in around.chain(last).map(|at| (at, &self.slots[at])) {
+            assert!(slot.entry.is_some() || slot.place.is_some(), "slot {at} is nowhere");
+            assert!(at >= self.evicted || slot.entry.is_none(), "slot {at} is not dropped");
+            let before = at.checked_sub(1).map_or(self.start.term, |at| self.slots[at].term);
+            assert!(before <= slot.term, "the term goes back at slot {at}");
+        }
+        if self.slots.len() <= SOME {
+            let lens = self.slots.iter().filter_map(|slot| Some(slot.entry.as_ref()?.data.len()));
+            assert_eq!(self.cached, lens.sum::<usize>(), "bytes in memory");
+        }
+    }
 }
 
 impl Storage for LogView {

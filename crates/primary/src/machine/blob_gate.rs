@@ -44,6 +44,13 @@ pub(crate) struct Blobs {
 }
 
 impl Blobs {
+    /// Fails if an invariant does not hold.
+    pub(crate) fn invariants(&self) {
+        assert!(self.forgotten.is_subset(&self.fetching), "what is forgotten was not fetched");
+        assert!(self.held.len() <= HELD, "messages that are held back");
+        assert!(self.here.len() <= REMEMBERED && self.arrived.len() <= REMEMBERED, "uploads");
+    }
+
     /// This node is not primary any more.
     pub(crate) fn demoted(&mut self) {
         self.waiting.clear();

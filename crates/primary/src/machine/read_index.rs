@@ -50,6 +50,11 @@ struct Question {
 }
 
 impl Readers {
+    /// Fails if an invariant does not hold.
+    pub(crate) fn invariants(&self) {
+        assert!(self.asked.keys().all(|number| *number <= self.last_number), "a later question");
+    }
+
     /// Questions are numbered from `first` on: the primary must not take one for one of a former
     /// process.
     pub(crate) fn new(first: u64) -> Readers {
