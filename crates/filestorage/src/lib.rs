@@ -1,8 +1,8 @@
 //! ZODB's `Data.fs`, the format of `ZODB.FileStorage`: read, append, recover, index.
 //!
-//! A [`FileStorage`] is the one writer of a file; any number of [`Reader`]s look into it at the
-//! same time. What a reader sees is always a whole number of transactions. Everything blocks,
-//! and goes through [`standby_types::Disk`].
+//! A [`FileStorage`] is the one writer of a file, but for repairs of damaged blocks; any number of
+//! [`Reader`]s look into it at the same time. What a reader sees is always a whole number of
+//! transactions. Everything blocks, and goes through [`standby_types::Disk`].
 //!
 //! Reading order: `file/` (`format.rs`: the bytes; `scan.rs`: walking over a file, telling a torn
 //! tail from damage; `open.rs`, `read.rs`, `append.rs`, `iterate.rs`, `history.rs`, `holes.rs`,

@@ -2,8 +2,9 @@
 //! gets which oids, who is a member and who votes, when the primary changes, and when this node had
 //! better not be primary.
 //!
-//! [`Machine::step`] takes one [`Input`] and returns [`Action`]s. The machine reads no clock, no
-//! file and no socket; what it may know beside its inputs it asks of [`Facts`].
+//! [`Machine::step`] takes one [`Input`] and returns [`Action`]s. The machine reads no clock and no
+//! socket, and of files only the log, where [`standby_consensus`] says that it does. What it may
+//! know beside its inputs it asks of [`Facts`].
 //!
 //! What the caller must do:
 //!

@@ -1,6 +1,7 @@
 //! The thread that applies committed entries and tells the clients.
 //!
-//! It is the only writer of the data files. What it is asked for is done in order, so a `register`
+//! It is the only writer of the data files, but for the repair of a damaged block, which writes the
+//! bytes that were there before. What it is asked for is done in order, so a `register`
 //! is answered when all that was committed before it is visible, and each session hears of every
 //! transaction after the one that `register` named, once, in order.
 
