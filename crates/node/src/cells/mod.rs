@@ -1,5 +1,6 @@
 //! What the tasks of a node share, and what they tell each other. Nothing here runs by itself.
 
+pub(crate) mod acknowledged;
 pub(crate) mod announcement;
 pub(crate) mod apply_task;
 pub(crate) mod client_errors;

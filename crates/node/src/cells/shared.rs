@@ -20,6 +20,7 @@ use standby_zeo::{MakeSpill, Retention, Value};
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info};
 
+use crate::cells::acknowledged::Acknowledged;
 use crate::cells::apply_task::ApplyTask;
 use crate::cells::disk_space::Room;
 use crate::cells::events::{Event, TaskReport};
@@ -121,6 +122,8 @@ pub struct Shared {
     pub helpers: Arc<RepairSources>,
     /// What this node has lost by leaving timelines.
     pub lost: Vec<LostTail>,
+    /// Up to where each node has acknowledged what is committed.
+    pub acknowledged: Acknowledged,
     /// When the process started, since 1970.
     pub started: Duration,
     clock: Instant,
@@ -132,8 +135,7 @@ pub struct Shared {
     secrets: Mutex<Secrets>,
     /// What a founding waits for.
     founding: Mutex<Option<String>>,
-    /// Up to where each node has acknowledged what is committed.
-    acknowledged: Mutex<BTreeMap<NodeId, LogIndex>>,
+
     /// The last entry of the log that is durable.
     log_end: AtomicU64,
     applied: AtomicU64,
@@ -196,7 +198,10 @@ impl Shared {
             catch_up: Mutex::default(),
             secrets: Mutex::new(standby.map_or_else(Secrets::none, |s| s.secrets.clone())),
             founding: Mutex::default(),
-            acknowledged: Mutex::new(prepared.checkpoint.acknowledged.clone()),
+            acknowledged: Acknowledged::new(
+                prepared.checkpoint.settings.lineage.clone(),
+                prepared.checkpoint.acknowledged.clone(),
+            ),
             log_end: AtomicU64::new(prepared.recovered.last_index().0),
             applied: AtomicU64::new(prepared.checkpoint.index.0),
             unconfirmed: AtomicBool::new(prepared.unconfirmed),
@@ -256,42 +261,6 @@ impl Shared {
             info!("{text}");
         }
         *founding = waits;
-    }
-
-    /// Up to where a node has acknowledged what is committed, as far as this one knows.
-    pub fn acknowledged(&self, node: NodeId) -> LogIndex {
-        lock(&self.acknowledged).get(&node).copied().unwrap_or(LogIndex(0))
-    }
-
-    /// The same of all nodes.
-    pub fn all_acknowledged(&self) -> BTreeMap<NodeId, LogIndex> {
-        lock(&self.acknowledged).clone()
-    }
-
-    /// Another timeline begins, with a log of its own.
-    pub fn forget_acknowledged(&self) {
-        lock(&self.acknowledged).clear();
-    }
-
-    /// Who is no member any more has no promises to keep.
-    pub fn retain_acknowledged(&self, is_member: impl Fn(NodeId) -> bool) {
-        lock(&self.acknowledged).retain(|id, _| is_member(*id));
-    }
-
-    /// The primary, or this node itself, knows this of the members.
-    pub fn add_acknowledged(&self, found: impl IntoIterator<Item = (NodeId, LogIndex)>) {
-        let mut known = lock(&self.acknowledged);
-        for (node, index) in found {
-            let entry = known.entry(node).or_default();
-            *entry = index.max(*entry);
-        }
-    }
-
-    /// Takes what another node says of the same log.
-    pub fn note_acknowledged(&self, report: &NodeReport) {
-        if report.lineage() == &self.settings().lineage {
-            self.add_acknowledged(report.acknowledged());
-        }
     }
 
     /// What this node waits for to become a member, if it is none.
@@ -426,6 +395,7 @@ impl Shared {
     /// It is another now.
     pub fn set_settings(&self, settings: Arc<Settings>) {
         let unsealed = settings.level() < SEALED_LEVEL;
+        self.acknowledged.begin(&settings.lineage);
         *lock(&self.settings) = settings;
         let was_unsealed = self.unsealed.swap(unsealed, Ordering::AcqRel);
         if was_unsealed && !unsealed && matches!(self.wire, Wire::Sealed(_)) {
@@ -488,7 +458,7 @@ impl Shared {
             .waiting((!moment.is_member).then(|| self.waits()).flatten(), self.peers.refusals())
             .under_way(self.percents(|storage| &storage.packing), lock(&self.catch_up).clone())
             .room(self.room.reason(), &self.memory)
-            .acknowledging(self.all_acknowledged())
+            .acknowledging(self.acknowledged.all())
             .history(self.holes(), self.percents(|storage| &storage.backfilling))
             .lost(self.lost.clone())
             .damage(self.damage(), self.differences())

@@ -139,7 +139,7 @@ fn welcome(shared: &Shared, info: &PeerInfo) -> Welcome {
     if shared.belongs() {
         members.insert(shared.member.peer_address.clone());
     }
-    let acknowledged = shared.acknowledged(info.id()).0;
+    let acknowledged = shared.acknowledged.of(info.id()).0;
     Welcome { members: members.into_iter().collect(), acknowledged }
 }
 
@@ -228,7 +228,7 @@ async fn receive_all(
                     shared.reports.forget(from);
                     return Err(PeerError::Protocol("the node was removed".into()));
                 }
-                shared.note_acknowledged(&report);
+                shared.acknowledged.note(report.lineage(), report.acknowledged());
                 shared.reports.note(from, *report);
             }
             LinkFrame::Announced(announcement) => {

@@ -172,7 +172,7 @@ impl Applier {
 
     /// What the storages hold now, with what this node knows of the others.
     fn checkpoint(&self) -> Option<Checkpoint> {
-        let acknowledged = self.shared.all_acknowledged();
+        let acknowledged = self.shared.acknowledged.all();
         self.replica.checkpoint().map(|checkpoint| Checkpoint { acknowledged, ..checkpoint })
     }
 
@@ -235,7 +235,7 @@ impl Applier {
         self.entries(entries.into_iter().map(|entry| (entry, None)).collect()).await?;
         self.replica.begin_timeline(promotion, &certain)?;
         // What was acknowledged of the former timeline's log says nothing of this one's.
-        self.shared.forget_acknowledged();
+        self.shared.acknowledged.begin(&self.replica.settings().lineage);
         let checkpoint = self.checkpoint().context("parts are open in a new timeline")?;
         self.write_checkpoint(&checkpoint).await?;
         self.report(Vec::new());

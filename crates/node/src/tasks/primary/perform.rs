@@ -114,9 +114,9 @@ impl Primary {
             Action::Learn(addresses) => learn(shared, addresses, true),
             Action::Refuse { id, node, reason } => shared.peers.refuse(id, node, reason),
             Action::LetIn(id) => shared.peers.let_in(id),
-            Action::Acknowledged(known) => shared.add_acknowledged(known),
+            Action::Acknowledged(known) => shared.acknowledged.add(known),
             Action::RetainAcknowledged(members) => {
-                shared.retain_acknowledged(|id| members.contains(&id));
+                shared.acknowledged.retain(|id| members.contains(&id));
             }
 
             Action::Serve(state) => {
