@@ -33,7 +33,7 @@ fuzz_target!(|data: &[u8]| {
                     Effect::Close(_) => return,
                     Effect::Register { .. } => session.registered(true),
                     Effect::Vote(_) => {
-                        session.take_later().unwrap_or_default();
+                        session.take_deferred().unwrap_or_default();
                         let _: Option<Bytes> =
                             session.voted(VoteOutcome::Answer(VoteAnswer::Voted));
                     }
