@@ -105,6 +105,8 @@ pub struct Machine {
     /// The names of the storages.
     pub(crate) names: Arc<[String]>,
     pub(crate) storages: BTreeMap<String, Committing>,
+    /// Transactions have come or gone, or have got their locks, since the caller last counted them.
+    pub(crate) transactions_changed: bool,
     pub(crate) ceilings: BTreeMap<String, Oid>,
     pub(crate) applied: LogIndex,
     pub(crate) commits: Commits,
@@ -217,6 +219,7 @@ impl Machine {
             outputs: VecDeque::new(),
             performing: false,
             actions: Vec::new(),
+            transactions_changed: false,
             ceilings,
             applied,
             commits: Commits::default(),
@@ -271,6 +274,12 @@ impl Machine {
     /// What administrators have decided.
     pub fn settings(&self) -> &Arc<Settings> {
         &self.settings
+    }
+
+    /// True if what [`Machine::transactions`] tells may have changed since this was last asked: to
+    /// count them takes as long as they are many.
+    pub fn take_transactions_changed(&mut self) -> bool {
+        std::mem::take(&mut self.transactions_changed)
     }
 
     /// Of each storage, the votes that wait for locks and the transactions between vote and the

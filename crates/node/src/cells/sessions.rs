@@ -132,6 +132,11 @@ impl SessionHandle {
         !self.read_write.load(Ordering::Acquire)
     }
 
+    /// True if it may write, and is not about to end as soon as its replies are sent.
+    pub fn is_staying_writer(&self) -> bool {
+        !self.is_reader() && !self.departing.load(Ordering::Acquire)
+    }
+
     /// Its address, and its label (`client-label`) if it has one.
     pub fn who(&self) -> String {
         match self.label.get().filter(|label| !label.is_empty()) {
@@ -296,9 +301,7 @@ impl Sessions {
 
     /// Sends all clients that may write away, but those that are departing.
     pub fn send_all_writers_away(&self, reason: &str) -> usize {
-        self.send_away(reason, |session| {
-            !session.is_reader() && !session.departing.load(Ordering::Acquire)
-        })
+        self.send_away(reason, SessionHandle::is_staying_writer)
     }
 
     /// The sessions that may write.

@@ -174,12 +174,18 @@ impl Primary {
                 action => self.perform(action)?,
             }
         }
+        if self.machine.take_transactions_changed() {
+            self.count_transactions();
+        }
+        Ok(None)
+    }
+
+    fn count_transactions(&self) {
         for (name, waiting, active) in self.machine.transactions() {
             if let Some(storage) = self.shared.storages.get(name) {
                 storage.stats.waiting.store(waiting, Ordering::Relaxed);
                 storage.stats.active.store(active, Ordering::Relaxed);
             }
         }
-        Ok(None)
     }
 }

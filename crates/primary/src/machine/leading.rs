@@ -115,6 +115,7 @@ impl Machine {
             committing.transactions.clear();
             committing.oids = None;
         }
+        self.transactions_changed = true;
         self.members.decided = LogIndex(0);
         // What they wait for may be lost: whoever asked is told that the primary has changed.
         for watch in std::mem::take(&mut self.watches) {

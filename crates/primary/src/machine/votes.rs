@@ -48,6 +48,7 @@ impl Machine {
         change: impl FnOnce(&mut Transactions) -> Vec<SessionId>,
     ) {
         let Some(committing) = self.storages.get_mut(storage) else { return };
+        self.transactions_changed = true;
         let mut complete = VecDeque::from(change(&mut committing.transactions));
         while let Some(session) = complete.pop_front() {
             complete.extend(self.examine(storage, session));

@@ -278,6 +278,8 @@ pub struct World {
     /// Names of tids, in the order in which they appeared.
     tids: Vec<Tid>,
     asked: u64,
+    /// Sessions so far.
+    connected: u64,
     /// What has happened since the last command.
     pub said: Vec<String>,
 }
@@ -515,7 +517,8 @@ impl World {
 
     /// A new session of this name at a node.
     pub fn connect(&mut self, name: &str, at: usize, writes: bool) -> SessionId {
-        let id = SessionId(self.sessions.len() as u64 + 1 + self.asked * 1000);
+        self.connected += 1;
+        let id = SessionId(self.connected);
         let session = Session { node: at, id, writes, busy: false, tid: None, leaving: false };
         self.sessions.insert(name.into(), session);
         self.known(at).names.insert(id, name.into());

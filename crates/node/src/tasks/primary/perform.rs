@@ -202,7 +202,7 @@ fn is(session: &SessionHandle, which: Which) -> bool {
     match which {
         Which::All => true,
         Which::Readers => session.is_reader(),
-        Which::Writers => !session.is_reader() && !session.departing.load(Ordering::Acquire),
+        Which::Writers => session.is_staying_writer(),
         Which::Settled => session.settled.load(Ordering::Acquire),
     }
 }
