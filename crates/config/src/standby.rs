@@ -238,62 +238,76 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("{text:?} is not a number of seconds"))
 }
 
+fn profile(text: &str) -> Result<Profile, String> {
+    match text {
+        "lan" => Ok(Profile::Lan),
+        "wan" => Ok(Profile::Wan),
+        "auto" => Ok(Profile::Auto),
+        _ => Err(format!("{text:?} is not a profile: lan, wan, auto")),
+    }
+}
+
+/// `NAME HOST:PORT GROUP [witness]`
+fn member(text: &str) -> Result<MemberLine, String> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    match words[..] {
+        [name, address, group] | [name, address, group, "witness"] => Ok(MemberLine {
+            name: word(name)?,
+            address: Address::parse(address)?,
+            group: word(group)?,
+            witness: words.len() == 4,
+        }),
+        _ => Err(format!("{text:?} is not of the form NAME HOST:PORT GROUP [witness]")),
+    }
+}
+
+fn read_members(section: &Section, reader: &SectionReader) -> Result<Vec<MemberLine>, ConfigError> {
+    let mut members: Vec<MemberLine> = Vec::new();
+    for (_, text, line) in section.keys.iter().filter(|(key, _, _)| key == "member") {
+        let member = member(text).map_err(|m| reader.error(*line, format!("member: {m}")))?;
+        let is_same =
+            |other: &MemberLine| other.name == member.name || other.address == member.address;
+        if members.iter().any(is_same) {
+            return Err(reader.error(*line, "member: this name or address stands there twice"));
+        }
+        members.push(member);
+    }
+    Ok(members)
+}
+
+/// What a `<standby>` section may say.
+const KEYS: &[&str] = &[
+    "cluster",
+    "node",
+    "group",
+    "state-dir",
+    "read-only-address",
+    "peer-address",
+    "admin-address",
+    "member",
+    "secret-file",
+    "profile",
+    "log-tail",
+    "join",
+    "join-token",
+    "witness",
+    "max-staleness",
+    "future-tids",
+    "client-memory",
+    "transaction-objects",
+    "transaction-size",
+    "catch-up-rate",
+    "recovery",
+    "reserve",
+    "scrub-rate",
+];
+
 impl Checker {
     pub(super) fn standby(&mut self, section: &Section) -> Result<Standby, ConfigError> {
-        let mut reader = self.reader(
-            section,
-            &[
-                "cluster",
-                "node",
-                "group",
-                "state-dir",
-                "read-only-address",
-                "peer-address",
-                "admin-address",
-                "member",
-                "secret-file",
-                "profile",
-                "log-tail",
-                "join",
-                "join-token",
-                "witness",
-                "max-staleness",
-                "future-tids",
-                "client-memory",
-                "transaction-objects",
-                "transaction-size",
-                "catch-up-rate",
-                "recovery",
-                "reserve",
-                "scrub-rate",
-            ],
-        )?;
+        let mut reader = self.reader(section, KEYS)?;
         reader.sections(&["peer-ssl"])?;
         let peer_ssl = section.sections.first().map(|inner| self.ssl(inner)).transpose()?;
-        let member = |text: &str| {
-            let words: Vec<&str> = text.split_whitespace().collect();
-            match words[..] {
-                [name, address, group] | [name, address, group, "witness"] => Ok(MemberLine {
-                    name: word(name)?,
-                    address: Address::parse(address)?,
-                    group: word(group)?,
-                    witness: words.len() == 4,
-                }),
-                _ => Err(format!("{text:?} is not of the form NAME HOST:PORT GROUP [witness]")),
-            }
-        };
-        let mut members: Vec<MemberLine> = Vec::new();
-        for (_, text, line) in section.keys.iter().filter(|(key, _, _)| key == "member") {
-            let line_read =
-                member(text).map_err(|m| reader.error(*line, format!("member: {m}")))?;
-            if members
-                .iter()
-                .any(|other| other.name == line_read.name || other.address == line_read.address)
-            {
-                return Err(reader.error(*line, "member: this name or address stands there twice"));
-            }
-            members.push(line_read);
-        }
+        let members = read_members(section, &reader)?;
         let node = reader.required("node", word)?;
         let group = reader.required("group", word)?;
         let peer_address = reader.required("peer-address", Address::parse)?;
@@ -302,26 +316,17 @@ impl Checker {
         let join_token = reader.get("join-token", word)?;
         let witness = reader.boolean("witness", false)?;
         let me = MemberLine { name: node, address: peer_address, group, witness };
-        match (!join.is_empty(), members.is_empty()) {
-            (true, false) => {
-                let message = "\"member\" lines found a cluster, \"join\" names a member of one \
-                               that is there: one of the two";
-                return Err(reader.error(section.line, message));
-            }
-            (true, true) if join_token.is_none() => {
-                let message =
-                    "\"join\" needs a \"join-token\": standby node add NAME on a member prints it";
-                return Err(reader.error(section.line, message));
-            }
-            (true, true) => {}
-            (false, _) => check_members(&reader, &members, &me)?,
+        if join.is_empty() {
+            check_members(&reader, &members, &me)?;
+        } else if !members.is_empty() {
+            let message = "\"member\" lines found a cluster, \"join\" names a member of one that \
+                           is there: one of the two";
+            return Err(reader.error(section.line, message));
+        } else if join_token.is_none() {
+            let message =
+                "\"join\" needs a \"join-token\": standby node add NAME on a member prints it";
+            return Err(reader.error(section.line, message));
         }
-        let profile = |text: &str| match text {
-            "lan" => Ok(Profile::Lan),
-            "wan" => Ok(Profile::Wan),
-            "auto" => Ok(Profile::Auto),
-            _ => Err(format!("{text:?} is not a profile: lan, wan, auto")),
-        };
         let secret = |file: &str| Ok((Secrets::read(Path::new(file))?, PathBuf::from(file)));
         let secret = reader.get("secret-file", secret)?;
         let others = members.iter().map(|m| &m.address).chain(&join);

@@ -33,83 +33,105 @@ pub struct Section {
 /// Reads the text of a file.
 pub fn parse(file: &Path, text: &str) -> Result<Section, ConfigError> {
     let file = file.display().to_string();
-    let mut definitions = HashMap::new();
-    let mut open = vec![Section { line: 1, ..Section::default() }];
-    for (nth, raw) in text.lines().enumerate() {
+    let mut parser = Parser {
+        definitions: HashMap::new(),
+        open: vec![Section { line: 1, ..Section::default() }],
+    };
+    for (nth, text) in text.lines().enumerate() {
         let line = nth + 1;
         let error = |message: String| ConfigError { file: file.clone(), line, message };
-        let text = raw.trim();
-        if text.is_empty() || text.starts_with('#') {
-            continue;
-        }
-        if let Some(directive) = text.strip_prefix('%') {
-            let mut words = directive.splitn(3, char::is_whitespace);
-            match (words.next(), words.next()) {
-                (Some("define"), Some(name)) => {
-                    let value = substitute(words.next().unwrap_or("").trim(), &definitions)
-                        .map_err(error)?;
-                    definitions.insert(name.to_lowercase(), value);
-                }
-                (Some("import"), Some(_)) => {}
-                _ => {
-                    let message = format!(
-                        "unknown directive %{directive}; known are %define NAME VALUE and %import"
-                    );
-                    return Err(error(message));
-                }
-            }
-        } else if let Some(header) = text.strip_prefix("</") {
-            let kind = header.trim_end_matches('>').trim().to_lowercase();
-            let closed = open.pop().unwrap_or_default();
-            match open.last_mut() {
-                Some(parent) if closed.kind == kind => parent.sections.push(closed),
-                Some(_) => {
-                    let message = format!(
-                        "</{kind}> closes nothing: <{}> of line {} is open",
-                        closed.kind, closed.line
-                    );
-                    return Err(error(message));
-                }
-                None => return Err(error(format!("</{kind}> closes nothing"))),
-            }
-        } else if let Some(header) = text.strip_prefix('<') {
-            let Some(header) = header.strip_suffix('>') else {
-                return Err(error(format!("the section header {text:?} has no closing '>'")));
-            };
-            let (header, empty) = match header.strip_suffix('/') {
-                Some(header) => (header, true),
-                None => (header, false),
-            };
-            let mut words = header.split_whitespace();
-            let section = Section {
-                kind: words.next().unwrap_or("").to_lowercase(),
-                name: words.next().map(str::to_lowercase),
-                line,
-                ..Section::default()
-            };
-            if section.kind.is_empty() || words.next().is_some() {
-                return Err(error(format!(
-                    "{text:?} is not a section header: <TYPE> or <TYPE NAME>"
-                )));
-            }
-            match open.last_mut() {
-                Some(parent) if empty => parent.sections.push(section),
-                _ => open.push(section),
-            }
-        } else {
-            let (key, value) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-            let value = substitute(value.trim(), &definitions).map_err(error)?;
-            if let Some(section) = open.last_mut() {
-                section.keys.push((key.to_lowercase(), value, line));
-            }
-        }
+        parser.line(line, text.trim()).map_err(error)?;
     }
-    match open.pop() {
-        Some(top) if open.is_empty() => Ok(top),
+    match parser.open.pop() {
+        Some(top) if parser.open.is_empty() => Ok(top),
         unclosed => {
             let section = unclosed.unwrap_or_default();
             let message = format!("<{}> is not closed", section.kind);
             Err(ConfigError { file, line: section.line, message })
+        }
+    }
+}
+
+/// What the lines so far have said.
+struct Parser {
+    definitions: HashMap<String, String>,
+    /// The sections that are not closed, each in the one before; the first is the file.
+    open: Vec<Section>,
+}
+
+impl Parser {
+    fn line(&mut self, line: usize, text: &str) -> Result<(), String> {
+        if text.is_empty() || text.starts_with('#') {
+            return Ok(());
+        }
+        if let Some(directive) = text.strip_prefix('%') {
+            self.directive(directive)
+        } else if let Some(header) = text.strip_prefix("</") {
+            self.close(&header.trim_end_matches('>').trim().to_lowercase())
+        } else if let Some(header) = text.strip_prefix('<') {
+            let header = header
+                .strip_suffix('>')
+                .ok_or_else(|| format!("the section header {text:?} has no closing '>'"))?;
+            self.open(line, text, header)
+        } else {
+            let (key, value) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+            let value = substitute(value.trim(), &self.definitions)?;
+            if let Some(section) = self.open.last_mut() {
+                section.keys.push((key.to_lowercase(), value, line));
+            }
+            Ok(())
+        }
+    }
+
+    fn directive(&mut self, directive: &str) -> Result<(), String> {
+        let mut words = directive.splitn(3, char::is_whitespace);
+        match (words.next(), words.next()) {
+            (Some("define"), Some(name)) => {
+                let value = substitute(words.next().unwrap_or("").trim(), &self.definitions)?;
+                self.definitions.insert(name.to_lowercase(), value);
+                Ok(())
+            }
+            (Some("import"), Some(_)) => Ok(()),
+            _ => Err(format!(
+                "unknown directive %{directive}; known are %define NAME VALUE and %import"
+            )),
+        }
+    }
+
+    fn open(&mut self, line: usize, text: &str, header: &str) -> Result<(), String> {
+        let (header, empty) = match header.strip_suffix('/') {
+            Some(header) => (header, true),
+            None => (header, false),
+        };
+        let mut words = header.split_whitespace();
+        let section = Section {
+            kind: words.next().unwrap_or("").to_lowercase(),
+            name: words.next().map(str::to_lowercase),
+            line,
+            ..Section::default()
+        };
+        if section.kind.is_empty() || words.next().is_some() {
+            return Err(format!("{text:?} is not a section header: <TYPE> or <TYPE NAME>"));
+        }
+        match self.open.last_mut() {
+            Some(parent) if empty => parent.sections.push(section),
+            _ => self.open.push(section),
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, kind: &str) -> Result<(), String> {
+        let closed = self.open.pop().unwrap_or_default();
+        match self.open.last_mut() {
+            Some(parent) if closed.kind == kind => {
+                parent.sections.push(closed);
+                Ok(())
+            }
+            Some(_) => Err(format!(
+                "</{kind}> closes nothing: <{}> of line {} is open",
+                closed.kind, closed.line
+            )),
+            None => Err(format!("</{kind}> closes nothing")),
         }
     }
 }

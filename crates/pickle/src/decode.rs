@@ -149,6 +149,7 @@ impl<'a> Machine<'a> {
         }
     }
 
+    #[expect(clippy::too_many_lines, reason = "a table of opcodes")]
     fn step(
         &mut self,
         code: u8,

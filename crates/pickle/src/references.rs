@@ -76,6 +76,7 @@ pub fn references(record: &[u8], mut each: impl FnMut([u8; 8])) -> Result<(), De
 }
 
 impl<'a> Scanner<'a> {
+    #[expect(clippy::too_many_lines, reason = "a table of opcodes")]
     fn run(&mut self, each: &mut dyn FnMut([u8; 8])) -> Result<(), DecodeError> {
         loop {
             let at = self.at;

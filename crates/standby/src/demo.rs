@@ -101,31 +101,8 @@ async fn show(options: &Options, dir: &Path) -> anyhow::Result<()> {
 
     let mut pauses = Vec::new();
     for nth in 1..=options.kills {
-        watch(&nodes, &shared, &mut screen, Duration::from_secs(2)).await;
-        let status = any_status(&nodes).await.context("no node answers")?;
-        let name = status.primary.clone().context("there is no primary to kill")?;
-        let victim = nodes.iter().position(|n| n.name == name).context("an unknown primary")?;
-        let before = shared.count.load(Ordering::Relaxed);
-        let killed = Instant::now();
-        screen.say(&format!(
-            "Kill {nth} of {}: SIGKILL to the primary, {name} (process {}), after {before} commits",
-            options.kills,
-            nodes[victim].pid().unwrap_or(0)
-        ));
-        nodes[victim].kill();
-        let pause = pause_after(&shared, killed).await?;
-        pauses.push(pause);
-        let status = wait_until(&nodes, PATIENCE, |status| status.primary.is_some()).await?;
-        screen.say(&format!(
-            "Writes paused for {} ms; the primary is {} now",
-            pause.as_millis(),
-            status.primary.as_deref().unwrap_or("?")
-        ));
-        watch(&nodes, &shared, &mut screen, Duration::from_secs(1)).await;
-        nodes[victim].start()?;
-        screen.say(&format!("{name} starts again and catches up"));
-        let status = wait_until(&nodes, PATIENCE, |status| healthy(status, 3)).await?;
-        screen.show(&status, shared.count.load(Ordering::Relaxed));
+        let which = format!("Kill {nth} of {}", options.kills);
+        pauses.push(kill_primary(&mut nodes, &shared, &mut screen, &which).await?);
     }
     if options.kills == 0 {
         watch(&nodes, &shared, &mut screen, Duration::from_secs(2)).await;
@@ -163,6 +140,40 @@ async fn show(options: &Options, dir: &Path) -> anyhow::Result<()> {
     }
     leave_up(&nodes);
     std::future::pending().await
+}
+
+/// Kills the primary, and starts it again when another node has taken over; returns how long writes
+/// paused.
+async fn kill_primary(
+    nodes: &mut [NodeProcess],
+    shared: &Shared,
+    screen: &mut Screen,
+    which: &str,
+) -> anyhow::Result<Duration> {
+    watch(nodes, shared, screen, Duration::from_secs(2)).await;
+    let status = any_status(nodes).await.context("no node answers")?;
+    let name = status.primary.clone().context("there is no primary to kill")?;
+    let victim = nodes.iter().position(|n| n.name == name).context("an unknown primary")?;
+    let before = shared.count.load(Ordering::Relaxed);
+    let killed = Instant::now();
+    screen.say(&format!(
+        "{which}: SIGKILL to the primary, {name} (process {}), after {before} commits",
+        nodes[victim].pid().unwrap_or(0)
+    ));
+    nodes[victim].kill();
+    let pause = pause_after(shared, killed).await?;
+    let status = wait_until(nodes, PATIENCE, |status| status.primary.is_some()).await?;
+    screen.say(&format!(
+        "Writes paused for {} ms; the primary is {} now",
+        pause.as_millis(),
+        status.primary.as_deref().unwrap_or("?")
+    ));
+    watch(nodes, shared, screen, Duration::from_secs(1)).await;
+    nodes[victim].start()?;
+    screen.say(&format!("{name} starts again and catches up"));
+    let status = wait_until(nodes, PATIENCE, |status| healthy(status, 3)).await?;
+    screen.show(&status, shared.count.load(Ordering::Relaxed));
+    Ok(pause)
 }
 
 /// Makes another node primary, as before maintenance; returns how long writes paused.

@@ -8,7 +8,7 @@ use clap::Args;
 use comfy_table::{ContentArrangement, Table, presets};
 use standby_config::Config;
 use standby_node::admin::http::fetch_status;
-use standby_node::cells::status::Status;
+use standby_node::cells::status::{NodeStatus, Status};
 
 /// Which node is asked.
 #[derive(Args)]
@@ -102,61 +102,19 @@ pub fn table(status: &Status) -> String {
     ]);
     for node in &status.nodes {
         let role = if node.voter { node.role.clone() } else { format!("{} (no vote)", node.role) };
-        let stale = match node.stale_seconds {
-            Some(seconds) if seconds >= STALE && node.state != "down" => {
-                format!("\nmay be {seconds:.0} s old")
-            }
-            _ => String::new(),
-        };
         let tids: Vec<String> = match node.last_tid.len() {
             1 => node.last_tid.values().cloned().collect(),
             _ => node.last_tid.iter().map(|(name, tid)| format!("{name}: {tid}")).collect(),
         };
         let lag = match node.lag_seconds {
-            _ if node.state == "down" => "?".into(),
-            Some(seconds) => format!("{seconds:.1} s"),
-            None => "?".into(),
+            Some(seconds) if node.state != "down" => format!("{seconds:.1} s"),
+            _ => "?".into(),
         };
-        let catch_up = node.catch_up.as_ref().map_or_else(String::new, |catch_up| {
-            let percent = catch_up.bytes * 100 / catch_up.total_bytes.max(catch_up.bytes).max(1);
-            let rate = catch_up.bytes as f64 / catch_up.seconds.max(0.001) / 1e6;
-            let each = catch_up.transactions as f64 / catch_up.seconds.max(0.001);
-            format!("\n{percent} %, {rate:.1} MB/s\n{each:.0} transactions/s")
-        });
-        let packing = node.packing.values().map(|percent| format!("\npacking {percent} %"));
-        let filling = node.backfilling.values().map(|percent| format!("\nbackfilling {percent} %"));
-        let holes = node.holes.values().flatten();
-        let holes = holes.map(|hole| format!("\nno history from\n{}\nto {}", hole.from, hole.to));
-        let full = node.no_room.iter().map(|_| "\ndisk nearly full".to_owned());
-        let (held, limit) = node.client_memory;
-        let memory = (held > limit / 2)
-            .then(|| format!("\nclients hold {} of {} MB of memory", held >> 20, limit >> 20));
-        let full = full.chain(memory);
-        let slow = node.slow_disk.then(|| "\ndisk slow".to_owned());
-        let future = node
-            .future_seconds
-            .map(|seconds| format!("\nthe last commit is {seconds} s\nin the future"));
-        let lease = "\nno lease: a majority answers too late (profile wan?)".to_owned();
-        let slow = slow.into_iter().chain(node.no_lease.then_some(lease)).chain(future);
-        let clock = node.clock_ahead_seconds.map(|ahead| format!("\nclock off by {ahead} s"));
-        let lost: u64 = node.lost.iter().map(|tail| tail.transactions).sum();
-        let lost = (lost > 0).then(|| format!("\nkeeps {lost} lost\ntransactions"));
-        let damage =
-            node.damage.iter().chain(&node.stopped).chain(&node.waits).chain(&node.held_vote);
-        let damage: String = damage.map(|text| format!("\n{}", folded(text))).collect();
-        let flaps = node.flapping.then(|| "\nflapping".to_owned());
-        let crashes = node.crashes.then(|| "\ncrashes".to_owned());
-        let differs = node.differs.iter();
-        let differs =
-            differs.map(|(name, tid)| format!("\ndiffers in storage {name}\nfrom {tid} on"));
-        let damage = Some(damage).into_iter().chain(flaps).chain(crashes).chain(differs);
-        let full = full.chain(slow).chain(clock).chain(lost).chain(damage);
-        let under_way: String = full.chain(packing).chain(filling).chain(holes).collect();
         table.add_row([
             node.node.clone(),
             node.group.clone(),
             role,
-            node.state.clone() + &stale + &catch_up + &under_way,
+            state(node).join("\n"),
             status.term.to_string(),
             tids.join("\n"),
             lag,
@@ -165,8 +123,83 @@ pub fn table(status: &Status) -> String {
             node.peer_address.clone(),
         ]);
     }
+    format!("{}\n{table}", headline(status))
+}
+
+/// What a node does, and what is wrong with it: each in a line of its own.
+fn state(node: &NodeStatus) -> Vec<String> {
+    let mut lines = vec![node.state.clone()];
+    if let Some(seconds) = node.stale_seconds.filter(|seconds| *seconds >= STALE)
+        && node.state != "down"
+    {
+        lines.push(format!("may be {seconds:.0} s old"));
+    }
+    if let Some(catch_up) = &node.catch_up {
+        let percent = catch_up.bytes * 100 / catch_up.total_bytes.max(catch_up.bytes).max(1);
+        let rate = catch_up.bytes as f64 / catch_up.seconds.max(0.001) / 1e6;
+        let each = catch_up.transactions as f64 / catch_up.seconds.max(0.001);
+        lines.push(format!("{percent} %, {rate:.1} MB/s\n{each:.0} transactions/s"));
+    }
+    let said = |lines: &mut Vec<String>, is_so: bool, line: &str| {
+        lines.extend(is_so.then(|| line.to_owned()));
+    };
+    said(&mut lines, node.no_room.is_some(), "disk nearly full");
+    let (held, limit) = node.client_memory;
+    if held > limit / 2 {
+        lines.push(format!("clients hold {} of {} MB of memory", held >> 20, limit >> 20));
+    }
+    said(&mut lines, node.slow_disk, "disk slow");
+    said(&mut lines, node.no_lease, "no lease: a majority answers too late (profile wan?)");
+    if let Some(seconds) = node.future_seconds {
+        lines.push(format!("the last commit is {seconds} s\nin the future"));
+    }
+    lines.extend(node.clock_ahead_seconds.map(|ahead| format!("clock off by {ahead} s")));
+    let lost: u64 = node.lost.iter().map(|tail| tail.transactions).sum();
+    if lost > 0 {
+        lines.push(format!("keeps {lost} lost\ntransactions"));
+    }
+    let damage = node.damage.iter().chain(&node.stopped).chain(&node.waits).chain(&node.held_vote);
+    lines.extend(damage.map(|text| folded(text)));
+    said(&mut lines, node.flapping, "flapping");
+    said(&mut lines, node.crashes, "crashes");
+    let differs = node.differs.iter();
+    lines.extend(differs.map(|(name, tid)| format!("differs in storage {name}\nfrom {tid} on")));
+    lines.extend(node.packing.values().map(|percent| format!("packing {percent} %")));
+    lines.extend(node.backfilling.values().map(|percent| format!("backfilling {percent} %")));
+    let holes = node.holes.values().flatten();
+    lines.extend(holes.map(|hole| format!("no history from\n{}\nto {}", hole.from, hole.to)));
+    lines
+}
+
+/// What is true of the cluster as a whole.
+fn headline(status: &Status) -> String {
+    let primary = status.primary.as_deref().unwrap_or("none");
+    let timeline = match status.timeline {
+        1 => String::new(),
+        number => format!(", timeline {number}"),
+    };
+    let groups = match status.failover_groups.is_empty() {
+        true => String::new(),
+        false => format!(", fail-over in {}", status.failover_groups.join(", ")),
+    };
+    let advice = advice(status);
+    let mut lines =
+        vec![format!("cluster {}{timeline}{groups}, primary {primary}, {advice}", status.cluster)];
+    let moving = status.moving_to.as_ref();
+    lines.extend(moving.map(|to| format!("the primary is being moved to group {to}")));
+    lines.extend(status.diverged.keys().map(|node| {
+        format!("{node} has gone on by itself, on another timeline: standby lineage show")
+    }));
+    let refused = status.not_let_in.iter();
+    lines
+        .extend(refused.map(|(node, reason)| format!("{node} is there, and not let in: {reason}")));
+    lines.join("\n")
+}
+
+/// How many failures the cluster survives, or what to do.
+fn advice(status: &Status) -> String {
     let (voters, alive, majority) = status.voters();
-    let advice = if status.primary.is_none() {
+    if status.primary.is_none() {
         "no primary: writes wait until a majority of the voters is there (if it is lost for good: \
          standby promote, standby recover-quorum)"
             .to_owned()
@@ -183,31 +216,7 @@ pub fn table(status: &Status) -> String {
         "the next failure stops writes".to_owned()
     } else {
         format!("{} more failure(s) can be survived", alive - majority)
-    };
-    let primary = status.primary.as_deref().unwrap_or("none");
-    let timeline = match status.timeline {
-        1 => String::new(),
-        number => format!(", timeline {number}"),
-    };
-    let diverged: String = (status.diverged.keys())
-        .map(|node| {
-            format!("\n{node} has gone on by itself, on another timeline: standby lineage show")
-        })
-        .collect();
-    let refused: String = (status.not_let_in.iter())
-        .map(|(node, reason)| format!("\n{node} is there, and not let in: {reason}"))
-        .collect();
-    let moving =
-        status.moving_to.as_ref().map(|to| format!("\nthe primary is being moved to group {to}"));
-    let groups = match status.failover_groups.is_empty() {
-        true => String::new(),
-        false => format!(", fail-over in {}", status.failover_groups.join(", ")),
-    };
-    format!(
-        "cluster {}{timeline}{groups}, primary {primary}, {advice}{}{diverged}{refused}\n{table}",
-        status.cluster,
-        moving.unwrap_or_default()
-    )
+    }
 }
 
 #[cfg(test)]

@@ -30,7 +30,9 @@ pub use error::ClientError;
 pub use frame::{FrameReader, FrameTooLong, MAX_FRAME, MAX_FRAME_BEFORE_REGISTER, frame};
 pub use history::{History, Retention};
 pub use message::{Call, Encoding, Incoming, Reply, WireError};
-pub use session::{CloseReason, Effect, Look, Options, Read, ResolvedWrite, Session, VoteOutcome};
+pub use session::{
+    CloseReason, Effect, HistoryCall, Options, Read, ResolvedWrite, Session, VoteOutcome,
+};
 pub use spill::{MakeSpill, Slot, Spill};
 pub use standby_pickle::{Value, references};
 pub use transactions::{Examination, FinishRefused, Transactions, VoteAnswer, Wait};

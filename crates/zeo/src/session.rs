@@ -64,10 +64,10 @@ pub enum Read {
     Status,
 }
 
-/// A look back, which may take long. Except for the undo log, they are answered in the order
-/// in which they came.
+/// A call that reads the history, which may take long. Except for the undo log, these calls are
+/// answered in the order in which they came.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Look {
+pub enum HistoryCall {
     /// `history(oid, size)`
     History(Oid, usize),
     /// `record_iternext(next)`
@@ -113,12 +113,12 @@ pub enum Effect {
         /// What is asked.
         read: Read,
     },
-    /// Look back; without an `id` nothing is to be answered.
-    Look {
+    /// Read the history; without an `id` nothing is to be answered.
+    HistoryCall {
         /// The call.
         id: Option<Value>,
         /// What is asked.
-        look: Look,
+        asked: HistoryCall,
     },
     /// A transaction begins: answer `None` when all that is acknowledged by now is visible.
     Ping {
@@ -486,6 +486,7 @@ impl Session {
     }
 
     /// `None` if there is no such method.
+    #[expect(clippy::too_many_lines, reason = "a table of methods")]
     fn dispatch(
         &mut self,
         call: &Call,
@@ -552,9 +553,9 @@ impl Session {
             | "iterator_next"
             | "iterator_record_start"
             | "iterator_record_next"
-            | "iterator_gc" => look(args).map(|look| {
+            | "iterator_gc" => history_call(args).map(|asked| {
                 let id = (!call.one_way).then(id);
-                Some(Effect::Look { id, look })
+                Some(Effect::HistoryCall { id, asked })
             }),
             "new_oid" => {
                 let text = "'ZEOStorage' object has no attribute 'new_oid'";
@@ -600,30 +601,32 @@ fn is_step(method: &str) -> bool {
     )
 }
 
-fn look(args: Args<'_>) -> Result<Look, ClientError> {
+fn history_call(args: Args<'_>) -> Result<HistoryCall, ClientError> {
     Ok(match (args.method, args.args) {
-        ("history", [oid]) => Look::History(args.key(oid)?, 1),
-        ("history", [oid, size]) => Look::History(args.key(oid)?, args.int(size)?.max(0) as usize),
-        ("record_iternext", [] | [Value::None]) => Look::RecordIternext(None),
-        ("record_iternext", [next]) => Look::RecordIternext(Some(args.oid(next)?)),
-        ("undoLog", [first, last]) => Look::UndoLog(args.range(first, last)?, Vec::new()),
+        ("history", [oid]) => HistoryCall::History(args.key(oid)?, 1),
+        ("history", [oid, size]) => {
+            HistoryCall::History(args.key(oid)?, args.int(size)?.max(0) as usize)
+        }
+        ("record_iternext", [] | [Value::None]) => HistoryCall::RecordIternext(None),
+        ("record_iternext", [next]) => HistoryCall::RecordIternext(Some(args.oid(next)?)),
+        ("undoLog", [first, last]) => HistoryCall::UndoLog(args.range(first, last)?, Vec::new()),
         ("undoInfo", [first, last, Value::None]) => {
-            Look::UndoLog(args.range(first, last)?, Vec::new())
+            HistoryCall::UndoLog(args.range(first, last)?, Vec::new())
         }
         ("undoInfo", [first, last, Value::Dict(specification)]) => {
-            Look::UndoLog(args.range(first, last)?, specification.clone())
+            HistoryCall::UndoLog(args.range(first, last)?, specification.clone())
         }
         ("iterator_start", [start, stop]) => {
-            Look::IteratorStart(args.tid_or_none(start)?, args.tid_or_none(stop)?)
+            HistoryCall::IteratorStart(args.tid_or_none(start)?, args.tid_or_none(stop)?)
         }
-        ("iterator_next", [iterator]) => Look::IteratorNext(iterator.clone()),
+        ("iterator_next", [iterator]) => HistoryCall::IteratorNext(iterator.clone()),
         ("iterator_record_start", [iterator, tid]) => {
-            Look::IteratorRecordStart(iterator.clone(), args.tid(tid)?)
+            HistoryCall::IteratorRecordStart(iterator.clone(), args.tid(tid)?)
         }
-        ("iterator_record_next", [iterator]) => Look::IteratorRecordNext(iterator.clone()),
+        ("iterator_record_next", [iterator]) => HistoryCall::IteratorRecordNext(iterator.clone()),
         ("iterator_gc", [iterators]) => {
             let iterators = iterators.items().ok_or_else(|| args.wrong())?;
-            Look::IteratorGc(iterators.to_vec())
+            HistoryCall::IteratorGc(iterators.to_vec())
         }
         _ => return Err(args.wrong()),
     })

@@ -1,8 +1,8 @@
 //! What Raft wants to be done.
 
 use bytes::Bytes;
-use raft::StateRole;
-use raft::eraftpb::{Entry, EntryType, Message, MessageType};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType, Snapshot};
+use raft::{ReadState, StateRole};
 use standby_types::{LogIndex, Mutation, NodeId, Term, mutation};
 
 use crate::codec::Malformed;
@@ -24,19 +24,8 @@ impl Consensus {
             let messages = ready.take_messages();
             self.send(messages, outputs);
             let mut batch = Batch { number: ready.number(), ..Batch::default() };
-            let snapshot = ready.snapshot().clone();
-            if !snapshot.is_empty() {
-                let metadata = snapshot.get_metadata();
-                let point = Point { index: LogIndex(metadata.index), term: Term(metadata.term) };
-                self.raft.mut_store().reset(point);
-                // The storage stands there already. Raft must not look for the entries before.
-                self.raft.raft.raft_log.applied = point.index.0;
-                self.held.clear();
-                self.backlog.clear();
-                if let Ok((membership, _)) = Membership::decode(snapshot.data.clone()) {
-                    self.membership = membership;
-                }
-                batch.reset = Some(point);
+            if !ready.snapshot().is_empty() {
+                batch.reset = Some(self.reset_to(ready.snapshot()));
             }
             batch.entries = ready.take_entries();
             self.raft.mut_store().append(&batch.entries);
@@ -56,13 +45,8 @@ impl Consensus {
                 outputs.push(Output::Commit(early));
             }
             batch.hard_state = must_sync.then(|| self.raft.raft.hard_state());
-            for state in ready.take_read_states() {
-                let own = state.request_ctx.strip_prefix(&self.config.id.to_bytes());
-                if let Some(key) = own.and_then(|key| <[u8; 8]>::try_from(key).ok()) {
-                    let key = u64::from_be_bytes(key);
-                    outputs.push(Output::ReadIndex(key, LogIndex(state.index)));
-                }
-            }
+            let states = ready.take_read_states();
+            outputs.extend(states.iter().filter_map(|state| self.read_index_of(state)));
             let mut messages = ready.take_persisted_messages();
             let at_once = messages.extract_if(.., |m| self.says_only_that_it_follows(m));
             let at_once = at_once.collect();
@@ -89,6 +73,28 @@ impl Consensus {
         let fetches = self.raft.mut_store().take_fetches();
         outputs.extend(fetches.into_iter().map(Output::Fetch));
         self.release_to_witnesses(outputs);
+    }
+
+    /// The log begins anew after a snapshot; the storage stands there already.
+    fn reset_to(&mut self, snapshot: &Snapshot) -> Point {
+        let metadata = snapshot.get_metadata();
+        let point = Point { index: LogIndex(metadata.index), term: Term(metadata.term) };
+        self.raft.mut_store().reset(point);
+        // Raft must not look for the entries before.
+        self.raft.raft.raft_log.applied = point.index.0;
+        self.held.clear();
+        self.backlog.clear();
+        if let Ok((membership, _)) = Membership::decode(snapshot.data.clone()) {
+            self.membership = membership;
+        }
+        point
+    }
+
+    /// The answer to a read index that this node has asked for.
+    fn read_index_of(&self, state: &ReadState) -> Option<Output> {
+        let own = state.request_ctx.strip_prefix(&self.config.id.to_bytes())?;
+        let key = u64::from_be_bytes(<[u8; 8]>::try_from(own).ok()?);
+        Some(Output::ReadIndex(key, LogIndex(state.index)))
     }
 
     /// An answer to a heartbeat says nothing of entries. It needs the disk for a new term only; a

@@ -97,19 +97,7 @@ impl FileStorage {
         let io = |action| StorageError::io(path, action);
         let mut opened = Opened::default();
         let extent_is_whole = extent == Extent::Whole;
-        let is_empty = || {
-            let file = disk.open(path, Open::Read).map_err(io("open"))?;
-            Ok(file.len().map_err(io("read the length of"))? == 0)
-        };
-        // Without a byte a file is a new one, unless it is known to have had some.
-        if !disk.exists(path).map_err(io("look for it"))? || extent_is_whole && is_empty()? {
-            forget_python_index(&*disk, path)?;
-            let file = disk.open(path, Open::Create).map_err(io("create"))?;
-            file.write_at(magic.bytes(), 0).map_err(io("write"))?;
-            file.sync().map_err(io("sync"))?;
-            disk.sync_dir(parent(path)).map_err(io("sync the directory of"))?;
-            opened.created = true;
-        }
+        opened.created = create_if_new(&*disk, path, magic, extent_is_whole)?;
         let file = disk.open(path, Open::Write).map_err(io("open"))?;
         let magic = read_magic(path, &*file)?;
         let len = file.len().map_err(io("read the length of"))?;
@@ -117,12 +105,7 @@ impl FileStorage {
             Extent::Whole => (len, Vec::new()),
             Extent::UpTo { mark, again } => {
                 check_mark(path, file.clone(), mark)?;
-                let end = again.last().unwrap_or(&mark).position.0;
-                if end < len {
-                    forget_python_index(&*disk, path)?;
-                    file.set_len(end).map_err(io("cut"))?;
-                    file.sync().map_err(io("sync"))?;
-                }
+                cut(&*disk, path, &*file, again.last().unwrap_or(&mark).position.0)?;
                 (mark.position.0, again)
             }
         };
@@ -411,6 +394,43 @@ pub(crate) fn transaction_before(
         Some(header) if Some(header.length) == length => Ok((Position(start), header.tid)),
         _ => window.damaged(start, "no transaction begins here, though one ends where it should"),
     }
+}
+
+/// Creates a data file if there is none. Without a byte a file is a new one, unless it is known to
+/// have had some. Returns whether it was created.
+fn create_if_new(
+    disk: &dyn Disk,
+    path: &Path,
+    magic: Magic,
+    may_be_empty: bool,
+) -> Result<bool, StorageError> {
+    let io = |action| StorageError::io(path, action);
+    if disk.exists(path).map_err(io("look for it"))? {
+        if !may_be_empty {
+            return Ok(false);
+        }
+        let file = disk.open(path, Open::Read).map_err(io("open"))?;
+        if file.len().map_err(io("read the length of"))? > 0 {
+            return Ok(false);
+        }
+    }
+    forget_python_index(disk, path)?;
+    let file = disk.open(path, Open::Create).map_err(io("create"))?;
+    file.write_at(magic.bytes(), 0).map_err(io("write"))?;
+    file.sync().map_err(io("sync"))?;
+    disk.sync_dir(parent(path)).map_err(io("sync the directory of"))?;
+    Ok(true)
+}
+
+/// Cuts off what a data file has beyond `end`.
+fn cut(disk: &dyn Disk, path: &Path, file: &dyn File, end: u64) -> Result<(), StorageError> {
+    let io = |action| StorageError::io(path, action);
+    if end < file.len().map_err(io("read the length of"))? {
+        forget_python_index(disk, path)?;
+        file.set_len(end).map_err(io("cut"))?;
+        file.sync().map_err(io("sync"))?;
+    }
+    Ok(())
 }
 
 /// Moves the bytes `from..to` into the first free `PATH.trN`.

@@ -1,7 +1,7 @@
 //! The clients' sessions, as the primary's machine and the applier see them.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -43,32 +43,44 @@ pub struct SessionHandle {
     pub mailbox: mpsc::UnboundedSender<Mail>,
     encoding: OnceLock<Encoding>,
     label: OnceLock<String>,
-    /// It may write: it must end when this node is not primary any more.
-    pub read_write: AtomicBool,
-    /// It wanted to write and took read-only: it must end when a primary appears.
-    pub settled: AtomicBool,
-    /// Its transaction has uploads.
-    pub uploads: AtomicBool,
-    /// It waits for a pack to end.
-    pub packs: AtomicBool,
+    /// It came to the address for reading and writing: it must end when this node is not primary
+    /// any more, even before it has registered.
+    pub read_write: bool,
+    state: Mutex<State>,
     /// Calls that the primary's machine or the applier is to answer.
     pub unanswered: AtomicUsize,
     one_answered: Notify,
-    /// It ends when nothing of it is under way.
-    pub leaving: AtomicBool,
-    /// It ends as soon as what is queued has been sent.
-    pub departing: AtomicBool,
-    /// [`NEW`], and then one of the others for good.
-    stage: AtomicU8,
     cutter: Option<Arc<Cutter>>,
 }
 
-/// `register` is not answered.
-const NEW: u8 = 0;
-/// It is, or is about to be.
-const REGISTERED: u8 = 1;
-/// The session ends, and its client waits on.
-const WAITS_ON: u8 = 2;
+/// How far a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// `register` is not answered.
+    New {
+        /// It ends when nothing of it is under way, and its client waits on.
+        leaves: bool,
+    },
+    /// `register` is answered, or is about to be.
+    Registered,
+    /// It ends when nothing of it is under way.
+    Leaving,
+    /// It ends as soon as what is queued has been sent.
+    Departing,
+    /// It ends without its client, which has not registered: that waits on.
+    WaitsOn,
+}
+
+/// What others know of a session. Its own task, the primary's machine and the applier change it.
+struct State {
+    stage: Stage,
+    /// It wanted to write and took read-only: it must end when a primary appears.
+    settled: bool,
+    /// Its transaction has uploads.
+    uploads: bool,
+    /// It waits for a pack to end.
+    packs: bool,
+}
 
 impl SessionHandle {
     /// A handle for a new session.
@@ -78,7 +90,10 @@ impl SessionHandle {
         mailbox: mpsc::UnboundedSender<Mail>,
         cutter: Option<Arc<Cutter>>,
         memory: &Arc<Memory>,
+        read_write: bool,
     ) -> SessionHandle {
+        let stage = Stage::New { leaves: false };
+        let state = State { stage, settled: false, uploads: false, packs: false };
         SessionHandle {
             id,
             peer,
@@ -87,15 +102,10 @@ impl SessionHandle {
             mailbox,
             encoding: OnceLock::new(),
             label: OnceLock::new(),
-            read_write: AtomicBool::new(false),
-            settled: AtomicBool::new(false),
-            uploads: AtomicBool::new(false),
-            packs: AtomicBool::new(false),
+            read_write,
+            state: Mutex::new(state),
             unanswered: AtomicUsize::new(0),
             one_answered: Notify::new(),
-            leaving: AtomicBool::new(false),
-            departing: AtomicBool::new(false),
-            stage: AtomicU8::new(NEW),
             cutter,
         }
     }
@@ -110,7 +120,7 @@ impl SessionHandle {
     pub fn answered(&self) {
         self.unanswered.fetch_sub(1, Ordering::AcqRel);
         self.one_answered.notify_one();
-        if self.leaving.load(Ordering::Acquire) {
+        if self.is_leaving() {
             // Without its own task it is ending.
             let _ = self.mailbox.send(Mail::Leave);
         }
@@ -119,7 +129,7 @@ impl SessionHandle {
     /// Returns when no more than `most` calls are unanswered, or the session is to end.
     pub async fn few_unanswered(&self, most: usize) {
         let many = || self.unanswered.load(Ordering::Acquire) > most;
-        while many() && !self.departing.load(Ordering::Acquire) {
+        while many() && !self.is_departing() {
             tokio::select! {
                 () = self.one_answered.notified() => {}
                 () = self.outbox.closed() => return,
@@ -129,12 +139,45 @@ impl SessionHandle {
 
     /// True if it only reads, whatever this node is.
     pub fn is_reader(&self) -> bool {
-        !self.read_write.load(Ordering::Acquire)
+        !self.read_write
     }
 
     /// True if it may write, and is not about to end as soon as its replies are sent.
     pub fn is_staying_writer(&self) -> bool {
-        !self.is_reader() && !self.departing.load(Ordering::Acquire)
+        self.read_write && !self.is_departing()
+    }
+
+    fn stage(&self) -> Stage {
+        lock(&self.state).stage
+    }
+
+    fn is_departing(&self) -> bool {
+        matches!(self.stage(), Stage::Departing | Stage::WaitsOn)
+    }
+
+    /// True if it is to end when nothing of it is under way.
+    pub fn is_leaving(&self) -> bool {
+        matches!(self.stage(), Stage::New { leaves: true } | Stage::Leaving)
+    }
+
+    /// True if it wanted to write and took read-only.
+    pub fn is_settled(&self) -> bool {
+        lock(&self.state).settled
+    }
+
+    /// Its client has registered; `settled` if it wanted to write and took read-only.
+    pub fn registered(&self, settled: bool) {
+        lock(&self.state).settled = settled;
+    }
+
+    /// Its transaction has uploads, or none any more.
+    pub fn set_uploads(&self, uploads: bool) {
+        lock(&self.state).uploads = uploads;
+    }
+
+    /// It waits for a pack to end, or does so no longer.
+    pub fn set_packs(&self, packs: bool) {
+        lock(&self.state).packs = packs;
     }
 
     /// Its address, and its label (`client-label`) if it has one.
@@ -170,34 +213,71 @@ impl SessionHandle {
         self.cutter.as_ref()?.gone(patience)
     }
 
-    fn pass_stage(&self, to: u8) -> Result<u8, u8> {
-        self.stage.compare_exchange(NEW, to, Ordering::AcqRel, Ordering::Acquire)
+    /// The stage of a session that is [`Stage::New`] becomes `to`; returns what it was.
+    fn pass(&self, to: impl FnOnce(bool) -> Stage) -> Stage {
+        let mut state = lock(&self.state);
+        let stage = state.stage;
+        if let Stage::New { leaves } = stage {
+            state.stage = to(leaves);
+        }
+        stage
     }
 
     /// True if `register` may be answered now; false if the client waits on.
     pub fn may_register(&self) -> bool {
-        self.pass_stage(REGISTERED).is_ok()
+        let before = self.pass(|leaves| if leaves { Stage::Leaving } else { Stage::Registered });
+        matches!(before, Stage::New { .. })
     }
 
     /// True if the session is to end without its client, which has not registered: that waits on.
     pub fn waits_on(&self) -> bool {
-        self.pass_stage(WAITS_ON).is_ok() || self.is_waiting_on()
+        matches!(self.pass(|_| Stage::WaitsOn), Stage::New { .. } | Stage::WaitsOn)
     }
 
     /// True if its client waits on without it.
     pub fn is_waiting_on(&self) -> bool {
-        self.stage.load(Ordering::Acquire) == WAITS_ON
+        self.stage() == Stage::WaitsOn
     }
 
     /// The session cannot be served here any more. It is ended at once, unless its client has not
     /// registered: that waits on. True if it was ended.
     pub fn send_away(&self, reason: &str) -> bool {
-        match self.pass_stage(WAITS_ON) {
-            Ok(_) => drop(self.mailbox.send(Mail::WaitOn)),
-            Err(REGISTERED) => self.cut(reason),
-            Err(_) => {}
+        match self.pass(|_| Stage::WaitsOn) {
+            Stage::New { .. } => drop(self.mailbox.send(Mail::WaitOn)),
+            Stage::WaitsOn => {}
+            Stage::Registered | Stage::Leaving | Stage::Departing => {
+                self.cut(reason);
+                return true;
+            }
         }
-        self.stage.load(Ordering::Acquire) == REGISTERED
+        false
+    }
+
+    /// The session ends when nothing of it is under way.
+    fn let_leave(&self) {
+        let mut state = lock(&self.state);
+        state.stage = match state.stage {
+            Stage::New { .. } => Stage::New { leaves: true },
+            Stage::Registered => Stage::Leaving,
+            other => other,
+        };
+        drop(state);
+        // Without its own task it is ending.
+        let _ = self.mailbox.send(Mail::Leave);
+    }
+
+    /// The session ends when what is queued has been sent, or at once if its client has not
+    /// registered: that waits on.
+    fn let_depart(&self) {
+        let mail = match self.waits_on() {
+            true => Mail::WaitOn,
+            false => {
+                lock(&self.state).stage = Stage::Departing;
+                Mail::LeaveNow
+            }
+        };
+        self.one_answered.notify_one();
+        let _ = self.mailbox.send(mail);
     }
 
     /// Ends the session at once, from any thread; nothing that is queued is sent any more.
@@ -286,7 +366,8 @@ impl Sessions {
     /// True if an upload is under way, or its transaction, or a pack that its client waits for.
     pub fn any_long_call(&self) -> bool {
         let long = |session: &SessionHandle| {
-            session.uploads.load(Ordering::Acquire) || session.packs.load(Ordering::Acquire)
+            let state = lock(&session.state);
+            state.uploads || state.packs
         };
         lock(&self.all).values().any(|session| long(session))
     }
@@ -311,21 +392,13 @@ impl Sessions {
 
     /// Ends all sessions that may write, each as soon as nothing of it is under way.
     pub fn let_writers_leave(&self) {
-        for session in self.writers() {
-            session.leaving.store(true, Ordering::Release);
-            let _ = session.mailbox.send(Mail::Leave);
-        }
+        self.writers().iter().for_each(|session| session.let_leave());
     }
 
     /// Ends all sessions that may write when what is queued for them has been sent; their number.
     pub fn let_writers_depart(&self) -> usize {
         let writers = self.writers();
-        for session in &writers {
-            session.departing.store(true, Ordering::Release);
-            session.one_answered.notify_one();
-            let mail = if session.waits_on() { Mail::WaitOn } else { Mail::LeaveNow };
-            let _ = session.mailbox.send(mail);
-        }
+        writers.iter().for_each(|session| session.let_depart());
         writers.len()
     }
 

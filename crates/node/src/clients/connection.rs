@@ -17,6 +17,7 @@ use standby_zeo::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, join};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::task::coop::consume_budget;
 use tracing::{debug, info, warn};
 
@@ -104,10 +105,9 @@ where
 {
     let (mailbox, mail) = mpsc::unbounded_channel();
     let id = shared.sessions.next_id();
-    let handle = Arc::new(SessionHandle::new(id, peer.clone(), mailbox, cutter, &shared.memory));
+    let handle = SessionHandle::new(id, peer, mailbox, cutter, &shared.memory, !read_only);
+    let handle = Arc::new(handle);
     shared.sessions.add(handle.clone());
-    // What may come to write must be cut off with the lease even before it has registered.
-    handle.read_write.store(!read_only, Ordering::Release);
     let options = Options {
         msgpack: shared.config.zeo.msgpack,
         read_only: read_only || shared.config.zeo.read_only,
@@ -132,22 +132,7 @@ where
         said: Some(said),
         waits_on: false,
     };
-    let sending = {
-        let handle = handle.clone();
-        tokio::spawn(async move {
-            let sent = handle.outbox.send_to(write).await;
-            let closed = match sent {
-                Ok(write) if handle.is_waiting_on() => return Some(write),
-                Ok(mut write) => write.shutdown().await,
-                Err(error) => Err(error),
-            };
-            if closed.is_err() {
-                // Whoever waits for room in the queue must not wait for a client that is gone.
-                handle.cut("the client cannot be reached any more");
-            }
-            None
-        })
-    };
+    let sending = tokio::spawn(send(handle.clone(), write));
     let ended = {
         let mut running = pin!(connection.run(&mut read, mail));
         tokio::select! {
@@ -159,23 +144,8 @@ where
             }
         }
     };
+    connection.log_end(ended);
     let storage = connection.storage.clone();
-    let label = connection.session.label().unwrap_or("").to_owned();
-    match (ended, handle.outbox.close_reason()) {
-        (Some(reason), _) if connection.session.is_stranger() => {
-            shared.strangers_lines.tell(|untold| {
-                warn!(client = %peer, %reason, untold, "closed the connection of a stranger");
-            });
-        }
-        (Some(reason), _) => {
-            warn!(client = %peer, label, %reason, "closed a client's connection");
-        }
-        (None, Some(reason)) => {
-            info!(client = %peer, label, reason, "closed a client's connection")
-        }
-        (None, None) if connection.waits_on => debug!(client = %peer, "a client waits on"),
-        (None, None) => debug!(client = %peer, label, "a client has left"),
-    }
     shared.tell(Request::Closed { session: handle.id, storage }).await;
     handle.outbox.finish();
     if connection.waits_on {
@@ -186,15 +156,42 @@ where
         };
         return Some((read, write, connection.said?));
     }
-    if !handle.is_reader() {
+    close(&handle, read, sending).await;
+    None
+}
+
+/// Ends a connection whose client does not wait on.
+async fn close<R, W>(handle: &SessionHandle, read: R, sending: JoinHandle<Option<W>>)
+where
+    R: AsyncRead + Unpin,
+{
+    if handle.is_reader() {
+        let _ = sending.await;
+    } else {
         let _ = tokio::time::timeout(LEAVING, sending).await;
         handle.cut("it does not take what was queued for it");
-    } else {
-        let _ = sending.await;
     }
     // Blobs that are still being sent wait for room that nobody makes any more.
     handle.outbox.close("the connection is closed");
     drain(read).await;
+}
+
+/// Writes what is queued for a client until its connection ends; returns the connection's half if
+/// the client waits on.
+async fn send<W>(handle: Arc<SessionHandle>, write: W) -> Option<W>
+where
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    let sent = handle.outbox.send_to(write).await;
+    let closed = match sent {
+        Ok(write) if handle.is_waiting_on() => return Some(write),
+        Ok(mut write) => write.shutdown().await,
+        Err(error) => Err(error),
+    };
+    if closed.is_err() {
+        // Whoever waits for room in the queue must not wait for a client that is gone.
+        handle.cut("the client cannot be reached any more");
+    }
     None
 }
 
@@ -258,7 +255,7 @@ impl Connection {
                 self.count_received(&frames);
                 if !self.session.in_transaction() {
                     // However it ended.
-                    self.handle.uploads.store(false, Ordering::Release);
+                    self.handle.set_uploads(false);
                 }
                 self.handle.outbox.room().await;
                 self.handle.few_unanswered(UNANSWERED).await;
@@ -292,6 +289,23 @@ impl Connection {
         }
     }
 
+    /// Logs that the connection ends, and the reason for which it is closed.
+    fn log_end(&self, reason: Option<String>) {
+        let client = &self.handle.peer;
+        let label = self.session.label().unwrap_or("");
+        match (reason, self.handle.outbox.close_reason()) {
+            (Some(reason), _) if self.session.is_stranger() => {
+                self.shared.strangers_lines.tell(|untold| {
+                    warn!(client, %reason, untold, "closed the connection of a stranger");
+                });
+            }
+            (Some(reason), _) => warn!(client, label, %reason, "closed a client's connection"),
+            (None, Some(reason)) => info!(client, label, reason, "closed a client's connection"),
+            (None, None) if self.waits_on => debug!(client, "a client waits on"),
+            (None, None) => debug!(client, label, "a client has left"),
+        }
+    }
+
     fn count_received(&self, frames: &FrameReader) {
         self.handle.received.set(frames.held() + self.session.held());
     }
@@ -315,7 +329,7 @@ impl Connection {
     /// transaction, and is lost, applications try again without a word; a call that begins a
     /// transaction they do not.
     fn may_leave(&self) -> bool {
-        self.handle.leaving.load(Ordering::Acquire)
+        self.handle.is_leaving()
             && self.handle.unanswered.load(Ordering::Acquire) == 0
             && !self.session.in_transaction()
     }
@@ -334,10 +348,8 @@ impl Connection {
                 self.session.registered(accepted);
                 self.said = None;
                 if accepted {
-                    let settled = self.session.settled_for_read_only();
-                    self.handle.settled.store(settled, Ordering::Release);
+                    self.handle.registered(self.session.settled_for_read_only());
                     let read_write = self.session.is_read_write();
-                    self.handle.read_write.store(read_write || !self.read_only, Ordering::Release);
                     debug!(
                         client = %self.handle.peer, storage = self.storage, read_write, "a client \
                         has registered"

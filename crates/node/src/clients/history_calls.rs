@@ -11,7 +11,7 @@ use standby_filestorage::{
 };
 use standby_types::time::seconds_of;
 use standby_types::{BlobSource, Oid, Tid};
-use standby_zeo::{ClientError, Content, DeferredWrite, Look, ResolvedWrite, Value};
+use standby_zeo::{ClientError, Content, DeferredWrite, HistoryCall, ResolvedWrite, Value};
 
 use crate::cells::client_errors::read_failed;
 
@@ -47,51 +47,90 @@ impl Iterators {
     }
 
     fn find(&mut self, id: &Value) -> Result<(i64, &mut Iterator), ClientError> {
-        let unknown = || ClientError::Other("builtins.KeyError", vec![id.clone()]);
-        let Value::Int(key) = id else { return Err(unknown()) };
-        self.open.get_mut(key).map(|found| (*key, found)).ok_or_else(unknown)
+        let Value::Int(key) = id else { return Err(unknown(id.clone())) };
+        self.open.get_mut(key).map(|found| (*key, found)).ok_or_else(|| unknown(id.clone()))
+    }
+
+    fn next_transaction(&mut self, id: Value) -> Result<Value, ClientError> {
+        let (key, Iterator::Transactions(transactions, last)) = self.find(&id)? else {
+            return Err(unknown(id));
+        };
+        let Some(next) = transactions.advance_past_undone().map_err(failed)? else {
+            self.open.remove(&key);
+            return Ok(Value::None);
+        };
+        let meta = next.meta.clone();
+        *last = Some(next);
+        Ok(Value::Tuple(vec![
+            meta.tid.to_bytes().into(),
+            Value::Str(char::from(meta.status).into()),
+            meta.user.clone().into(),
+            meta.description.clone().into(),
+            Value::Dict(extension(&meta)),
+        ]))
+    }
+
+    /// Begins to iterate over the records of the transaction that the iterator `id` gave last.
+    fn start_records(
+        &mut self,
+        reader: &Reader,
+        id: Value,
+        tid: Tid,
+    ) -> Result<Value, ClientError> {
+        let records = match self.find(&id)? {
+            (_, Iterator::Transactions(_, Some(last))) if last.meta.tid == tid => {
+                reader.records(last)
+            }
+            (_, Iterator::Transactions(_, Some(_))) => {
+                let text =
+                    format!("Out-of-order request for record iterator for transaction {tid}");
+                return Err(ClientError::Other("builtins.Exception", vec![Value::Str(text)]));
+            }
+            _ => return Err(unknown(id)),
+        };
+        self.add(Iterator::Records(records))
+    }
+
+    fn next_record(&mut self, id: Value) -> Result<Value, ClientError> {
+        let (key, Iterator::Records(records)) = self.find(&id)? else {
+            return Err(unknown(id));
+        };
+        let Some(record) = records.advance().map_err(failed)? else {
+            self.open.remove(&key);
+            return Ok(Value::None);
+        };
+        let (data, data_txn) = match record.data {
+            RecordData::Data(data) => (Some(data), None),
+            RecordData::Back(tid, data) => (data, Some(tid)),
+            RecordData::Gone => (None, None),
+        };
+        Ok(Value::Tuple(vec![
+            record.oid.to_bytes().into(),
+            records.tid().to_bytes().into(),
+            data.map_or(Value::None, Value::from),
+            data_txn.map_or(Value::None, |tid| tid.to_bytes().into()),
+        ]))
     }
 }
 
-/// Answers a look back.
-pub fn look(reader: &Reader, iterators: &mut Iterators, look: Look) -> Result<Value, ClientError> {
-    match look {
-        Look::History(oid, size) => {
-            let history = reader.history(oid, size).map_err(failed)?;
-            let entries = history.into_iter().map(|revision| {
-                let tid = revision.meta.tid;
-                let mut entry = extension(&revision.meta);
-                for (key, value) in [
-                    ("time", seconds(tid)),
-                    ("user_name", revision.meta.user.into()),
-                    ("description", revision.meta.description.into()),
-                    ("tid", tid.to_bytes().into()),
-                    ("size", Value::Int(revision.size as i64)),
-                ] {
-                    set(&mut entry, Value::str(key), value);
-                }
-                Value::Dict(entry)
-            });
-            Ok(Value::List(entries.collect()))
+/// There is no iterator with this id, or it is one of another kind.
+fn unknown(id: Value) -> ClientError {
+    ClientError::Other("builtins.KeyError", vec![id])
+}
+
+/// Answers a call that reads the history.
+pub fn answer(
+    reader: &Reader,
+    iterators: &mut Iterators,
+    call: HistoryCall,
+) -> Result<Value, ClientError> {
+    match call {
+        HistoryCall::History(oid, size) => history(reader, oid, size),
+        HistoryCall::RecordIternext(from) => record_iternext(reader, from),
+        HistoryCall::UndoLog(range, specification) => {
+            undo_log(reader, range, &specification, &|| true)
         }
-        Look::RecordIternext(from) => {
-            let empty = |text| ClientError::Other("builtins.ValueError", vec![Value::str(text)]);
-            let oid = reader
-                .object_at_or_above(from.unwrap_or(Oid(0)))
-                .ok_or_else(|| empty(if from.is_none() { "empty tree" } else { "no key" }))?;
-            let found = reader.load_before(oid, Tid::MAX, Access::Blocking).map_err(failed)?;
-            let found = found.ok_or_else(|| ClientError::PosKey(oid.to_bytes().into()))?;
-            let next = Oid(oid.0.saturating_add(1));
-            let next = reader.object_at_or_above(next).filter(|next| *next > oid);
-            Ok(Value::Tuple(vec![
-                oid.to_bytes().into(),
-                found.serial.to_bytes().into(),
-                found.data.into(),
-                next.map_or(Value::None, |oid| oid.to_bytes().into()),
-            ]))
-        }
-        Look::UndoLog(range, specification) => undo_log(reader, range, &specification, &|| true),
-        Look::IteratorStart(start, stop) => {
+        HistoryCall::IteratorStart(start, stop) => {
             let (start, stop) = (start.unwrap_or(Tid::NONE), stop.unwrap_or(Tid::MAX));
             if let Some(hole) = reader.holes().between(start, stop) {
                 return Err(ClientError::storage(StorageError::Hole(hole).to_string()));
@@ -99,59 +138,10 @@ pub fn look(reader: &Reader, iterators: &mut Iterators, look: Look) -> Result<Va
             let transactions = reader.transactions(start, stop).map_err(failed)?;
             iterators.add(Iterator::Transactions(Box::new(transactions), None))
         }
-        Look::IteratorNext(id) => {
-            let (key, Iterator::Transactions(transactions, last)) = iterators.find(&id)? else {
-                return Err(ClientError::Other("builtins.KeyError", vec![id]));
-            };
-            let Some(next) = transactions.advance_past_undone().map_err(failed)? else {
-                iterators.open.remove(&key);
-                return Ok(Value::None);
-            };
-            let meta = next.meta.clone();
-            *last = Some(next);
-            Ok(Value::Tuple(vec![
-                meta.tid.to_bytes().into(),
-                Value::Str(char::from(meta.status).into()),
-                meta.user.clone().into(),
-                meta.description.clone().into(),
-                Value::Dict(extension(&meta)),
-            ]))
-        }
-        Look::IteratorRecordStart(id, tid) => {
-            let records = match iterators.find(&id)? {
-                (_, Iterator::Transactions(_, Some(last))) if last.meta.tid == tid => {
-                    reader.records(last)
-                }
-                (_, Iterator::Transactions(_, Some(_))) => {
-                    let text =
-                        format!("Out-of-order request for record iterator for transaction {tid}");
-                    return Err(ClientError::Other("builtins.Exception", vec![Value::Str(text)]));
-                }
-                _ => return Err(ClientError::Other("builtins.KeyError", vec![id])),
-            };
-            iterators.add(Iterator::Records(records))
-        }
-        Look::IteratorRecordNext(id) => {
-            let (key, Iterator::Records(records)) = iterators.find(&id)? else {
-                return Err(ClientError::Other("builtins.KeyError", vec![id]));
-            };
-            let Some(record) = records.advance().map_err(failed)? else {
-                iterators.open.remove(&key);
-                return Ok(Value::None);
-            };
-            let (data, data_txn) = match record.data {
-                RecordData::Data(data) => (Some(data), None),
-                RecordData::Back(tid, data) => (data, Some(tid)),
-                RecordData::Gone => (None, None),
-            };
-            Ok(Value::Tuple(vec![
-                record.oid.to_bytes().into(),
-                records.tid().to_bytes().into(),
-                data.map_or(Value::None, Value::from),
-                data_txn.map_or(Value::None, |tid| tid.to_bytes().into()),
-            ]))
-        }
-        Look::IteratorGc(ids) => {
+        HistoryCall::IteratorNext(id) => iterators.next_transaction(id),
+        HistoryCall::IteratorRecordStart(id, tid) => iterators.start_records(reader, id, tid),
+        HistoryCall::IteratorRecordNext(id) => iterators.next_record(id),
+        HistoryCall::IteratorGc(ids) => {
             for id in ids {
                 if let Value::Int(id) = id {
                     iterators.open.remove(&id);
@@ -160,6 +150,44 @@ pub fn look(reader: &Reader, iterators: &mut Iterators, look: Look) -> Result<Va
             Ok(Value::None)
         }
     }
+}
+
+/// The newest revisions of an object, as many as `size`.
+fn history(reader: &Reader, oid: Oid, size: usize) -> Result<Value, ClientError> {
+    let history = reader.history(oid, size).map_err(failed)?;
+    let entries = history.into_iter().map(|revision| {
+        let tid = revision.meta.tid;
+        let mut entry = extension(&revision.meta);
+        for (key, value) in [
+            ("time", seconds(tid)),
+            ("user_name", revision.meta.user.into()),
+            ("description", revision.meta.description.into()),
+            ("tid", tid.to_bytes().into()),
+            ("size", Value::Int(revision.size as i64)),
+        ] {
+            set(&mut entry, Value::str(key), value);
+        }
+        Value::Dict(entry)
+    });
+    Ok(Value::List(entries.collect()))
+}
+
+/// The first object at or above `from`, and the oid of the next one.
+fn record_iternext(reader: &Reader, from: Option<Oid>) -> Result<Value, ClientError> {
+    let empty = |text| ClientError::Other("builtins.ValueError", vec![Value::str(text)]);
+    let oid = reader
+        .object_at_or_above(from.unwrap_or(Oid(0)))
+        .ok_or_else(|| empty(if from.is_none() { "empty tree" } else { "no key" }))?;
+    let found = reader.load_before(oid, Tid::MAX, Access::Blocking).map_err(failed)?;
+    let found = found.ok_or_else(|| ClientError::PosKey(oid.to_bytes().into()))?;
+    let next = Oid(oid.0.saturating_add(1));
+    let next = reader.object_at_or_above(next).filter(|next| *next > oid);
+    Ok(Value::Tuple(vec![
+        oid.to_bytes().into(),
+        found.serial.to_bytes().into(),
+        found.data.into(),
+        next.map_or(Value::None, |oid| oid.to_bytes().into()),
+    ]))
 }
 
 /// The transactions with these indexes, newest first. Those that are packed end the log, and so

@@ -1,5 +1,7 @@
 //! From a configuration to a running node.
 
+pub(crate) mod listeners;
+pub(crate) mod locks;
 pub mod node;
 pub(crate) mod other_nodes;
 pub(crate) mod read_only;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
-use standby_config::{Address, Config, ZeoAddress};
+use standby_config::{Config, ZeoAddress};
 use standby_consensus::{Consensus, LogWriter};
 use standby_disk::OsDisk;
 use standby_logging::error_text::with_causes;
@@ -15,10 +15,9 @@ use standby_primary::consensus_config::raft_config;
 use standby_primary::{Ended, Input};
 use standby_replica::lost_transactions;
 use standby_replica::machine::Replica;
-use standby_replica::start::open::forget_index_of_link;
-use standby_replica::start::prepared::Beginning;
+use standby_replica::start::prepared::{Beginning, Prepared, Repairers};
 use standby_replica::start::{Place, explain, prepare};
-use standby_replica::state_dir::{Note, StateDir};
+use standby_replica::state_dir::{Checkpoint, Note, StateDir};
 use standby_types::Disk;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
@@ -32,7 +31,9 @@ use crate::peers::block::repairer;
 use crate::peers::command::here;
 use crate::peers::link::{dial, learn};
 use crate::platform::crash_notes;
-use crate::platform::{self, Lock, TcpListener};
+use crate::platform::{self, Lock};
+use crate::start::listeners::Listeners;
+use crate::start::locks::lock_files;
 use crate::start::{other_nodes, read_only};
 use crate::tasks::applier::Applier;
 use crate::tasks::primary::Primary;
@@ -40,7 +41,6 @@ use crate::tasks::{
     accept_peers, certificates, client_memory, disk_space, founding, log_writer, scrub,
 };
 use crate::transport::handshake::Wire;
-use crate::transport::stream::{Listener, listen};
 use crate::transport::tls::Tls;
 
 /// How long a primary that is to end waits for transactions that have voted.
@@ -85,70 +85,14 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         info!("{note}");
     }
     let state = StateDir(config.state_dir());
-    let standby = config.standby.as_ref();
-    let wire = Wire::of(standby)?;
+    let wire = Wire::of(config.standby.as_ref())?;
     let helpers = other_nodes::find(&config, &*disk, &state, wire.clone()).await?;
-    // First the addresses: a second start of the same node must fail before it touches a file.
-    let zeo = match &config.zeo.address {
-        Some(address) => Some(Listener::bind(address).await?),
-        None => None,
-    };
+    let listeners = Listeners::bind(&config).await?;
     let tls = config.zeo.ssl.as_ref().map(Tls::new).transpose()?;
-    let read_only = match standby.and_then(|s| s.read_only_address.as_ref()) {
-        Some(address) => Some(Listener::Tcp(bind(address, "read-only-address").await?)),
-        None => None,
-    };
-    let peer = match standby {
-        Some(standby) => Some(bind(&standby.peer_address, "peer-address").await?),
-        None => None,
-    };
-    let admin = match standby {
-        Some(standby) => Some(bind(&standby.admin_address, "admin-address").await?),
-        None => None,
-    };
-    let mut locks = Vec::new();
-    if config.storages.is_empty() {
-        // A witness has no data file whose lock would tell that the node runs already.
-        let state_dir = config.state_dir();
-        disk.create_private_dir(&state_dir)
-            .and_then(|()| platform::lock_file(&state_dir.join("identity")))
-            .map(|lock| locks.push(lock))
-            .with_context(|| format!("cannot use state-dir {}", state_dir.display()))?;
-    }
-    // As Python, which reads beside a program that writes.
-    for storage in config.storages.iter().filter(|section| !section.protected) {
-        let mut lock = |path: &Path| {
-            let cannot =
-                || format!("cannot use {} (from {})", path.display(), config.file.display());
-            platform::lock_file(path).with_context(cannot).map(|lock| locks.push(lock))
-        };
-        lock(&storage.named)?;
-        if storage.named != storage.path {
-            // Another program may know the file by its own name.
-            lock(&storage.path)?;
-            info!(file = %storage.named.display(), target = %storage.path.display(), "a symbolic \
-            link is followed");
-            forget_index_of_link(&*disk, &storage.named)?;
-        }
-    }
-    let beginning = beginning(&config);
-    let opening = {
-        let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
-        let repaired = config.storages.iter().filter(|_| config.standby.is_some());
-        let repairers = repaired.map(|s| (s.name.clone(), repairer(&helpers, &s.name))).collect();
-        platform::spawn_blocking(move || {
-            let platform = platform::for_start();
-            let place = Place {
-                config: &config,
-                disk: &disk,
-                state: &state,
-                repairers: &repairers,
-                platform,
-            };
-            prepare(&place, beginning)
-        })
-    };
-    let prepared = opening.await??;
+    let locks = lock_files(&config, &*disk)?;
+    let repaired = config.storages.iter().filter(|_| config.standby.is_some());
+    let repairers = repaired.map(|s| (s.name.clone(), repairer(&helpers, &s.name))).collect();
+    let prepared = prepare_files(&config, &disk, &state, repairers).await?;
     if cfg!(not(feature = "simulated")) {
         crash_notes::watch(&disk, &state.0);
     }
@@ -165,54 +109,20 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     let queues = Queues { internal, events, work };
     let shared = Arc::new(Shared::new(config, disk.clone(), &prepared, opened, queues)?);
 
-    let point = prepared.checkpoint.applied_point();
+    let Prepared { checkpoint, storages, blobs, recovered, writer, .. } = prepared;
     let consensus = Consensus::new(
         raft_config(shared.id, shared.member.witness, shared.profile()),
         disk.clone(),
         state.log(),
-        &prepared.recovered,
-        point,
+        &recovered,
+        checkpoint.applied_point(),
     )?;
-    let replica = Replica::new(
-        &prepared.checkpoint,
-        prepared.storages,
-        prepared.blobs,
-        shared.make_spill.clone(),
-    )
-    .skipping(state.skipped(&*disk)?);
+    let replica = Replica::new(&checkpoint, storages, blobs, shared.make_spill.clone())
+        .skipping(state.skipped(&*disk)?);
     let primary = Primary::new(shared.clone(), consensus, log, &replica);
-    start_threads(&shared, &disk, replica, prepared.writer, work_receiver, log_receiver)?;
+    start_threads(&shared, &disk, replica, writer, work_receiver, log_receiver)?;
     let primary = tokio::spawn(primary.run(internal_receiver, events_receiver));
-
-    if let Some(peer) = peer {
-        tokio::spawn(accept_peers::listen(shared.clone(), peer));
-    }
-    let members = prepared.checkpoint.membership.members.values();
-    let members = members.map(|member| member.peer_address.clone());
-    learn(&shared, members.chain(shared.state.peers(&*disk)), false);
-    if let Some(standby) = &shared.config.standby {
-        for address in standby.named_addresses() {
-            dial(&shared, &address.to_string());
-        }
-    }
-    if founding::is_founder(&shared) && prepared.checkpoint.cluster_id.is_empty() {
-        tokio::spawn(founding::run(shared.clone()));
-    }
-    if let Some(read_only) = read_only {
-        tokio::spawn(listener::read_only(shared.clone(), read_only));
-    }
-    #[cfg(not(feature = "simulated"))]
-    if let Some(admin) = admin {
-        tokio::spawn(crate::admin::http::listen(shared.clone(), admin));
-    }
-    #[cfg(feature = "simulated")]
-    drop(admin);
-    if let Some(zeo) = zeo {
-        tokio::spawn(listener::read_write(shared.clone(), zeo));
-        tokio::spawn(listener::end_silent(shared.clone()));
-    }
-    tokio::spawn(client_memory::guard(shared.clone()));
-    tokio::spawn(certificates::watch(shared.clone()));
+    start_tasks(&shared, listeners, &checkpoint);
     if let Some(path) = &shared.config.zeo.pid_file {
         std::fs::write(path, format!("{}\n", std::process::id()))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -224,8 +134,54 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     Ok(Running { shared, primary, _locks: locks })
 }
 
-async fn bind(address: &Address, key: &str) -> anyhow::Result<TcpListener> {
-    listen(address).await.with_context(|| format!("cannot listen on {key} {address}"))
+/// Opens the node's files, which may take long, beside the runtime.
+async fn prepare_files(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    state: &StateDir,
+    repairers: Repairers,
+) -> anyhow::Result<Prepared> {
+    let beginning = beginning(config);
+    let (config, disk, state) = (config.clone(), disk.clone(), state.clone());
+    let opening = platform::spawn_blocking(move || {
+        let platform = platform::for_start();
+        let place =
+            Place { config: &config, disk: &disk, state: &state, repairers: &repairers, platform };
+        prepare(&place, beginning)
+    });
+    opening.await?
+}
+
+/// Starts the tasks that live as long as the node: they end with the process, which runs a node
+/// once.
+fn start_tasks(shared: &Arc<Shared>, listeners: Listeners, checkpoint: &Checkpoint) {
+    if let Some(peer) = listeners.peer {
+        tokio::spawn(accept_peers::listen(shared.clone(), peer));
+    }
+    let members = checkpoint.membership.members.values();
+    let members = members.map(|member| member.peer_address.clone());
+    learn(shared, members.chain(shared.state.peers(&*shared.disk)), false);
+    if let Some(standby) = &shared.config.standby {
+        for address in standby.named_addresses() {
+            dial(shared, &address.to_string());
+        }
+    }
+    if founding::is_founder(shared) && checkpoint.cluster_id.is_empty() {
+        tokio::spawn(founding::run(shared.clone()));
+    }
+    if let Some(read_only) = listeners.read_only {
+        tokio::spawn(listener::read_only(shared.clone(), read_only));
+    }
+    #[cfg(not(feature = "simulated"))]
+    if let Some(admin) = listeners.admin {
+        tokio::spawn(crate::admin::http::listen(shared.clone(), admin));
+    }
+    if let Some(zeo) = listeners.zeo {
+        tokio::spawn(listener::read_write(shared.clone(), zeo));
+        tokio::spawn(listener::end_silent(shared.clone()));
+    }
+    tokio::spawn(client_memory::guard(shared.clone()));
+    tokio::spawn(certificates::watch(shared.clone()));
 }
 
 /// What a new node does: among several listed members, even the first one waits for the others.

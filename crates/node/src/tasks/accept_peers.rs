@@ -20,6 +20,7 @@ use crate::platform::{TcpListener, TcpStream};
 use crate::tasks::founding;
 use crate::transport::frames::{MAX_FRAME, PeerError, Progressing, halves, write_within};
 use crate::transport::handshake::{PeerInfo, Purpose, Welcome, answer, receive};
+use crate::transport::stream::Stream;
 
 /// Accepts connections from other nodes.
 pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
@@ -69,68 +70,71 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream, stranger: Pass) {
         return refused(error);
     }
     drop(stranger);
-    match info.purpose {
-        Purpose::Probe | Purpose::Found => {}
-        Purpose::Link if info.log_end.is_some_and(|end| end < lacks) => {
-            // It has been told, and joins anew.
-            let node = &info.node;
-            if shared.peers.may_tell(format!("{host} lacks")) {
-                warn!(
-                    node,
-                    acknowledged = lacks,
-                    has = info.log_end,
-                    "a node lacks entries that it has acknowledged: its disk was put back to an \
-                    earlier state"
-                );
-            }
+    if info.purpose == Purpose::Link && info.log_end.is_some_and(|end| end < lacks) {
+        // It has been told, and joins anew.
+        if shared.peers.may_tell(format!("{host} lacks")) {
+            warn!(
+                node = info.node,
+                acknowledged = lacks,
+                has = info.log_end,
+                "a node lacks entries that it has acknowledged: its disk was put back to an \
+                earlier state"
+            );
         }
-        Purpose::Link => {
-            let id = info.id();
-            let signs = info.gives_signs;
-            let own = shared.introduction().cluster_id;
-            if own.is_empty() || own == info.cluster_id {
-                // Answers go over a link of this node's own, to wherever the other one says that it
-                // is now.
-                learn(&shared, [info.peer_address.clone()], false);
-            }
-            let dialling = Dialling { id, address: info.peer_address.clone(), epoch, signs };
-            shared.peers.link_begins(id);
-            shared.tell(Event::PeerUp(info)).await;
-            let (read, write) = halves(stream);
-            let ended = tokio::select! {
-            biased;
-            ended = receive_all(&shared, read, dialling) => ended,
-            ended = give_signs(&shared, write, id), if signs => ended};
-            if let Err(error) = ended {
-                debug!(from, %error, "a link ended");
-            }
-            if shared.peers.link_ends(id) {
-                shared.tell(Event::PeerLost(id)).await;
-            }
-        }
+        return;
+    }
+    serve(shared, stream, info, epoch, &from).await;
+}
+
+/// Serves a node that was let in, until the connection ends.
+async fn serve(shared: Arc<Shared>, stream: Stream, info: PeerInfo, epoch: u64, from: &str) {
+    let purpose = info.purpose;
+    let ended = match purpose {
+        Purpose::Probe | Purpose::Found => Ok(()),
+        Purpose::Link => link(&shared, stream, info, epoch).await,
         Purpose::Blob => {
             if let Err(error) = blob_source::serve(&shared, stream).await {
                 warn!(from, %error, "cannot send a blob to a node");
             }
+            Ok(())
         }
-        Purpose::Block => {
-            if let Err(error) = block::serve(&shared, stream).await {
-                debug!(from, %error, "cannot send a block to a node");
-            }
-        }
-        Purpose::Compare => {
-            if let Err(error) = compare::serve(&shared, stream).await {
-                debug!(from, %error, "cannot compare with a node");
-            }
-        }
-        Purpose::Ask => {
-            if let Err(error) = command::serve(&shared, stream).await {
-                debug!(from, %error, "cannot answer a node");
-            }
-        }
-        Purpose::CatchUp => catch_up::serve(shared, stream, &info.node).await,
-        Purpose::Client => listener::passed_on(shared, stream).await,
+        Purpose::Block => block::serve(&shared, stream).await,
+        Purpose::Compare => compare::serve(&shared, stream).await,
+        Purpose::Ask => command::serve(&shared, stream).await,
+        Purpose::CatchUp => return catch_up::serve(shared, stream, &info.node).await,
+        Purpose::Client => return listener::passed_on(shared, stream).await,
+    };
+    if let Err(error) = ended {
+        debug!(from, ?purpose, %error, "a connection of a node ended");
     }
+}
+
+/// Receives what a member says, and lets it know that this node is there.
+async fn link(
+    shared: &Arc<Shared>,
+    stream: Stream,
+    info: PeerInfo,
+    epoch: u64,
+) -> Result<(), PeerError> {
+    let (id, signs) = (info.id(), info.gives_signs);
+    let own = shared.introduction().cluster_id;
+    if own.is_empty() || own == info.cluster_id {
+        // Answers go over a link of this node's own, to wherever the other one says that it is now.
+        learn(shared, [info.peer_address.clone()], false);
+    }
+    let dialling = Dialling { id, address: info.peer_address.clone(), epoch, signs };
+    shared.peers.link_begins(id);
+    shared.tell(Event::PeerUp(info)).await;
+    let (read, write) = halves(stream);
+    let ended = tokio::select! {
+        biased;
+        ended = receive_all(shared, read, dialling) => ended,
+        ended = give_signs(shared, write, id), if signs => ended,
+    };
+    if shared.peers.link_ends(id) {
+        shared.tell(Event::PeerLost(id)).await;
+    }
+    ended
 }
 
 /// What a node is told that is let in.

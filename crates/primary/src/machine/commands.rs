@@ -185,31 +185,9 @@ impl Machine {
                 );
                 Ok((Setting::Remove { node: node.clone() }, done(text)))
             }
-            Ask::GroupSet { group, failover: true, .. } => {
-                self.check_group(group)?;
-                let text = format!(
-                    "the nodes of group {group} vote: one of them can become primary by itself"
-                );
-                Ok((Setting::Failover { group: group.clone(), on: true }, done(text)))
-            }
-            Ask::GroupSet { group, failover: false, force } => {
-                self.check_group(group)?;
-                if self.settings.moving_to.as_ref() == Some(group) {
-                    return Err(format!("the primary is being moved to group {group}"));
-                }
-                if *group == self.me.group {
-                    return Err(format!(
-                        "the primary is in group {group}; to have the primary and the voters in \
-                         another group: standby group move --to GROUP"
-                    ));
-                }
-                let data = self.data_nodes(group).map(|m| m.id).collect();
-                self.check_loss(&data, *force)?;
-                let text = format!(
-                    "the nodes of group {group} have no vote: none of them becomes primary by \
-                    itself"
-                );
-                Ok((Setting::Failover { group: group.clone(), on: false }, done(text)))
+            Ask::GroupSet { group, failover, force } => {
+                let text = self.group_set(group, *failover, *force)?;
+                Ok((Setting::Failover { group: group.clone(), on: *failover }, done(text)))
             }
             Ask::GroupMove { to } => {
                 self.check_group(to)?;
@@ -237,6 +215,29 @@ impl Machine {
                 Ok((Setting::FeatureLevel(wanted), done(format!("the feature level is {wanted}"))))
             }
         }
+    }
+
+    fn group_set(&self, group: &str, failover: bool, force: bool) -> Result<String, String> {
+        self.check_group(group)?;
+        if failover {
+            return Ok(format!(
+                "the nodes of group {group} vote: one of them can become primary by itself"
+            ));
+        }
+        if self.settings.moving_to.as_deref() == Some(group) {
+            return Err(format!("the primary is being moved to group {group}"));
+        }
+        if *group == self.me.group {
+            return Err(format!(
+                "the primary is in group {group}; to have the primary and the voters in another \
+                 group: standby group move --to GROUP"
+            ));
+        }
+        let data = self.data_nodes(group).map(|m| m.id).collect();
+        self.check_loss(&data, force)?;
+        Ok(format!(
+            "the nodes of group {group} have no vote: none of them becomes primary by itself"
+        ))
     }
 
     fn raises(&self, wanted: Option<u32>) -> bool {

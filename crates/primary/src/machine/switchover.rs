@@ -171,8 +171,6 @@ impl Machine {
             return Ok(());
         }
         let (phase, target) = (switchover.phase, switchover.target);
-        let waited = self.now.saturating_sub(switchover.since);
-        let (grace, urgent) = (switchover.grace, switchover.urgent);
         if phase != Phase::Handing && !self.is_there(target) {
             return self.switchover_failed("it cannot be reached any more");
         }
@@ -180,64 +178,74 @@ impl Machine {
         let behind =
             self.consensus.progress(target).map_or(last, |p| last.saturating_sub(p.matched.0));
         match phase {
-            Phase::Levelling => {
-                let level = self.is_level(target);
-                let long_call = self.facts.any_long_call();
-                if level && (!long_call || waited >= grace || urgent) {
-                    self.enter(Phase::Draining);
-                    self.publish_serving();
-                    self.act(Action::LetWritersLeave);
-                    return self.tick_switchover();
-                } else if waited >= grace.max(COMMIT_PATIENCE) {
-                    let reason = format!("it is {behind} log entries behind");
-                    return self.switchover_failed(&reason);
-                }
-            }
-            Phase::Draining => {
-                let idle = self.storages.values().all(|s| s.transactions.is_empty());
-                let alone = waited >= BEGUN_PATIENCE || !self.facts.any_writer();
-                let level = self.commits.is_idle() && behind == 0;
-                // A node that has not applied the last change of members does not stand for
-                // election.
-                let level = level && !self.consensus.is_changing();
-                // What is under way then ends as if this node had died: the target has it, or
-                // nobody.
-                let enough = urgent && waited >= COMMIT_PATIENCE && behind == 0;
-                if idle && alone && level || enough {
-                    // Who has acknowledged what, as long as this node can tell.
-                    self.tick_acknowledged();
-                    self.enter(Phase::Handing);
-                    self.publish_lease();
-                    // After the applier has queued the last replies.
-                    self.act(Action::SendWritersAwayWhenApplied);
-                    let mut outputs = Vec::new();
-                    if self.consensus.hand_over(target, &mut outputs).is_err() {
-                        return self.switchover_failed("it has no vote any more");
-                    }
-                    return self.perform(outputs);
-                }
-                let now = self.now;
-                let idle_since = idle.then(|| switchover.idle_since.unwrap_or(now));
-                if idle_since.is_some_and(|since| now >= since + COMMIT_PATIENCE) {
-                    return self.switchover_failed("the last commits do not reach it");
-                }
-                if let Some(switchover) = &mut self.switchover {
-                    switchover.idle_since = idle_since;
-                }
-                if waited >= grace {
-                    self.end_transactions();
-                }
-                if waited >= grace + DRAINING_PATIENCE {
-                    return self.switchover_failed("what is under way here does not end");
-                }
-            }
-            Phase::Handing => {
-                if !self.consensus.is_handing_over() {
-                    return self.switchover_failed("it did not take the primary's role");
-                }
-            }
+            Phase::Levelling => self.tick_levelling(behind),
+            Phase::Draining => self.tick_draining(behind),
+            Phase::Handing if self.consensus.is_handing_over() => Ok(()),
+            Phase::Handing => self.switchover_failed("it did not take the primary's role"),
+        }
+    }
+
+    /// The target gets what it lacks, and clients end what would take long.
+    fn tick_levelling(&mut self, behind: u64) -> Result<()> {
+        let Some(switchover) = &self.switchover else { return Ok(()) };
+        let waited = self.now.saturating_sub(switchover.since);
+        let level = self.is_level(switchover.target);
+        let waits_for_calls = self.facts.any_long_call() && waited < switchover.grace;
+        if level && (!waits_for_calls || switchover.urgent) {
+            self.enter(Phase::Draining);
+            self.publish_serving();
+            self.act(Action::LetWritersLeave);
+            return self.tick_switchover();
+        }
+        if waited >= switchover.grace.max(COMMIT_PATIENCE) {
+            return self.switchover_failed(&format!("it is {behind} log entries behind"));
         }
         Ok(())
+    }
+
+    /// Transactions end, and clients that write leave.
+    fn tick_draining(&mut self, behind: u64) -> Result<()> {
+        let Some(switchover) = &self.switchover else { return Ok(()) };
+        let waited = self.now.saturating_sub(switchover.since);
+        let (grace, target) = (switchover.grace, switchover.target);
+        let idle = self.storages.values().all(|s| s.transactions.is_empty());
+        let alone = waited >= BEGUN_PATIENCE || !self.facts.any_writer();
+        // A node that has not applied the last change of members does not stand for election.
+        let level = self.commits.is_idle() && behind == 0 && !self.consensus.is_changing();
+        // What is under way then ends as if this node had died: the target has it, or nobody.
+        let enough = switchover.urgent && waited >= COMMIT_PATIENCE && behind == 0;
+        if idle && alone && level || enough {
+            return self.hand_over(target);
+        }
+        let now = self.now;
+        let idle_since = idle.then(|| switchover.idle_since.unwrap_or(now));
+        if idle_since.is_some_and(|since| now >= since + COMMIT_PATIENCE) {
+            return self.switchover_failed("the last commits do not reach it");
+        }
+        if let Some(switchover) = &mut self.switchover {
+            switchover.idle_since = idle_since;
+        }
+        if waited >= grace {
+            self.end_transactions();
+        }
+        if waited >= grace + DRAINING_PATIENCE {
+            return self.switchover_failed("what is under way here does not end");
+        }
+        Ok(())
+    }
+
+    fn hand_over(&mut self, target: NodeId) -> Result<()> {
+        // Who has acknowledged what, as long as this node can tell.
+        self.tick_acknowledged();
+        self.enter(Phase::Handing);
+        self.publish_lease();
+        // After the applier has queued the last replies.
+        self.act(Action::SendWritersAwayWhenApplied);
+        let mut outputs = Vec::new();
+        if self.consensus.hand_over(target, &mut outputs).is_err() {
+            return self.switchover_failed("it has no vote any more");
+        }
+        self.perform(outputs)
     }
 
     fn enter(&mut self, phase: Phase) {

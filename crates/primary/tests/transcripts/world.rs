@@ -582,6 +582,7 @@ impl World {
         }
     }
 
+    #[expect(clippy::too_many_lines, reason = "a table of the script's commands")]
     fn act(&mut self, at: usize, action: Action) {
         let name = self.nodes[at].name.clone();
         match action {

@@ -18,12 +18,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use standby_consensus::Recovered;
 use standby_filestorage::{
     BlobDir, Extent, FileStorage, Holes, Magic, Mark, Reader, StorageError, copy,
 };
 use standby_types::disk::{Open, parent, replace};
 use standby_types::time::{tid_at, utc};
-use standby_types::{Disk, Tid};
+use standby_types::{Disk, LogIndex, Tid};
 use tracing::{info, warn};
 
 use crate::lineage::{Fork, Lineage};
@@ -59,22 +60,7 @@ pub fn leave(place: &Place<'_>, prepared: Prepared, lineage: &Lineage) -> anyhow
     let make_spill = Arc::new(move || (platform.temporary_file)(&spill_dir));
     let replica = Replica::new(&checkpoint, storages, blobs.clone(), make_spill);
     let mut replica = replica.skipping(state.skipped(&**disk)?);
-    let log = state.log();
-    let mut certain = replica.last_tids();
-    for entry in recovered.entries_after(&**disk, &log, checkpoint.index) {
-        let entry = entry?;
-        let committed = entry.point().0 <= recovered.commit_index();
-        match replica.apply(&entry) {
-            Ok(_) if committed => certain = replica.last_tids(),
-            // What follows may have been acknowledged too: it is kept, but it does not count.
-            Ok(_) => {}
-            Err(error) if committed => return Err(error.into()),
-            Err(error) => {
-                warn!(%error, "an entry of the log, perhaps never committed, cannot be kept");
-                break;
-            }
-        }
-    }
+    let certain = apply_rest(place, &mut replica, &recovered, checkpoint.index)?;
     // The checkpoint will count on what has come from the log.
     replica.storages().try_for_each(|(_, storage)| storage.sync().map(drop))?;
     replica.blobs().try_for_each(BlobDir::sync)?;
@@ -121,6 +107,32 @@ pub fn leave(place: &Place<'_>, prepared: Prepared, lineage: &Lineage) -> anyhow
         &Checkpoint { settings, storages: points, ..checkpoint.without_log() },
     )?;
     Ok(())
+}
+
+/// Applies what the log has after the entry `applied`. Returns the last transaction of each storage
+/// that is known to be committed: what follows may have been acknowledged too, and is kept, but it
+/// does not count.
+fn apply_rest(
+    place: &Place<'_>,
+    replica: &mut Replica,
+    recovered: &Recovered,
+    applied: LogIndex,
+) -> anyhow::Result<BTreeMap<String, Tid>> {
+    let mut certain = replica.last_tids();
+    for entry in recovered.entries_after(&**place.disk, &place.state.log(), applied) {
+        let entry = entry?;
+        let committed = entry.point().0 <= recovered.commit_index();
+        match replica.apply(&entry) {
+            Ok(_) if committed => certain = replica.last_tids(),
+            Ok(_) => {}
+            Err(error) if committed => return Err(error.into()),
+            Err(error) => {
+                warn!(%error, "an entry of the log, perhaps never committed, cannot be kept");
+                break;
+            }
+        }
+    }
+    Ok(certain)
 }
 
 /// Where the data file is to end so that `last` is its last transaction, or the one before; the

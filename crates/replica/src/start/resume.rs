@@ -13,7 +13,7 @@ use crate::start::begin::begin;
 use crate::start::open::{open_blobs, open_storage};
 use crate::start::prepared::{Beginning, Prepared};
 use crate::start::{Place, check_identity, damaged_log};
-use crate::state_dir::{Checkpoint, Identity, free_name};
+use crate::state_dir::{Checkpoint, Identity, StoragePoint, free_name};
 
 /// Opens what a former run left; with `cuts`, what the data files hold beyond the checkpoint goes.
 pub fn resume(
@@ -35,10 +35,9 @@ pub fn resume(
     }
     let mut recovered = damaged_log::read(disk, state, &checkpoint)?;
     let interrupted = state.interrupted_catch_up(&**disk)?;
-    let skipped = state.skipped(&**disk)?;
-    let is_skipped = |at: LogIndex| skipped.iter().any(|(index, _)| *index == at);
     let mut extents = Vec::new();
     for section in &config.storages {
+        let index = checkpoint.index;
         let Some(point) = checkpoint.storages.get_mut(&section.name) else {
             bail!(
                 "storage {:?} is new in {}; adding storages to a running cluster is not supported",
@@ -46,42 +45,11 @@ pub fn resume(
                 config.file.display()
             );
         };
-        let mut expected = logged_tids(place, &recovered, checkpoint.index, &section.name)?;
-        let mut found = Tail::read(&**disk, &section.path, point.mark)?;
-        if let (Tail::Different(_), Some(packed)) = (&found, point.packed) {
-            // The checkpoint was made just before a packed file took the place of the old one.
-            found = Tail::read(&**disk, &section.path, packed)?;
-            if matches!(found, Tail::Follows(_)) {
-                point.mark = packed;
-            }
-        }
-        point.packed = None;
-        // After a catch-up the data file is ahead of the entry that the checkpoint names.
-        expected.retain(|(_, tid)| *tid > point.mark.tid);
-        if let Tail::Follows(found) = &found {
-            let is_there = |tid: Tid| found.iter().any(|mark| mark.tid == tid);
-            expected.retain(|(index, tid)| !is_skipped(*index) || is_there(*tid));
-        }
-        let tail = match found {
-            Tail::Different(reason) => Err(reason),
-            Tail::Follows(_) if cuts || interrupted.is_some() => Ok(Vec::new()),
-            Tail::Follows(found) => {
-                let tid = |nth| expected.get(nth).map(|(_, tid)| *tid);
-                let strange = |(nth, mark): &(usize, &Mark)| tid(*nth) != Some(mark.tid);
-                match found.iter().enumerate().find(strange) {
-                    Some((_, mark)) => {
-                        Err(format!("transaction {} is not in Standby's log", mark.tid))
-                    }
-                    None => Ok(found),
-                }
-            }
-        };
-        match tail {
+        let expected = logged_tids(place, &recovered, index, &section.name)?;
+        match tail(place, section, point, expected, cuts || interrupted.is_some())? {
             Ok(_) if mutation::on(Mutation::SkipTruncation) => extents.push(Extent::Whole),
             Ok(again) => extents.push(Extent::UpTo { mark: point.mark, again }),
-            Err(reason) => {
-                return adopt(place, identity, section, &reason);
-            }
+            Err(reason) => return adopt(place, identity, section, &reason),
         }
     }
     let mut storages = BTreeMap::new();
@@ -112,6 +80,45 @@ pub fn resume(
     let unconfirmed = false;
     let blobs = open_blobs(place, &recovered, checkpoint.index)?;
     Ok(Prepared { id, checkpoint, storages, blobs, recovered, writer, unconfirmed })
+}
+
+/// What a data file holds beyond the checkpoint: transactions that the log has too, and that will
+/// be applied again; none if what is there `goes`. Or the reason for which the file is not the one
+/// that Standby left.
+fn tail(
+    place: &Place<'_>,
+    section: &StorageSection,
+    point: &mut StoragePoint,
+    mut expected: Vec<(LogIndex, Tid)>,
+    goes: bool,
+) -> anyhow::Result<Result<Vec<Mark>, String>> {
+    let disk = &**place.disk;
+    let mut found = Tail::read(disk, &section.path, point.mark)?;
+    if let (Tail::Different(_), Some(packed)) = (&found, point.packed) {
+        // The checkpoint was made just before a packed file took the place of the old one.
+        found = Tail::read(disk, &section.path, packed)?;
+        if matches!(found, Tail::Follows(_)) {
+            point.mark = packed;
+        }
+    }
+    point.packed = None;
+    let found = match found {
+        Tail::Different(reason) => return Ok(Err(reason)),
+        Tail::Follows(_) if goes => return Ok(Ok(Vec::new())),
+        Tail::Follows(found) => found,
+    };
+    // After a catch-up the data file is ahead of the entry that the checkpoint names.
+    expected.retain(|(_, tid)| *tid > point.mark.tid);
+    let skipped = place.state.skipped(disk)?;
+    let is_skipped = |at: LogIndex| skipped.iter().any(|(index, _)| *index == at);
+    let is_there = |tid: Tid| found.iter().any(|mark| mark.tid == tid);
+    expected.retain(|(index, tid)| !is_skipped(*index) || is_there(*tid));
+    let tid = |nth| expected.get(nth).map(|(_, tid)| *tid);
+    let strange = |(nth, mark): &(usize, &Mark)| tid(*nth) != Some(mark.tid);
+    if let Some((_, mark)) = found.iter().enumerate().find(strange) {
+        return Ok(Err(format!("transaction {} is not in Standby's log", mark.tid)));
+    }
+    Ok(Ok(found))
 }
 
 /// The data file is not the one that Standby left. One node alone takes it as it is; a member of a

@@ -290,21 +290,23 @@ fn an_extension_may_be_written_as_a_call() {
 fn looks_back() {
     let mut client = Client::registered(Encoding::Pickle);
     for (method, args, expected) in [
-        ("history", vec![OID.into(), 3.into()], Look::History(Oid(1), 3)),
-        ("undoLog", vec![0.into(), (-20).into()], Look::UndoLog(0..20, vec![])),
-        ("undoLog", vec![5.into(), (-20).into()], Look::UndoLog(5..25, vec![])),
-        ("undoInfo", vec![2.into(), 4.into(), Value::None], Look::UndoLog(2..4, vec![])),
+        ("history", vec![OID.into(), 3.into()], HistoryCall::History(Oid(1), 3)),
+        ("undoLog", vec![0.into(), (-20).into()], HistoryCall::UndoLog(0..20, vec![])),
+        ("undoLog", vec![5.into(), (-20).into()], HistoryCall::UndoLog(5..25, vec![])),
+        ("undoInfo", vec![2.into(), 4.into(), Value::None], HistoryCall::UndoLog(2..4, vec![])),
         ("iterator_start", vec![Value::None, TID.into()], {
-            Look::IteratorStart(None, Tid::from_slice(&TID))
+            HistoryCall::IteratorStart(None, Tid::from_slice(&TID))
         }),
-        ("record_iternext", vec![Value::None], Look::RecordIternext(None)),
+        ("record_iternext", vec![Value::None], HistoryCall::RecordIternext(None)),
     ] {
         let effects = client.call(method, args);
-        let [Effect::Look { id: Some(_), look }] = &effects[..] else { panic!("{effects:?}") };
-        assert_eq!(*look, expected);
+        let [Effect::HistoryCall { id: Some(_), asked }] = &effects[..] else {
+            panic!("{effects:?}")
+        };
+        assert_eq!(*asked, expected);
     }
     let effects = client.notify("iterator_gc", vec![Value::List(vec![1.into()])]);
-    assert!(matches!(&effects[..], [Effect::Look { id: None, .. }]));
+    assert!(matches!(&effects[..], [Effect::HistoryCall { id: None, .. }]));
     let (class, _) = client.replied("history", vec![]).unwrap_err();
     assert_eq!(class, "builtins.TypeError");
     let (class, _) = client.replied("history", vec![Value::None, Value::None]).unwrap_err();

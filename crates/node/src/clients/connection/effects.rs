@@ -1,15 +1,18 @@
 //! What a session wants to be done.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use standby_filestorage::{Staged, StorageError};
 use standby_primary::client_errors::undo_disabled;
 use standby_primary::input::PackRequest;
 use standby_primary::{Caller, MANY, Request};
 use standby_types::{Oid, Tid, Upload};
-use standby_zeo::{ClientError, Effect, Look, StagedFile, Value, Vote, VoteOutcome, frame};
+use standby_zeo::{
+    ClientError, Effect, HistoryCall, StagedFile, Value, Vote, VoteOutcome, VoteRequest, frame,
+};
 use tracing::{error, info};
 
+use crate::cells::storage::Stats;
 use crate::clients::connection::{BLOB_CHUNK, BLOB_QUEUE, Connection, NO_BLOBS};
 use crate::clients::encoding::finished;
 use crate::clients::history_calls;
@@ -19,8 +22,8 @@ use crate::platform;
 use crate::transport::blob_files::{self, BlobWriter};
 
 impl Connection {
-    /// Answers a look back.
-    pub(super) async fn look(&mut self, id: Option<Value>, look: Look) {
+    /// Answers a call that reads the history.
+    async fn read_history(&mut self, id: Option<Value>, call: HistoryCall) {
         let Some(storage) = self.storage() else { return };
         let (reader, handle) = (storage.reader().clone(), self.handle.clone());
         let answer = move |found: Result<Value, ClientError>| {
@@ -30,7 +33,7 @@ impl Connection {
                 Err(error) => handle.encoding().error(&id, &error),
             });
         };
-        if let Look::UndoLog(range, specification) = look {
+        if let HistoryCall::UndoLog(range, specification) = call {
             if storage.packing.percent().is_some() {
                 return answer(Err(undo_disabled()));
             }
@@ -55,11 +58,11 @@ impl Connection {
             return;
         }
         let mut iterators = std::mem::take(&mut self.iterators);
-        let looked = platform::spawn_blocking(move || {
-            let found = history_calls::look(&reader, &mut iterators, look);
+        let reading = platform::spawn_blocking(move || {
+            let found = history_calls::answer(&reader, &mut iterators, call);
             (found, iterators)
         });
-        match looked.await {
+        match reading.await {
             Ok((found, iterators)) => {
                 self.iterators = iterators;
                 answer(found);
@@ -69,6 +72,7 @@ impl Connection {
     }
 
     /// `Some` ends the session, with a reason if the client is to blame.
+    #[expect(clippy::too_many_lines, reason = "a table of effects")]
     pub(super) async fn perform(&mut self, effect: Effect) -> Option<Option<String>> {
         let session = self.handle.id;
         let caller = |call| Caller { session, call };
@@ -79,12 +83,7 @@ impl Connection {
                 return None;
             }
             Effect::Close(reason) => return Some(Some(reason.to_string())),
-            Effect::Ruok => {
-                self.shared.settled().await;
-                let status = self.shared.ruok();
-                self.handle.outbox.push(frame(status.to_string().as_bytes()));
-                return Some(None);
-            }
+            Effect::Ruok => return self.say_how_it_is().await,
             Effect::Read { id, read } => return self.read(id, read).await.err().map(Some),
             Effect::Register { id, storage, read_only } => {
                 self.storage = Some(storage.clone());
@@ -114,8 +113,8 @@ impl Connection {
                 info!("ZEO.StorageServer ({label} {}) connected", self.handle.peer);
                 return None;
             }
-            Effect::Look { id, look } => {
-                self.look(id, look).await;
+            Effect::HistoryCall { id, asked } => {
+                self.read_history(id, asked).await;
                 return None;
             }
             Effect::Vote(mut request) => {
@@ -123,51 +122,26 @@ impl Connection {
                     self.voted(VoteOutcome::Failed(error));
                     return None;
                 }
-                let vote = match request.objects() > MANY {
-                    false => {
-                        self.warm(&request).await;
-                        Vote::from(request)
-                    }
-                    // The primary's machine has it examined elsewhere.
-                    true => match platform::spawn_blocking(move || Vote::from(request)).await {
-                        Ok(vote) => vote,
-                        Err(error) => return Some(Some(error.to_string())),
-                    },
-                };
-                Request::Vote { session, storage, vote }
+                match self.vote(request).await {
+                    Ok(vote) => Request::Vote { session, storage, vote },
+                    Err(reason) => return Some(Some(reason)),
+                }
             }
             Effect::Finish { id, transaction } => {
-                if let Some(storage) = self.storage() {
-                    let count = transaction.writes().len() as u64;
-                    storage.stats.stores.fetch_add(count, Ordering::Relaxed);
-                }
+                self.count(|stats| &stats.stores, transaction.writes().len());
                 let transaction = finished(&self.shared, transaction);
                 Request::Finish { caller: caller(id), storage, transaction }
             }
             Effect::BlobStart => {
-                self.handle.uploads.store(true, Ordering::Release);
+                self.handle.set_uploads(true);
                 return self.begin_upload().err().map(Some);
             }
             Effect::BlobChunk(bytes) => {
-                if let Some(Ok(upload)) = &mut self.upload {
-                    let written = match self.shared.room.check() {
-                        Ok(()) => upload.write(&bytes).await,
-                        Err(source) => Err(upload.failed(source)),
-                    };
-                    if let Err(error) = written {
-                        // The client sends the rest all the same, and hears of it when it votes.
-                        self.upload = Some(Err(error));
-                    }
-                }
+                self.upload_chunk(&bytes).await;
                 return None;
             }
             Effect::BlobEnd(oid) => {
-                let staged = match self.upload.take() {
-                    Some(Ok(upload)) => upload.finish().await,
-                    Some(Err(error)) => Err(error),
-                    None => return None,
-                };
-                self.staged(oid, staged);
+                self.end_upload(oid).await;
                 return None;
             }
             Effect::BlobShared { oid, name } => {
@@ -185,20 +159,16 @@ impl Connection {
             // Python's server lets a read-only client pack. Who was given this address is not to
             // work on the files.
             Effect::Pack { id, .. } if self.read_only => {
-                if let Some(id) = id {
-                    self.handle
-                        .outbox
-                        .push(self.handle.encoding().error(&id, &ClientError::ReadOnly));
-                }
+                let encoding = self.handle.encoding();
+                let refusal = id.map(|id| encoding.error(&id, &ClientError::ReadOnly));
+                refusal.into_iter().for_each(|refusal| self.handle.outbox.push(refusal));
                 return None;
             }
             Effect::Pack { id, time, wait } => {
                 Request::Pack(PackRequest { session, storage, id, time, wait })
             }
             Effect::Abort => {
-                if let Some(storage) = self.storage() {
-                    storage.stats.aborts.fetch_add(1, Ordering::Relaxed);
-                }
+                self.count(|stats| &stats.aborts, 1);
                 Request::Abort { session, storage }
             }
         };
@@ -207,6 +177,52 @@ impl Connection {
         }
         self.shared.tell(request).await;
         None
+    }
+
+    /// Answers `ruok`, after which the connection ends.
+    async fn say_how_it_is(&self) -> Option<Option<String>> {
+        self.shared.settled().await;
+        let status = self.shared.ruok();
+        self.handle.outbox.push(frame(status.to_string().as_bytes()));
+        Some(None)
+    }
+
+    fn count(&self, counter: impl Fn(&Stats) -> &AtomicU64, more: usize) {
+        if let Some(storage) = self.storage() {
+            counter(&storage.stats).fetch_add(more as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// The vote of a transaction, or why it cannot be made.
+    async fn vote(&self, request: VoteRequest) -> Result<Vote, String> {
+        if request.objects() > MANY {
+            // The primary's machine has it examined elsewhere.
+            let vote = platform::spawn_blocking(move || Vote::from(request)).await;
+            return vote.map_err(|error| error.to_string());
+        }
+        self.warm(&request).await;
+        Ok(Vote::from(request))
+    }
+
+    async fn upload_chunk(&mut self, bytes: &[u8]) {
+        let Some(Ok(upload)) = &mut self.upload else { return };
+        let written = match self.shared.room.check() {
+            Ok(()) => upload.write(bytes).await,
+            Err(source) => Err(upload.failed(source)),
+        };
+        if let Err(error) = written {
+            // The client sends the rest all the same, and hears of it when it votes.
+            self.upload = Some(Err(error));
+        }
+    }
+
+    async fn end_upload(&mut self, oid: Oid) {
+        let staged = match self.upload.take() {
+            Some(Ok(upload)) => upload.finish().await,
+            Some(Err(error)) => Err(error),
+            None => return,
+        };
+        self.staged(oid, staged);
     }
 
     pub(super) fn begin_upload(&mut self) -> Result<(), String> {

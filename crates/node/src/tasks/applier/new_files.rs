@@ -1,7 +1,5 @@
 //! Data files that are made beside the commits: packs, filled holes, and those that somebody has removed.
 
-use std::sync::atomic::Ordering;
-
 use anyhow::Context;
 use standby_filestorage::Packed;
 use standby_logging::error_text::with_causes;
@@ -63,17 +61,7 @@ impl Applier {
         let shared = self.shared.clone();
         let Some(storage) = shared.storages.get(&name) else { return Ok(()) };
         let before = storage.reader().size();
-        let complete = |packed: &mut Packed| -> anyhow::Result<()> {
-            self.replica.copy_rest(&name, packed, &references)?;
-            if let Cause::Backfill { through } = cause {
-                let mut holes = self.replica.holes(&name);
-                holes.filled(through);
-                packed.target.set_holes(holes);
-            }
-            packed.target.sync()?;
-            Ok(())
-        };
-        if let Err(error) = complete(&mut packed) {
+        if let Err(error) = self.complete(&name, &mut packed, cause) {
             // Nobody reads the new file yet: it is given up, and the old one stays in place.
             drop(packed);
             let _ = self.disk.remove(&pack_path(&storage.path));
@@ -88,10 +76,10 @@ impl Applier {
         // After a crash, this checkpoint fits whichever file is in place.
         self.write_checkpoint(&checkpoint).await?;
         let section = shared.config.storages.iter().find(|section| section.name == name);
-        let keep_old = section.is_some_and(|section| section.pack_keep_old);
-        let keep_old = keep_old && matches!(cause, Cause::Pack(_));
         // Somebody may have removed it meanwhile.
-        let keep_old = keep_old && self.disk.exists(&storage.path).unwrap_or(false);
+        let keep_old = matches!(cause, Cause::Pack(_))
+            && section.is_some_and(|section| section.pack_keep_old)
+            && self.disk.exists(&storage.path).unwrap_or(false);
         self.replica.replace(&name, packed, &pack_path(&storage.path), keep_old)?;
         if let Cause::Pack(_) = cause {
             self.replica.pack_ended(&name);
@@ -121,6 +109,18 @@ impl Applier {
         let reader = storage.reader();
         self.checkpoint_thread =
             Some(platform::background("index", move || merge_index(&shared, &name, &reader, 1))?);
+        Ok(())
+    }
+
+    /// Copies what was committed since most of the file was copied.
+    fn complete(&self, name: &str, packed: &mut Packed, cause: Cause) -> anyhow::Result<()> {
+        self.replica.copy_rest(name, packed, &references)?;
+        if let Cause::Backfill { through } = cause {
+            let mut holes = self.replica.holes(name);
+            holes.filled(through);
+            packed.target.set_holes(holes);
+        }
+        packed.target.sync()?;
         Ok(())
     }
 
@@ -162,7 +162,7 @@ impl Applier {
         for Caller { session, call } in self.packs.ended(storage) {
             let Some(session) = self.shared.sessions.get(session) else { continue };
             let encoding = session.encoding();
-            session.packs.store(false, Ordering::Release);
+            session.set_packs(false);
             session.answer(match &failed {
                 None => encoding.reply(&call, Value::None),
                 Some(reason) => encoding.error(&call, &ClientError::file_storage(reason.clone())),

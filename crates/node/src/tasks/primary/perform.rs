@@ -33,6 +33,7 @@ use crate::transport::frames::PeerError;
 const PAUSE: Duration = Duration::from_millis(500);
 
 impl Primary {
+    #[expect(clippy::too_many_lines, reason = "a table of actions")]
     pub(super) fn perform(&mut self, action: Action) -> anyhow::Result<()> {
         let shared = &self.shared;
         match action {
@@ -93,7 +94,7 @@ impl Primary {
                     storage.packing.set(Some(0));
                 }
                 if let Some(session) = waits.and_then(|session| shared.sessions.get(session)) {
-                    session.packs.store(true, Ordering::Release);
+                    session.set_packs(true);
                 }
             }
             Action::PacksEnd => {
@@ -203,7 +204,7 @@ fn is(session: &SessionHandle, which: Which) -> bool {
         Which::All => true,
         Which::Readers => session.is_reader(),
         Which::Writers => session.is_staying_writer(),
-        Which::Settled => session.settled.load(Ordering::Acquire),
+        Which::Settled => session.is_settled(),
     }
 }
 
