@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use standby_node::cells::wire::read_in_all_ways;
+use standby_node::read_in_all_ways;
 
 fuzz_target!(|data: &[u8]| {
     if let Some((kind, content)) = data.split_first() {

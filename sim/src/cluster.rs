@@ -12,11 +12,8 @@ use standby_filestorage::{
     BLOCK, BlobDir, Extent, FileStorage, Magic, Reader, Record, RecordData, Repair, StorageError,
     Transaction, TransactionMeta, blocks_in,
 };
-use standby_node::admin::route::route;
-use standby_node::cells::shared::Shared;
-use standby_node::peers::command::here;
-use standby_node::platform::simulated::{Latency, Network, PLENTY, Random};
-use standby_node::platform::wall_clock;
+use standby_node::simulated::{Latency, Network, PLENTY, Random};
+use standby_node::{Handle, wall_clock};
 use standby_primary::command::{Answer, Ask};
 use standby_replica::lost_transactions::open_lost;
 use standby_types::time::tid_at;
@@ -292,7 +289,7 @@ impl Cluster {
             }
             self.tick();
         }
-        let damaged = |machine: &Machine| machine.node().and_then(|shared| shared.damage());
+        let damaged = |machine: &Machine| machine.node().and_then(|node| node.damage());
         while self.outcome.violations.is_empty()
             && let Some(damage) = self.machines.iter().find_map(damaged)
         {
@@ -472,21 +469,17 @@ impl Cluster {
                 }
             }
         }
-        let shared = self.machines[node].node();
-        let serves = shared.as_ref().is_some_and(|shared| shared.standing.borrow().serves);
-        if let Some(shared) = shared.as_ref().filter(|_| serves) {
-            self.switch_off_removed(shared);
+        let handle = self.machines[node].node();
+        let serves = handle.as_ref().and_then(|handle| Some((handle, handle.serves_in()?)));
+        if let Some((handle, term)) = serves {
+            self.switch_off_removed(&handle.removed());
+            if !self.serves[node] {
+                tracing::info!("serves in term {term}");
+                self.outcome.elections += 1;
+                self.history.add(Event::Serves(self.machines[node].name.clone(), term));
+            }
         }
-        if serves
-            && !self.serves[node]
-            && let Some(shared) = shared
-        {
-            let term = shared.reports.own().term();
-            tracing::info!("serves in term {term}");
-            self.outcome.elections += 1;
-            self.history.add(Event::Serves(self.machines[node].name.clone(), term));
-        }
-        self.serves[node] = serves;
+        self.serves[node] = serves.is_some();
     }
 
     fn lose_power(&mut self, node: usize) {
@@ -544,12 +537,10 @@ impl Cluster {
     }
 
     /// Who was removed is switched off.
-    fn switch_off_removed(&mut self, primary: &Shared) {
-        for name in &primary.settings().removed {
+    fn switch_off_removed(&mut self, removed: &[String]) {
+        for name in removed {
             let named = self.machines.iter().position(|machine| machine.name == *name);
-            if let Some(node) = named.filter(|node| self.configs[*node].is_some())
-                && !primary.reports.is_member(name)
-            {
+            if let Some(node) = named.filter(|node| self.configs[*node].is_some()) {
                 tracing::info!("{name} is switched off");
                 self.machines[node].kill();
                 self.configs[node] = None;
@@ -746,9 +737,9 @@ impl Cluster {
     }
 
     /// One of the running nodes that `wanted` says.
-    fn any_node(&mut self, wanted: impl Fn(&NodePlan) -> bool) -> Option<(usize, Arc<Shared>)> {
+    fn any_node(&mut self, wanted: impl Fn(&NodePlan) -> bool) -> Option<(usize, Handle)> {
         let nodes = self.machines.iter().zip(&self.plan.nodes).enumerate();
-        let running: Vec<(usize, Arc<Shared>)> = nodes
+        let running: Vec<(usize, Handle)> = nodes
             .filter(|(_, (_, plan))| wanted(plan))
             .filter_map(|(node, (machine, _))| Some((node, machine.node()?)))
             .collect();
@@ -757,12 +748,12 @@ impl Cluster {
 
     /// An administrator, who sees nothing of the other place, promotes a node of this one.
     fn promote(&mut self) {
-        let Some((node, shared)) = self.any_node(|plan| plan.group == "there") else { return };
+        let Some((node, handle)) = self.any_node(|plan| plan.group == "there") else { return };
         self.history.add(Event::Promoted);
         let machine = &self.machines[node];
         let ask = Ask::Promote { node: machine.name.clone(), group: Some("there".into()) };
         machine.spawn(async move {
-            let answer = here(&shared, ask).await;
+            let answer = handle.ask_this_node(ask).await;
             tracing::info!("answer: {answer:?}");
         });
     }
@@ -770,10 +761,10 @@ impl Cluster {
     /// An administrator asks some node; `None` if none is there. Nobody answers if it ends
     /// meanwhile.
     fn ask(&mut self, ask: Ask) -> Option<oneshot::Receiver<Answer>> {
-        let (node, shared) = self.any_node(|_| true)?;
+        let (node, handle) = self.any_node(|_| true)?;
         let (sender, receiver) = oneshot::channel();
         self.machines[node].spawn(async move {
-            let answer = route(&shared, ask).await;
+            let answer = handle.ask(ask).await;
             tracing::info!("answer: {answer:?}");
             let _ = sender.send(answer);
         });
@@ -807,13 +798,7 @@ impl Cluster {
     }
 
     fn last_tids(&self) -> Vec<Option<Tid>> {
-        let last = |machine: &Machine| {
-            let shared = machine.node()?;
-            let storage = shared.storages.values().next()?;
-            let busy = storage.packing.percent().is_some() || !storage.reader().is_whole();
-            (!busy).then(|| storage.reader().last_tid())
-        };
-        self.data_nodes().map(last).collect()
+        self.data_nodes().map(|machine| machine.node()?.last_tid()).collect()
     }
 
     /// All nodes have the same.

@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use standby_node::platform::simulated::Random;
+use standby_node::simulated::Random;
 use standby_types::disk::{Disk, File, Mapped, Open, parent};
 
 /// What a device writes as a whole.

@@ -7,10 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use standby_config::Config;
-use standby_node::cells::shared::Shared;
-use standby_node::platform::fill_random;
-use standby_node::platform::simulated::{Host, Network, Random};
-use standby_node::start::node::{Next, start_on};
+use standby_node::simulated::{Host, Network, Random};
+use standby_node::{Handle, Next, fill_random, start_on};
 use standby_types::Disk;
 use tokio::runtime::{Builder, RngSeed, Runtime};
 
@@ -31,7 +29,7 @@ pub enum Exit {
 #[derive(Default)]
 struct Shown {
     exit: Option<Exit>,
-    node: Option<Arc<Shared>>,
+    node: Option<Handle>,
 }
 
 /// See the module.
@@ -106,7 +104,7 @@ impl Machine {
             match start_on(config, disk).await {
                 Err(error) => show(Exit::Failed(format!("{error:#}"))),
                 Ok(running) => {
-                    lock(&shown).node = Some(running.shared().clone());
+                    lock(&shown).node = Some(running.handle());
                     show(match running.run_until(std::future::pending()).await {
                         Ok(Next::Again) => Exit::Again,
                         Ok(Next::End) => Exit::Ended,
@@ -145,7 +143,7 @@ impl Machine {
     }
 
     /// The running node.
-    pub fn node(&self) -> Option<Arc<Shared>> {
+    pub fn node(&self) -> Option<Handle> {
         lock(&self.shown).node.clone()
     }
 

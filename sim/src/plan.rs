@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use standby_node::platform::simulated::Random;
+use standby_node::simulated::Random;
 
 /// No fault but a forced promotion lasts longer.
 const LONGEST: Duration = Duration::from_secs(6);

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use standby_config::Config;
 use standby_disk::OsDisk;
 use standby_logging as logging;
-use standby_node::start::node::{Next, start_on};
+use standby_node::{Next, start_on};
 use standby_types::disk::{Disk, File, Mapped, Open, parent, read_full};
 use standby_types::lock::lock;
 use tokio::signal::unix::{SignalKind, signal};

@@ -21,11 +21,24 @@
 //!               storages ◀──────appends──────────┘
 //! ```
 
-pub mod admin;
-pub mod cells;
+#![warn(unreachable_pub)]
+
+mod admin;
+mod cells;
 mod clients;
-pub mod peers;
-pub mod platform;
-pub mod start;
+mod peers;
+mod platform;
+mod start;
 mod tasks;
 mod transport;
+
+#[cfg(not(feature = "simulated"))]
+pub use admin::http::{ask, fetch_status};
+pub use cells::status::{CatchUp, MissingHistory, NodeReport, NodeStatus, Status};
+pub use cells::wire::read_in_all_ways;
+#[cfg(feature = "simulated")]
+pub use platform::simulated;
+pub use platform::watchdog::{Pulse, SUPERVISED, Watchdog};
+pub use platform::{TcpStream, fill_random, free_room, wall_clock};
+pub use start::handle::Handle;
+pub use start::node::{Next, Running, start, start_on};

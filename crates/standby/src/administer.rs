@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
-use standby_node::admin::http::{ask, fetch_status};
-use standby_node::cells::status::{NodeStatus, Status};
+use standby_node::{NodeStatus, Status, ask, fetch_status};
 use standby_primary::command::{Ask, Done};
 
 use crate::status::At;

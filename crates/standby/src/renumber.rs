@@ -11,7 +11,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use standby_disk::{LockFile, OsDisk};
 use standby_filestorage::{BlobDir, NewSerial, NewTids, new_tids, write_renumbered};
-use standby_node::platform::free_room;
+use standby_node::free_room;
 use standby_types::disk::parent;
 use standby_types::time::utc;
 use standby_types::{Blob, BlobSource, Disk};

@@ -8,8 +8,7 @@ use anyhow::Context;
 use rustix::process::{Signal, set_parent_process_death_signal};
 use standby_config::Config;
 use standby_logging as logging;
-use standby_node::platform::watchdog::{SUPERVISED, Watchdog};
-use standby_node::start::node::{Next, start};
+use standby_node::{Next, SUPERVISED, Watchdog, start};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// In the environment of a process that has run the node before: what it made is its own.
@@ -55,11 +54,11 @@ pub async fn run(file: &Path, check: bool) -> anyhow::Result<()> {
         started = start(config) => started?,
         () = &mut stop => return Ok(()),
     };
-    let shared = node.shared().clone();
-    watchdog.watch(shared.pulse.clone());
+    let handle = node.handle();
+    watchdog.watch(handle.pulse());
     tokio::spawn(async move {
         while reload.recv().await.is_some() {
-            shared.reload_certificates();
+            handle.reload_certificates();
         }
     });
     match node.run_until(stop).await? {

@@ -7,8 +7,7 @@ use anyhow::Context;
 use clap::Args;
 use comfy_table::{ContentArrangement, Table, presets};
 use standby_config::Config;
-use standby_node::admin::http::fetch_status;
-use standby_node::cells::status::{NodeStatus, Status};
+use standby_node::{NodeStatus, Status, fetch_status};
 
 /// Which node is asked.
 #[derive(Args)]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use standby_config::Config;
-use standby_node::platform::watchdog::SUPERVISED;
+use standby_node::SUPERVISED;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 

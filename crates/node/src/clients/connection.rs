@@ -296,13 +296,13 @@ impl Connection {
         match (reason, self.handle.outbox.close_reason()) {
             (Some(reason), _) if self.session.is_stranger() => {
                 self.shared.strangers_lines.tell(|untold| {
-                    warn!(client, %reason, untold, "closed the connection of a stranger");
+                    warn!(%client, %reason, untold, "closed the connection of a stranger");
                 });
             }
-            (Some(reason), _) => warn!(client, label, %reason, "closed a client's connection"),
-            (None, Some(reason)) => info!(client, label, reason, "closed a client's connection"),
-            (None, None) if self.waits_on => debug!(client, "a client waits on"),
-            (None, None) => debug!(client, label, "a client has left"),
+            (Some(reason), _) => warn!(%client, label, %reason, "closed a client's connection"),
+            (None, Some(reason)) => info!(%client, label, reason, "closed a client's connection"),
+            (None, None) if self.waits_on => debug!(%client, "a client waits on"),
+            (None, None) => debug!(%client, label, "a client has left"),
         }
     }
 

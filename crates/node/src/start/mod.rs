@@ -1,5 +1,6 @@
 //! From a configuration to a running node.
 
+pub(crate) mod handle;
 pub(crate) mod listeners;
 pub(crate) mod locks;
 pub mod node;

@@ -32,6 +32,7 @@ use crate::peers::command::here;
 use crate::peers::link::{dial, learn};
 use crate::platform::crash_notes;
 use crate::platform::{self, Lock};
+use crate::start::handle::Handle;
 use crate::start::listeners::Listeners;
 use crate::start::locks::lock_files;
 use crate::start::{other_nodes, read_only};
@@ -259,9 +260,9 @@ fn guard_lease(shared: &Shared) {
 }
 
 impl Running {
-    /// What the node's tasks share.
-    pub fn shared(&self) -> &Arc<Shared> {
-        &self.shared
+    /// The node, for who runs it.
+    pub fn handle(&self) -> Handle {
+        Handle(self.shared.clone())
     }
 
     /// A primary that is to end makes another node primary first: clients do not notice then.
