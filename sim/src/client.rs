@@ -7,8 +7,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
-use standby_node::TcpStream;
-use standby_node::simulated::Random;
+use standby_node::simulated::{Random, TcpStream};
 use standby_types::{Oid, Tid};
 use standby_zeo::{Encoding, FrameReader, Incoming, MAX_FRAME, Value, frame};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -336,7 +335,7 @@ impl Client {
             return Ok(());
         }
         self.history.add(Event::Packing);
-        let now = standby_node::wall_clock().as_secs_f64();
+        let now = standby_node::simulated::wall_clock().as_secs_f64();
         self.call("pack", vec![Value::Float(now), Value::Bool(false)]).await.map(drop)
     }
 

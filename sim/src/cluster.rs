@@ -12,8 +12,8 @@ use standby_filestorage::{
     BLOCK, BlobDir, Extent, FileStorage, Magic, Reader, Record, RecordData, Repair, StorageError,
     Transaction, TransactionMeta, blocks_in,
 };
-use standby_node::simulated::{Latency, Network, PLENTY, Random};
-use standby_node::{Handle, wall_clock};
+use standby_node::Handle;
+use standby_node::simulated::{Latency, Network, PLENTY, Random, wall_clock};
 use standby_primary::command::{Answer, Ask};
 use standby_replica::lost_transactions::open_lost;
 use standby_types::time::tid_at;

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use standby_config::Config;
-use standby_node::simulated::{Host, Network, Random};
-use standby_node::{Handle, Next, fill_random, start_on};
+use standby_node::simulated::{Host, Network, Random, fill_random};
+use standby_node::{Handle, Next, start_on};
 use standby_types::Disk;
 use tokio::runtime::{Builder, RngSeed, Runtime};
 

@@ -41,7 +41,7 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 
 /// Serves `GET /status`, `GET /metrics`, `GET /health`, and `POST /ask`: an [`Ask`] in JSON; the
 /// answer is a [`crate::ask::Done`], or with status 409 the reason as text.
-pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
+pub(crate) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     let app = Router::new()
         .route(
             "/status",

@@ -17,7 +17,7 @@ type Labels = Vec<(&'static str, String)>;
 type OfStorage<'a> = (&'a str, &'a str, &'a dyn Fn(&str) -> f64);
 
 /// The page.
-pub fn page(shared: &Shared) -> String {
+pub(crate) fn page(shared: &Shared) -> String {
     let mut page = Page(Registry::with_prefix("standby"));
     let status = shared.reports.status();
     let own = status.nodes.iter().find(|node| node.node == shared.member.name);

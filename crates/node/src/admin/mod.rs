@@ -1,5 +1,7 @@
 //! HTTP for people and for monitoring.
 
-pub mod http;
+#[cfg(not(feature = "simulated"))]
+pub(crate) mod http;
+#[cfg(not(feature = "simulated"))]
 pub(crate) mod metrics;
-pub mod route;
+pub(crate) mod route;

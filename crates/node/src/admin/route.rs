@@ -14,7 +14,7 @@ use crate::peers::command::{self, here};
 const NO_PRIMARY: Duration = Duration::from_secs(3);
 
 /// Has the primary do what is asked for, or the node that it is about.
-pub async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {
+pub(crate) async fn route(shared: &Arc<Shared>, ask: Ask) -> Answer {
     if let Ask::Backfill { node } | Ask::Promote { node, .. } = &ask {
         return by(shared, node, &ask).await;
     }

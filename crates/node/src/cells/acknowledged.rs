@@ -9,7 +9,7 @@ use standby_types::lock::lock;
 use standby_types::{LogIndex, NodeId};
 
 /// See the module.
-pub struct Acknowledged(Mutex<Known>);
+pub(crate) struct Acknowledged(Mutex<Known>);
 
 struct Known {
     /// Whose log it is.
@@ -19,13 +19,13 @@ struct Known {
 
 impl Acknowledged {
     /// What a checkpoint knows.
-    pub fn new(lineage: Lineage, indices: BTreeMap<NodeId, LogIndex>) -> Acknowledged {
+    pub(crate) fn new(lineage: Lineage, indices: BTreeMap<NodeId, LogIndex>) -> Acknowledged {
         Acknowledged(Mutex::new(Known { lineage, indices }))
     }
 
     /// The log is this lineage's from now on. What is known of another one's is forgotten, and not
     /// taken any more.
-    pub fn begin(&self, lineage: &Lineage) {
+    pub(crate) fn begin(&self, lineage: &Lineage) {
         let mut known = lock(&self.0);
         if known.lineage != *lineage {
             *known = Known { lineage: lineage.clone(), indices: BTreeMap::new() };
@@ -33,7 +33,11 @@ impl Acknowledged {
     }
 
     /// Takes what another node says, unless that is of another log.
-    pub fn note(&self, lineage: &Lineage, found: impl IntoIterator<Item = (NodeId, LogIndex)>) {
+    pub(crate) fn note(
+        &self,
+        lineage: &Lineage,
+        found: impl IntoIterator<Item = (NodeId, LogIndex)>,
+    ) {
         let mut known = lock(&self.0);
         if known.lineage == *lineage {
             known.add(found);
@@ -41,22 +45,22 @@ impl Acknowledged {
     }
 
     /// The primary, or this node itself, knows this of the members.
-    pub fn add(&self, found: impl IntoIterator<Item = (NodeId, LogIndex)>) {
+    pub(crate) fn add(&self, found: impl IntoIterator<Item = (NodeId, LogIndex)>) {
         lock(&self.0).add(found);
     }
 
     /// Who is no member any more has no promises to keep.
-    pub fn retain(&self, is_member: impl Fn(NodeId) -> bool) {
+    pub(crate) fn retain(&self, is_member: impl Fn(NodeId) -> bool) {
         lock(&self.0).indices.retain(|id, _| is_member(*id));
     }
 
     /// Up to where a node has acknowledged, as far as this one knows.
-    pub fn of(&self, node: NodeId) -> LogIndex {
+    pub(crate) fn of(&self, node: NodeId) -> LogIndex {
         lock(&self.0).indices.get(&node).copied().unwrap_or(LogIndex(0))
     }
 
     /// The same of all nodes.
-    pub fn all(&self) -> BTreeMap<NodeId, LogIndex> {
+    pub(crate) fn all(&self) -> BTreeMap<NodeId, LogIndex> {
         lock(&self.0).indices.clone()
     }
 }

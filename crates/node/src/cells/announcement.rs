@@ -6,7 +6,7 @@ use standby_types::{Transfer, Upload};
 
 /// What is said of an upload: that it is to be had, or that it is given up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Announcement {
+pub(crate) struct Announcement {
     storage: String,
     transfer: String,
     len: u64,
@@ -15,19 +15,19 @@ pub struct Announcement {
 
 impl Announcement {
     /// An announcement of an upload.
-    pub fn of(storage: &str, upload: Upload) -> Announcement {
+    pub(crate) fn of(storage: &str, upload: Upload) -> Announcement {
         let sha256 = hex(&upload.sha256);
         let transfer = upload.transfer.to_string();
         Announcement { storage: storage.into(), transfer, len: upload.len, sha256 }
     }
 
     /// The storage.
-    pub fn storage(&self) -> &str {
+    pub(crate) fn storage(&self) -> &str {
         &self.storage
     }
 
     /// The upload; `None` if this is none.
-    pub fn upload(&self) -> Option<Upload> {
+    pub(crate) fn upload(&self) -> Option<Upload> {
         let sha256 = unhex(&self.sha256)?.try_into().ok()?;
         Some(Upload { transfer: Transfer::parse(&self.transfer)?, len: self.len, sha256 })
     }

@@ -8,7 +8,7 @@ use standby_types::{Blob, Tid};
 use tokio::sync::{mpsc, oneshot};
 
 /// What the thread is asked to do.
-pub enum ApplyTask {
+pub(crate) enum ApplyTask {
     /// Apply; reply to the callers.
     Entries(Vec<(Committed, Option<Caller>)>),
     /// Answer after what was applied before.
@@ -49,7 +49,7 @@ pub enum ApplyTask {
 }
 
 /// A piece of a catch-up.
-pub enum CatchUpItem {
+pub(crate) enum CatchUpItem {
     /// These transactions of a storage come only as far as they are current at the hole's end.
     Hole(String, Hole),
     /// A transaction begins.
@@ -65,25 +65,25 @@ pub enum CatchUpItem {
 }
 
 /// The pieces of a catch-up, one after the other. They come in batches.
-pub struct CatchUpItems {
+pub(crate) struct CatchUpItems {
     batches: mpsc::Receiver<Vec<CatchUpItem>>,
     batch: std::vec::IntoIter<CatchUpItem>,
 }
 
 impl CatchUpItems {
     /// What will come.
-    pub fn new(batches: mpsc::Receiver<Vec<CatchUpItem>>) -> CatchUpItems {
+    pub(crate) fn new(batches: mpsc::Receiver<Vec<CatchUpItem>>) -> CatchUpItems {
         CatchUpItems { batches, batch: Vec::new().into_iter() }
     }
 
     /// A catch-up that brings nothing.
-    pub fn nothing() -> CatchUpItems {
+    pub(crate) fn nothing() -> CatchUpItems {
         let (_, batches) = mpsc::channel(1);
         CatchUpItems { batches, batch: vec![CatchUpItem::Done].into_iter() }
     }
 
     /// The next piece; `None` if there are no more.
-    pub async fn next(&mut self) -> Option<CatchUpItem> {
+    pub(crate) async fn next(&mut self) -> Option<CatchUpItem> {
         loop {
             match self.batch.next() {
                 Some(item) => return Some(item),
@@ -95,7 +95,7 @@ impl CatchUpItems {
 
 /// Why a new data file is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
+pub(crate) enum Cause {
     /// To remove what is not needed.
     Pack(Job),
     /// To fill the holes in the history.

@@ -5,7 +5,7 @@ use standby_zeo::ClientError;
 use tracing::error;
 
 /// A read failed for another reason than that the object does not exist.
-pub fn read_failed(error: &StorageError) -> ClientError {
+pub(crate) fn read_failed(error: &StorageError) -> ClientError {
     error!(%error, "a read failed");
     ClientError::storage(error.to_string())
 }

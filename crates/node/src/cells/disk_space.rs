@@ -17,24 +17,24 @@ const RESERVED_FILES: u64 = 64;
 
 /// Whether there is room, as of the last look.
 #[derive(Default)]
-pub struct Room {
+pub(crate) struct Room {
     low: AtomicBool,
     reason: Mutex<Option<String>>,
 }
 
 impl Room {
     /// True if this node must not write.
-    pub fn is_low(&self) -> bool {
+    pub(crate) fn is_low(&self) -> bool {
         self.low.load(Ordering::Acquire)
     }
 
     /// Which disk is full, if one is.
-    pub fn reason(&self) -> Option<String> {
+    pub(crate) fn reason(&self) -> Option<String> {
         lock(&self.reason).clone()
     }
 
     /// An error for what would be written.
-    pub fn check(&self) -> io::Result<()> {
+    pub(crate) fn check(&self) -> io::Result<()> {
         match self.reason() {
             Some(reason) => Err(io::Error::new(io::ErrorKind::StorageFull, reason)),
             None => Ok(()),
@@ -42,7 +42,7 @@ impl Room {
     }
 
     /// Notes what is free where; a disk that was full must have a quarter more.
-    pub fn note(&self, node: &str, reserve: u64, free: &[(PathBuf, FreeRoom)]) {
+    pub(crate) fn note(&self, node: &str, reserve: u64, free: &[(PathBuf, FreeRoom)]) {
         let needed = |reserve: u64| if self.is_low() { reserve + reserve / 4 } else { reserve };
         let (bytes, files) = (needed(reserve), needed(RESERVED_FILES));
         let full = free.iter().filter(|(_, free)| free.bytes < bytes);

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use crate::transport::handshake::PeerInfo;
 
 /// What this process's own tasks tell.
-pub enum TaskReport {
+pub(crate) enum TaskReport {
     /// Something for the machine.
     Input(Box<Input>),
     /// Batches of the log are durable, or cannot be written.
@@ -25,7 +25,7 @@ impl From<Input> for TaskReport {
 }
 
 /// What others tell.
-pub enum Event {
+pub(crate) enum Event {
     /// Something for the machine.
     Input(Box<Input>),
     /// A peer's message, and the epoch (`Peers::epoch`) of the link over which it came.

@@ -24,7 +24,7 @@ const FEWEST_DESCRIPTORS: u64 = 128;
 const OWN_DESCRIPTORS: u64 = 64;
 
 /// See the module.
-pub struct Gate {
+pub(crate) struct Gate {
     /// The connections, for people.
     what: &'static str,
     limit: usize,
@@ -78,7 +78,7 @@ impl Inside {
 }
 
 /// Lets one connection be open. Given back when it is dropped.
-pub struct Pass {
+pub(crate) struct Pass {
     gate: Arc<Gate>,
     host: String,
     number: u64,
@@ -87,7 +87,7 @@ pub struct Pass {
 
 impl Pass {
     /// Returns when the connection is to end, for somebody else needs its place.
-    pub async fn wanted(&self) {
+    pub(crate) async fn wanted(&self) {
         self.wanted.notified().await;
     }
 }
@@ -100,14 +100,14 @@ impl Drop for Pass {
 
 impl Gate {
     /// Lets `limit` connections be open.
-    pub fn new(what: &'static str, limit: usize) -> Arc<Gate> {
+    pub(crate) fn new(what: &'static str, limit: usize) -> Arc<Gate> {
         let (inside, refused, told) = (Mutex::default(), AtomicU64::new(0), Mutex::new(None));
         Arc::new(Gate { what, limit, inside, refused, told })
     }
 
     /// Lets one more in, or refuses it, and says so in the log. `from` is an address, with or
     /// without a port.
-    pub fn enter(self: &Arc<Self>, from: &str) -> Option<Pass> {
+    pub(crate) fn enter(self: &Arc<Self>, from: &str) -> Option<Pass> {
         let host = from.rsplit_once(':').map_or(from, |(host, _)| host);
         let mut inside = lock(&self.inside);
         let mut taken = None;
@@ -139,7 +139,7 @@ impl Gate {
     }
 
     /// A connection could not be accepted.
-    pub fn failed(&self, error: &std::io::Error) {
+    pub(crate) fn failed(&self, error: &std::io::Error) {
         if self.may_tell() {
             error!(%error, "cannot accept a connection of {}", self.what);
         }
@@ -155,17 +155,17 @@ impl Gate {
     }
 
     /// How many connections are open.
-    pub fn inside(&self) -> usize {
+    pub(crate) fn inside(&self) -> usize {
         lock(&self.inside).count
     }
 
     /// How many may be.
-    pub fn limit(&self) -> usize {
+    pub(crate) fn limit(&self) -> usize {
         self.limit
     }
 
     /// How many were refused so far.
-    pub fn refused(&self) -> u64 {
+    pub(crate) fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
 }
@@ -175,7 +175,7 @@ const STRANGERS_LINES: u32 = 5;
 
 /// Bounds the log lines of those who can only reach a port: some in each second, then a count.
 #[derive(Default)]
-pub struct StrangersLines(Mutex<Lines>);
+pub(crate) struct StrangersLines(Mutex<Lines>);
 
 #[derive(Default)]
 struct Lines {
@@ -186,7 +186,7 @@ struct Lines {
 
 impl StrangersLines {
     /// Writes a line by `write`, which gets how many were left out before it, or leaves it out.
-    pub fn tell(&self, write: impl FnOnce(u64)) {
+    pub(crate) fn tell(&self, write: impl FnOnce(u64)) {
         let mut lines = lock(&self.0);
         if lines.since.is_none_or(|since| since.elapsed() >= Duration::from_secs(1)) {
             (lines.since, lines.told) = (Some(Instant::now()), 0);
@@ -209,7 +209,7 @@ const STRANGERS: (u64, u64) = (16, 1024);
 /// Raises the limit of descriptors as far as the system lets it. Returns how many connections of
 /// clients fit beside what the node needs for itself, and how many of strangers at the peer address
 /// may be open.
-pub fn limits() -> anyhow::Result<(usize, usize)> {
+pub(crate) fn limits() -> anyhow::Result<(usize, usize)> {
     let (limit, before) = platform::descriptors()?;
     ensure!(
         limit >= FEWEST_DESCRIPTORS,

@@ -79,7 +79,7 @@ impl Memory {
 
 /// What one owner holds of it. Given back when it is dropped.
 #[derive(Default)]
-pub struct Share {
+pub(crate) struct Share {
     /// Without it nothing is counted.
     of: Option<Arc<Memory>>,
     held: AtomicUsize,
@@ -87,12 +87,12 @@ pub struct Share {
 
 impl Share {
     /// Nothing yet.
-    pub fn of(memory: &Arc<Memory>) -> Share {
+    pub(crate) fn of(memory: &Arc<Memory>) -> Share {
         Share { of: Some(memory.clone()), held: AtomicUsize::new(0) }
     }
 
     /// Its owner holds so much now. Not by several threads at the same time.
-    pub fn set(&self, bytes: usize) {
+    pub(crate) fn set(&self, bytes: usize) {
         let Some(memory) = &self.of else { return };
         let now = bytes - bytes % UNIT;
         let before = self.held.load(Ordering::Relaxed);
@@ -111,12 +111,12 @@ impl Share {
     }
 
     /// What it holds.
-    pub fn get(&self) -> usize {
+    pub(crate) fn get(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
 
     /// See [`Memory`].
-    pub fn is_scarce(&self) -> bool {
+    pub(crate) fn is_scarce(&self) -> bool {
         self.of.as_ref().is_some_and(|memory| memory.is_scarce())
     }
 }

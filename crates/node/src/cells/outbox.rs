@@ -39,7 +39,7 @@ const SMALL: usize = 16 << 10;
 
 /// See the module.
 #[derive(Default)]
-pub struct Outbox {
+pub(crate) struct Outbox {
     queue: Mutex<Queue>,
     /// What is queued. It changes under the queue's lock only.
     held: Share,
@@ -49,7 +49,7 @@ pub struct Outbox {
 }
 
 /// Exists as long as an invalidation waits to be written.
-pub type Told = Arc<oneshot::Sender<()>>;
+pub(crate) type Told = Arc<oneshot::Sender<()>>;
 
 enum Piece {
     Bytes(Bytes),
@@ -104,12 +104,12 @@ impl Drop for Locked<'_> {
 
 impl Outbox {
     /// A queue that takes its part of the clients' memory.
-    pub fn within(memory: &Arc<Memory>) -> Outbox {
+    pub(crate) fn within(memory: &Arc<Memory>) -> Outbox {
         Outbox { held: Share::of(memory), ..Outbox::default() }
     }
 
     /// What is queued takes so much of the clients' memory.
-    pub fn held(&self) -> usize {
+    pub(crate) fn held(&self) -> usize {
         self.held.get()
     }
 
@@ -119,14 +119,14 @@ impl Outbox {
     }
 
     /// Queues bytes.
-    pub fn push(&self, bytes: Bytes) {
+    pub(crate) fn push(&self, bytes: Bytes) {
         self.lock().push(bytes);
         self.wake.notify_one();
     }
 
     /// Queues bytes that are made meanwhile (see [`Outbox::made`]); what is queued after them
     /// waits.
-    pub fn push_later(&self) -> oneshot::Sender<Bytes> {
+    pub(crate) fn push_later(&self) -> oneshot::Sender<Bytes> {
         let (making, coming) = oneshot::channel();
         self.lock().push_piece(Piece::Later(coming));
         self.wake.notify_one();
@@ -134,7 +134,7 @@ impl Outbox {
     }
 
     /// The bytes are there. Only now is it known how much room they take.
-    pub fn made(&self, making: oneshot::Sender<Bytes>, bytes: Bytes) {
+    pub(crate) fn made(&self, making: oneshot::Sender<Bytes>, bytes: Bytes) {
         let mut queue = self.lock();
         let len = bytes.len();
         if making.send(bytes).is_ok() && queue.closed.is_none() {
@@ -143,12 +143,12 @@ impl Outbox {
     }
 
     /// Queues what tells of the transaction `tid`.
-    pub fn push_transaction(&self, tid: Tid, bytes: Bytes) {
+    pub(crate) fn push_transaction(&self, tid: Tid, bytes: Bytes) {
         self.push_told(tid, |queue| queue.push(bytes));
     }
 
     /// Queues the invalidation of the transaction `tid`.
-    pub fn push_invalidation(&self, tid: Tid, bytes: Bytes, told: &Told) {
+    pub(crate) fn push_invalidation(&self, tid: Tid, bytes: Bytes, told: &Told) {
         self.push_told(tid, |queue| {
             queue.push(bytes);
             if !queue.blocked {
@@ -159,7 +159,7 @@ impl Outbox {
 
     /// Queues the reply to the commit of the transaction `tid`, which is sent when `all_told` has
     /// lost its sender.
-    pub fn push_committed(&self, tid: Tid, bytes: Bytes, all_told: oneshot::Receiver<()>) {
+    pub(crate) fn push_committed(&self, tid: Tid, bytes: Bytes, all_told: oneshot::Receiver<()>) {
         self.push_told(tid, |queue| {
             queue.push_piece(Piece::AllTold(all_told));
             queue.push(bytes);
@@ -180,7 +180,10 @@ impl Outbox {
 
     /// Evaluates a read and queues its reply in one step. `evaluate` gets the last transaction that
     /// the client was told of.
-    pub fn evaluate<E>(&self, evaluate: impl FnOnce(Tid) -> Result<Bytes, E>) -> Result<(), E> {
+    pub(crate) fn evaluate<E>(
+        &self,
+        evaluate: impl FnOnce(Tid) -> Result<Bytes, E>,
+    ) -> Result<(), E> {
         let mut queue = self.lock();
         let reply = evaluate(queue.last_tid)?;
         queue.push(reply);
@@ -190,7 +193,7 @@ impl Outbox {
     }
 
     /// Closes the connection; what is queued is dropped.
-    pub fn close(&self, reason: impl Into<String>) {
+    pub(crate) fn close(&self, reason: impl Into<String>) {
         let mut queue = self.lock();
         if queue.closed.is_none() {
             queue.closed = Some(reason.into());
@@ -204,7 +207,7 @@ impl Outbox {
     }
 
     /// Closes the connection once all that is queued has been sent.
-    pub fn finish(&self) {
+    pub(crate) fn finish(&self) {
         let mut queue = self.lock();
         queue.flush = true;
         drop(queue);
@@ -212,29 +215,29 @@ impl Outbox {
     }
 
     /// Why the connection was closed from this side.
-    pub fn close_reason(&self) -> Option<String> {
+    pub(crate) fn close_reason(&self) -> Option<String> {
         self.lock().closed.clone()
     }
 
     /// Returns when the connection is to be closed.
-    pub async fn closed(&self) {
+    pub(crate) async fn closed(&self) {
         while self.lock().closed.is_none() {
             self.closing.notified().await;
         }
     }
 
     /// True if the connection has been closed.
-    pub fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.lock().closed.is_some()
     }
 
     /// Returns when there is room for more replies.
-    pub async fn room(&self) {
+    pub(crate) async fn room(&self) {
         self.room_below(if self.held.is_scarce() { FULL_IF_SCARCE } else { FULL }).await;
     }
 
     /// Returns when there are no more than `limit` bytes in the queue.
-    pub async fn room_below(&self, limit: usize) {
+    pub(crate) async fn room_below(&self, limit: usize) {
         loop {
             let drained = self.drained.notified();
             tokio::pin!(drained);
@@ -261,7 +264,7 @@ impl Outbox {
     }
 
     /// Sends what is queued until the connection is closed.
-    pub async fn send_to<W: AsyncWrite + Unpin>(&self, socket: W) -> io::Result<W> {
+    pub(crate) async fn send_to<W: AsyncWrite + Unpin>(&self, socket: W) -> io::Result<W> {
         let _over = Over(self);
         let mut sending = Sending {
             outbox: self,

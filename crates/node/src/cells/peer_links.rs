@@ -20,7 +20,7 @@ const TROUBLES: usize = 256;
 
 /// The nodes that this one can send to.
 #[derive(Default)]
-pub struct Peers {
+pub(crate) struct Peers {
     links: Mutex<BTreeMap<NodeId, mpsc::Sender<Bytes>>>,
     dialled: Mutex<BTreeSet<String>>,
     /// The members' addresses as far as they were learned from other nodes and from the log.
@@ -42,13 +42,13 @@ pub struct Peers {
 
 impl Peers {
     /// Counts the timelines that this node has begun.
-    pub fn epoch(&self) -> u64 {
+    pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
     }
 
     /// This node has begun a timeline: all links end, and the handshakes for new ones tell which
     /// nodes have rejoined on it.
-    pub fn end_links(&self) {
+    pub(crate) fn end_links(&self) {
         let mut links = lock(&self.links);
         self.epoch.fetch_add(1, Ordering::AcqRel);
         links.clear();
@@ -56,7 +56,7 @@ impl Peers {
 
     /// Lets messages go over a link that was made in this epoch; false if it is over, or if there
     /// is a link to the node already, over another address.
-    pub fn add(&self, id: NodeId, link: mpsc::Sender<Bytes>, epoch: u64) -> bool {
+    pub(crate) fn add(&self, id: NodeId, link: mpsc::Sender<Bytes>, epoch: u64) -> bool {
         let mut links = lock(&self.links);
         let current = self.epoch() == epoch && !links.contains_key(&id);
         if current {
@@ -66,7 +66,7 @@ impl Peers {
     }
 
     /// A link has ended.
-    pub fn remove(&self, id: NodeId, link: &mpsc::WeakSender<Bytes>) {
+    pub(crate) fn remove(&self, id: NodeId, link: &mpsc::WeakSender<Bytes>) {
         let mut links = lock(&self.links);
         let link = link.upgrade();
         if links
@@ -78,7 +78,7 @@ impl Peers {
     }
 
     /// Sends a message of consensus; it may be lost.
-    pub fn send(&self, to: NodeId, message: Bytes) {
+    pub(crate) fn send(&self, to: NodeId, message: Bytes) {
         if let Some(link) = lock(&self.links).get(&to)
             && let Ok(frame) = LinkFrame::Raft(message).encode()
         {
@@ -87,7 +87,7 @@ impl Peers {
     }
 
     /// Says something to all; it may be lost.
-    pub fn tell_all(&self, what: &LinkFrame) {
+    pub(crate) fn tell_all(&self, what: &LinkFrame) {
         let Ok(frame) = what.encode() else { return };
         for link in lock(&self.links).values() {
             let _ = link.try_send(frame.clone());
@@ -95,7 +95,7 @@ impl Peers {
     }
 
     /// Says to the node that announced an upload that it is durable here too.
-    pub fn arrived(&self, to: NodeId, transfer: Transfer) {
+    pub(crate) fn arrived(&self, to: NodeId, transfer: Transfer) {
         if let Some(link) = lock(&self.links).get(&to)
             && let Ok(frame) = LinkFrame::Arrived(transfer).encode()
         {
@@ -104,12 +104,12 @@ impl Peers {
     }
 
     /// A link from that node begins.
-    pub fn link_begins(&self, from: NodeId) {
+    pub(crate) fn link_begins(&self, from: NodeId) {
         *lock(&self.from).entry(from).or_default() += 1;
     }
 
     /// True if it was the last one from that node.
-    pub fn link_ends(&self, from: NodeId) -> bool {
+    pub(crate) fn link_ends(&self, from: NodeId) -> bool {
         let mut links = lock(&self.from);
         let left = links.get_mut(&from).map_or(0, |count| {
             *count -= 1;
@@ -122,28 +122,28 @@ impl Peers {
     }
 
     /// Says to a node, from now on, why it is not let in.
-    pub fn refuse(&self, id: NodeId, name: String, reason: String) {
+    pub(crate) fn refuse(&self, id: NodeId, name: String, reason: String) {
         lock(&self.refusals).insert(id, (name, reason));
     }
 
     /// A node is not refused any more, or is gone.
-    pub fn let_in(&self, id: NodeId) {
+    pub(crate) fn let_in(&self, id: NodeId) {
         lock(&self.refusals).remove(&id);
     }
 
     /// The nodes that are not let in, and why.
-    pub fn refusals(&self) -> BTreeMap<String, String> {
+    pub(crate) fn refusals(&self) -> BTreeMap<String, String> {
         lock(&self.refusals).values().cloned().collect()
     }
 
     /// What stands between this node and the others: why they cannot be reached, or do not let it
     /// in.
-    pub fn troubles(&self) -> BTreeMap<String, String> {
+    pub(crate) fn troubles(&self) -> BTreeMap<String, String> {
         lock(&self.troubles).clone()
     }
 
     /// True if the log has not spoken of this for a while; from now on it has.
-    pub fn may_tell(&self, what: String) -> bool {
+    pub(crate) fn may_tell(&self, what: String) -> bool {
         let mut told = lock(&self.told);
         told.retain(|_, at| at.elapsed() < QUIET);
         if told.contains_key(&what) || told.len() >= TROUBLES {
@@ -154,7 +154,7 @@ impl Peers {
     }
 
     /// A node cannot be reached at this address for a reason, or can. True if that is news.
-    pub fn set_trouble(&self, address: &str, trouble: Option<String>) -> bool {
+    pub(crate) fn set_trouble(&self, address: &str, trouble: Option<String>) -> bool {
         let mut troubles = lock(&self.troubles);
         let before = match &trouble {
             Some(trouble) => troubles.insert(address.to_owned(), trouble.clone()),
@@ -164,18 +164,22 @@ impl Peers {
     }
 
     /// Why a node is not let in, if it is not.
-    pub fn refusal(&self, id: NodeId) -> Option<String> {
+    pub(crate) fn refusal(&self, id: NodeId) -> Option<String> {
         lock(&self.refusals).get(&id).map(|(_, reason)| reason.clone())
     }
 
     /// The members' addresses, as far as they were learned.
-    pub fn learned(&self) -> BTreeSet<String> {
+    pub(crate) fn learned(&self) -> BTreeSet<String> {
         lock(&self.learned).clone()
     }
 
     /// Takes the members' addresses; with what is known already unless they are `all`. `None` if
     /// that is nothing new.
-    pub fn set_learned(&self, mut found: BTreeSet<String>, all: bool) -> Option<BTreeSet<String>> {
+    pub(crate) fn set_learned(
+        &self,
+        mut found: BTreeSet<String>,
+        all: bool,
+    ) -> Option<BTreeSet<String>> {
         let mut learned = lock(&self.learned);
         if !all {
             found.extend(learned.iter().cloned());
@@ -188,18 +192,18 @@ impl Peers {
     }
 
     /// Writes down what was learned; one at a time, so that what is written last is what is known.
-    pub fn remember<T>(&self, write: impl FnOnce(&BTreeSet<String>) -> T) -> T {
+    pub(crate) fn remember<T>(&self, write: impl FnOnce(&BTreeSet<String>) -> T) -> T {
         let _turn = lock(&self.remembering);
         write(&self.learned())
     }
 
     /// Somebody dials this address from now on; false if somebody does already.
-    pub fn begin_dialling(&self, address: &str) -> bool {
+    pub(crate) fn begin_dialling(&self, address: &str) -> bool {
         lock(&self.dialled).insert(address.to_owned())
     }
 
     /// Nobody dials this address any more.
-    pub fn end_dialling(&self, address: &str) {
+    pub(crate) fn end_dialling(&self, address: &str) {
         lock(&self.dialled).remove(address);
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// How far a pack is, for people.
-pub struct Progress(AtomicU32);
+pub(crate) struct Progress(AtomicU32);
 
 const IDLE: u32 = u32::MAX;
 
@@ -15,12 +15,12 @@ impl Default for Progress {
 
 impl Progress {
     /// Percent; `None` if no pack is under way.
-    pub fn percent(&self) -> Option<u32> {
+    pub(crate) fn percent(&self) -> Option<u32> {
         Some(self.0.load(Ordering::Relaxed)).filter(|percent| *percent != IDLE)
     }
 
     /// Notes how far it is.
-    pub fn set(&self, percent: Option<u32>) {
+    pub(crate) fn set(&self, percent: Option<u32>) {
         self.0.store(percent.unwrap_or(IDLE), Ordering::Relaxed);
     }
 }

@@ -13,7 +13,7 @@ use crate::platform;
 
 /// Asks for room for a second file beside a data file: all of it at first, and none of the reserve
 /// while it is written.
-pub fn room_for(
+pub(crate) fn room_for(
     shared: &Arc<Shared>,
     data: &Path,
     what: &'static str,
@@ -39,7 +39,7 @@ pub fn room_for(
 }
 
 /// Makes the temporary files of clients' large transactions, which do not eat up the reserve.
-pub fn guarded(shared: Arc<Shared>) -> MakeSpill {
+pub(crate) fn guarded(shared: Arc<Shared>) -> MakeSpill {
     Arc::new(move || {
         let file = (shared.make_spill)()?;
         Ok(Arc::new(Guarded { file, shared: shared.clone() }))

@@ -16,7 +16,7 @@ use crate::transport::socket::Cutter;
 
 /// Something that the session's own task must know.
 #[derive(Debug)]
-pub enum Mail {
+pub(crate) enum Mail {
     /// `register` was accepted or refused; the client is answered already.
     Registered(bool),
     /// What became of a vote; the session answers.
@@ -30,7 +30,7 @@ pub enum Mail {
 }
 
 /// A session's handle for others.
-pub struct SessionHandle {
+pub(crate) struct SessionHandle {
     /// Its name in this process.
     pub id: SessionId,
     /// Who it is.
@@ -84,7 +84,7 @@ struct State {
 
 impl SessionHandle {
     /// A handle for a new session.
-    pub fn new(
+    pub(crate) fn new(
         id: SessionId,
         peer: String,
         mailbox: mpsc::UnboundedSender<Mail>,
@@ -111,13 +111,13 @@ impl SessionHandle {
     }
 
     /// Queues the answer to a call that was counted as unanswered.
-    pub fn answer(&self, frame: Bytes) {
+    pub(crate) fn answer(&self, frame: Bytes) {
         self.outbox.push(frame);
         self.answered();
     }
 
     /// A call that was counted as unanswered is answered.
-    pub fn answered(&self) {
+    pub(crate) fn answered(&self) {
         self.unanswered.fetch_sub(1, Ordering::AcqRel);
         self.one_answered.notify_one();
         if self.is_leaving() {
@@ -127,7 +127,7 @@ impl SessionHandle {
     }
 
     /// Returns when no more than `most` calls are unanswered, or the session is to end.
-    pub async fn few_unanswered(&self, most: usize) {
+    pub(crate) async fn few_unanswered(&self, most: usize) {
         let many = || self.unanswered.load(Ordering::Acquire) > most;
         while many() && !self.is_departing() {
             tokio::select! {
@@ -138,12 +138,12 @@ impl SessionHandle {
     }
 
     /// True if it only reads, whatever this node is.
-    pub fn is_reader(&self) -> bool {
+    pub(crate) fn is_reader(&self) -> bool {
         !self.read_write
     }
 
     /// True if it may write, and is not about to end as soon as its replies are sent.
-    pub fn is_staying_writer(&self) -> bool {
+    pub(crate) fn is_staying_writer(&self) -> bool {
         self.read_write && !self.is_departing()
     }
 
@@ -156,32 +156,32 @@ impl SessionHandle {
     }
 
     /// True if it is to end when nothing of it is under way.
-    pub fn is_leaving(&self) -> bool {
+    pub(crate) fn is_leaving(&self) -> bool {
         matches!(self.stage(), Stage::New { leaves: true } | Stage::Leaving)
     }
 
     /// True if it wanted to write and took read-only.
-    pub fn is_settled(&self) -> bool {
+    pub(crate) fn is_settled(&self) -> bool {
         lock(&self.state).settled
     }
 
     /// Its client has registered; `settled` if it wanted to write and took read-only.
-    pub fn registered(&self, settled: bool) {
+    pub(crate) fn registered(&self, settled: bool) {
         lock(&self.state).settled = settled;
     }
 
     /// Its transaction has uploads, or none any more.
-    pub fn set_uploads(&self, uploads: bool) {
+    pub(crate) fn set_uploads(&self, uploads: bool) {
         lock(&self.state).uploads = uploads;
     }
 
     /// It waits for a pack to end, or does so no longer.
-    pub fn set_packs(&self, packs: bool) {
+    pub(crate) fn set_packs(&self, packs: bool) {
         lock(&self.state).packs = packs;
     }
 
     /// Its address, and its label (`client-label`) if it has one.
-    pub fn who(&self) -> String {
+    pub(crate) fn who(&self) -> String {
         match self.label.get().filter(|label| !label.is_empty()) {
             Some(label) => format!("{} ({label})", self.peer),
             None => self.peer.clone(),
@@ -189,22 +189,22 @@ impl SessionHandle {
     }
 
     /// Notes the label; the first time counts.
-    pub fn set_label(&self, label: &str) {
+    pub(crate) fn set_label(&self, label: &str) {
         let _ = self.label.set(label.to_owned());
     }
 
     /// The encoding that the client chose.
-    pub fn encoding(&self) -> Encoding {
+    pub(crate) fn encoding(&self) -> Encoding {
         self.encoding.get().copied().unwrap_or(Encoding::Pickle)
     }
 
     /// Notes the encoding; the first time counts.
-    pub fn set_encoding(&self, encoding: Encoding) {
+    pub(crate) fn set_encoding(&self, encoding: Encoding) {
         let _ = self.encoding.set(encoding);
     }
 
     /// Bytes of the clients' memory that it holds.
-    pub fn held(&self) -> usize {
+    pub(crate) fn held(&self) -> usize {
         self.outbox.held() + self.received.get()
     }
 
@@ -224,24 +224,24 @@ impl SessionHandle {
     }
 
     /// True if `register` may be answered now; false if the client waits on.
-    pub fn may_register(&self) -> bool {
+    pub(crate) fn may_register(&self) -> bool {
         let before = self.pass(|leaves| if leaves { Stage::Leaving } else { Stage::Registered });
         matches!(before, Stage::New { .. })
     }
 
     /// True if the session is to end without its client, which has not registered: that waits on.
-    pub fn waits_on(&self) -> bool {
+    pub(crate) fn waits_on(&self) -> bool {
         matches!(self.pass(|_| Stage::WaitsOn), Stage::New { .. } | Stage::WaitsOn)
     }
 
     /// True if its client waits on without it.
-    pub fn is_waiting_on(&self) -> bool {
+    pub(crate) fn is_waiting_on(&self) -> bool {
         self.stage() == Stage::WaitsOn
     }
 
     /// The session cannot be served here any more. It is ended at once, unless its client has not
     /// registered: that waits on. True if it was ended.
-    pub fn send_away(&self, reason: &str) -> bool {
+    pub(crate) fn send_away(&self, reason: &str) -> bool {
         match self.pass(|_| Stage::WaitsOn) {
             Stage::New { .. } => drop(self.mailbox.send(Mail::WaitOn)),
             Stage::WaitsOn => {}
@@ -281,7 +281,7 @@ impl SessionHandle {
     }
 
     /// Ends the session at once, from any thread; nothing that is queued is sent any more.
-    pub fn cut(&self, reason: &str) {
+    pub(crate) fn cut(&self, reason: &str) {
         self.outbox.close(reason);
         if let Some(cutter) = &self.cutter {
             cutter.cut();
@@ -291,7 +291,7 @@ impl SessionHandle {
 
 /// All sessions of the node, and those registered for each storage.
 #[derive(Default)]
-pub struct Sessions {
+pub(crate) struct Sessions {
     next: AtomicU64,
     all: Mutex<BTreeMap<SessionId, Arc<SessionHandle>>>,
     registered: Mutex<BTreeMap<String, BTreeMap<SessionId, Arc<SessionHandle>>>>,
@@ -299,22 +299,22 @@ pub struct Sessions {
 
 impl Sessions {
     /// A fresh name.
-    pub fn next_id(&self) -> SessionId {
+    pub(crate) fn next_id(&self) -> SessionId {
         SessionId(self.next.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
     /// Adds a session.
-    pub fn add(&self, session: Arc<SessionHandle>) {
+    pub(crate) fn add(&self, session: Arc<SessionHandle>) {
         lock(&self.all).insert(session.id, session);
     }
 
     /// Registers a session for a storage: from now on it gets invalidations.
-    pub fn register(&self, storage: &str, session: Arc<SessionHandle>) {
+    pub(crate) fn register(&self, storage: &str, session: Arc<SessionHandle>) {
         lock(&self.registered).entry(storage.into()).or_default().insert(session.id, session);
     }
 
     /// Removes a session from everywhere.
-    pub fn remove(&self, id: SessionId) {
+    pub(crate) fn remove(&self, id: SessionId) {
         lock(&self.all).remove(&id);
         for sessions in lock(&self.registered).values_mut() {
             sessions.remove(&id);
@@ -322,22 +322,22 @@ impl Sessions {
     }
 
     /// The sessions registered for a storage.
-    pub fn of(&self, storage: &str) -> Vec<Arc<SessionHandle>> {
+    pub(crate) fn of(&self, storage: &str) -> Vec<Arc<SessionHandle>> {
         lock(&self.registered).get(storage).map_or_else(Vec::new, |s| s.values().cloned().collect())
     }
 
     /// Number of sessions registered for a storage.
-    pub fn count(&self, storage: &str) -> usize {
+    pub(crate) fn count(&self, storage: &str) -> usize {
         lock(&self.registered).get(storage).map_or(0, BTreeMap::len)
     }
 
     /// A session.
-    pub fn get(&self, id: SessionId) -> Option<Arc<SessionHandle>> {
+    pub(crate) fn get(&self, id: SessionId) -> Option<Arc<SessionHandle>> {
         lock(&self.all).get(&id).cloned()
     }
 
     /// Cuts off the sessions that `which` says; their number.
-    pub fn cut(&self, reason: &str, which: impl Fn(&SessionHandle) -> bool) -> usize {
+    pub(crate) fn cut(&self, reason: &str, which: impl Fn(&SessionHandle) -> bool) -> usize {
         let chosen: Vec<_> =
             lock(&self.all).values().filter(|session| which(session)).cloned().collect();
         chosen.iter().for_each(|session| session.cut(reason));
@@ -346,7 +346,7 @@ impl Sessions {
 
     /// The session that holds most of the clients' memory, of those that are not ending; `None` if
     /// none holds any.
-    pub fn largest(&self) -> Option<Arc<SessionHandle>> {
+    pub(crate) fn largest(&self) -> Option<Arc<SessionHandle>> {
         let all = lock(&self.all);
         let holding = all.values().filter(|session| !session.outbox.is_closed());
         let largest = holding.max_by_key(|session| session.held());
@@ -354,7 +354,7 @@ impl Sessions {
     }
 
     /// Ends the sessions whose clients have been silent for so long.
-    pub fn end_silent(&self, patience: Duration) {
+    pub(crate) fn end_silent(&self, patience: Duration) {
         let all: Vec<_> = lock(&self.all).values().cloned().collect();
         for session in all {
             if let Some(reason) = session.gone(patience) {
@@ -364,7 +364,7 @@ impl Sessions {
     }
 
     /// True if an upload is under way, or its transaction, or a pack that its client waits for.
-    pub fn any_long_call(&self) -> bool {
+    pub(crate) fn any_long_call(&self) -> bool {
         let long = |session: &SessionHandle| {
             let state = lock(&session.state);
             state.uploads || state.packs
@@ -374,14 +374,14 @@ impl Sessions {
 
     /// Sends the clients away that `which` says: see [`SessionHandle::send_away`]. The number of
     /// sessions that were ended.
-    pub fn send_away(&self, reason: &str, which: impl Fn(&SessionHandle) -> bool) -> usize {
+    pub(crate) fn send_away(&self, reason: &str, which: impl Fn(&SessionHandle) -> bool) -> usize {
         let mut chosen: Vec<_> = lock(&self.all).values().cloned().collect();
         chosen.retain(|session| which(session));
         chosen.iter().filter(|session| session.send_away(reason)).count()
     }
 
     /// Sends all clients that may write away, but those that are departing.
-    pub fn send_all_writers_away(&self, reason: &str) -> usize {
+    pub(crate) fn send_all_writers_away(&self, reason: &str) -> usize {
         self.send_away(reason, SessionHandle::is_staying_writer)
     }
 
@@ -391,19 +391,19 @@ impl Sessions {
     }
 
     /// Ends all sessions that may write, each as soon as nothing of it is under way.
-    pub fn let_writers_leave(&self) {
+    pub(crate) fn let_writers_leave(&self) {
         self.writers().iter().for_each(|session| session.let_leave());
     }
 
     /// Ends all sessions that may write when what is queued for them has been sent; their number.
-    pub fn let_writers_depart(&self) -> usize {
+    pub(crate) fn let_writers_depart(&self) -> usize {
         let writers = self.writers();
         writers.iter().for_each(|session| session.let_depart());
         writers.len()
     }
 
     /// True if there are sessions that may write.
-    pub fn any_writer(&self) -> bool {
+    pub(crate) fn any_writer(&self) -> bool {
         lock(&self.all).values().any(|session| !session.is_reader())
     }
 }

@@ -47,7 +47,7 @@ const SILENT_TICKS: u32 = 60;
 const SHOWN: usize = 10;
 
 /// What a node has opened before its tasks begin.
-pub struct Opened {
+pub(crate) struct Opened {
     /// How clients' connections are secured.
     pub tls: Option<Tls>,
     /// How connections between nodes are secured.
@@ -59,7 +59,7 @@ pub struct Opened {
 }
 
 /// Where what tasks tell each other goes.
-pub struct Queues {
+pub(crate) struct Queues {
     /// To the primary's machine, from this process's own threads.
     pub internal: mpsc::UnboundedSender<TaskReport>,
     /// To the primary's machine, from tasks that serve others.
@@ -69,7 +69,7 @@ pub struct Queues {
 }
 
 /// What all tasks of a node share.
-pub struct Shared {
+pub(crate) struct Shared {
     /// The configuration.
     pub config: Config,
     /// Who this node is.
@@ -147,7 +147,7 @@ pub struct Shared {
 
 impl Shared {
     /// Of a node that was just opened.
-    pub fn new(
+    pub(crate) fn new(
         config: Config,
         disk: Arc<dyn Disk>,
         prepared: &Prepared,
@@ -215,47 +215,47 @@ impl Shared {
     }
 
     /// A monotonic time.
-    pub fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         self.clock.elapsed()
     }
 
     /// The time of day, since 1970. Only tids and people look at it.
-    pub fn wall_clock(&self) -> Duration {
+    pub(crate) fn wall_clock(&self) -> Duration {
         platform::wall_clock()
     }
 
     /// The length of a tick.
-    pub fn tick(&self) -> Duration {
+    pub(crate) fn tick(&self) -> Duration {
         self.profile().tick()
     }
 
     /// How patient the node is with its network.
-    pub fn profile(&self) -> Profile {
+    pub(crate) fn profile(&self) -> Profile {
         self.config.standby.as_ref().map_or(Profile::Lan, |s| s.profile)
     }
 
     /// After how long without a word another node, or its machine, counts as gone.
-    pub fn peer_silence(&self) -> Duration {
+    pub(crate) fn peer_silence(&self) -> Duration {
         silence_at(self.tick())
     }
 
     /// The storages have what the log says up to here.
-    pub fn set_applied(&self, index: LogIndex) {
+    pub(crate) fn set_applied(&self, index: LogIndex) {
         self.applied.store(index.0, Ordering::Release);
     }
 
     /// See [`Shared::set_applied`]. It may go back when the node begins another timeline.
-    pub fn applied(&self) -> LogIndex {
+    pub(crate) fn applied(&self) -> LogIndex {
         LogIndex(self.applied.load(Ordering::Acquire))
     }
 
     /// The log is durable up to here.
-    pub fn set_log_end(&self, index: LogIndex) {
+    pub(crate) fn set_log_end(&self, index: LogIndex) {
         self.log_end.store(index.0, Ordering::Release);
     }
 
     /// A founding waits for this; `None` if there is none.
-    pub fn set_founding(&self, waits: Option<String>) {
+    pub(crate) fn set_founding(&self, waits: Option<String>) {
         let mut founding = lock(&self.founding);
         if let Some(text) = waits.as_ref().filter(|_| *founding != waits) {
             info!("{text}");
@@ -264,7 +264,7 @@ impl Shared {
     }
 
     /// What this node waits for to become a member, if it is none.
-    pub fn waits(&self) -> Option<String> {
+    pub(crate) fn waits(&self) -> Option<String> {
         self.config.standby.as_ref()?;
         if let Some(founding) = lock(&self.founding).clone() {
             return Some(founding);
@@ -280,7 +280,7 @@ impl Shared {
 
     /// What is remembered to answer `getInvalidations`. One node alone does what its zeo.conf says;
     /// in a cluster, clients must be able to come over from another node: never less than fits.
-    pub fn retention(&self) -> Retention {
+    pub(crate) fn retention(&self) -> Retention {
         match self.config.standby {
             None => self.config.zeo.retention,
             Some(_) => Retention::default(),
@@ -288,17 +288,17 @@ impl Shared {
     }
 
     /// Bytes that are left free on the disks.
-    pub fn reserve(&self) -> u64 {
+    pub(crate) fn reserve(&self) -> u64 {
         self.config.standby.as_ref().map_or(DEFAULT_RESERVE, |s| s.reserve)
     }
 
     /// Bytes per second of the data files that are compared with their checksums; `None` for none.
-    pub fn scrub_rate(&self) -> Option<u64> {
+    pub(crate) fn scrub_rate(&self) -> Option<u64> {
         self.config.standby.as_ref().map_or(Some(DEFAULT_SCRUB_RATE), |s| s.scrub_rate)
     }
 
     /// Says who may help out with what is damaged here: those that are up, the primary first.
-    pub fn tell_helpers(&self) {
+    pub(crate) fn tell_helpers(&self) {
         let mut nodes = self.reports.status().nodes;
         nodes.retain(|node| {
             node.node != self.member.name
@@ -315,7 +315,7 @@ impl Shared {
     }
 
     /// What is damaged in the data files and among the blobs, and has not been repaired.
-    pub fn damage(&self) -> Option<String> {
+    pub(crate) fn damage(&self) -> Option<String> {
         self.storages.iter().find_map(|(name, storage)| {
             let blocks = storage.reader().damage().blocks.into_iter();
             let blocks = blocks.map(|offset| format!("at byte {offset}"));
@@ -331,7 +331,7 @@ impl Shared {
 
     /// True if some of what the data files held is lost. A blob that is lost is not needed to
     /// commit, nor to vote.
-    pub fn lacks_data(&self) -> bool {
+    pub(crate) fn lacks_data(&self) -> bool {
         self.storages.values().any(|storage| !storage.reader().damage().blocks.is_empty())
     }
 
@@ -344,12 +344,12 @@ impl Shared {
     }
 
     /// Bytes of log that are kept for nodes that are behind.
-    pub fn log_tail(&self) -> u64 {
+    pub(crate) fn log_tail(&self) -> u64 {
         self.config.standby.as_ref().map_or(16 << 20, |s| s.log_tail)
     }
 
     /// What this node says of itself to others.
-    pub fn introduction(&self) -> Introduction {
+    pub(crate) fn introduction(&self) -> Introduction {
         let standby = self.config.standby.as_ref();
         Introduction {
             member: self.member.clone(),
@@ -368,32 +368,32 @@ impl Shared {
     }
 
     /// The cluster's name.
-    pub fn cluster_name(&self) -> &str {
+    pub(crate) fn cluster_name(&self) -> &str {
         self.config.standby.as_ref().map_or("alone", |s| &s.cluster)
     }
 
     /// True if this node belongs to a cluster.
-    pub fn belongs(&self) -> bool {
+    pub(crate) fn belongs(&self) -> bool {
         !lock(&self.cluster_id).is_empty()
     }
 
     /// This node belongs to that cluster from now on.
-    pub fn set_cluster_id(&self, id: &str) {
+    pub(crate) fn set_cluster_id(&self, id: &str) {
         *lock(&self.cluster_id) = id.to_owned();
     }
 
     /// A catch-up is so far, or has ended.
-    pub fn show_catch_up(&self, progress: Option<CatchUp>) {
+    pub(crate) fn show_catch_up(&self, progress: Option<CatchUp>) {
         *lock(&self.catch_up) = progress;
     }
 
     /// What administrators have decided, as far as it is applied here.
-    pub fn settings(&self) -> Arc<Settings> {
+    pub(crate) fn settings(&self) -> Arc<Settings> {
         lock(&self.settings).clone()
     }
 
     /// It is another now.
-    pub fn set_settings(&self, settings: Arc<Settings>) {
+    pub(crate) fn set_settings(&self, settings: Arc<Settings>) {
         let unsealed = settings.level() < SEALED_LEVEL;
         self.acknowledged.begin(&settings.lineage);
         *lock(&self.settings) = settings;
@@ -404,33 +404,33 @@ impl Shared {
     }
 
     /// True if a peer must still confirm that the data files belong to the cluster's history.
-    pub fn is_unconfirmed(&self) -> bool {
+    pub(crate) fn is_unconfirmed(&self) -> bool {
         self.unconfirmed.load(Ordering::Acquire)
     }
 
     /// A peer has confirmed it.
-    pub fn confirm(&self) {
+    pub(crate) fn confirm(&self) {
         self.unconfirmed.store(false, Ordering::Release);
     }
 
     /// Tells the primary's machine, from a thread of this process.
-    pub fn report(&self, told: impl Into<TaskReport>) {
+    pub(crate) fn report(&self, told: impl Into<TaskReport>) {
         // Without one the process is ending.
         let _ = self.internal.send(told.into());
     }
 
     /// Tells the primary's machine, from a task that serves others.
-    pub async fn tell(&self, event: impl Into<Event>) {
+    pub(crate) async fn tell(&self, event: impl Into<Event>) {
         let _ = self.events.send(event.into()).await;
     }
 
     /// Gives work to the applier.
-    pub fn apply(&self, work: ApplyTask) {
+    pub(crate) fn apply(&self, work: ApplyTask) {
         let _ = self.work.send(work);
     }
 
     /// What `info` tells clients.
-    pub fn short_info(&self, storage: &str) -> Value {
+    pub(crate) fn short_info(&self, storage: &str) -> Value {
         let Some(storage) = self.storages.get(storage) else { return Value::Dict(Vec::new()) };
         Value::Dict(vec![
             (Value::str("length"), Value::Int(storage.reader().len() as i64)),
@@ -439,7 +439,7 @@ impl Shared {
     }
 
     /// What this node says of itself.
-    pub fn own_report(&self, moment: &OwnState<'_>) -> NodeReport {
+    pub(crate) fn own_report(&self, moment: &OwnState<'_>) -> NodeReport {
         fn text(address: Option<&impl ToString>) -> String {
             address.map_or_else(String::new, ToString::to_string)
         }
@@ -480,12 +480,12 @@ impl Shared {
     }
 
     /// True if what the data files show is a moment that was.
-    pub fn is_whole(&self) -> bool {
+    pub(crate) fn is_whole(&self) -> bool {
         self.storages.values().all(|storage| storage.reader().is_whole())
     }
 
     /// Those for clients, and those for the other nodes.
-    pub fn certificates(&self) -> impl Iterator<Item = &Tls> {
+    pub(crate) fn certificates(&self) -> impl Iterator<Item = &Tls> {
         let of_peers = match &self.wire {
             Wire::Tls(tls) => Some(&**tls),
             Wire::Plain | Wire::Sealed(_) => None,
@@ -494,7 +494,7 @@ impl Shared {
     }
 
     /// Reads the certificates and the secrets again; connections that are open keep theirs.
-    pub fn reload_certificates(&self) {
+    pub(crate) fn reload_certificates(&self) {
         let file = self.config.standby.as_ref().and_then(|standby| standby.secret_file.as_ref());
         match file.map(|file| Secrets::read(file)) {
             Some(Ok(secrets)) => {
@@ -515,11 +515,11 @@ impl Shared {
 
 /// True if the cluster is known to work at a level at which connections between nodes are not
 /// sealed. What a node that has nothing of the cluster yet takes for its settings says nothing.
-pub fn is_unsealed(checkpoint: &Checkpoint) -> bool {
+pub(crate) fn is_unsealed(checkpoint: &Checkpoint) -> bool {
     checkpoint.index > LogIndex(0) && checkpoint.settings.level() < SEALED_LEVEL
 }
 
 /// After how long without a word a node counts as gone: long after its election timeout.
-pub fn silence_at(tick: Duration) -> Duration {
+pub(crate) fn silence_at(tick: Duration) -> Duration {
     tick * SILENT_TICKS
 }

@@ -25,7 +25,7 @@ const IDENTITY_SILENCE: Duration = Duration::from_millis(1500);
 
 /// The latest report of each node.
 #[derive(Default)]
-pub struct Reports {
+pub(crate) struct Reports {
     own: Mutex<NodeReport>,
     heard: Mutex<Heard>,
 }
@@ -129,7 +129,7 @@ impl Progress {
 
 impl Reports {
     /// A peer has reported.
-    pub fn note(&self, from: NodeId, report: NodeReport) {
+    pub(crate) fn note(&self, from: NodeId, report: NodeReport) {
         let heard = &mut *lock(&self.heard);
         // A node that began anew has another identity; its former self is forgotten.
         heard.others.retain(|id, (known, _)| *id == from || known.node != report.node);
@@ -145,14 +145,14 @@ impl Reports {
     }
 
     /// A peer does not belong to the cluster any more.
-    pub fn forget(&self, peer: NodeId) {
+    pub(crate) fn forget(&self, peer: NodeId) {
         let mut heard = lock(&self.heard);
         heard.others.remove(&peer);
         heard.last_heard.remove(&peer);
     }
 
     /// Nodes that were removed and are no members any more are not shown.
-    pub fn forget_removed(&self, removed: &BTreeSet<String>) {
+    pub(crate) fn forget_removed(&self, removed: &BTreeSet<String>) {
         let own = self.own();
         let is_member = |node: &str| own.members.iter().any(|(member, _, _)| member == node);
         lock(&self.heard)
@@ -161,14 +161,14 @@ impl Reports {
     }
 
     /// A peer's connection has closed.
-    pub fn lost(&self, peer: NodeId) {
+    pub(crate) fn lost(&self, peer: NodeId) {
         if let Some((_, at)) = lock(&self.heard).others.get_mut(&peer) {
             *at = None;
         }
     }
 
     /// True if another process than `run` has been this node until a moment ago.
-    pub fn is_taken(&self, id: NodeId, run: &str) -> bool {
+    pub(crate) fn is_taken(&self, id: NodeId, run: &str) -> bool {
         let heard = lock(&self.heard);
         let Some((report, Some(at))) = heard.others.get(&id) else { return false };
         let known = !run.is_empty() && !report.run.is_empty();
@@ -176,12 +176,12 @@ impl Reports {
     }
 
     /// True if a node with this name was a member when this node last reported.
-    pub fn is_member(&self, name: &str) -> bool {
+    pub(crate) fn is_member(&self, name: &str) -> bool {
         lock(&self.own).members.iter().any(|(member, _, _)| member == name)
     }
 
     /// The highest feature level that a node is known to know.
-    pub fn feature_level(&self, id: NodeId) -> u32 {
+    pub(crate) fn feature_level(&self, id: NodeId) -> u32 {
         let known = lock(&self.heard).others.get(&id).map(|(report, _)| report.knows_level);
         match id.to_string() == lock(&self.own).id {
             true => FEATURE_LEVEL,
@@ -190,19 +190,19 @@ impl Reports {
     }
 
     /// A node has another history than this one, and neither is the beginning of the other.
-    pub fn note_diverged(&self, node: &str, lineage: &Lineage) {
+    pub(crate) fn note_diverged(&self, node: &str, lineage: &Lineage) {
         lock(&self.heard).diverged.insert(node.to_owned(), lineage.clone());
     }
 
     /// The last transaction of each storage that any node has ever spoken of.
-    pub fn last_tids(&self) -> BTreeMap<String, Tid> {
+    pub(crate) fn last_tids(&self) -> BTreeMap<String, Tid> {
         let heard = lock(&self.heard);
         let tids = heard.others.values().flat_map(|(report, _)| &report.last_tid);
         latest(tids)
     }
 
     /// The last transaction of each storage that a node has lost by leaving a timeline.
-    pub fn last_lost(&self) -> BTreeMap<String, Tid> {
+    pub(crate) fn last_lost(&self) -> BTreeMap<String, Tid> {
         let own = self.own().lost;
         let heard = lock(&self.heard);
         let lost = heard.others.values().flat_map(|(report, _)| &report.lost).chain(&own);
@@ -211,14 +211,14 @@ impl Reports {
 
     /// For how long a node has not been heard, or since when this one listens, if it never was.
     /// That a connection has closed does not matter here.
-    pub fn silence_of(&self, id: NodeId) -> Duration {
+    pub(crate) fn silence_of(&self, id: NodeId) -> Duration {
         let heard = lock(&self.heard);
         heard.last_heard.get(&id).unwrap_or(&heard.begun).elapsed()
     }
 
     /// By how much this node's clock is ahead of those of a majority of the voters, if that is an
     /// hour or more: by the least of these.
-    pub fn ahead_of_majority(&self, voters: &BTreeSet<NodeId>) -> Option<Duration> {
+    pub(crate) fn ahead_of_majority(&self, voters: &BTreeSet<NodeId>) -> Option<Duration> {
         let heard = lock(&self.heard);
         let behind = |voter: &NodeId| {
             let ahead = heard.skews.get(&voter.to_string())?.ahead()?;
@@ -230,14 +230,18 @@ impl Reports {
     }
 
     /// True if another node has been heard a moment ago.
-    pub fn is_up(&self, id: NodeId) -> bool {
+    pub(crate) fn is_up(&self, id: NodeId) -> bool {
         let heard = lock(&self.heard);
         heard.others.get(&id).is_some_and(|(_, at)| is_recent(at))
     }
 
     /// A node that is up, holds data, and has a log that goes beyond `(term, index)`, of the groups
     /// that count.
-    pub fn ahead_of(&self, log: (u64, u64), counts: impl Fn(&str) -> bool) -> Option<String> {
+    pub(crate) fn ahead_of(
+        &self,
+        log: (u64, u64),
+        counts: impl Fn(&str) -> bool,
+    ) -> Option<String> {
         let heard = lock(&self.heard);
         let found = heard.others.values().find(|(report, at)| {
             is_recent(at) && !report.witness && report.log > log && counts(&report.group)
@@ -246,29 +250,29 @@ impl Reports {
     }
 
     /// True if a node has said that its log's disk is slow.
-    pub fn is_slow(&self, id: NodeId) -> bool {
+    pub(crate) fn is_slow(&self, id: NodeId) -> bool {
         lock(&self.heard).others.get(&id).is_some_and(|(report, _)| report.slow_disk)
     }
 
     /// How long a write of a node's log took of late, at worst; nothing if it has not said so.
-    pub fn slowest_write(&self, id: NodeId) -> Duration {
+    pub(crate) fn slowest_write(&self, id: NodeId) -> Duration {
         let heard = lock(&self.heard);
         let seconds = heard.others.get(&id).map_or(0.0, |(report, _)| report.slowest_write_seconds);
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
     /// True if a node has said that its data file is damaged.
-    pub fn is_damaged(&self, id: NodeId) -> bool {
+    pub(crate) fn is_damaged(&self, id: NodeId) -> bool {
         lock(&self.heard).others.get(&id).is_some_and(|(report, _)| report.damage.is_some())
     }
 
     /// True unless a node has said that a disk of it is full.
-    pub fn has_room(&self, id: NodeId) -> bool {
+    pub(crate) fn has_room(&self, id: NodeId) -> bool {
         lock(&self.heard).others.get(&id).is_none_or(|(report, _)| report.no_room.is_none())
     }
 
     /// This node has something new to report.
-    pub fn note_own(&self, report: NodeReport) {
+    pub(crate) fn note_own(&self, report: NodeReport) {
         if report.serves {
             lock(&self.heard).progress.note(Instant::now(), report.applied_index);
         }
@@ -276,12 +280,12 @@ impl Reports {
     }
 
     /// This node's report.
-    pub fn own(&self) -> NodeReport {
+    pub(crate) fn own(&self) -> NodeReport {
         lock(&self.own).clone()
     }
 
     /// The whole picture, as this node sees it.
-    pub fn status(&self) -> Status {
+    pub(crate) fn status(&self) -> Status {
         let own = self.own();
         let now = Instant::now();
         let heard = lock(&self.heard);
@@ -320,7 +324,7 @@ fn latest<'a>(tids: impl Iterator<Item = (&'a String, &'a String)>) -> BTreeMap<
 }
 
 /// A time as `time.ctime` of Python writes it, in UTC.
-pub fn ctime(since_epoch: Duration) -> String {
+pub(crate) fn ctime(since_epoch: Duration) -> String {
     const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
     const MONTHS: [&str; 12] =
         ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];

@@ -11,7 +11,7 @@ use crate::cells::progress::Progress;
 
 /// Counters of a storage, as `server_status` shows them.
 #[derive(Default)]
-pub struct Stats {
+pub(crate) struct Stats {
     /// `loadBefore` calls.
     pub loads: AtomicU64,
     /// Objects stored.
@@ -29,7 +29,7 @@ pub struct Stats {
 }
 
 /// A storage, for those who read.
-pub struct StorageShared {
+pub(crate) struct StorageShared {
     /// The data file as it is now.
     pub source: Source,
     /// The data file.
@@ -48,7 +48,7 @@ pub struct StorageShared {
 
 impl StorageShared {
     /// A storage that was just opened.
-    pub fn new(source: Source, path: &Path, blobs: Option<BlobDir>) -> StorageShared {
+    pub(crate) fn new(source: Source, path: &Path, blobs: Option<BlobDir>) -> StorageShared {
         let (packing, backfilling) = (Progress::default(), Progress::default());
         let (differs, stats) = (Mutex::default(), Stats::default());
         let path = path.to_owned();
@@ -56,7 +56,7 @@ impl StorageShared {
     }
 
     /// Reads the data file as it is now; not to be kept for long, for a pack replaces the file.
-    pub fn reader(&self) -> Reader {
+    pub(crate) fn reader(&self) -> Reader {
         self.source.reader()
     }
 }

@@ -18,7 +18,7 @@ use crate::cells::status::NodeReport;
 use crate::transport::frames::{PeerError, read_frame};
 
 /// A frame of a conversation.
-pub trait Frame: Sized {
+pub(crate) trait Frame: Sized {
     /// Its letter.
     fn kind(&self) -> u8;
 
@@ -49,7 +49,7 @@ pub trait Frame: Sized {
 }
 
 /// Sends a frame.
-pub async fn send(
+pub(crate) async fn send(
     stream: &mut (impl AsyncWrite + Unpin),
     frame: &impl Frame,
 ) -> Result<(), PeerError> {
@@ -58,7 +58,7 @@ pub async fn send(
 }
 
 /// Receives a frame of at most `limit` bytes.
-pub async fn receive<F: Frame>(
+pub(crate) async fn receive<F: Frame>(
     stream: &mut (impl AsyncRead + Unpin),
     limit: usize,
 ) -> Result<F, PeerError> {
@@ -84,7 +84,7 @@ fn json(value: &impl Serialize, out: &mut BytesMut) -> Result<(), PeerError> {
 
 /// How each conversation but a link begins: what is wanted, in JSON.
 #[derive(Debug, PartialEq)]
-pub struct Question<T>(pub T);
+pub(crate) struct Question<T>(pub T);
 
 impl<T: Serialize + DeserializeOwned> Frame for Question<T> {
     fn kind(&self) -> u8 {
@@ -105,7 +105,7 @@ impl<T: Serialize + DeserializeOwned> Frame for Question<T> {
 
 /// The answer to what an administrator asks for.
 #[derive(Debug, PartialEq)]
-pub struct Answered(pub Answer);
+pub(crate) struct Answered(pub Answer);
 
 impl Frame for Answered {
     fn kind(&self) -> u8 {
@@ -126,7 +126,7 @@ impl Frame for Answered {
 
 /// What the dialling side of a link says.
 #[derive(Debug, PartialEq)]
-pub enum LinkFrame {
+pub(crate) enum LinkFrame {
     /// 'r': a message of consensus, as [`standby_consensus::decode_message`] reads it.
     Raft(Bytes),
     /// 's': a report of a node, in JSON.
@@ -189,7 +189,7 @@ impl Frame for LinkFrame {
 
 /// What the accepting side of a link says.
 #[derive(Debug, PartialEq)]
-pub enum LinkSign {
+pub(crate) enum LinkSign {
     /// 'k': it is there, and lets the other one in.
     There,
     /// 'n': it is there, and does not let the other one in as a member: why.
@@ -222,7 +222,7 @@ impl Frame for LinkSign {
 
 /// What is answered to a node that fetches blobs.
 #[derive(Debug, PartialEq)]
-pub enum BlobFrame {
+pub(crate) enum BlobFrame {
     /// 'c': a piece; of a list of blobs, oids and tids of 8 bytes each.
     Piece(Bytes),
     /// 'h': that is all; the SHA-256 of all pieces, which a list does not have.
@@ -265,7 +265,7 @@ impl Frame for BlobFrame {
 
 /// What is answered to a node that asks for a block of a data file.
 #[derive(Debug, PartialEq)]
-pub enum BlockFrame {
+pub(crate) enum BlockFrame {
     /// 'd': its bytes.
     Block(Bytes),
     /// 'x': why not.
@@ -299,7 +299,7 @@ impl Frame for BlockFrame {
 
 /// What a transaction says, in short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Digest {
+pub(crate) struct Digest {
     /// The transaction.
     pub tid: Tid,
     /// It was packed, or comes from a fast recovery: what it says need not be the same everywhere.
@@ -311,7 +311,7 @@ pub struct Digest {
 /// 'd': what is answered to a node that compares its data file: of each transaction its tid 8, its
 /// status 1 ('p' if it is partial), its checksum 4.
 #[derive(Debug, PartialEq)]
-pub struct Digests(pub Vec<Digest>);
+pub(crate) struct Digests(pub Vec<Digest>);
 
 const DIGEST: usize = 13;
 
@@ -349,7 +349,7 @@ impl Frame for Digests {
 /// What is answered to a node that catches up. Everything that follows a storage's name is about
 /// that storage.
 #[derive(Debug, Clone, PartialEq)]
-pub enum CatchUpFrame {
+pub(crate) enum CatchUpFrame {
     /// 'p': about how many bytes come in all, 8; again and again.
     Total(u64),
     /// 's': a storage's name.

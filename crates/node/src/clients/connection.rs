@@ -55,7 +55,7 @@ const HELLO: Duration = Duration::from_secs(20);
 
 /// Serves a client until one side closes; returns the client if it has not registered and this node
 /// cannot serve it any more.
-pub async fn serve(
+pub(crate) async fn serve(
     shared: Arc<Shared>,
     client: Newcomer,
     read_only: bool,

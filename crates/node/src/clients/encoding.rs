@@ -33,7 +33,7 @@ impl Pieces for Coming {
 }
 
 /// What a client has finished, as it goes into the log.
-pub fn finished(shared: &Arc<Shared>, mut buffer: Box<PendingTransaction>) -> Finished {
+pub(crate) fn finished(shared: &Arc<Shared>, mut buffer: Box<PendingTransaction>) -> Finished {
     let (meta, blobs) = (buffer.meta.clone(), buffer.take_blobs());
     // Of one with few objects all fits the closing entry, as a rule.
     let rest = match buffer.writes().len() <= MANY {

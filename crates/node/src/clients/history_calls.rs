@@ -23,7 +23,7 @@ const ITERATORS_MAX: usize = 10_000;
 
 /// A client's iterators. Both kinds have their numbers from one counter.
 #[derive(Default)]
-pub struct Iterators {
+pub(crate) struct Iterators {
     next: i64,
     open: HashMap<i64, Iterator>,
 }
@@ -119,7 +119,7 @@ fn unknown(id: Value) -> ClientError {
 }
 
 /// Answers a call that reads the history.
-pub fn answer(
+pub(crate) fn answer(
     reader: &Reader,
     iterators: &mut Iterators,
     call: HistoryCall,
@@ -193,7 +193,7 @@ fn record_iternext(reader: &Reader, from: Option<Oid>) -> Result<Value, ClientEr
 /// The transactions with these indexes, newest first. Those that are packed end the log, and so
 /// does a hole in the history. Answers `undoLog` and `undoInfo`, as long as `go_on` says that
 /// somebody wants the answer.
-pub fn undo_log(
+pub(crate) fn undo_log(
     reader: &Reader,
     range: Range<usize>,
     specification: &[(Value, Value)],
@@ -301,13 +301,13 @@ fn failed(error: StorageError) -> ClientError {
 }
 
 /// A revision that may have been, but is not on this node.
-pub fn not_here(error: &StorageError) -> ClientError {
+pub(crate) fn not_here(error: &StorageError) -> ClientError {
     ClientError::Other("ZODB.POSException.POSKeyError", vec![Value::Str(error.to_string())])
 }
 
 /// The objects that undoing these transactions changes: their locks are needed. `check` refuses if
 /// they are too many.
-pub fn undo_objects(
+pub(crate) fn undo_objects(
     reader: &Reader,
     undos: &[Tid],
     check: impl Fn(usize) -> Result<(), ClientError>,
@@ -322,7 +322,7 @@ pub fn undo_objects(
 
 /// Works out what can be known only when the locks are held; each result goes to `each`, which
 /// returns false if nobody listens.
-pub fn work_out(
+pub(crate) fn work_out(
     reader: &Reader,
     blobs: Option<&BlobDir>,
     later: Vec<DeferredWrite>,

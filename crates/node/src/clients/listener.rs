@@ -42,7 +42,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const LOST_PRIMARY: Duration = Duration::from_secs(2);
 
 /// Accepts clients that may write.
-pub async fn read_write(shared: Arc<Shared>, listener: Listener) {
+pub(crate) async fn read_write(shared: Arc<Shared>, listener: Listener) {
     loop {
         let (stream, pass) = accept(&shared.clients, &listener).await;
         tokio::spawn(hold(shared.clone(), stream, pass));
@@ -50,7 +50,7 @@ pub async fn read_write(shared: Arc<Shared>, listener: Listener) {
 }
 
 /// Accepts clients that only read.
-pub async fn read_only(shared: Arc<Shared>, listener: Listener) {
+pub(crate) async fn read_only(shared: Arc<Shared>, listener: Listener) {
     loop {
         let (stream, pass) = accept(&shared.clients, &listener).await;
         tokio::spawn(hold_reader(shared.clone(), stream, pass));
@@ -80,7 +80,7 @@ async fn hold_reader(shared: Arc<Shared>, stream: Stream, pass: Pass) {
 }
 
 /// Ends the sessions of clients that are gone.
-pub async fn end_silent(shared: Arc<Shared>) {
+pub(crate) async fn end_silent(shared: Arc<Shared>) {
     loop {
         tokio::time::sleep(LOOK).await;
         shared.sessions.end_silent(SILENCE);
@@ -104,7 +104,7 @@ async fn accept(gate: &Arc<Gate>, listener: &Listener) -> (Stream, Pass) {
 }
 
 /// A client that another node has passed on.
-pub async fn passed_on(shared: Arc<Shared>, stream: Stream) {
+pub(crate) async fn passed_on(shared: Arc<Shared>, stream: Stream) {
     let Some(pass) = shared.clients.enter(&stream.peer()) else { return };
     // If this node is not primary (any more), the other one finds out by the closed connection, and
     // holds its client again.

@@ -16,10 +16,10 @@ use crate::transport::socket::{Cutter, Reading, Writing, split};
 use crate::transport::stream::Stream;
 
 /// Bytes that it may say before it is registered; who says more is no ZEO client.
-pub const MOST_SAID: usize = 8 << 10;
+pub(crate) const MOST_SAID: usize = 8 << 10;
 
 /// See the module.
-pub struct Newcomer {
+pub(crate) struct Newcomer {
     /// What it says.
     pub read: Reading,
     /// What it is told.
@@ -36,7 +36,7 @@ pub struct Newcomer {
 
 impl Newcomer {
     /// A client that has just come.
-    pub fn new(stream: Stream) -> Newcomer {
+    pub(crate) fn new(stream: Stream) -> Newcomer {
         stream.set_nodelay();
         let peer = stream.peer();
         let (read, write, cutter) = split(stream);
@@ -44,7 +44,7 @@ impl Newcomer {
     }
 
     /// Hears what it says; an error when it has closed.
-    pub async fn hear(&mut self) -> io::Result<usize> {
+    pub(crate) async fn hear(&mut self) -> io::Result<usize> {
         if self.said.len() >= MOST_SAID {
             // Nothing more is taken from it.
             std::future::pending::<()>().await;
@@ -56,7 +56,7 @@ impl Newcomer {
     }
 
     /// Returns when it has closed.
-    pub async fn gone(&mut self) {
+    pub(crate) async fn gone(&mut self) {
         while self.hear().await.is_ok() {}
     }
 }

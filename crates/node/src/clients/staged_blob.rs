@@ -12,7 +12,7 @@ use crate::cells::wire::LinkFrame;
 
 /// A session's hold on its upload. The other nodes are told of the upload; and if it is given up,
 /// of that.
-pub struct StagedBlob {
+pub(crate) struct StagedBlob {
     shared: Arc<Shared>,
     announcement: Announcement,
     staged: Option<Staged>,
@@ -20,7 +20,7 @@ pub struct StagedBlob {
 
 impl StagedBlob {
     /// Tells the other nodes: they fetch the upload while the client goes on.
-    pub fn announce(
+    pub(crate) fn announce(
         shared: &Arc<Shared>,
         storage: &str,
         upload: Upload,

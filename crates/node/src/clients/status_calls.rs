@@ -15,7 +15,7 @@ use crate::cells::storage::StorageShared;
 const SETTLING: Duration = Duration::from_secs(1);
 
 /// `get_info`: what the storage can do.
-pub fn info(storage: &StorageShared) -> Value {
+pub(crate) fn info(storage: &StorageShared) -> Value {
     let pair = |module: &str, name: &str| Value::Tuple(vec![Value::str(module), Value::str(name)]);
     // In the order in which Python's server gives them.
     let with_blobs: &[&str] = match storage.blobs {
@@ -65,7 +65,7 @@ impl Shared {
     }
 
     /// Returns when the counters tell of all that any client has been answered; soon in any case.
-    pub async fn settled(&self) {
+    pub(crate) async fn settled(&self) {
         let (done, settled) = oneshot::channel();
         let _ = tokio::time::timeout(SETTLING, async {
             self.tell(Event::Settled(done)).await;
@@ -75,7 +75,7 @@ impl Shared {
     }
 
     /// `server_status`
-    pub fn server_status(&self, storage: &StorageShared, name: Option<&str>) -> Value {
+    pub(crate) fn server_status(&self, storage: &StorageShared, name: Option<&str>) -> Value {
         let mut items: Vec<(Value, Value)> = self
             .status_items(storage, name.unwrap_or_default())
             .into_iter()
@@ -91,7 +91,7 @@ impl Shared {
     }
 
     /// The answer to `ruok`.
-    pub fn ruok(&self) -> serde_json::Value {
+    pub(crate) fn ruok(&self) -> serde_json::Value {
         let storages = self.storages.iter().map(|(name, storage)| {
             let mut items: serde_json::Map<String, serde_json::Value> = self
                 .status_items(storage, name)

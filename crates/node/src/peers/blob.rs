@@ -39,7 +39,11 @@ pub(super) enum Request {
 }
 
 /// Makes sure that the blob is durable here; fetches it from `address` if it is not.
-pub async fn obtain(shared: &Shared, wanted: &Wanted, address: &str) -> Result<(), PeerError> {
+pub(crate) async fn obtain(
+    shared: &Shared,
+    wanted: &Wanted,
+    address: &str,
+) -> Result<(), PeerError> {
     shared.room.check()?;
     let blobs = blobs_of(shared, &wanted.storage)?;
     let storage = &wanted.storage;
@@ -75,7 +79,7 @@ pub async fn obtain(shared: &Shared, wanted: &Wanted, address: &str) -> Result<(
 
 /// Fetches the blobs of revisions up to `up_to` that are missing here: the data file may have been
 /// copied without them.
-pub async fn obtain_old(
+pub(crate) async fn obtain_old(
     shared: &Shared,
     storage: &str,
     up_to: Tid,
@@ -109,7 +113,7 @@ pub async fn obtain_old(
 
 /// Fetches the blob of a revision from the first node that has it as it was written, to the place
 /// of the damaged one; returns that node's address.
-pub async fn fetch_right(
+pub(crate) async fn fetch_right(
     shared: &Shared,
     storage: &str,
     blobs: &BlobDir,

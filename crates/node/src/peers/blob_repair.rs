@@ -12,7 +12,7 @@ use crate::platform;
 use crate::transport::blob_files::BlobReader;
 
 /// Opens the blob of a revision for a client, when it is what was written.
-pub async fn open_right(
+pub(crate) async fn open_right(
     shared: &Arc<Shared>,
     storage: &str,
     blobs: &BlobDir,
@@ -33,7 +33,7 @@ pub async fn open_right(
 
 /// Fetches a blob that is damaged here from a node that has it. False if none has: then it is known
 /// as damage.
-pub async fn repair(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
+pub(crate) async fn repair(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
     let Some((stored, blobs)) =
         shared.storages.get(storage).and_then(|s| Some((s, s.blobs.as_ref()?)))
     else {
@@ -61,7 +61,7 @@ pub async fn repair(shared: &Arc<Shared>, storage: &str, id: BlobId) -> bool {
 
 /// Repairs a blob that another node has asked for. What is known already the scrub tries again: two
 /// nodes on which the same blob is damaged would ask each other for ever.
-pub async fn repair_for_another(shared: &Arc<Shared>, storage: &str, id: BlobId) {
+pub(crate) async fn repair_for_another(shared: &Arc<Shared>, storage: &str, id: BlobId) {
     let blobs = shared.storages.get(storage).and_then(|stored| stored.blobs.as_ref());
     if blobs.is_some_and(|blobs| blobs.is_news(id)) {
         repair(shared, storage, id).await;

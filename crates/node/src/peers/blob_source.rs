@@ -18,7 +18,7 @@ use crate::transport::frames::PeerError;
 use crate::transport::stream::Stream;
 
 /// Serves a node that fetches blobs, until it leaves.
-pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
+pub(crate) async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
     loop {
         let request = match receive(&mut stream, 4 << 10).await {
             Ok(Question(request)) => request,

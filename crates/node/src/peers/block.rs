@@ -29,7 +29,7 @@ struct Wanted {
 }
 
 /// Asks the node at `address` for a block.
-pub async fn fetch_block(
+pub(crate) async fn fetch_block(
     me: &Introduction,
     address: &str,
     storage: &str,
@@ -45,7 +45,7 @@ pub async fn fetch_block(
 }
 
 /// Serves a block.
-pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
+pub(crate) async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
     let Question::<Wanted>(wanted) = receive(&mut stream, 4 << 10).await?;
     let reader = shared.storages.get(&wanted.storage).map(|storage| storage.reader());
     let found = match reader {
@@ -61,7 +61,7 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Gets blocks of a storage from them. To be called within the runtime.
-pub fn repairer(helpers: &Arc<RepairSources>, storage: &str) -> Repair {
+pub(crate) fn repairer(helpers: &Arc<RepairSources>, storage: &str) -> Repair {
     let (helpers, storage, runtime) = (helpers.clone(), storage.to_owned(), Handle::current());
     #[cfg(feature = "simulated")]
     if let Some(repair) = crate::platform::simulated::repairer() {

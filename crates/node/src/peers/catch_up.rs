@@ -25,8 +25,8 @@ use standby_types::hex::hex;
 mod follower;
 mod source;
 
-pub use follower::{fetch, fetch_history};
-pub use source::serve;
+pub(crate) use follower::{fetch, fetch_history};
+pub(crate) use source::serve;
 
 /// Batches between socket and applier, and between data file and socket.
 const QUEUE: usize = 16;

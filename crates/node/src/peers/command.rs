@@ -27,7 +27,7 @@ const PROMPT: Duration = Duration::from_secs(10);
 const ANSWER: Duration = PATIENCE.saturating_add(Duration::from_secs(5));
 
 /// Asks the node at `address`.
-pub async fn ask(shared: &Shared, address: &str, ask: &Ask) -> Result<Answer, PeerError> {
+pub(crate) async fn ask(shared: &Shared, address: &str, ask: &Ask) -> Result<Answer, PeerError> {
     let (mut stream, _) = connect(&shared.introduction(), address, Purpose::Ask).await?;
     send(&mut stream, &Question(ask.clone())).await?;
     let Answered(answer) = within(ANSWER, receive(&mut stream, MAX_FRAME)).await?;
@@ -35,7 +35,7 @@ pub async fn ask(shared: &Shared, address: &str, ask: &Ask) -> Result<Answer, Pe
 }
 
 /// Answers a node that asks.
-pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
+pub(crate) async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
     let asked = within(PROMPT, receive(&mut stream, 64 << 10)).await?;
     // What this version does not know is told in words.
     let Question::<serde_json::Value>(asked) = asked;
@@ -47,7 +47,7 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
 }
 
 /// Does it here, if this node is the one to do it.
-pub async fn here(shared: &Arc<Shared>, ask: Ask) -> Answer {
+pub(crate) async fn here(shared: &Arc<Shared>, ask: Ask) -> Answer {
     let (asker, answer) = oneshot::channel();
     shared.tell(Event::Ask(ask, asker)).await;
     match tokio::time::timeout(PATIENCE, answer).await {

@@ -28,7 +28,11 @@ struct Wanted {
 }
 
 /// The next transactions after `after`, as far as one answer goes, and the bytes that they take.
-pub fn digests(reader: &Reader, after: Tid, through: Tid) -> Result<(Vec<Digest>, u64), PeerError> {
+pub(crate) fn digests(
+    reader: &Reader,
+    after: Tid,
+    through: Tid,
+) -> Result<(Vec<Digest>, u64), PeerError> {
     let mut transactions = reader.transactions(after.next(), through)?;
     let (mut found, mut bytes) = (Vec::new(), 0);
     while let Some(stored) = transactions.advance()? {
@@ -43,7 +47,7 @@ pub fn digests(reader: &Reader, after: Tid, through: Tid) -> Result<(Vec<Digest>
 }
 
 /// Asks the node at `address` for what follows `after`.
-pub async fn fetch_digests(
+pub(crate) async fn fetch_digests(
     me: &Introduction,
     address: &str,
     storage: &str,
@@ -57,7 +61,7 @@ pub async fn fetch_digests(
 }
 
 /// Serves them.
-pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
+pub(crate) async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerError> {
     let Question::<Wanted>(wanted) = receive(&mut stream, 4 << 10).await?;
     let reader = shared.storages.get(&wanted.storage).map(|storage| storage.reader());
     let reader = reader.ok_or_else(|| PeerError::Protocol("an unknown storage".into()))?;
@@ -69,11 +73,11 @@ pub async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<(), PeerE
 /// The first transaction from which on two files say something else, of those that neither has
 /// packed since.
 #[derive(Debug, Default)]
-pub struct Comparison(Option<Tid>);
+pub(crate) struct Comparison(Option<Tid>);
 
 impl Comparison {
     /// Takes the next transactions of both, up to the same one.
-    pub fn add(&mut self, ours: &[Digest], theirs: &[Digest]) {
+    pub(crate) fn add(&mut self, ours: &[Digest], theirs: &[Digest]) {
         let (mut ours, mut theirs) = (ours.iter().peekable(), theirs.iter().peekable());
         while let Some(tid) = ours.peek().into_iter().chain(theirs.peek()).map(|d| d.tid).min() {
             let a = ours.next_if(|digest| digest.tid == tid);
@@ -88,7 +92,7 @@ impl Comparison {
     }
 
     /// That transaction, if there is one.
-    pub fn difference(&self) -> Option<Tid> {
+    pub(crate) fn difference(&self) -> Option<Tid> {
         self.0
     }
 }

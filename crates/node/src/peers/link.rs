@@ -31,13 +31,13 @@ const RETRY_REFUSED: Duration = Duration::from_secs(1);
 /// The same if there is a link to that node already, over another address.
 const RETRY_LINKED: Duration = Duration::from_secs(15);
 /// Time after which a side of a link that has nothing to say says so.
-pub const SIGN: Duration = Duration::from_secs(1);
+pub(crate) const SIGN: Duration = Duration::from_secs(1);
 /// The longest reason that a node is told.
-pub const MAX_REASON: usize = 4 << 10;
+pub(crate) const MAX_REASON: usize = 4 << 10;
 
 /// The addresses of the members are these: they are dialled, and remembered for the next start.
 /// Until this node belongs to a cluster, they are added to what it knows.
-pub fn learn(shared: &Arc<Shared>, addresses: impl IntoIterator<Item = String>, all: bool) {
+pub(crate) fn learn(shared: &Arc<Shared>, addresses: impl IntoIterator<Item = String>, all: bool) {
     let own = &shared.member.peer_address;
     let found = addresses.into_iter().filter(|address| !address.is_empty() && address != own);
     let Some(found) = shared.peers.set_learned(found.collect(), all) else { return };
@@ -64,7 +64,7 @@ fn is_wanted(shared: &Shared, address: &str) -> bool {
 }
 
 /// Keeps a link to the node at this address from now on.
-pub fn dial(shared: &Arc<Shared>, address: &str) {
+pub(crate) fn dial(shared: &Arc<Shared>, address: &str) {
     if address != shared.member.peer_address && shared.peers.begin_dialling(address) {
         tokio::spawn(keep_dialling(shared.clone(), address.to_owned()));
     }
@@ -204,7 +204,7 @@ async fn run_dialled(
 }
 
 /// A handshake has shown that another node has another history.
-pub fn note_other_history(shared: &Shared, error: &PeerError) {
+pub(crate) fn note_other_history(shared: &Shared, error: &PeerError) {
     match error {
         PeerError::OtherCluster { node, founded: Some(founded), .. } => {
             let (node, founded) = (node.clone(), *founded);

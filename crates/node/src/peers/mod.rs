@@ -12,6 +12,6 @@ pub(crate) mod blob_repair;
 pub(crate) mod blob_source;
 pub(crate) mod block;
 pub(crate) mod catch_up;
-pub mod command;
+pub(crate) mod command;
 pub(crate) mod compare;
 pub(crate) mod link;

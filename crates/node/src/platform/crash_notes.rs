@@ -30,7 +30,7 @@ fn now() -> u64 {
 
 /// From now on a panic of an essential thread is noted and ends the process: without it the node
 /// would seem to live.
-pub fn watch(disk: &Arc<dyn Disk>, state_dir: &Path) {
+pub(crate) fn watch(disk: &Arc<dyn Disk>, state_dir: &Path) {
     let (disk, dir, usual) = (disk.clone(), state_dir.to_owned(), std::panic::take_hook());
     std::panic::set_hook(Box::new(move |panic| {
         usual(panic);
@@ -45,7 +45,7 @@ pub fn watch(disk: &Arc<dyn Disk>, state_dir: &Path) {
 }
 
 /// Notes a crash.
-pub fn note(disk: &dyn Disk, state_dir: &Path) {
+pub(crate) fn note(disk: &dyn Disk, state_dir: &Path) {
     let mut lines = lines(disk, state_dir);
     lines.push_str(&format!("{}\n", now()));
     if let Err(error) = replace(disk, &path(state_dir), lines.as_bytes()) {
@@ -59,7 +59,7 @@ fn lines(disk: &dyn Disk, state_dir: &Path) -> String {
 }
 
 /// True, and told, if the process has crashed so often lately that the node should not be primary.
-pub fn are_many(disk: &dyn Disk, state_dir: &Path) -> bool {
+pub(crate) fn are_many(disk: &dyn Disk, state_dir: &Path) -> bool {
     let recent = |line: &&str| {
         line.parse::<u64>().is_ok_and(|at| now().saturating_sub(at) < CRASHES_MATTER.as_secs())
     };

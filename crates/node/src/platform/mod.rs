@@ -13,7 +13,7 @@ mod real;
 pub(crate) mod silence;
 #[cfg(feature = "simulated")]
 pub mod simulated;
-pub mod watchdog;
+pub(crate) mod watchdog;
 
 #[cfg(not(feature = "simulated"))]
 use real as chosen;
@@ -22,36 +22,37 @@ use simulated as chosen;
 
 use tokio::sync::watch;
 
-pub use chosen::{
+pub use chosen::free_room;
+pub(crate) use chosen::{
     Lock, TcpListener, TcpStream, apart, ask_for_signs, begins_tls, deliver, descriptors, device,
-    drain, end_when_silent, every, fill_random, free_room, listen, listen_everywhere, lock_file,
-    memory, queue, send_blocking, spawn_blocking, temporary_file, thread, wall_clock,
+    drain, end_when_silent, every, fill_random, listen, listen_everywhere, lock_file, memory,
+    queue, send_blocking, spawn_blocking, temporary_file, thread, wall_clock,
 };
 /// A moment of the monotonic clock.
-pub use tokio::time::Instant;
+pub(crate) use tokio::time::Instant;
 
 /// What a node's beginning takes from here.
-pub fn for_start() -> standby_replica::start::Platform {
+pub(crate) fn for_start() -> standby_replica::start::Platform {
     standby_replica::start::Platform { wall_clock, fill_random, temporary_file }
 }
 
 /// Work that is done beside its caller's: it holds the sender, and drops it however it ends.
-pub struct Job(watch::Receiver<()>);
+pub(crate) struct Job(watch::Receiver<()>);
 
 impl Job {
     /// True if it is done, or has panicked.
-    pub fn is_finished(&self) -> bool {
+    pub(crate) fn is_finished(&self) -> bool {
         self.0.has_changed().is_err()
     }
 
     /// Waits until it is done, or has panicked.
-    pub async fn join(mut self) {
+    pub(crate) async fn join(mut self) {
         while self.0.changed().await.is_ok() {}
     }
 }
 
 /// Does work on a thread of its own.
-pub fn background(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<Job> {
+pub(crate) fn background(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<Job> {
     let (running, ended) = watch::channel(());
     chosen::background(name, move || {
         let _running = running;

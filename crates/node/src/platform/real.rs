@@ -8,24 +8,24 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::net::sockopt;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-pub use standby_disk::temporary_file;
+pub(crate) use standby_disk::temporary_file;
 use tokio::net::TcpSocket;
-pub use tokio::net::{TcpListener, TcpStream};
+pub(crate) use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::platform::free_room::FreeRoom;
-pub use crate::platform::silence::ask_for_signs;
-pub use crate::platform::silence::drain;
+pub(crate) use crate::platform::silence::ask_for_signs;
+pub(crate) use crate::platform::silence::drain;
 
 /// The time of day, since 1970.
-pub fn wall_clock() -> Duration {
+pub(crate) fn wall_clock() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Fills with randomness that nobody can guess.
-pub fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
+pub(crate) fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
     getrandom::fill(bytes).map_err(|error| io::Error::other(format!("no randomness: {error}")))
 }
 
@@ -35,7 +35,7 @@ pub fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
 const BACKLOG: u32 = 4096;
 
 /// Listens on an address: that of a host, or of all that it has.
-pub async fn listen(address: &str) -> io::Result<TcpListener> {
+pub(crate) async fn listen(address: &str) -> io::Result<TcpListener> {
     let mut failed = io::Error::new(io::ErrorKind::InvalidInput, "the name has no address");
     for address in tokio::net::lookup_host(address).await? {
         match listen_at(address, false) {
@@ -47,7 +47,7 @@ pub async fn listen(address: &str) -> io::Result<TcpListener> {
 }
 
 /// Listens on a port of all addresses of this machine, of both kinds if it has both.
-pub async fn listen_everywhere(port: u16) -> io::Result<TcpListener> {
+pub(crate) async fn listen_everywhere(port: u16) -> io::Result<TcpListener> {
     match listen_at((Ipv6Addr::UNSPECIFIED, port).into(), true) {
         // This machine may be without IPv6.
         Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
@@ -68,10 +68,10 @@ fn listen_at(address: SocketAddr, both: bool) -> io::Result<TcpListener> {
 }
 
 /// Holds a data file for this process.
-pub type Lock = standby_disk::LockFile;
+pub(crate) type Lock = standby_disk::LockFile;
 
 /// Takes FileStorage's lock on a data file.
-pub fn lock_file(data_file: &Path) -> io::Result<Lock> {
+pub(crate) fn lock_file(data_file: &Path) -> io::Result<Lock> {
     Lock::take(data_file)
 }
 
@@ -85,7 +85,7 @@ pub fn free_room(dir: &Path) -> io::Result<FreeRoom> {
 
 /// Bytes of memory that this process may use: the machine's, or what the system grants the
 /// process's control group.
-pub fn memory() -> Option<u64> {
+pub(crate) fn memory() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;
     let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let machine = total.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10;
@@ -112,7 +112,7 @@ pub fn memory() -> Option<u64> {
 }
 
 /// True if what the other side has to say begins as TLS does. Waits for its first byte.
-pub async fn begins_tls(stream: &TcpStream) -> io::Result<bool> {
+pub(crate) async fn begins_tls(stream: &TcpStream) -> io::Result<bool> {
     let mut first = [0];
     let come = stream.peek(&mut first).await?;
     // The record of a handshake: RFC 8446, section 5.1.
@@ -122,14 +122,14 @@ pub async fn begins_tls(stream: &TcpStream) -> io::Result<bool> {
 /// From now on the connection fails when the other machine has acknowledged nothing for so long:
 /// neither what was sent, nor the kernel's own questions while nothing is sent. A machine that
 /// loses its power says nothing else.
-pub fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {
+pub(crate) fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {
     ask_for_signs(stream, after)?;
     Ok(sockopt::set_tcp_user_timeout(stream, after.as_millis() as u32)?)
 }
 
 /// How many descriptors this process may have open: the soft limit, raised to the hard one, and
 /// what it was before.
-pub fn descriptors() -> io::Result<(u64, u64)> {
+pub(crate) fn descriptors() -> io::Result<(u64, u64)> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let before = current.unwrap_or(u64::MAX);
     let most = maximum.unwrap_or(u64::MAX);
@@ -140,17 +140,17 @@ pub fn descriptors() -> io::Result<(u64, u64)> {
 }
 
 /// A simulated disk takes its time here; a real one takes it when it is written to.
-pub async fn device() {}
+pub(crate) async fn device() {}
 
 /// Does what may wait for a disk where no task waits for it.
-pub fn spawn_blocking<T: Send + 'static>(
+pub(crate) fn spawn_blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> JoinHandle<T> {
     tokio::task::spawn_blocking(work)
 }
 
 /// Runs a task that may wait for a disk.
-pub fn apart<F>(task: F) -> JoinHandle<F::Output>
+pub(crate) fn apart<F>(task: F) -> JoinHandle<F::Output>
 where
     F: Future<Output: Send> + Send + 'static,
 {
@@ -159,14 +159,17 @@ where
 }
 
 /// Runs a task that may wait for a disk on a thread of its own, whose end nobody waits for.
-pub fn thread(name: &str, task: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+pub(crate) fn thread(
+    name: &str,
+    task: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
     let runtime = Handle::current();
     std::thread::Builder::new().name(name.into()).spawn(move || runtime.block_on(task))?;
     Ok(())
 }
 
 /// Does something again and again, whatever the runtime's threads are doing.
-pub fn every(
+pub(crate) fn every(
     name: &str,
     period: Duration,
     mut work: impl FnMut() + Send + 'static,
@@ -186,18 +189,18 @@ pub(super) fn background(name: &str, work: impl FnOnce() + Send + 'static) -> io
 }
 
 /// A queue between a place that may wait and a task.
-pub fn queue<T>(capacity: usize) -> (mpsc::Sender<T>, mpsc::Receiver<T>) {
+pub(crate) fn queue<T>(capacity: usize) -> (mpsc::Sender<T>, mpsc::Receiver<T>) {
     mpsc::channel(capacity)
 }
 
 /// Gives a message to a link; it may be lost.
-pub fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) {
+pub(crate) fn deliver(link: &mpsc::Sender<bytes::Bytes>, message: bytes::Bytes) {
     // A link whose queue is full loses it.
     let _ = link.try_send(message);
 }
 
 /// Puts something into a queue from a place that may wait; gives it back if nobody takes from it
 /// any more.
-pub fn send_blocking<T>(queue: &mpsc::Sender<T>, item: T) -> Result<(), T> {
+pub(crate) fn send_blocking<T>(queue: &mpsc::Sender<T>, item: T) -> Result<(), T> {
     queue.blocking_send(item).map_err(|error| error.0)
 }

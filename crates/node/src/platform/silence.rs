@@ -32,7 +32,7 @@ const LEFT: usize = 64 << 20;
 
 /// From now on the kernel asks the other machine for a sign of life when nothing else is sent,
 /// often enough that one that is silent for `after` can be told from one that has nothing to say.
-pub fn ask_for_signs(stream: &TcpStream, after: Duration) -> io::Result<()> {
+pub(crate) fn ask_for_signs(stream: &TcpStream, after: Duration) -> io::Result<()> {
     let seconds = Duration::from_secs(1);
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, (after * 2 / 5).max(seconds))?;
@@ -64,7 +64,7 @@ fn keep_unsent_short(socket: BorrowedFd<'_>) -> io::Result<()> {
 
 /// What the other side of a connection has acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Acknowledged {
+pub(crate) struct Acknowledged {
     /// How long ago it acknowledged anything, the kernel's questions included.
     ago: Duration,
     /// Bytes.
@@ -78,7 +78,7 @@ pub struct Acknowledged {
 /// The layout is that of `struct tcp_info` in Linux's `include/uapi/linux/tcp.h`, which only grows
 /// at its end: number of unacknowledged segments, 4 bytes at 24; milliseconds since the last
 /// acknowledgement, 4 at 56; bytes acknowledged, 8 at 120; bytes not sent yet, 4 at 144.
-pub fn acknowledged(socket: BorrowedFd<'_>) -> Option<Acknowledged> {
+pub(crate) fn acknowledged(socket: BorrowedFd<'_>) -> Option<Acknowledged> {
     let mut info = [0u8; 256];
     let mut len = info.len() as libc::socklen_t;
     // SAFETY: `info` is writable, as long as `len` says, and lives longer than the call, which
@@ -104,7 +104,7 @@ pub fn acknowledged(socket: BorrowedFd<'_>) -> Option<Acknowledged> {
 
 /// Decides whether a client counts as gone. It is to be asked every few seconds.
 #[derive(Debug, Default)]
-pub struct Watch {
+pub(crate) struct Watch {
     /// So many bytes were acknowledged then.
     progress: Option<(u64, Instant)>,
 }
@@ -112,7 +112,7 @@ pub struct Watch {
 impl Watch {
     /// Why the client counts as gone, if it does: its machine has said nothing for `patience`, or
     /// the client has taken nothing for so long although there is something for it.
-    pub fn gone(
+    pub(crate) fn gone(
         &mut self,
         now: Instant,
         seen: Acknowledged,
@@ -135,7 +135,7 @@ impl Watch {
 
 /// Takes what has come and nobody wants. A socket that is closed with something unread says so by a
 /// reset, once; without it the end is repeated until the other side has heard it.
-pub async fn drain(mut read: impl AsyncRead + Unpin) {
+pub(crate) async fn drain(mut read: impl AsyncRead + Unpin) {
     let mut space = vec![0; 64 << 10];
     let mut left = LEFT;
     while left > 0 {

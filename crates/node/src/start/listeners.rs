@@ -8,7 +8,7 @@ use crate::transport::stream::{Listener, listen};
 
 /// The sockets at which a node listens, each if it is configured. They are bound before any file is
 /// touched: a second start of the same node fails there.
-pub struct Listeners {
+pub(crate) struct Listeners {
     /// For clients that read and write.
     pub zeo: Option<Listener>,
     /// For clients that only read.
@@ -21,7 +21,7 @@ pub struct Listeners {
 
 impl Listeners {
     /// Binds all of them, or says which address is taken.
-    pub async fn bind(config: &Config) -> anyhow::Result<Listeners> {
+    pub(crate) async fn bind(config: &Config) -> anyhow::Result<Listeners> {
         let zeo = match &config.zeo.address {
             Some(address) => Some(Listener::bind(address).await?),
             None => None,

@@ -12,7 +12,7 @@ use crate::platform::{self, Lock};
 
 /// Locks each data file as Python's `FileStorage` does (`Data.fs.lock`), or the identity of a
 /// witness, which has no data file.
-pub fn lock_files(config: &Config, disk: &dyn Disk) -> anyhow::Result<Vec<Lock>> {
+pub(crate) fn lock_files(config: &Config, disk: &dyn Disk) -> anyhow::Result<Vec<Lock>> {
     if config.storages.is_empty() {
         let state_dir = config.state_dir();
         let lock = disk

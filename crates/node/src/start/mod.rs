@@ -3,6 +3,6 @@
 pub(crate) mod handle;
 pub(crate) mod listeners;
 pub(crate) mod locks;
-pub mod node;
+pub(crate) mod node;
 pub(crate) mod other_nodes;
 pub(crate) mod read_only;

@@ -25,7 +25,7 @@ const ASKED: Duration = Duration::from_secs(2);
 
 /// The other nodes, if this one was a member before: finds out whether it has been left behind by a
 /// forced promotion, and who can help out if its data file is damaged.
-pub async fn find(
+pub(crate) async fn find(
     config: &Config,
     disk: &dyn Disk,
     state: &StateDir,

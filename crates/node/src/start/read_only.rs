@@ -17,7 +17,7 @@ use standby_types::disk::{Disk, File, Mapped, Open};
 use standby_types::memory::MemoryDisk;
 
 /// Checks the read-only storages of a configuration; the disk that protects them, if there are any.
-pub fn protect(config: &Config, disk: Arc<dyn Disk>) -> anyhow::Result<Arc<dyn Disk>> {
+pub(crate) fn protect(config: &Config, disk: Arc<dyn Disk>) -> anyhow::Result<Arc<dyn Disk>> {
     let storages = || config.storages.iter().filter(|section| section.protected);
     for section in storages() {
         if !disk.exists(&section.path)? {

@@ -23,7 +23,7 @@ use crate::transport::handshake::{PeerInfo, Purpose, Welcome, answer, receive};
 use crate::transport::stream::Stream;
 
 /// Accepts connections from other nodes.
-pub async fn listen(shared: Arc<Shared>, listener: TcpListener) {
+pub(crate) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     loop {
         match listener.accept().await {
             Ok((stream, from)) => {

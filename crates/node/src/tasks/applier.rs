@@ -50,7 +50,7 @@ const INDEX_OVERLAY: usize = 200_000;
 const CATCH_UP_BYTES: u64 = 64 << 20;
 
 /// See the module.
-pub struct Applier {
+pub(crate) struct Applier {
     shared: Arc<Shared>,
     replica: Replica,
     disk: Arc<dyn Disk>,
@@ -68,7 +68,7 @@ pub struct Applier {
 
 impl Applier {
     /// An applier for a replica that was just opened.
-    pub fn new(
+    pub(crate) fn new(
         shared: Arc<Shared>,
         replica: Replica,
         disk: Arc<dyn Disk>,
@@ -110,7 +110,10 @@ impl Applier {
     }
 
     /// Works until it is told to stop. An error means that the process must stop.
-    pub async fn run(mut self, mut work: mpsc::UnboundedReceiver<ApplyTask>) -> anyhow::Result<()> {
+    pub(crate) async fn run(
+        mut self,
+        mut work: mpsc::UnboundedReceiver<ApplyTask>,
+    ) -> anyhow::Result<()> {
         for name in self.shared.clone().storages.keys() {
             self.start_next(name);
         }

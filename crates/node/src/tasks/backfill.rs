@@ -42,7 +42,7 @@ enum Got {
 
 /// Makes a data file that has the whole history up to a transaction, which is returned too; tries
 /// until there is a node to get it from.
-pub async fn run(shared: &Arc<Shared>, name: &str) -> anyhow::Result<(Outcome, Tid)> {
+pub(crate) async fn run(shared: &Arc<Shared>, name: &str) -> anyhow::Result<(Outcome, Tid)> {
     let storage = shared.storages.get(name).context("no such storage")?;
     let filled = fill(shared, name, storage).await;
     if filled.is_err() {

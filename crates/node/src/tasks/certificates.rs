@@ -10,7 +10,7 @@ use crate::transport::tls::Tls;
 const LOOK: Duration = Duration::from_secs(3600);
 
 /// Tells in time of certificates that end, until the process does.
-pub async fn watch(shared: Arc<Shared>) {
+pub(crate) async fn watch(shared: Arc<Shared>) {
     loop {
         tokio::time::sleep(LOOK).await;
         shared.certificates().for_each(Tls::warn_of_ends);

@@ -11,7 +11,7 @@ use crate::cells::shared::Shared;
 const GIVEN_BACK: Duration = Duration::from_millis(50);
 
 /// Ends the session that holds most, as long as all together hold too much.
-pub async fn guard(shared: Arc<Shared>) {
+pub(crate) async fn guard(shared: Arc<Shared>) {
     let memory = &shared.memory;
     loop {
         memory.exceeds().await;

@@ -17,7 +17,7 @@ const EVERY: Duration = Duration::from_millis(100);
 const LOOK_FOR_DATA: Duration = Duration::from_secs(2);
 
 /// Looks at the disks of a node until the process ends.
-pub async fn watch(shared: Arc<Shared>) {
+pub(crate) async fn watch(shared: Arc<Shared>) {
     let mut paths = Vec::new();
     if !shared.config.is_read_only() {
         paths.push(shared.state.0.clone());

@@ -34,14 +34,14 @@ const PAUSE: Duration = Duration::from_millis(250);
 const CLOCK_OFF: u64 = 3600;
 
 /// True if the first line of the configuration names this node, and others are listed.
-pub fn is_founder(shared: &Shared) -> bool {
+pub(crate) fn is_founder(shared: &Shared) -> bool {
     let members = shared.config.standby.as_ref().map_or(&[][..], |standby| &standby.members);
     members.len() > 1 && members[0].name == shared.member.name
 }
 
 /// Asks the other members, again and again, until a majority agrees or this node belongs to a
 /// cluster.
-pub async fn run(shared: Arc<Shared>) {
+pub(crate) async fn run(shared: Arc<Shared>) {
     let Some(standby) = &shared.config.standby else { return };
     let mine = Promise { node: shared.member.name.clone(), id: shared.id.to_string() };
     while !shared.belongs() {
@@ -103,7 +103,7 @@ async fn ask_all(shared: &Shared, others: &[MemberLine]) -> Vec<Result<Option<St
 }
 
 /// Promises this node to a founder that asks for it, durably, or says why not.
-pub async fn promise(shared: &Arc<Shared>, founder: &PeerInfo) -> Result<Welcome, String> {
+pub(crate) async fn promise(shared: &Arc<Shared>, founder: &PeerInfo) -> Result<Welcome, String> {
     let name = &shared.member.name;
     let members = shared.config.standby.as_ref().map_or(&[][..], |standby| &standby.members);
     match members.first() {

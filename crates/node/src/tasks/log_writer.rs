@@ -15,7 +15,7 @@ const TOGETHER: usize = 8 << 20;
 /// Works until the senders are gone. `report` gets what became durable; after an error the process
 /// must stop: what a failed sync leaves on disk is unknown. `busy` hears of the beginning and the
 /// end of each write.
-pub async fn run(
+pub(crate) async fn run(
     mut writer: LogWriter,
     mut work: mpsc::UnboundedReceiver<LogWork>,
     mut busy: impl FnMut(bool),

@@ -25,7 +25,7 @@ use crate::platform;
 
 /// The packs that the applier has to do with.
 #[derive(Default)]
-pub struct Packs {
+pub(crate) struct Packs {
     running: BTreeMap<String, Stage>,
     waiting: BTreeMap<String, Vec<Caller>>,
 }
@@ -39,12 +39,12 @@ enum Stage {
 
 impl Packs {
     /// Somebody wants to know when the storage is packed.
-    pub fn wait(&mut self, storage: &str, caller: Caller) {
+    pub(crate) fn wait(&mut self, storage: &str, caller: Caller) {
         self.waiting.entry(storage.into()).or_default().push(caller);
     }
 
     /// True if nothing else was being done to the storage; from now on something is.
-    pub fn claim(&mut self, storage: &str) -> bool {
+    pub(crate) fn claim(&mut self, storage: &str) -> bool {
         if self.running.contains_key(storage) {
             return false;
         }
@@ -53,7 +53,7 @@ impl Packs {
     }
 
     /// Starts a pack, unless one of this storage is running.
-    pub fn start(&mut self, shared: &Arc<Shared>, storage: &str, reader: Reader, job: Job) {
+    pub(crate) fn start(&mut self, shared: &Arc<Shared>, storage: &str, reader: Reader, job: Job) {
         if !self.claim(storage) {
             return;
         }
@@ -75,7 +75,7 @@ impl Packs {
 
     /// Starts to write a data file anew that somebody has removed, from the file that is open;
     /// unless a new one is being made already.
-    pub fn start_anew(&mut self, shared: &Arc<Shared>, storage: &str, reader: Reader) {
+    pub(crate) fn start_anew(&mut self, shared: &Arc<Shared>, storage: &str, reader: Reader) {
         let Some(path) = shared.storages.get(storage).map(|storage| storage.path.clone()) else {
             return;
         };
@@ -99,17 +99,17 @@ impl Packs {
     }
 
     /// The thread has ended.
-    pub fn ready(&mut self, storage: &str, packed: Packed, cause: Cause) {
+    pub(crate) fn ready(&mut self, storage: &str, packed: Packed, cause: Cause) {
         self.running.insert(storage.into(), Stage::Ready(Box::new(packed), cause));
     }
 
     /// True if a packed file is to be put in place.
-    pub fn any_ready(&self) -> bool {
+    pub(crate) fn any_ready(&self) -> bool {
         self.running.values().any(|stage| matches!(stage, Stage::Ready(..)))
     }
 
     /// A new file that is to be put in place, and its cause.
-    pub fn take_ready(&mut self) -> Option<(String, Packed, Cause)> {
+    pub(crate) fn take_ready(&mut self) -> Option<(String, Packed, Cause)> {
         let ready = |stage: &Stage| matches!(stage, Stage::Ready(..));
         let name = self.running.iter().find(|(_, stage)| ready(stage))?.0.clone();
         match self.running.remove(&name)? {
@@ -119,7 +119,7 @@ impl Packs {
     }
 
     /// Removes the blobs of revisions that the data file has no more; then tells the applier.
-    pub fn remove_blobs(
+    pub(crate) fn remove_blobs(
         &mut self,
         shared: &Arc<Shared>,
         storage: &str,
@@ -153,19 +153,19 @@ impl Packs {
     }
 
     /// What was done to the storage is done.
-    pub fn release(&mut self, storage: &str) {
+    pub(crate) fn release(&mut self, storage: &str) {
         self.running.remove(storage);
     }
 
     /// A pack is over; returns who waited for it.
-    pub fn ended(&mut self, storage: &str) -> Vec<Caller> {
+    pub(crate) fn ended(&mut self, storage: &str) -> Vec<Caller> {
         self.release(storage);
         self.waiting.remove(storage).unwrap_or_default()
     }
 }
 
 /// Where the packed file is written.
-pub fn pack_path(data: &Path) -> PathBuf {
+pub(crate) fn pack_path(data: &Path) -> PathBuf {
     PathBuf::from(format!("{}.pack", data.display()))
 }
 
@@ -218,7 +218,7 @@ const INFLATED_LIMIT: u64 = 1 << 30;
 
 /// What the record of an object refers to, for a pack. A record that begins with `.z` was
 /// compressed by a client, with `zc.zlibstorage`.
-pub fn references(data: &[u8], each: &mut dyn FnMut(Oid)) -> Result<(), String> {
+pub(crate) fn references(data: &[u8], each: &mut dyn FnMut(Oid)) -> Result<(), String> {
     let mut inflated = Vec::new();
     let data = match data.strip_prefix(b".z") {
         None => data,

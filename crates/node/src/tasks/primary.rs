@@ -31,7 +31,7 @@ use crate::platform::crash_notes;
 use crate::tasks::primary::facts::NodeFacts;
 
 /// See the module.
-pub struct Primary {
+pub(crate) struct Primary {
     shared: Arc<Shared>,
     machine: Machine,
     /// What the machine's beginning wants to be done.
@@ -46,7 +46,7 @@ pub struct Primary {
 
 impl Primary {
     /// The task of a node that was just opened.
-    pub fn new(
+    pub(crate) fn new(
         shared: Arc<Shared>,
         consensus: Consensus,
         log: mpsc::UnboundedSender<LogWork>,
@@ -75,7 +75,7 @@ impl Primary {
     }
 
     /// Runs until the node is to end.
-    pub async fn run(
+    pub(crate) async fn run(
         mut self,
         mut internal: mpsc::UnboundedReceiver<TaskReport>,
         mut events: mpsc::Receiver<Event>,

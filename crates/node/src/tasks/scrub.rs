@@ -38,7 +38,7 @@ const AGAIN: Duration = Duration::from_secs(5);
 const BLOBS_AGAIN: Duration = Duration::from_secs(10);
 
 /// Works on a storage's data file until the process ends.
-pub async fn run(shared: &Arc<Shared>, storage: &str) {
+pub(crate) async fn run(shared: &Arc<Shared>, storage: &str) {
     let Some(stored) = shared.storages.get(storage) else { return };
     let rate = shared.scrub_rate();
     let (mut next, mut begun) = (0, Instant::now());

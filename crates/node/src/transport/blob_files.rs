@@ -18,7 +18,7 @@ use crate::platform;
 const CHUNK: usize = 1 << 20;
 
 /// A fresh name for an upload.
-pub fn new_transfer() -> io::Result<Transfer> {
+pub(crate) fn new_transfer() -> io::Result<Transfer> {
     let mut random = [0; 16];
     platform::fill_random(&mut random)?;
     Ok(Transfer(random))
@@ -34,7 +34,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// Writes an upload. Dropped before it is finished, it leaves nothing.
-pub struct BlobWriter {
+pub(crate) struct BlobWriter {
     blobs: BlobDir,
     transfer: Transfer,
     staging: Option<Staging>,
@@ -43,17 +43,17 @@ pub struct BlobWriter {
 
 impl BlobWriter {
     /// Begins an upload under this name.
-    pub fn new(blobs: &BlobDir, transfer: Transfer) -> BlobWriter {
+    pub(crate) fn new(blobs: &BlobDir, transfer: Transfer) -> BlobWriter {
         BlobWriter { blobs: blobs.clone(), transfer, staging: None, pending: BytesMut::new() }
     }
 
     /// The error for bytes that cannot be kept.
-    pub fn failed(&self, source: io::Error) -> StorageError {
+    pub(crate) fn failed(&self, source: io::Error) -> StorageError {
         StorageError::Io { path: self.blobs.dir().to_owned(), action: "write", source }
     }
 
     /// Adds bytes.
-    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), StorageError> {
+    pub(crate) async fn write(&mut self, bytes: &[u8]) -> Result<(), StorageError> {
         self.pending.extend_from_slice(bytes);
         if self.pending.len() >= CHUNK { self.flush().await } else { Ok(()) }
     }
@@ -75,7 +75,7 @@ impl BlobWriter {
     }
 
     /// Makes the upload durable.
-    pub async fn finish(mut self) -> Result<(Upload, Staged), StorageError> {
+    pub(crate) async fn finish(mut self) -> Result<(Upload, Staged), StorageError> {
         self.flush().await?;
         match self.staging.take() {
             Some(staging) => blocking(move || staging.finish()).await,
@@ -85,7 +85,7 @@ impl BlobWriter {
 }
 
 /// Takes a file that a client has put into the object's directory.
-pub async fn adopt(
+pub(crate) async fn adopt(
     blobs: &BlobDir,
     oid: Oid,
     name: String,
@@ -103,14 +103,14 @@ pub async fn adopt(
 }
 
 /// Reads a blob piece by piece.
-pub struct BlobReader {
+pub(crate) struct BlobReader {
     file: Arc<dyn File>,
     at: u64,
 }
 
 impl BlobReader {
     /// Opens an upload or, once it is committed, the blob that it has become.
-    pub async fn open(
+    pub(crate) async fn open(
         blobs: &BlobDir,
         transfer: Option<Transfer>,
         revision: Option<(Oid, Tid)>,
@@ -131,7 +131,7 @@ impl BlobReader {
     }
 
     /// The next piece; empty at the end.
-    pub async fn next(&mut self) -> io::Result<Bytes> {
+    pub(crate) async fn next(&mut self) -> io::Result<Bytes> {
         let (file, at) = (self.file.clone(), self.at);
         let read = platform::spawn_blocking(move || -> io::Result<Bytes> {
             let mut buffer = vec![0; CHUNK];

@@ -11,7 +11,7 @@ use x509_cert::{Certificate, Version};
 
 /// A certificate whose time and purpose were read.
 #[derive(Debug)]
-pub struct Known {
+pub(crate) struct Known {
     /// As it is sent.
     pub der: CertificateDer<'static>,
     /// It may issue others.
@@ -24,7 +24,7 @@ pub struct Known {
 
 impl Known {
     /// Reads a certificate.
-    pub fn read(der: CertificateDer<'static>) -> anyhow::Result<Known> {
+    pub(crate) fn read(der: CertificateDer<'static>) -> anyhow::Result<Known> {
         let read = Certificate::from_der(&der).context("it is not a certificate of X.509")?;
         let content = &read.tbs_certificate;
         let basic = content.get::<BasicConstraints>().context("its basicConstraints")?;
@@ -42,7 +42,7 @@ impl Known {
     }
 
     /// An error if the certificate is not valid yet, or not any more.
-    pub fn check(&self, now: UnixTime) -> Result<(), Error> {
+    pub(crate) fn check(&self, now: UnixTime) -> Result<(), Error> {
         let now = Duration::from_secs(now.as_secs());
         if now < self.valid.0 {
             return Err(CertificateError::NotValidYet.into());
@@ -54,7 +54,7 @@ impl Known {
     }
 
     /// For how long it is valid from then on; nothing if it is not any more.
-    pub fn left(&self, now: UnixTime) -> Duration {
+    pub(crate) fn left(&self, now: UnixTime) -> Duration {
         self.valid.1.saturating_sub(Duration::from_secs(now.as_secs()))
     }
 }

@@ -13,7 +13,7 @@ use crate::platform;
 use crate::transport::stream::Stream;
 
 /// The longest frame between nodes.
-pub const MAX_FRAME: usize = 64 << 20;
+pub(crate) const MAX_FRAME: usize = 64 << 20;
 
 /// How a TLS handshake begins; as a length it would be beyond any limit.
 const TLS_HANDSHAKE: usize = 0x1603;
@@ -73,7 +73,7 @@ pub enum PeerError {
 }
 
 /// Reads; fails when nothing has come for so long, if that is said.
-pub struct Progressing<R> {
+pub(crate) struct Progressing<R> {
     inner: R,
     patience: Option<Duration>,
     waits: Option<Pin<Box<Sleep>>>,
@@ -81,7 +81,7 @@ pub struct Progressing<R> {
 
 impl<R> Progressing<R> {
     /// Reads from `inner`.
-    pub fn new(inner: R, patience: Option<Duration>) -> Progressing<R> {
+    pub(crate) fn new(inner: R, patience: Option<Duration>) -> Progressing<R> {
         Progressing { inner, patience, waits: None }
     }
 }
@@ -104,7 +104,7 @@ impl<R: AsyncRead + Unpin> AsyncRead for Progressing<R> {
 }
 
 /// Waits for something for so long at most.
-pub async fn within<T, E: From<std::io::Error>>(
+pub(crate) async fn within<T, E: From<std::io::Error>>(
     patience: Duration,
     work: impl Future<Output = Result<T, E>>,
 ) -> Result<T, E> {
@@ -113,7 +113,7 @@ pub async fn within<T, E: From<std::io::Error>>(
 }
 
 /// Does what may wait for a disk where others do not wait for it.
-pub async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, PeerError> + Send + 'static,
 ) -> Result<T, PeerError> {
     platform::spawn_blocking(work)
@@ -122,7 +122,7 @@ pub async fn blocking<T: Send + 'static>(
 }
 
 /// Frames between nodes: length 4, kind 1, content.
-pub async fn read_frame(
+pub(crate) async fn read_frame(
     stream: &mut (impl AsyncRead + Unpin),
     limit: usize,
 ) -> Result<(u8, Bytes), PeerError> {
@@ -151,7 +151,7 @@ pub async fn read_frame(
 }
 
 /// One frame, to be sent.
-pub fn frame(kind: u8, content: &[u8]) -> Bytes {
+pub(crate) fn frame(kind: u8, content: &[u8]) -> Bytes {
     let mut out = BytesMut::with_capacity(5 + content.len());
     out.put_u32(content.len() as u32 + 1);
     out.put_u8(kind);
@@ -160,7 +160,7 @@ pub fn frame(kind: u8, content: &[u8]) -> Bytes {
 }
 
 /// Sends a frame.
-pub async fn write_frame(
+pub(crate) async fn write_frame(
     stream: &mut (impl AsyncWrite + Unpin),
     kind: u8,
     content: &[u8],
@@ -170,7 +170,7 @@ pub async fn write_frame(
 }
 
 /// The two directions of a connection.
-pub fn halves(
+pub(crate) fn halves(
     stream: Stream,
 ) -> (Box<dyn AsyncRead + Send + Unpin>, Box<dyn AsyncWrite + Send + Unpin>) {
     match stream {
@@ -186,12 +186,12 @@ pub fn halves(
 }
 
 /// Nothing has come, or was taken, for too long.
-pub fn silent() -> PeerError {
+pub(crate) fn silent() -> PeerError {
     std::io::Error::new(std::io::ErrorKind::TimedOut, "nothing has come for too long").into()
 }
 
 /// Writes bytes, of which some must be taken within each `patience`.
-pub async fn write_within(
+pub(crate) async fn write_within(
     write: &mut (impl AsyncWrite + Unpin),
     mut bytes: Bytes,
     patience: Duration,

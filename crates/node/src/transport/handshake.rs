@@ -56,7 +56,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Purpose {
+pub(crate) enum Purpose {
     /// Messages of consensus, and reports, from the dialling node.
     Link,
     /// Transactions for a node that is behind.
@@ -79,7 +79,7 @@ pub enum Purpose {
 
 /// How connections between nodes are protected beyond the handshake.
 #[derive(Clone)]
-pub enum Wire {
+pub(crate) enum Wire {
     /// Not at all: there is no secret, for all nodes are on one machine.
     Plain,
     /// Encrypted, and tied to the secret.
@@ -90,7 +90,7 @@ pub enum Wire {
 
 impl Wire {
     /// As the configuration says.
-    pub fn of(standby: Option<&Standby>) -> anyhow::Result<Wire> {
+    pub(crate) fn of(standby: Option<&Standby>) -> anyhow::Result<Wire> {
         Ok(match standby {
             Some(Standby { peer_ssl: Some(section), .. }) => {
                 Wire::Tls(Arc::new(Tls::new(section)?))
@@ -103,7 +103,7 @@ impl Wire {
 
 /// What this node says of itself, and the secret.
 #[derive(Clone)]
-pub struct Introduction {
+pub(crate) struct Introduction {
     /// This node.
     pub member: Member,
     /// The cluster's name.
@@ -133,7 +133,7 @@ pub struct Introduction {
 
 /// What an accepting node tells a node that it lets in.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Welcome {
+pub(crate) struct Welcome {
     /// The peer addresses of the members, as far as the node knows them.
     #[serde(default)]
     pub members: Vec<String>,
@@ -145,7 +145,7 @@ pub struct Welcome {
 
 /// Who a peer says it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PeerInfo {
+pub(crate) struct PeerInfo {
     protocol: u32,
     /// What for.
     pub purpose: Purpose,
@@ -220,13 +220,13 @@ impl PeerInfo {
     }
 
     /// True if it has proved that it knows this token.
-    pub fn is_invited_by(&self, token: &str) -> bool {
+    pub(crate) fn is_invited_by(&self, token: &str) -> bool {
         let proof = invitation(token, &self.nonce);
         unhex(&self.invitation).is_some_and(|shown| proof.verify_slice(&shown).is_ok())
     }
 
     /// It as a member.
-    pub fn member(&self) -> Member {
+    pub(crate) fn member(&self) -> Member {
         Member {
             id: self.id(),
             name: self.node.clone(),
@@ -237,7 +237,7 @@ impl PeerInfo {
     }
 
     /// Its identity.
-    pub fn id(&self) -> NodeId {
+    pub(crate) fn id(&self) -> NodeId {
         NodeId(u64::from_str_radix(&self.id, 16).unwrap_or(0))
     }
 
@@ -373,7 +373,7 @@ async fn expect(stream: &mut Stream, expected: u8) -> Result<bytes::Bytes, PeerE
 }
 
 /// Dials a node and proves who we are.
-pub async fn connect(
+pub(crate) async fn connect(
     me: &Introduction,
     address: &str,
     purpose: Purpose,
@@ -426,12 +426,18 @@ async fn dial(
 }
 
 /// Takes a node's connection, or refuses it. The node waits for [`answer`] then.
-pub async fn receive(me: &Introduction, tcp: TcpStream) -> Result<(Stream, PeerInfo), PeerError> {
+pub(crate) async fn receive(
+    me: &Introduction,
+    tcp: TcpStream,
+) -> Result<(Stream, PeerInfo), PeerError> {
     within(PATIENCE, accept(me, tcp)).await
 }
 
 /// Lets a node in whose connection was taken, or tells it why not.
-pub async fn answer(stream: &mut Stream, answer: Result<Welcome, String>) -> Result<(), PeerError> {
+pub(crate) async fn answer(
+    stream: &mut Stream,
+    answer: Result<Welcome, String>,
+) -> Result<(), PeerError> {
     match answer {
         Ok(welcome) => write_frame(stream, b'o', &serde_json::to_vec(&welcome)?).await,
         Err(reason) => Err(refuse(stream, &reason).await),

@@ -36,17 +36,17 @@ const LABEL: &[u8] = b"EXPORTER-standby-peers";
 const BOUND: usize = 32;
 
 /// What ties proofs to one connection: only its two ends know it.
-pub type Bound = [u8; BOUND];
+pub(crate) type Bound = [u8; BOUND];
 
 /// See the module.
-pub struct Sealed {
+pub(crate) struct Sealed {
     acceptor: TlsAcceptor,
     connector: TlsConnector,
 }
 
 impl Sealed {
     /// Draws the key.
-    pub fn new() -> anyhow::Result<Sealed> {
+    pub(crate) fn new() -> anyhow::Result<Sealed> {
         let provider = Arc::new(provider::default_provider());
         let drawn =
             EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &SystemRandom::new());
@@ -71,7 +71,10 @@ impl Sealed {
     }
 
     /// Begins with a node that was dialled.
-    pub async fn connect(&self, tcp: TcpStream) -> std::io::Result<(TlsStream<TcpStream>, Bound)> {
+    pub(crate) async fn connect(
+        &self,
+        tcp: TcpStream,
+    ) -> std::io::Result<(TlsStream<TcpStream>, Bound)> {
         let any_name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
         let stream = self.connector.connect(any_name, tcp).await?;
         let bound = stream.get_ref().1.export_keying_material([0; BOUND], LABEL, None);
@@ -79,7 +82,10 @@ impl Sealed {
     }
 
     /// Begins with a node that has dialled.
-    pub async fn accept(&self, tcp: TcpStream) -> std::io::Result<(TlsStream<TcpStream>, Bound)> {
+    pub(crate) async fn accept(
+        &self,
+        tcp: TcpStream,
+    ) -> std::io::Result<(TlsStream<TcpStream>, Bound)> {
         let stream = self.acceptor.accept(tcp).await?;
         let bound = stream.get_ref().1.export_keying_material([0; BOUND], LABEL, None);
         Ok((stream.into(), bound.map_err(std::io::Error::other)?))

@@ -8,25 +8,25 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use crate::transport::stream::Stream;
 
 /// What is read.
-pub type Reading = Box<dyn AsyncRead + Send + Unpin>;
+pub(crate) type Reading = Box<dyn AsyncRead + Send + Unpin>;
 /// What is written.
-pub type Writing = Box<dyn AsyncWrite + Send + Unpin>;
+pub(crate) type Writing = Box<dyn AsyncWrite + Send + Unpin>;
 
 /// There is one thread: who closes the outbox has cut the connection off.
-pub struct Cutter;
+pub(crate) struct Cutter;
 
 impl Cutter {
     /// Nothing is left to do.
-    pub fn cut(&self) {}
+    pub(crate) fn cut(&self) {}
 
     /// The simulator ends the connection of a client that is silent.
-    pub fn gone(&self, _patience: Duration) -> Option<&'static str> {
+    pub(crate) fn gone(&self, _patience: Duration) -> Option<&'static str> {
         None
     }
 }
 
 /// The two halves of a connection, and what cuts it off.
-pub fn split(stream: Stream) -> (Reading, Writing, Option<Arc<Cutter>>) {
+pub(crate) fn split(stream: Stream) -> (Reading, Writing, Option<Arc<Cutter>>) {
     let (read, write) = tokio::io::split(stream);
     (Box::new(read), Box::new(write), None)
 }

@@ -17,9 +17,9 @@ use crate::platform::silence::{Watch, acknowledged};
 use crate::transport::stream::Stream;
 
 /// What is read.
-pub type Reading = Box<dyn AsyncRead + Send + Unpin>;
+pub(crate) type Reading = Box<dyn AsyncRead + Send + Unpin>;
 /// What is written.
-pub type Writing = Box<dyn AsyncWrite + Send + Unpin>;
+pub(crate) type Writing = Box<dyn AsyncWrite + Send + Unpin>;
 
 /// The half that writes. The socket is closed when this half and the other one are dropped.
 enum WriteHalf {
@@ -77,7 +77,7 @@ impl AsyncWrite for Writer {
 }
 
 /// Looks after a connection, and cuts it off, from any thread. It does not keep the socket open.
-pub struct Cutter {
+pub(crate) struct Cutter {
     by: By,
     watch: Mutex<Watch>,
 }
@@ -94,7 +94,7 @@ impl Cutter {
     }
 
     /// Nothing is sent or received any more.
-    pub fn cut(&self) {
+    pub(crate) fn cut(&self) {
         self.with(|fd| {
             // The other side may be gone already.
             let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
@@ -102,7 +102,7 @@ impl Cutter {
     }
 
     /// Why the client counts as gone, if it does: see [`Watch::gone`].
-    pub fn gone(&self, patience: Duration) -> Option<&'static str> {
+    pub(crate) fn gone(&self, patience: Duration) -> Option<&'static str> {
         let seen = self.with(acknowledged)??;
         lock(&self.watch).gone(Instant::now(), seen, patience)
     }
@@ -116,7 +116,7 @@ impl Cutter {
 }
 
 /// The two halves of a connection, and what cuts it off.
-pub fn split(stream: Stream) -> (Reading, Writing, Option<Arc<Cutter>>) {
+pub(crate) fn split(stream: Stream) -> (Reading, Writing, Option<Arc<Cutter>>) {
     let (read, half): (Reading, WriteHalf) = match stream {
         Stream::Tcp(tcp) => {
             let (read, write) = tcp.into_split();

@@ -37,7 +37,7 @@ use crate::platform::{self, TcpStream};
 use crate::transport::certificate::Known;
 
 /// What new connections use; can be read again from the files.
-pub struct Tls {
+pub(crate) struct Tls {
     section: SslSection,
     current: RwLock<Current>,
     /// What was told last of the end of each certificate, by its file and subject.
@@ -55,7 +55,7 @@ struct Current {
 
 impl Tls {
     /// Reads the files.
-    pub fn new(section: &SslSection) -> anyhow::Result<Tls> {
+    pub(crate) fn new(section: &SslSection) -> anyhow::Result<Tls> {
         let current = RwLock::new(load(section)?);
         let tls = Tls { section: section.clone(), current, told: Mutex::default() };
         tls.warn_of_ends();
@@ -63,7 +63,7 @@ impl Tls {
     }
 
     /// Reads the files again; after an error the old certificates stay in use.
-    pub fn reload(&self) -> anyhow::Result<()> {
+    pub(crate) fn reload(&self) -> anyhow::Result<()> {
         let read = load(&self.section)?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = read;
         lock(&self.told).clear();
@@ -76,7 +76,7 @@ impl Tls {
     }
 
     /// For the next connection.
-    pub fn acceptor(&self) -> TlsAcceptor {
+    pub(crate) fn acceptor(&self) -> TlsAcceptor {
         self.current().acceptor.clone()
     }
 
@@ -88,7 +88,7 @@ impl Tls {
     }
 
     /// The file, the subject, and the time that is left of each certificate.
-    pub fn ends(&self) -> Vec<(PathBuf, String, Duration)> {
+    pub(crate) fn ends(&self) -> Vec<(PathBuf, String, Duration)> {
         let (now, mut ends) = (now(), Vec::new());
         self.each(|file, known| {
             ends.push((file.to_owned(), known.subject.clone(), known.left(now)));
@@ -98,7 +98,7 @@ impl Tls {
 
     /// Tells of certificates whose time is over, or will be soon, as often as the next of [`SOON`]
     /// comes: nobody is let in with them then.
-    pub fn warn_of_ends(&self) {
+    pub(crate) fn warn_of_ends(&self) {
         let (now, mut told) = (now(), lock(&self.told));
         self.each(|file, known| {
             let (left, subject) = (known.left(now), &known.subject);
@@ -116,7 +116,7 @@ impl Tls {
     }
 
     /// Begins TLS with a node that was dialled.
-    pub async fn connect(
+    pub(crate) async fn connect(
         &self,
         tcp: TcpStream,
     ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {

@@ -37,7 +37,12 @@ const BATCH: usize = 256;
 const BATCH_BYTES: u64 = 1 << 20;
 
 /// Fetches from `from` what is missing, again and again until it is complete.
-pub async fn fetch(shared: Arc<Shared>, from: NodeId, address: String, target: AppliedPoint) {
+pub(crate) async fn fetch(
+    shared: Arc<Shared>,
+    from: NodeId,
+    address: String,
+    target: AppliedPoint,
+) {
     loop {
         match attempt(&shared, &address, &target).await {
             Ok(()) => return,
@@ -84,7 +89,7 @@ async fn attempt(
 }
 
 /// Gets the whole history of one storage from the transaction `after` on, for a backfill.
-pub async fn fetch_history(
+pub(crate) async fn fetch_history(
     shared: &Shared,
     storage: &str,
     (after, least): (Tid, Tid),

@@ -36,7 +36,7 @@ const ESTIMATE_EVERY: u64 = 16 << 20;
 const BLOB_PIECE: usize = 64 << 10;
 
 /// Serves a follower.
-pub async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
+pub(crate) async fn serve(shared: Arc<Shared>, mut stream: Stream, peer: &str) {
     let served = async {
         let Question::<Request>(request) = receive_frame(&mut stream, 1 << 20).await?;
         let (frames, mut queue) = platform::queue(QUEUE);

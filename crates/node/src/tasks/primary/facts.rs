@@ -14,7 +14,7 @@ use crate::cells::shared::Shared;
 use crate::platform::random::random_hex;
 
 /// See the module.
-pub struct NodeFacts(pub Arc<Shared>);
+pub(super) struct NodeFacts(pub Arc<Shared>);
 
 impl NodeFacts {
     fn reader(&self, storage: &str) -> Option<Reader> {
