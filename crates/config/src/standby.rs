@@ -18,12 +18,11 @@ const MOST_FUTURE_TIDS: Duration = Duration::from_secs(31_557_600_000);
 
 /// `member NAME HOST:PORT GROUP [witness]`
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct MemberLine {
-    /// The node.
     pub name: String,
     /// Its peer address.
     pub address: Address,
-    /// Its group.
     pub group: String,
     /// It votes, but holds no data.
     pub witness: bool,

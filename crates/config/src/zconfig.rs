@@ -22,7 +22,6 @@ pub struct Section {
     pub kind: String,
     /// `main` of `<filestorage main>`.
     pub name: Option<String>,
-    /// Where it begins.
     pub line: usize,
     /// Its keys (in lower case) and values, in order.
     pub keys: Vec<(String, String, usize)>,

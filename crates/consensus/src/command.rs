@@ -26,6 +26,7 @@ pub const PART_LEN: usize = 1 << 20;
 
 /// An entry's meaning.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum Command {
     /// A part of a transaction that is closed later.
     Part(Bytes),
@@ -33,14 +34,12 @@ pub enum Command {
     Transaction(ClosingEntry),
     /// Oids up to this one may be handed out by whoever proposed this; nobody else may.
     OidCeiling {
-        /// The storage.
         storage: String,
         /// The highest oid reserved.
         ceiling: Oid,
     },
     /// Every node packs its data file.
     Pack {
-        /// The storage.
         storage: String,
         /// Revisions that were not current at this time go.
         time: Tid,

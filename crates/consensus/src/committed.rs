@@ -8,10 +8,9 @@ use crate::membership::Membership;
 
 /// The state after some entry, as far as others need it to start from there.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct AppliedPoint {
-    /// The entry.
     pub index: LogIndex,
-    /// Its term.
     pub term: Term,
     /// The members as of that entry.
     pub membership: Membership,

@@ -9,6 +9,7 @@ use crate::file::holes::Hole;
 
 /// Why the storage could not do what was asked.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum StorageError {
     /// The object, or that revision of it, does not exist (`POSKeyError` for ZODB).
     #[error("no object {0}")]
@@ -20,9 +21,7 @@ pub enum StorageError {
     /// The operating system refused.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io {
-        /// The file.
         path: PathBuf,
-        /// What was tried.
         action: &'static str,
         /// The reason it gave.
         source: io::Error,
@@ -30,7 +29,6 @@ pub enum StorageError {
     /// The file contradicts its format. It is never written to after this.
     #[error("{}: damaged at byte {position}: {reason}", path.display())]
     Damaged {
-        /// The file.
         path: PathBuf,
         /// Offset of the structure that is wrong.
         position: Position,
@@ -45,32 +43,24 @@ pub enum StorageError {
         standby renumber {} gives new tids where that is needed, and keeps every \
         transaction", path.display(), utc(*tid), utc(*last), path.display())]
     TimeWentBack {
-        /// The file.
         path: PathBuf,
         /// Where the transaction begins.
         position: Position,
         /// The transaction before it.
         last: Tid,
-        /// Its tid.
         tid: Tid,
     },
     /// What a record refers to cannot be told, so nothing may be removed.
     #[error("{}: not packed: {record}. What it refers to would be removed. Let the application \
         store the object again, or delete what refers to it, and pack to a later time; or pack \
         without garbage collection (\"pack-gc false\" in <filestorage>)", path.display())]
-    References {
-        /// The file.
-        path: PathBuf,
-        /// The record.
-        record: Unreadable,
-    },
+    References { path: PathBuf, record: Unreadable },
     /// A pack would have removed an object that is referred to.
     #[error("{}: not packed: object {from}, written by transaction {tid}, refers to object {to}, \
         which was garbage at the pack time and would be gone. If {from} was written while the pack \
         was under way, pack again; if this comes again, pack without garbage collection (\"pack-gc \
         false\" in <filestorage>), and report it", path.display())]
     StillReferred {
-        /// The file.
         path: PathBuf,
         /// The object that refers to it.
         from: Oid,
@@ -83,21 +73,13 @@ pub enum StorageError {
     #[error("{}: not a FileStorage file: it begins with {found:?} instead of \"FS30\" or \
         \"FS21\"", path.display())]
     NotFileStorage {
-        /// The file.
         path: PathBuf,
         /// Its first bytes.
         found: String,
     },
     /// A transaction whose tid is not above the last one.
     #[error("{}: transaction {tid} does not follow {last}", path.display())]
-    OutOfOrder {
-        /// The file.
-        path: PathBuf,
-        /// The last transaction.
-        last: Tid,
-        /// The refused one.
-        tid: Tid,
-    },
+    OutOfOrder { path: PathBuf, last: Tid, tid: Tid },
     /// The answer lies in a part of the history that this file does not have.
     #[error(
         "the history from {} to {} is not on this node: a fast recovery left it out. standby node \
@@ -115,14 +97,13 @@ pub enum StorageError {
     "what object {oid} refers to cannot be told (written by transaction {tid}, record at byte \
     {position}): {reason}"
 )]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct Unreadable {
-    /// The object.
     pub oid: Oid,
     /// The transaction that wrote it.
     pub tid: Tid,
     /// Where the record begins.
     pub position: Position,
-    /// Why.
     pub reason: String,
 }
 

@@ -74,10 +74,9 @@ pub fn new_tids(
 
 /// A revision that gets another serial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct NewSerial {
-    /// The object.
     pub oid: Oid,
-    /// Its transaction.
     pub transaction: Renumbered,
     /// It may be a blob ([`may_be_blob`]), whose file is named after the serial.
     pub may_be_blob: bool,

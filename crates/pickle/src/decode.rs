@@ -20,6 +20,7 @@ const SET: usize = 512;
 
 /// Why bytes are not a pickle that this crate reads.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum DecodeError {
     /// The bytes end within an opcode, or before `STOP`.
     #[error("the pickle is cut off at byte {0}")]
@@ -27,7 +28,6 @@ pub enum DecodeError {
     /// The stack machine cannot do what the opcode asks.
     #[error("opcode 0x{code:02x} at byte {at} does not fit what precedes it")]
     Malformed {
-        /// The opcode.
         code: u8,
         /// Where it stands.
         at: usize,
@@ -35,7 +35,6 @@ pub enum DecodeError {
     /// An opcode that data does not need.
     #[error("unsupported opcode 0x{code:02x} at byte {at}")]
     Unsupported {
-        /// The opcode.
         code: u8,
         /// Where it stands.
         at: usize,

@@ -13,6 +13,7 @@ use crate::caller::{Asker, Caller};
 use crate::command::Answer;
 
 /// Something is to be done. The module says in which order.
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum Action {
     /// Send a message of consensus to a node; may be lost.
     Send(NodeId, Bytes),
@@ -24,7 +25,6 @@ pub enum Action {
     Purge(LogIndex),
     /// Make a log that holds nothing and begins after `point`: [`crate::Input::LogBegins`].
     BeginLog {
-        /// What is applied.
         point: AppliedPoint,
         /// The log's term is not below this one.
         term: Term,
@@ -38,7 +38,6 @@ pub enum Action {
     SendWritersAwayWhenApplied,
     /// Fetch what this node lacks from a node; a catch-up that runs ends.
     CatchUp {
-        /// Who has it.
         from: NodeId,
         /// Where that node listens.
         address: String,
@@ -57,12 +56,7 @@ pub enum Action {
         promotion: Box<Promotion>,
     },
     /// Compare a vote with what is applied, beside the machine, then say what came of it.
-    Examine {
-        /// Its storage.
-        storage: String,
-        /// The vote.
-        vote: Examination,
-    },
+    Examine { storage: String, vote: Examination },
 
     /// Answer a client's call.
     Answer(Caller, Result<Value, ClientError>),
@@ -92,12 +86,7 @@ pub enum Action {
     PacksEnd,
 
     /// Tell the other nodes of an upload that all need.
-    Announce {
-        /// The storage.
-        storage: String,
-        /// The upload.
-        upload: Upload,
-    },
+    Announce { storage: String, upload: Upload },
     /// Tell the node that announced an upload that it is durable here too.
     Arrived(NodeId, Transfer),
     /// Fetch a blob, then say what came of it.
@@ -106,30 +95,17 @@ pub enum Action {
         from: NodeId,
         /// Where that node listens.
         address: String,
-        /// The blob.
         wanted: Wanted,
     },
     /// Remove an upload.
-    Discard {
-        /// The storage.
-        storage: String,
-        /// The upload.
-        transfer: Transfer,
-    },
+    Discard { storage: String, transfer: Transfer },
 
     /// End all links: this node has begun a timeline.
     EndLinks,
     /// Dial the members at these addresses, and no others that were learned before.
     Learn(Vec<String>),
     /// Tell a node from now on why it is not let in.
-    Refuse {
-        /// The node.
-        id: NodeId,
-        /// Its name.
-        node: String,
-        /// Why.
-        reason: String,
-    },
+    Refuse { id: NodeId, node: String, reason: String },
     /// A node is not refused any more.
     LetIn(NodeId),
     /// Nodes have acknowledged what is committed up to here: note it.
@@ -166,21 +142,19 @@ pub struct ServingState {
 }
 
 /// What the applier answers.
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum Reading {
     /// `register`: from then on the session gets invalidations.
     Register {
         /// The storage, which exists.
         storage: String,
-        /// Who.
         caller: Caller,
     },
     /// `ping`: answered by `None`.
     Sync(Caller),
     /// `getInvalidations`
     Invalidations {
-        /// The storage.
         storage: String,
-        /// Who.
         caller: Caller,
         /// The last transaction that the client knows.
         since: Tid,
@@ -202,10 +176,9 @@ pub enum Which {
 
 /// A blob that a node is to have.
 #[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct Wanted {
-    /// The storage.
     pub storage: String,
-    /// The blob.
     pub blob: WantedBlob,
 }
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 /// A request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum Ask {
     /// Another node becomes primary.
     Switchover {
@@ -16,7 +17,6 @@ pub enum Ask {
     },
     /// A node may join.
     NodeAdd {
-        /// Its name.
         node: String,
         /// Its group; that of the member whose place it takes, if it does.
         group: Option<String>,
@@ -27,14 +27,12 @@ pub enum Ask {
     },
     /// A node is a member no more.
     NodeRemove {
-        /// Its name.
         node: String,
         /// Also if that is dangerous.
         force: bool,
     },
     /// The nodes of a group vote, or do not.
     GroupSet {
-        /// Its name.
         group: String,
         /// They vote.
         failover: bool,
@@ -42,18 +40,11 @@ pub enum Ask {
         force: bool,
     },
     /// The primary and all voters are to be in this group.
-    GroupMove {
-        /// Its name.
-        to: String,
-    },
+    GroupMove { to: String },
     /// A node fills the holes that fast recoveries left in its history.
-    Backfill {
-        /// Its name.
-        node: String,
-    },
+    Backfill { node: String },
     /// A node begins a timeline: its group, or the majority of the voters, is lost for good.
     Promote {
-        /// Its name.
         node: String,
         /// The group that votes from now on, with all of its nodes; `None` for those that do
         /// already.

@@ -15,6 +15,7 @@ use crate::caller::{Asker, Caller};
 use crate::command::Ask;
 
 /// Something has happened.
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum Input {
     /// A tick's time has passed.
     Tick,
@@ -29,21 +30,9 @@ pub enum Input {
     /// The connection of a node has closed.
     PeerLost(NodeId),
     /// A node has an upload.
-    Announced {
-        /// That node.
-        from: NodeId,
-        /// The storage.
-        storage: String,
-        /// The upload.
-        upload: Upload,
-    },
+    Announced { from: NodeId, storage: String, upload: Upload },
     /// The transaction of an upload was aborted.
-    Forgotten {
-        /// The storage.
-        storage: String,
-        /// The upload.
-        transfer: Transfer,
-    },
+    Forgotten { storage: String, transfer: Transfer },
     /// A node has fetched an upload.
     Arrived(NodeId, Transfer),
     /// Batches of the log are durable.
@@ -63,9 +52,7 @@ pub enum Input {
     },
     /// A vote was compared with what is applied ([`crate::Action::Examine`]).
     Examined {
-        /// Its storage.
         storage: String,
-        /// The vote.
         vote: Examination,
         /// What came of it.
         answer: Result<VoteAnswer, ClientError>,
@@ -78,9 +65,7 @@ pub enum Input {
     Obtained {
         /// Who announced it, or sent an entry that names it.
         from: NodeId,
-        /// Its storage.
         storage: String,
-        /// Its name.
         transfer: Transfer,
         /// How.
         how: Obtained,
@@ -95,14 +80,12 @@ pub enum Input {
     Founds,
     /// Another node knows that this one has acknowledged an entry that it does not have.
     RolledBack {
-        /// The entry.
         acknowledged: LogIndex,
         /// That node's name.
         by: String,
     },
     /// A node belongs to another cluster of the same name.
     OtherCluster {
-        /// Its name.
         node: String,
         /// When that cluster was founded, in seconds since 1970; 0 if that was before it was noted.
         founded: u64,

@@ -67,8 +67,8 @@ pub(crate) struct Committing {
 }
 
 /// What a machine begins with.
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct Beginning {
-    /// The configuration.
     pub config: Config,
     /// This node, as the others know it.
     pub me: Member,
@@ -76,7 +76,6 @@ pub struct Beginning {
     pub storages: Vec<String>,
     /// Bytes of log that are kept for nodes that are behind.
     pub log_tail: u64,
-    /// What is applied.
     pub applied: LogIndex,
     /// Oids up to these are reserved or in use.
     pub ceilings: BTreeMap<String, Oid>,
@@ -144,16 +143,14 @@ pub struct Machine {
 }
 
 /// What a node is at a moment.
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct OwnState<'a> {
-    /// Its role.
     pub role: Role,
-    /// The members.
     pub membership: &'a Membership,
     /// The last entry applied.
     pub applied: LogIndex,
     /// It is being brought up to date from a data file.
     pub catching_up: bool,
-    /// The primary's name.
     pub primary: Option<String>,
     /// How old its data may be; `None` if it was never level with a primary.
     pub staleness: Option<Duration>,

@@ -14,7 +14,6 @@ const BLOCK: u64 = 10_000;
 pub struct Wanted<T> {
     /// Who asked.
     pub asker: T,
-    /// How many.
     pub count: usize,
 }
 

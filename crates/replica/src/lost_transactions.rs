@@ -20,18 +20,16 @@ use tracing::warn;
 
 /// What a node has lost by leaving a timeline.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct LostTail {
     /// The file that keeps it.
     pub file: PathBuf,
-    /// The storage.
     pub storage: String,
     /// The number of the timeline that was left.
     pub timeline: u64,
     /// How many transactions it is.
     pub transactions: u64,
-    /// The first one.
     pub first: String,
-    /// The last one.
     pub last: String,
     /// The same as times for people.
     pub from: String,

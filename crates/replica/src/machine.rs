@@ -29,6 +29,7 @@ const SKIPPED_OIDS: u64 = 1 << 20;
 
 /// Why an entry cannot be applied. The node must stop: it would differ from the others.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum ApplyError {
     /// No node can apply it.
     #[error(
@@ -37,14 +38,7 @@ pub enum ApplyError {
          and nothing else: stop all nodes, and run on each of them: standby skip-entry -C zeo.conf \
          --index {index} --term {term}"
     )]
-    Unfit {
-        /// The entry.
-        index: LogIndex,
-        /// Its term.
-        term: Term,
-        /// Why.
-        reason: Box<ApplyError>,
-    },
+    Unfit { index: LogIndex, term: Term, reason: Box<ApplyError> },
     /// The data file cannot be written, or contradicts the log.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -93,10 +87,9 @@ impl ApplyError {
 
 /// A transaction that has just become visible.
 #[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct Applied {
-    /// Its storage.
     pub storage: String,
-    /// Its tid.
     pub tid: Tid,
     /// The objects that it changed.
     pub oids: Arc<[Oid]>,

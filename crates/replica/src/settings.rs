@@ -62,38 +62,28 @@ pub struct Invitation {
 /// A decision.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum Setting {
     /// The cluster may use what this level includes.
     FeatureLevel(u32),
     /// The nodes of a group vote, or do not.
     Failover {
-        /// The group.
         group: String,
         /// They vote.
         on: bool,
     },
     /// The primary and all voters are to be in this group.
-    Move {
-        /// The group.
-        to: String,
-    },
+    Move { to: String },
     /// They are.
-    Moved {
-        /// The group.
-        to: String,
-    },
+    Moved { to: String },
     /// A node may join.
     Invite {
-        /// Its name.
         node: String,
         /// As what, and how it proves that it is meant.
         invitation: Invitation,
     },
     /// A node is a member no more.
-    Remove {
-        /// Its name.
-        node: String,
-    },
+    Remove { node: String },
 }
 
 impl Setting {

@@ -20,14 +20,13 @@ pub const SPILL_ABOVE: usize = 4 << 20;
 
 /// What a transaction says about itself. Each text has at most 65 535 bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct Meta {
     /// The tid that it must get (a copy of another storage's transaction).
     pub tid: Option<Tid>,
     /// `b' '`, or `b'p'` for a copy of a packed one.
     pub status: u8,
-    /// Who commits.
     pub user: Bytes,
-    /// What is done.
     pub description: Bytes,
     /// A pickled dict, or nothing.
     pub extension: Bytes,

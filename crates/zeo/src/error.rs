@@ -6,6 +6,7 @@ use standby_types::{Oid, Tid};
 
 /// An exception for the client.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum ClientError {
     /// `POSKeyError(oid)`: no such object or revision.
     PosKey(Value),
@@ -15,7 +16,6 @@ pub enum ClientError {
     StorageTransaction(Vec<Value>),
     /// `ConflictError`: the object was changed by another transaction.
     Conflict {
-        /// The object.
         oid: Oid,
         /// The committed serial, and the one that the client's change is based on.
         serials: (Tid, Tid),
@@ -24,7 +24,6 @@ pub enum ClientError {
     },
     /// `ReadConflictError`: an object that was only read is not current any more.
     ReadConflict {
-        /// The object.
         oid: Oid,
         /// The committed serial, and the one that the client read.
         serials: (Tid, Tid),

@@ -26,7 +26,7 @@ pub enum Incoming {
     Heartbeat,
 }
 
-/// A call.
+/// A method that the client calls.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Call {
     /// Echoed in the reply exactly as it came.
@@ -39,7 +39,7 @@ pub struct Call {
     pub args: Value,
 }
 
-/// An answer.
+/// What a call returned, or raised.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reply {
     /// The call's id.

@@ -90,6 +90,7 @@ pub enum HistoryCall {
 
 /// Something for the node to do.
 #[derive(Debug)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum Effect {
     /// Send these bytes, after all that were to be sent before.
     Send(Bytes),
@@ -99,51 +100,29 @@ pub enum Effect {
     Ruok,
     /// Register for a storage; answer with the last tid and tell [`Session::registered`].
     Register {
-        /// The call.
         id: Value,
-        /// The storage's name.
         storage: String,
         /// No write access is asked for.
         read_only: bool,
     },
     /// Evaluate a read.
-    Read {
-        /// The call.
-        id: Value,
-        /// What is asked.
-        read: Read,
-    },
+    Read { id: Value, read: Read },
     /// Read the history; without an `id` nothing is to be answered.
-    HistoryCall {
-        /// The call.
-        id: Option<Value>,
-        /// What is asked.
-        asked: HistoryCall,
-    },
+    HistoryCall { id: Option<Value>, asked: HistoryCall },
     /// A transaction begins: answer `None` when all that is acknowledged by now is visible.
-    Ping {
-        /// The call.
-        id: Value,
-    },
+    Ping { id: Value },
     /// What has changed since the tid? Answer with a tuple or `None`.
     Invalidations {
-        /// The call.
         id: Value,
         /// The last transaction that the client knows.
         since: Tid,
     },
     /// Reserve oids; answer with a list.
-    NewOids {
-        /// The call.
-        id: Value,
-        /// How many.
-        count: usize,
-    },
+    NewOids { id: Value, count: usize },
     /// Ask for the transaction's locks and compare serials; answer with [`Session::voted`].
     Vote(VoteRequest),
     /// Commit. The reply is the tid, sent when the transaction is applied.
     Finish {
-        /// The call.
         id: Value,
         /// What to commit.
         transaction: Box<PendingTransaction>,
@@ -161,20 +140,12 @@ pub enum Effect {
     BlobEnd(Oid),
     /// As `BlobEnd`, for a file that the client has put into the object's directory.
     BlobShared {
-        /// The object.
         oid: Oid,
         /// The file's name; it has no `/`.
         name: String,
     },
     /// Send a blob, then answer with `None`.
-    SendBlob {
-        /// The call.
-        id: Value,
-        /// The object.
-        oid: Oid,
-        /// Its revision.
-        serial: Tid,
-    },
+    SendBlob { id: Value, oid: Oid, serial: Tid },
     /// Pack; answer with `None`.
     Pack {
         /// The call; `None` if nothing is to be answered.
@@ -188,6 +159,7 @@ pub enum Effect {
 
 /// Why a session ends.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum CloseReason {
     /// The first frame names no version that is spoken here.
     #[error("the client asks for protocol {0:?}; only Z5 and M5 are spoken here")]
@@ -206,26 +178,20 @@ pub enum CloseReason {
     UnknownMethod(String),
     /// A one-way call failed; the client can be told in no other way.
     #[error("one-way call {method:?} failed: {error}")]
-    OneWay {
-        /// The method.
-        method: String,
-        /// Why it failed.
-        error: String,
-    },
+    OneWay { method: String, error: String },
     /// Writing the temporary file of a large transaction failed.
     #[error("cannot keep a large transaction: {0}")]
     Spill(String),
 }
 
 /// What was worked out for an object once its lock was held.
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct ResolvedWrite {
-    /// The object.
     pub oid: Oid,
     /// What it becomes.
     pub content: Content,
     /// The client does not know it: it comes from an undo.
     pub undone: bool,
-    /// Its blob.
     pub blob: Option<BlobSource>,
 }
 

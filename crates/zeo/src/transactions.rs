@@ -64,12 +64,11 @@ enum Phase {
 
 /// A vote that waits for another transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct Wait {
-    /// Whose vote.
     pub waiter: SessionId,
     /// Whose transaction is first in the queue of the object.
     pub holder: SessionId,
-    /// The object.
     pub oid: Oid,
     /// For how long.
     pub time: Duration,

@@ -8,12 +8,12 @@ use super::Consensus;
 
 /// What only a disk can have done that was put back to an earlier state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum Broken {
     /// The leader counts on this node's having an entry that it does not have.
     LostHere {
         /// That entry.
         acknowledged: LogIndex,
-        /// The leader.
         leader: NodeId,
     },
     /// The leader's log has another entry in the place of one that is committed here: it lacks what
@@ -21,16 +21,10 @@ pub enum Broken {
     LeaderLacks {
         /// The committed entry.
         committed: LogIndex,
-        /// The leader.
         leader: NodeId,
     },
     /// This node leads, and another one has committed entries beyond its log. They do not count.
-    AheadOfLeader {
-        /// That node.
-        node: NodeId,
-        /// Its entry.
-        committed: LogIndex,
-    },
+    AheadOfLeader { node: NodeId, committed: LogIndex },
 }
 
 impl Consensus {

@@ -48,31 +48,22 @@ const MAGIC: &[u8; 8] = b"SBYLOG01";
 
 /// Why the log cannot be read or written.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub enum LogError {
     /// The operating system refused. After a failed write or sync the process must stop.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io {
-        /// The file.
         path: PathBuf,
-        /// What was tried.
         action: &'static str,
         /// The reason it gave.
         source: std::io::Error,
     },
     /// Something that was durable is not there any more.
     #[error("{}: the log is damaged at byte {offset}: {reason}", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// Where.
-        offset: u64,
-        /// What is wrong.
-        reason: String,
-    },
+    Damaged { path: PathBuf, offset: u64, reason: String },
     /// The caller has lost or swapped a batch. Nothing was written.
     #[error("entry {index} was to be written to the log after entry {last}")]
     OutOfOrder {
-        /// The entry.
         index: LogIndex,
         /// The one that is or would be the last.
         last: LogIndex,

@@ -122,7 +122,6 @@ impl BlobSums {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }

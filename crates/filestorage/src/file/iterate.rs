@@ -25,10 +25,9 @@ pub struct Transactions {
 
 /// A transaction in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct StoredTransaction {
-    /// Its head.
     pub meta: TransactionMeta,
-    /// Where it begins.
     pub position: Position,
     pub(crate) records: u64,
     end: u64,

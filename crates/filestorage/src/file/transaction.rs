@@ -46,10 +46,9 @@ impl TransactionMeta {
 
 /// An object's new revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct Record {
-    /// The object.
     pub oid: Oid,
-    /// Its data.
     pub data: RecordData,
 }
 

@@ -16,7 +16,6 @@ type Labels = Vec<(&'static str, String)>;
 /// Name, help, and the value for a storage.
 type OfStorage<'a> = (&'a str, &'a str, &'a dyn Fn(&str) -> f64);
 
-/// The page.
 pub(crate) fn page(shared: &Shared) -> String {
     let mut page = Page(Registry::with_prefix("standby"));
     let status = shared.reports.status();

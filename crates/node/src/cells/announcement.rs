@@ -21,7 +21,6 @@ impl Announcement {
         Announcement { storage: storage.into(), transfer, len: upload.len, sha256 }
     }
 
-    /// The storage.
     pub(crate) fn storage(&self) -> &str {
         &self.storage
     }

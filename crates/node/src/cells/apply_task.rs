@@ -33,11 +33,9 @@ pub(crate) enum ApplyTask {
     },
     /// A new data file has been made, or not.
     Packed {
-        /// The storage.
         storage: String,
         /// Why it was made.
         cause: Cause,
-        /// The file.
         packed: anyhow::Result<Outcome>,
     },
     /// The data file of a storage is not where it was.
@@ -60,7 +58,6 @@ pub(crate) enum CatchUpItem {
     Record(Record),
     /// It ends.
     End,
-    /// Everything has come.
     Done,
 }
 

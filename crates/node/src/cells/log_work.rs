@@ -8,7 +8,6 @@ use standby_types::LogIndex;
 
 /// What the thread is asked to do.
 pub(crate) enum LogWork {
-    /// Make durable.
     Persist(Batch),
     /// Remove what is not needed any more.
     Purge(LogIndex),

@@ -56,7 +56,6 @@ impl Memory {
         self.limit
     }
 
-    /// What they hold.
     pub fn used(&self) -> usize {
         self.used.load(Ordering::Relaxed)
     }
@@ -110,12 +109,10 @@ impl Share {
         }
     }
 
-    /// What it holds.
     pub(crate) fn get(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// See [`Memory`].
     pub(crate) fn is_scarce(&self) -> bool {
         self.of.as_ref().is_some_and(|memory| memory.is_scarce())
     }

@@ -118,7 +118,6 @@ impl Outbox {
         Locked { queue, held: &self.held }
     }
 
-    /// Queues bytes.
     pub(crate) fn push(&self, bytes: Bytes) {
         self.lock().push(bytes);
         self.wake.notify_one();

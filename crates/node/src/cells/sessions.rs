@@ -33,7 +33,6 @@ pub(crate) enum Mail {
 pub(crate) struct SessionHandle {
     /// Its name in this process.
     pub id: SessionId,
-    /// Who it is.
     pub peer: String,
     /// What is to be sent.
     pub outbox: Outbox,
@@ -303,7 +302,6 @@ impl Sessions {
         SessionId(self.next.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// Adds a session.
     pub(crate) fn add(&self, session: Arc<SessionHandle>) {
         lock(&self.all).insert(session.id, session);
     }
@@ -331,7 +329,6 @@ impl Sessions {
         lock(&self.registered).get(storage).map_or(0, BTreeMap::len)
     }
 
-    /// A session.
     pub(crate) fn get(&self, id: SessionId) -> Option<Arc<SessionHandle>> {
         lock(&self.all).get(&id).cloned()
     }

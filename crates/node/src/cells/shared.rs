@@ -70,7 +70,6 @@ pub(crate) struct Queues {
 
 /// What all tasks of a node share.
 pub(crate) struct Shared {
-    /// The configuration.
     pub config: Config,
     /// Who this node is.
     pub id: NodeId,
@@ -78,19 +77,14 @@ pub(crate) struct Shared {
     pub member: Member,
     /// Where the node's files are.
     pub disk: Arc<dyn Disk>,
-    /// The state directory.
     pub state: StateDir,
-    /// The storages.
     pub storages: BTreeMap<String, StorageShared>,
-    /// The clients.
     pub sessions: Sessions,
-    /// The other nodes.
     pub peers: Peers,
     /// What the nodes say of themselves.
     pub reports: Reports,
     /// The node's role.
     pub standing: watch::Sender<ServingState>,
-    /// The primary's lease.
     pub lease: Lease,
     /// Storages that nobody may write to.
     pub read_only_storages: Arc<[String]>,
@@ -367,7 +361,6 @@ impl Shared {
         }
     }
 
-    /// The cluster's name.
     pub(crate) fn cluster_name(&self) -> &str {
         self.config.standby.as_ref().map_or("alone", |s| &s.cluster)
     }

@@ -32,9 +32,7 @@ pub(crate) struct Stats {
 pub(crate) struct StorageShared {
     /// The data file as it is now.
     pub source: Source,
-    /// The data file.
     pub path: PathBuf,
-    /// The blobs.
     pub blobs: Option<BlobDir>,
     /// From this transaction on, the data file was not the primary's when they were compared.
     pub differs: Mutex<Option<Tid>>,
@@ -42,7 +40,6 @@ pub(crate) struct StorageShared {
     pub packing: Progress,
     /// How far the filling of its holes is.
     pub backfilling: Progress,
-    /// Counters.
     pub stats: Stats,
 }
 

@@ -48,7 +48,6 @@ pub(crate) trait Frame: Sized {
     }
 }
 
-/// Sends a frame.
 pub(crate) async fn send(
     stream: &mut (impl AsyncWrite + Unpin),
     frame: &impl Frame,
@@ -300,7 +299,6 @@ impl Frame for BlockFrame {
 /// What a transaction says, in short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Digest {
-    /// The transaction.
     pub tid: Tid,
     /// It was packed, or comes from a fast recovery: what it says need not be the same everywhere.
     pub partial: bool,

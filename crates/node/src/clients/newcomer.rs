@@ -20,13 +20,11 @@ pub(crate) const MOST_SAID: usize = 8 << 10;
 
 /// See the module.
 pub(crate) struct Newcomer {
-    /// What it says.
     pub read: Reading,
     /// What it is told.
     pub write: Writing,
     /// Cuts it off.
     pub cutter: Option<Arc<Cutter>>,
-    /// Who it is.
     pub peer: String,
     /// It has been greeted, and must not be again.
     pub greeted: bool,

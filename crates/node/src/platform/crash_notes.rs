@@ -44,7 +44,6 @@ pub(crate) fn watch(disk: &Arc<dyn Disk>, state_dir: &Path) {
     }));
 }
 
-/// Notes a crash.
 pub(crate) fn note(disk: &dyn Disk, state_dir: &Path) {
     let mut lines = lines(disk, state_dir);
     lines.push_str(&format!("{}\n", now()));

@@ -52,7 +52,6 @@ impl BlobWriter {
         StorageError::Io { path: self.blobs.dir().to_owned(), action: "write", source }
     }
 
-    /// Adds bytes.
     pub(crate) async fn write(&mut self, bytes: &[u8]) -> Result<(), StorageError> {
         self.pending.extend_from_slice(bytes);
         if self.pending.len() >= CHUNK { self.flush().await } else { Ok(()) }

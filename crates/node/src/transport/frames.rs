@@ -48,7 +48,6 @@ pub enum PeerError {
          another one. To let it join, move its data file and state directory away"
     )]
     OtherCluster {
-        /// Its name.
         node: String,
         /// The cluster's.
         cluster: String,
@@ -62,7 +61,6 @@ pub enum PeerError {
         .lineage.timeline(), .lineage.name()
     )]
     Diverged {
-        /// Its name.
         node: String,
         /// Its history.
         lineage: Lineage,
@@ -159,7 +157,6 @@ pub(crate) fn frame(kind: u8, content: &[u8]) -> Bytes {
     out.freeze()
 }
 
-/// Sends a frame.
 pub(crate) async fn write_frame(
     stream: &mut (impl AsyncWrite + Unpin),
     kind: u8,

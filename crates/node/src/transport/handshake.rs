@@ -104,9 +104,7 @@ impl Wire {
 /// What this node says of itself, and the secret.
 #[derive(Clone)]
 pub(crate) struct Introduction {
-    /// This node.
     pub member: Member,
-    /// The cluster's name.
     pub cluster: String,
     /// The cluster's identity; empty if the node belongs to none yet.
     pub cluster_id: String,
@@ -147,16 +145,12 @@ pub(crate) struct Welcome {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PeerInfo {
     protocol: u32,
-    /// What for.
     pub purpose: Purpose,
-    /// The cluster's name.
     pub cluster: String,
     /// The cluster's identity; empty if the node belongs to none yet.
     pub cluster_id: String,
     id: String,
-    /// The node's name.
     pub node: String,
-    /// Its group.
     pub group: String,
     /// Where it listens for peers.
     pub peer_address: String,
@@ -236,7 +230,6 @@ impl PeerInfo {
         }
     }
 
-    /// Its identity.
     pub(crate) fn id(&self) -> NodeId {
         NodeId(u64::from_str_radix(&self.id, 16).unwrap_or(0))
     }

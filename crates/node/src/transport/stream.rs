@@ -16,7 +16,6 @@ use crate::platform::{self, TcpListener, TcpStream, ask_for_signs, listen_everyw
 
 /// See the module.
 pub(crate) enum Stream {
-    /// Over TCP.
     Tcp(TcpStream),
     /// Over a Unix socket.
     Unix(UnixStream),
@@ -26,7 +25,6 @@ pub(crate) enum Stream {
 
 /// Where clients connect.
 pub(crate) enum Listener {
-    /// A port.
     Tcp(TcpListener),
     /// A file.
     Unix(UnixListener),

@@ -14,14 +14,12 @@ const BEHIND: Duration = Duration::from_secs(5);
 
 /// A cluster at a moment, as one node sees it. The names are those of `status --json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct Status {
-    /// The cluster's name.
     pub cluster: String,
     /// Changes only by forced promotion.
     pub timeline: u64,
-    /// The term.
     pub term: u64,
-    /// The primary's name.
     pub primary: Option<String>,
     /// What the cluster may use: see `standby feature-level`.
     #[serde(default)]
@@ -41,7 +39,6 @@ pub struct Status {
     /// Nodes that the primary does not let in, and why.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub not_let_in: BTreeMap<String, String>,
-    /// All nodes.
     pub nodes: Vec<NodeStatus>,
 }
 
@@ -60,10 +57,9 @@ impl Status {
 
 /// A node at a moment.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say by their names what they are")]
 pub struct NodeStatus {
-    /// Its name.
     pub node: String,
-    /// Its group.
     pub group: String,
     /// `primary`, `replica` or `witness`.
     pub role: String,

@@ -103,7 +103,6 @@ pub struct NodeReport {
     pub(super) flapping: bool,
     #[serde(default)]
     pub(super) crashes: bool,
-    /// Its process.
     #[serde(default)]
     pub(super) run: String,
     /// Up to where the members have acknowledged what is committed, by identity, as far as it

@@ -39,9 +39,7 @@ pub const PLENTY: u64 = u64::MAX / 4;
 /// When simulations begin, since 1970: noon, on some day in 2026.
 const BEGINNING: Duration = Duration::from_secs(1_790_000_000);
 
-/// A machine.
 pub struct Host {
-    /// Its address.
     pub address: IpAddr,
     /// The network that it is connected to.
     pub network: Network,
@@ -185,7 +183,6 @@ pub fn spawn_blocking<T>(work: impl FnOnce() -> T) -> Ready<Result<T, JoinError>
     ready(Ok(work()))
 }
 
-/// Runs a task.
 pub fn apart<F>(task: F) -> JoinHandle<F::Output>
 where
     F: Future<Output: Send> + Send + 'static,
@@ -193,7 +190,6 @@ where
     tokio::spawn(task)
 }
 
-/// Runs a task.
 pub fn thread(_name: &str, task: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
     tokio::spawn(task);
     Ok(())

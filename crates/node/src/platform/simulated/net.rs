@@ -343,7 +343,6 @@ fn parse(address: &str) -> io::Result<SocketAddr> {
 }
 
 impl TcpListener {
-    /// Listens.
     pub async fn bind(address: impl AsRef<str>) -> io::Result<TcpListener> {
         let address = parse(address.as_ref())?;
         let network = current().network.clone();
@@ -397,7 +396,6 @@ pub struct TcpStream {
 }
 
 impl TcpStream {
-    /// Connects.
     pub async fn connect(address: impl AsRef<str>) -> io::Result<TcpStream> {
         let peer = parse(address.as_ref())?;
         let host = current();
@@ -446,7 +444,6 @@ impl TcpStream {
         Ok(stream)
     }
 
-    /// The other side.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
         Ok(self.peer)
     }
