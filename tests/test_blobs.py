@@ -398,7 +398,7 @@ def test_a_copied_data_file_gets_its_blobs(nodes, tmp_path):
     first.stop()
     shutil.rmtree(first.data_file + ".standby")
     cluster.configure()
-    # One head start with all blobs, one without.
+    # One seed copy with all blobs, one without.
     for node in (second, third):
         shutil.copy(first.data_file, node.data_file)
     shutil.copytree(first.blob_dir, second.blob_dir)

@@ -358,7 +358,7 @@ def test_a_founder_that_lost_everything_joins_instead_of_founding(nodes):
     founder.start()
     client.commit(lambda root: root.update(x=2))
     cluster.wait_healthy()
-    assert founder.log().count("founded a cluster") == 1
+    assert founder.log().count("bootstrapped a cluster") == 1
     client.close()
     check_histories(cluster, [])
 

@@ -42,13 +42,13 @@ def test_row_45_a_first_member_that_comes_up_first_founds_nothing(nodes, data):
     wipe(first, data)
     first.start()
     serves_nobody(first)
-    assert "it founds the cluster when a majority of the 3 listed members agrees" in shown(first)["waits"]
+    assert "it bootstraps the cluster when a majority of the 3 listed members agrees" in shown(first)["waits"]
     # The others know a cluster: it takes the first one in.
     for node in others:
         node.start()
     client.commit(lambda root: root.update(y=root["x"] + 1), "and this")
     cluster.wait_healthy()
-    assert first.log().count("founded a cluster") == 1
+    assert first.log().count("bootstrapped a cluster") == 1
     harness.wait_for("it to belong", lambda: "waits" not in shown(first))
     client.close()
     check_histories(cluster, [b"kept", b"and this"])
@@ -83,7 +83,7 @@ def test_row_45_members_that_each_list_themselves_first_found_nothing(nodes):
             "a reason", lambda: all("the file of %s names" % n in shown(node).get("waits", "") for n in others)
         )
     serves_nobody(cluster.nodes[0])
-    assert not any("founded a cluster" in node.log() for node in cluster.nodes)
+    assert not any("bootstrapped a cluster" in node.log() for node in cluster.nodes)
     # The person repairs the files.
     cluster.stop()
     cluster.configure()
@@ -109,7 +109,7 @@ def test_row_45_the_younger_of_two_clusters_stops_serving(nodes):
     young.commit(lambda root: root.update(y=2), "young")
     second.start()
     for node in (first, third):
-        text = "n2 belongs to a cluster of the same name that was founded before this one"
+        text = "n2 belongs to a cluster of the same name that was bootstrapped before this one"
         harness.wait_for("to stop", lambda: text in shown(node).get("stopped", ""))
         assert text in node.log()
         url = "http://127.0.0.1:%s/metrics" % node.admin_port
@@ -123,7 +123,7 @@ def test_row_45_the_younger_of_two_clusters_stops_serving(nodes):
     harness.wait_for("to be there", lambda: "stopped" in shown(first))
     serves_nobody(first)
     # What both have is kept, until a person puts one of the two aside. The one that knows the older cluster is no
-    # majority of it: whoever comes empty founds nothing beside it.
+    # majority of it: whoever comes empty bootstraps nothing beside it.
     for node in (first, third):
         node.stop()
         assert any(txn[3] == b"young" for txn in transactions(node.data_file))

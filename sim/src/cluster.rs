@@ -129,18 +129,18 @@ fn address(machine: usize) -> IpAddr {
     IpAddr::V4(Ipv4Addr::new(127, 0, 1, machine as u8 + 1))
 }
 
-/// A founder's configuration; with a token, that of a node which joins.
+/// A first member's configuration; with a token, that of a node which joins.
 fn config(plan: &Plan, node: usize, token: Option<&str>) -> Config {
-    let founders = plan.nodes.iter().enumerate().filter(|(_, plan)| !plan.added);
+    let listed = plan.nodes.iter().enumerate().filter(|(_, plan)| !plan.added);
     let members = match token {
-        None => founders
+        None => listed
             .map(|(other, NodePlan { group, witness, .. })| {
                 let witness = if *witness { " witness" } else { "" };
                 format!("  member n{other} {}:8102 {group}{witness}\n", address(other))
             })
             .collect::<String>(),
         Some(token) => {
-            let others = founders.filter(|(other, _)| *other != node);
+            let others = listed.filter(|(other, _)| *other != node);
             let others = others.map(|(other, _)| format!(" {}:8102", address(other)));
             format!("  join{}\n  join-token {token}\n", others.collect::<String>())
         }
@@ -212,7 +212,7 @@ pub fn run(plan: &Plan) -> Outcome {
 }
 
 impl Cluster {
-    /// What the founder has: a site's data file.
+    /// What the first member has: a site's data file.
     fn prepare(&self) {
         let disk = &self.machines[0].disk;
         let mut storage = open(disk).expect("a new data file");

@@ -207,7 +207,7 @@ pub struct NodePlan {
 pub struct Plan {
     /// Where everything comes from.
     pub seed: u64,
-    /// The nodes; the first is the founder.
+    /// The nodes; the first one bootstraps the cluster.
     pub nodes: Vec<NodePlan>,
     /// How fast their clocks go.
     pub rates: Vec<f64>,

@@ -120,7 +120,7 @@ pub struct Standby {
     pub peer_address: Address,
     /// Where administrators connect.
     pub admin_address: Address,
-    /// The first members; the first of them founds the cluster. Empty if the node joins one.
+    /// The first members; the first of them bootstraps the cluster. Empty if the node joins one.
     pub members: Vec<MemberLine>,
     /// Members of the cluster that the node joins.
     pub join: Vec<Address>,
@@ -191,7 +191,8 @@ fn check_members(
         return Err(reader.error(line, message));
     }
     if members[0].witness {
-        let message = "the first member founds the cluster from its data: it cannot be a witness";
+        let message =
+            "the first member bootstraps the cluster from its data: it cannot be a witness";
         return Err(reader.error(line, message));
     }
     Ok(())
@@ -318,7 +319,7 @@ impl Checker {
         if join.is_empty() {
             check_members(&reader, &members, &me)?;
         } else if !members.is_empty() {
-            let message = "\"member\" lines found a cluster, \"join\" names a member of one that \
+            let message = "\"member\" lines bootstrap a cluster, \"join\" names a member of one that \
                            is there: one of the two";
             return Err(reader.error(section.line, message));
         } else if join_token.is_none() {

@@ -216,8 +216,8 @@ pub enum Ended {
     Stopped,
     /// This node's timeline is over; to be started again, for another one.
     Rejoins(Lineage),
-    /// To be started again, to found the cluster.
-    Founds,
+    /// To be started again, to bootstrap the cluster.
+    Bootstraps,
     /// This node's disk was put back to an earlier state, and how that is known; to be started
     /// again, as a new one.
     RolledBack(String),

@@ -76,8 +76,8 @@ pub enum Input {
     LogBegins(Box<Consensus>, Batch),
     /// Another node has a history that goes on where this node's was left.
     Outdated(Lineage),
-    /// A majority of the listed members has promised itself to this node's founding.
-    Founds,
+    /// A majority of the listed members has promised itself to this node's bootstrap.
+    Bootstraps,
     /// Another node knows that this one has acknowledged an entry that it does not have.
     RolledBack {
         acknowledged: LogIndex,
@@ -87,8 +87,8 @@ pub enum Input {
     /// A node belongs to another cluster of the same name.
     OtherCluster {
         node: String,
-        /// When that cluster was founded, in seconds since 1970; 0 if that was before it was noted.
-        founded: u64,
+        /// When that cluster was bootstrapped, in seconds since 1970; 0 if that was before it was noted.
+        bootstrapped: u64,
     },
     /// A checkpoint is durable: the log up to there is not needed for a restart.
     Checkpointed(LogIndex),

@@ -374,9 +374,11 @@ impl Machine {
             Input::TimelineBegun(point) => self.timeline_begun(point),
             Input::LogBegins(consensus, batch) => self.log_begins(consensus, batch),
             Input::Outdated(lineage) => self.outdated(lineage),
-            Input::Founds => self.founds(),
+            Input::Bootstraps => self.bootstraps(),
             Input::RolledBack { acknowledged, by } => self.rolled_back(acknowledged, &by),
-            Input::OtherCluster { node, founded } => self.note_other_cluster(&node, founded),
+            Input::OtherCluster { node, bootstrapped } => {
+                self.note_other_cluster(&node, bootstrapped)
+            }
             Input::Checkpointed(index) => return self.compact(index),
             Input::Stop => {
                 self.tick_acknowledged();

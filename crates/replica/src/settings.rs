@@ -40,10 +40,10 @@ pub struct Settings {
     /// The forced promotions so far.
     #[serde(default)]
     pub lineage: Lineage,
-    /// When the cluster was founded, in seconds since 1970; 0 if that was before it was noted.
+    /// When the cluster was bootstrapped, in seconds since 1970; 0 if that was before it was noted.
     /// Tells two clusters of one name apart.
-    #[serde(default)]
-    pub founded: u64,
+    #[serde(default, rename = "founded")]
+    pub bootstrapped: u64,
 }
 
 /// A node may join.
@@ -101,7 +101,7 @@ impl Setting {
 
 impl Settings {
     /// Those of a new cluster.
-    pub fn founded_in(group: &str) -> Settings {
+    pub fn bootstrapped_in(group: &str) -> Settings {
         Settings {
             feature_level: FEATURE_LEVEL,
             failover: BTreeSet::from([group.to_owned()]),
@@ -170,9 +170,18 @@ mod tests {
         assert_eq!(Setting::decode(br#"{"of-the-future":1}"#), None);
     }
 
+    /// Checkpoints and snapshots of older versions have this name.
+    #[test]
+    fn the_time_of_the_bootstrap_is_written_as_founded() {
+        let settings = Settings { bootstrapped: 7, ..Settings::default() };
+        let json = serde_json::to_value(&settings).unwrap();
+        assert_eq!(json["founded"], 7);
+        assert_eq!(serde_json::from_value::<Settings>(json).unwrap().bootstrapped, 7);
+    }
+
     #[test]
     fn a_group_is_moved_to_once_the_new_group_says_so() {
-        let mut settings = Settings::founded_in("london");
+        let mut settings = Settings::bootstrapped_in("london");
         settings.apply(Setting::Move { to: "paris".into() });
         assert_eq!(settings.failover.len(), 2);
         settings.apply(Setting::Moved { to: "london".into() });
@@ -184,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_removed_node_comes_back_only_when_it_is_invited() {
-        let mut settings = Settings::founded_in("london");
+        let mut settings = Settings::bootstrapped_in("london");
         settings.apply(Setting::Invite { node: "n4".into(), invitation: invitation() });
         settings.apply(Setting::Remove { node: "n4".into() });
         assert!(settings.removed.contains("n4") && settings.invitations.is_empty());

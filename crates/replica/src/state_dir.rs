@@ -7,8 +7,8 @@
 //! STATE-DIR/NAME.index    the index of storage NAME
 //! STATE-DIR/NAME.sums     the checksums of its data file (see `filestorage/src/checksums/blocks.rs`)
 //! STATE-DIR/NAME.blobs.sums   the checksums of its blobs (see `filestorage/src/checksums/blobs.rs`)
-//! STATE-DIR/promise       JSON: to whose founding this node has promised itself (see `founding.rs`)
-//! STATE-DIR/founds        exists from when a majority agrees to this node's founding until it has founded
+//! STATE-DIR/promise       JSON: to whose bootstrap this node has promised itself (see `bootstrap.rs`)
+//! STATE-DIR/founds        exists from when a majority agrees to this node's bootstrap until it has bootstrapped
 //! STATE-DIR/peers         JSON: the peer addresses of the members, as they were last heard of
 //! STATE-DIR/superseded    text: why this node does not serve any more (see `Engine::note_other_cluster`)
 //! STATE-DIR/rolled-back   text: why this node gives up its vote and joins anew at its next start
@@ -57,7 +57,7 @@ impl Identity {
 /// What is durable in the data files, and the entry of the log that they stand at.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// Drawn when the cluster was founded; empty until this node has joined it.
+    /// Drawn when the cluster was bootstrapped; empty until this node has joined it.
     pub cluster_id: String,
     /// Entries up to this one are applied.
     pub index: LogIndex,
@@ -151,12 +151,12 @@ impl DamagedFile {
     }
 }
 
-/// To whose founding this node has promised itself.
+/// To whose bootstrap this node has promised itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Promise {
-    /// The founder's name.
+    /// The first member's name.
     pub node: String,
-    /// The founder's identity.
+    /// The first member's identity.
     pub id: String,
 }
 
@@ -166,8 +166,8 @@ const SKIPPED: &str = "skipped-entries";
 /// Something that the next start must know. Each is a file with a text for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Note {
-    /// A majority of the listed members agrees to this node's founding.
-    Founds,
+    /// A majority of the listed members agrees to this node's bootstrap.
+    Bootstraps,
     /// This node's cluster is the younger one of two: it does not serve.
     Superseded,
     /// This node's disk was put back to an earlier state: it gives up its vote and joins anew.
@@ -177,7 +177,7 @@ pub enum Note {
 impl Note {
     fn name(self) -> &'static str {
         match self {
-            Note::Founds => "founds",
+            Note::Bootstraps => "founds",
             Note::Superseded => "superseded",
             Note::RolledBack => "rolled-back",
         }
@@ -240,7 +240,7 @@ impl StateDir {
         replace(disk, &self.0.join("checkpoint"), &encode(checkpoint)?)
     }
 
-    /// To whose founding this node has promised itself, if it has.
+    /// To whose bootstrap this node has promised itself, if it has.
     pub fn promise(&self, disk: &dyn Disk) -> anyhow::Result<Option<Promise>> {
         self.read_json(disk, "promise")
     }
@@ -661,7 +661,7 @@ mod tests {
             term: Term(2),
             log_begins_here: true,
             membership: Membership::founded_by(member),
-            settings: Settings::founded_in("here"),
+            settings: Settings::bootstrapped_in("here"),
             storages: BTreeMap::from([(
                 "1".into(),
                 StoragePoint {
@@ -714,7 +714,7 @@ mod tests {
     #[test]
     fn shared_state_travels() {
         let ceilings = BTreeMap::from([("main".to_owned(), Oid(255))]);
-        let settings = Settings::founded_in("here");
+        let settings = Settings::bootstrapped_in("here");
         let encoded = encode_shared("id", &ceilings, &settings);
         assert_eq!(decode_shared(&encoded).unwrap(), ("id".to_owned(), ceilings, settings));
     }

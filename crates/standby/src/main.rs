@@ -53,7 +53,7 @@ enum Command {
     ///     secret-file        /srv/standby/secret
     ///   </standby>
     ///
-    /// The first member founds the cluster from the Data.fs that it has, as soon as a majority of
+    /// The first member bootstraps the cluster from the Data.fs that it has, as soon as a majority of
     /// the members is up; the others start empty and get everything from it. STANDBY_LOG=debug
     /// shows more.
     ///

@@ -77,10 +77,10 @@ fn say(what: &str) {
     eprintln!("standby: supervisor: {what}");
 }
 
-/// The signals that are passed on to the node, as they come.
+/// The signals that are forwarded to the node, as they come.
 fn forwarded() -> anyhow::Result<mpsc::UnboundedReceiver<Signal>> {
     let (sender, receiver) = mpsc::unbounded_channel();
-    for (kind, passed_on) in [
+    for (kind, forwarded) in [
         (SignalKind::terminate(), Signal::TERM),
         (SignalKind::interrupt(), Signal::TERM),
         (SignalKind::hangup(), Signal::HUP),
@@ -88,7 +88,7 @@ fn forwarded() -> anyhow::Result<mpsc::UnboundedReceiver<Signal>> {
     ] {
         let (mut signals, sender) = (signal(kind)?, sender.clone());
         tokio::spawn(async move {
-            while signals.recv().await.is_some() && sender.send(passed_on).is_ok() {}
+            while signals.recv().await.is_some() && sender.send(forwarded).is_ok() {}
         });
     }
     Ok(receiver)

@@ -118,7 +118,7 @@ fn empty_point() -> AppliedPoint {
 }
 
 impl Cluster {
-    /// A founder, a second data node, and a witness.
+    /// A first member, a second data node, and a witness.
     fn with_witness() -> Cluster {
         let mut cluster = Cluster::of(2);
         cluster.join(WITNESS.0);
@@ -143,7 +143,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// A founder, and nodes that it takes in.
+    /// A first member, and nodes that it takes in.
     fn of(size: u64) -> Cluster {
         let mut cluster = Cluster::default();
         let point = AppliedPoint {
@@ -654,8 +654,8 @@ fn a_member_that_has_moved_keeps_its_vote() {
     assert_eq!(cluster.data(4), [b"one"]);
 }
 
-/// The founder's checkpoint may be older than the cluster: its membership then names the founder
-/// only. The founder must not elect itself with that.
+/// The first member's checkpoint may be older than the cluster: its membership then names the first member
+/// only. The first member must not elect itself with that.
 #[test]
 fn an_old_checkpoint_does_not_bring_an_old_membership_back() {
     let mut cluster = Cluster::of(3);

@@ -82,7 +82,7 @@ pub struct LogWriter {
 
 impl LogWriter {
     /// Continues a recovered log, in a new segment. `reset` makes the log begin after that entry
-    /// and forget what it holds: at founding, and after a catch-up.
+    /// and forget what it holds: at bootstrap, and after a catch-up.
     pub fn open(
         disk: Arc<dyn Disk>,
         dir: &Path,

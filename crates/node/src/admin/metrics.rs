@@ -38,7 +38,7 @@ pub(crate) fn page(shared: &Shared) -> String {
     let help = "Voters that may be lost before writes stop; below 0 they have stopped";
     page.gauge("survivable_failures", help, [(vec![], survivable)]);
     let clients = [(vec![], shared.clients.inside() as f64)];
-    page.gauge("client_connections", "Connections of clients, held ones included", clients);
+    page.gauge("client_connections", "Connections of clients, parked ones included", clients);
     let limit = [(vec![], shared.clients.limit() as f64)];
     page.gauge("client_connections_limit", "The one that is too many is refused", limit);
     let refused = [(vec![], shared.clients.refused() as f64)];

@@ -202,7 +202,7 @@ impl StrangersLines {
     }
 }
 
-/// Handshakes at the peer address at a time: at least, and at most. Many clients may be passed on
+/// Handshakes at the peer address at a time: at least, and at most. Many clients may be forwarded
 /// at the same moment.
 const STRANGERS: (u64, u64) = (16, 1024);
 

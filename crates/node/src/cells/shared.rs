@@ -98,7 +98,7 @@ pub(crate) struct Shared {
     pub make_spill: MakeSpill,
     /// How long the log's disk takes.
     pub log_busy: Busy,
-    /// Clients' connections, held and passed on ones included.
+    /// Clients' connections, parked and forwarded ones included.
     pub clients: Arc<Gate>,
     /// What sessions of clients may hold.
     pub memory: Arc<Memory>,
@@ -106,7 +106,7 @@ pub(crate) struct Shared {
     pub strangers: Arc<Gate>,
     /// What they cause in the log.
     pub strangers_lines: StrangersLines,
-    /// Taken by who is about to promise this node to a founding.
+    /// Taken by who is about to promise this node to a bootstrap.
     pub promising: tokio::sync::Mutex<()>,
     /// Room on the disks.
     pub room: Room,
@@ -127,8 +127,8 @@ pub(crate) struct Shared {
     catch_up: Mutex<Option<CatchUp>>,
     /// What the nodes prove to each other that they know.
     secrets: Mutex<Secrets>,
-    /// What a founding waits for.
-    founding: Mutex<Option<String>>,
+    /// What a bootstrap waits for.
+    bootstrap: Mutex<Option<String>>,
 
     /// The last entry of the log that is durable.
     log_end: AtomicU64,
@@ -191,7 +191,7 @@ impl Shared {
             settings: Mutex::new(Arc::new(prepared.checkpoint.settings.clone())),
             catch_up: Mutex::default(),
             secrets: Mutex::new(standby.map_or_else(Secrets::none, |s| s.secrets.clone())),
-            founding: Mutex::default(),
+            bootstrap: Mutex::default(),
             acknowledged: Acknowledged::new(
                 prepared.checkpoint.settings.lineage.clone(),
                 prepared.checkpoint.acknowledged.clone(),
@@ -248,20 +248,20 @@ impl Shared {
         self.log_end.store(index.0, Ordering::Release);
     }
 
-    /// A founding waits for this; `None` if there is none.
-    pub(crate) fn set_founding(&self, waits: Option<String>) {
-        let mut founding = lock(&self.founding);
-        if let Some(text) = waits.as_ref().filter(|_| *founding != waits) {
+    /// A bootstrap waits for this; `None` if there is none.
+    pub(crate) fn set_bootstrap(&self, waits: Option<String>) {
+        let mut bootstrap = lock(&self.bootstrap);
+        if let Some(text) = waits.as_ref().filter(|_| *bootstrap != waits) {
             info!("{text}");
         }
-        *founding = waits;
+        *bootstrap = waits;
     }
 
     /// What this node waits for to become a member, if it is none.
     pub(crate) fn waits(&self) -> Option<String> {
         self.config.standby.as_ref()?;
-        if let Some(founding) = lock(&self.founding).clone() {
-            return Some(founding);
+        if let Some(bootstrap) = lock(&self.bootstrap).clone() {
+            return Some(bootstrap);
         }
         let troubles = self.peers.troubles();
         let troubles = troubles.iter().map(|(address, trouble)| format!("{address}: {trouble}"));
@@ -355,7 +355,7 @@ impl Shared {
             join_token: standby.map_or_else(String::new, |s| s.join_token.clone()),
             lineage: self.settings().lineage.clone(),
             run: self.run.clone(),
-            founded: Some(self.settings().founded),
+            bootstrapped: Some(self.settings().bootstrapped),
             log_end: Some(LogIndex(self.log_end.load(Ordering::Acquire))),
             silence: self.peer_silence(),
         }

@@ -1,9 +1,9 @@
 //! The addresses for clients.
 //!
-//! On the read-write address a client that comes to a node which is not primary is *held*: it is
+//! On the read-write address a client that comes to a node which is not primary is *parked*: it is
 //! accepted and hears nothing. In ZEO the server speaks first, so it waits. When the node becomes
 //! primary, the session begins at once. If another node has been primary for a second and the
-//! client is still here, its bytes are passed on to that node: clients do not try a node again
+//! client is still here, its bytes are forwarded to that node: clients do not try a node again
 //! that has disappointed them.
 
 use std::pin::pin;
@@ -25,12 +25,12 @@ use crate::transport::handshake::{Purpose, connect};
 use crate::transport::socket::Cutter;
 use crate::transport::stream::{Listener, Stream};
 
-/// How long a client is held although another node is primary: most clients try all nodes at the
+/// How long a client is parked although another node is primary: most clients try all nodes at the
 /// same time and find that one by themselves.
-const HOLD: Duration = Duration::from_secs(1);
+const PARK: Duration = Duration::from_secs(1);
 /// A client whose machine has acknowledged nothing for so long is gone, and its locks with it. A
 /// client that takes nothing for so long, while something is to be sent to it, counts as gone too.
-/// One that is held has nothing that others could miss, and is not watched.
+/// One that is parked has nothing that others could miss, and is not watched.
 const SILENCE: Duration = Duration::from_secs(10);
 /// Time between two looks whether the lease holds again.
 const LEASE: Duration = Duration::from_millis(20);
@@ -45,7 +45,7 @@ const LOST_PRIMARY: Duration = Duration::from_secs(2);
 pub(crate) async fn read_write(shared: Arc<Shared>, listener: Listener) {
     loop {
         let (stream, pass) = accept(&shared.clients, &listener).await;
-        tokio::spawn(hold(shared.clone(), stream, pass));
+        tokio::spawn(park(shared.clone(), stream, pass));
     }
 }
 
@@ -57,7 +57,7 @@ pub(crate) async fn read_only(shared: Arc<Shared>, listener: Listener) {
     }
 }
 
-/// A node that has nothing yet, or is far behind, holds its readers too.
+/// A node that has nothing yet, or is far behind, parks its readers too.
 async fn hold_reader(shared: Arc<Shared>, stream: Stream, pass: Pass) {
     let mut client = Newcomer::new(stream);
     let mut standing = shared.standing.subscribe();
@@ -103,17 +103,17 @@ async fn accept(gate: &Arc<Gate>, listener: &Listener) -> (Stream, Pass) {
     }
 }
 
-/// A client that another node has passed on.
-pub(crate) async fn passed_on(shared: Arc<Shared>, stream: Stream) {
+/// A client that another node has forwarded.
+pub(crate) async fn forwarded(shared: Arc<Shared>, stream: Stream) {
     let Some(pass) = shared.clients.enter(&stream.peer()) else { return };
     // If this node is not primary (any more), the other one finds out by the closed connection, and
-    // holds its client again.
+    // parks its client again.
     if shared.standing.borrow().serves {
         connection::serve(shared, Newcomer::new(stream), false, &pass).await;
     }
 }
 
-async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
+async fn park(shared: Arc<Shared>, stream: Stream, pass: Pass) {
     let mut client = Newcomer::new(stream);
     let mut arrived = Instant::now();
     let mut primary_since: Option<(String, Instant)> = None;
@@ -133,9 +133,9 @@ async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
             (Some(address), Some((known, since))) if known == address => Some((known, since)),
             (Some(address), _) => Some((address, Instant::now())),
         };
-        let pass_on_at = primary_since.as_ref().map(|(_, since)| (*since).max(arrived) + HOLD);
+        let forward_at = primary_since.as_ref().map(|(_, since)| (*since).max(arrived) + PARK);
         let due = async {
-            match pass_on_at {
+            match forward_at {
                 // Nobody tells that the lease holds again.
                 _ if serves => tokio::time::sleep(LEASE).await,
                 Some(at) => tokio::time::sleep_until(at).await,
@@ -170,12 +170,12 @@ async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
                         let passes = [&pass, &second];
                         let encrypted = shared.tls.is_some();
                         let lost = is_lost(&address, standing.clone());
-                        match pass_on(client, primary, encrypted, lost, passes).await {
+                        match forward(client, primary, encrypted, lost, passes).await {
                             Some(waiting) => client = waiting,
                             None => return,
                         }
                     }
-                    Err(error) => debug!(address, %error, "cannot pass a client on"),
+                    Err(error) => debug!(address, %error, "cannot forward a client"),
                 }
                 primary_since = Some((address, Instant::now()));
             }
@@ -183,22 +183,22 @@ async fn hold(shared: Arc<Shared>, stream: Stream, pass: Pass) {
     }
 }
 
-/// Passes on what a client and the primary say to each other, until that node is `lost`. When
+/// Forwards what a client and the primary say to each other, until that node is `lost`. When
 /// either side ends, both do: the client looks for a primary anew. Before the client is registered
 /// it is returned instead.
-async fn pass_on(
+async fn forward(
     mut client: Newcomer,
     primary: Stream,
     encrypted: bool,
     lost: impl Future<Output = ()>,
     [first, second]: [&Pass; 2],
 ) -> Option<Newcomer> {
-    debug!(client = client.peer, "passing a client on to the primary");
+    debug!(client = client.peer, "forwarding a client to the primary");
     let mut lost = pin!(lost);
     let mut primary = BufReader::new(primary);
     let registering = tokio::select! {
         biased;
-        ended = pass_on_newcomer(&mut client, &mut primary, encrypted) => ended,
+        ended = forward_newcomer(&mut client, &mut primary, encrypted) => ended,
         () = &mut lost => Registering::Lost,
         () = first.wanted() => return None,
         () = second.wanted() => return None,
@@ -235,8 +235,8 @@ enum Registering {
     Lost,
 }
 
-/// Passes on until the primary says more than its greeting.
-async fn pass_on_newcomer(
+/// Forwards until the primary says more than its greeting.
+async fn forward_newcomer(
     client: &mut Newcomer,
     primary: &mut BufReader<Stream>,
     encrypted: bool,

@@ -1,4 +1,4 @@
-//! What an administrator asks a node for, passed on to the primary.
+//! What an administrator asks a node for, forwarded to the primary.
 //!
 //! ```text
 //! asking node                    primary

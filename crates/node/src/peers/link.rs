@@ -206,9 +206,9 @@ async fn run_dialled(
 /// A handshake has shown that another node has another history.
 pub(crate) fn note_other_history(shared: &Shared, error: &PeerError) {
     match error {
-        PeerError::OtherCluster { node, founded: Some(founded), .. } => {
-            let (node, founded) = (node.clone(), *founded);
-            shared.report(Input::OtherCluster { node, founded });
+        PeerError::OtherCluster { node, bootstrapped: Some(bootstrapped), .. } => {
+            let (node, bootstrapped) = (node.clone(), *bootstrapped);
+            shared.report(Input::OtherCluster { node, bootstrapped });
         }
         PeerError::Outdated(lineage) => shared.report(Input::Outdated(lineage.clone())),
         PeerError::Diverged { node, lineage } => shared.reports.note_diverged(node, lineage),

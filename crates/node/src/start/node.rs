@@ -39,7 +39,7 @@ use crate::start::{other_nodes, read_only};
 use crate::tasks::applier::Applier;
 use crate::tasks::primary::Primary;
 use crate::tasks::{
-    accept_peers, certificates, client_memory, disk_space, founding, log_writer, scrub,
+    accept_peers, bootstrap, certificates, client_memory, disk_space, log_writer, scrub,
 };
 use crate::transport::handshake::Wire;
 use crate::transport::tls::Tls;
@@ -167,8 +167,8 @@ fn start_tasks(shared: &Arc<Shared>, listeners: Listeners, checkpoint: &Checkpoi
             dial(shared, &address.to_string());
         }
     }
-    if founding::is_founder(shared) && checkpoint.cluster_id.is_empty() {
-        tokio::spawn(founding::run(shared.clone()));
+    if bootstrap::is_first_member(shared) && checkpoint.cluster_id.is_empty() {
+        tokio::spawn(bootstrap::run(shared.clone()));
     }
     if let Some(read_only) = listeners.read_only {
         tokio::spawn(listener::read_only(shared.clone(), read_only));
@@ -187,9 +187,9 @@ fn start_tasks(shared: &Arc<Shared>, listeners: Listeners, checkpoint: &Checkpoi
 
 /// What a new node does: among several listed members, even the first one waits for the others.
 fn beginning(config: &Config) -> Beginning {
-    let Some(standby) = &config.standby else { return Beginning::Found };
+    let Some(standby) = &config.standby else { return Beginning::Bootstrap };
     let alone = standby.members.len() == 1 && standby.members[0].name == standby.node;
-    if alone { Beginning::Found } else { Beginning::Join }
+    if alone { Beginning::Bootstrap } else { Beginning::Join }
 }
 
 fn start_threads(
@@ -291,9 +291,9 @@ impl Running {
             biased;
             ended = &mut self.primary => match self.noted(ended)? {
                 Ok(Ended::Stopped) => return Ok(Next::End),
-                Ok(Ended::Founds) => {
-                    info!("a majority of the listed members agrees: this node founds the cluster");
-                    self.shared.state.set_note(&*self.shared.disk, Note::Founds, "")?;
+                Ok(Ended::Bootstraps) => {
+                    info!("a majority of the listed members agrees: this node bootstraps the cluster");
+                    self.shared.state.set_note(&*self.shared.disk, Note::Bootstraps, "")?;
                     Next::Again
                 }
                 Ok(Ended::RolledBack(reason)) => {

@@ -38,7 +38,7 @@ pub(crate) async fn find(
     let me = Introduction {
         cluster_id: checkpoint.cluster_id.clone(),
         lineage: checkpoint.settings.lineage.clone(),
-        founded: Some(checkpoint.settings.founded),
+        bootstrapped: Some(checkpoint.settings.bootstrapped),
         unsealed: is_unsealed(&checkpoint),
         ..asker(config, standby, identity.node_id()?, wire)
     };
@@ -64,7 +64,7 @@ fn asker(config: &Config, standby: &Standby, id: NodeId, wire: Wire) -> Introduc
         join_token: String::new(),
         lineage: Lineage::default(),
         run: String::new(),
-        founded: None,
+        bootstrapped: None,
         log_end: None,
         silence: silence_at(standby.profile.tick()),
     }

@@ -17,7 +17,7 @@ use crate::clients::listener;
 use crate::peers::link::{MAX_REASON, SIGN, learn, note_other_history};
 use crate::peers::{blob_source, block, catch_up, command, compare};
 use crate::platform::{TcpListener, TcpStream};
-use crate::tasks::founding;
+use crate::tasks::bootstrap;
 use crate::transport::frames::{MAX_FRAME, PeerError, Progressing, halves, write_within};
 use crate::transport::handshake::{PeerInfo, Purpose, Welcome, answer, receive};
 use crate::transport::stream::Stream;
@@ -62,7 +62,7 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream, stranger: Pass) {
     };
     let welcome = match (objection(&shared, &info), info.purpose) {
         (Some(reason), _) => Err(reason),
-        (None, Purpose::Found) => founding::promise(&shared, &info).await,
+        (None, Purpose::Bootstrap) => bootstrap::promise(&shared, &info).await,
         (None, _) => Ok(welcome(&shared, &info)),
     };
     let lacks = welcome.as_ref().map_or(0, |welcome| welcome.acknowledged);
@@ -90,7 +90,7 @@ async fn accept(shared: Arc<Shared>, stream: TcpStream, stranger: Pass) {
 async fn serve(shared: Arc<Shared>, stream: Stream, info: PeerInfo, epoch: u64, from: &str) {
     let purpose = info.purpose;
     let ended = match purpose {
-        Purpose::Probe | Purpose::Found => Ok(()),
+        Purpose::Probe | Purpose::Bootstrap => Ok(()),
         Purpose::Link => link(&shared, stream, info, epoch).await,
         Purpose::Blob => {
             if let Err(error) = blob_source::serve(&shared, stream).await {
@@ -102,7 +102,7 @@ async fn serve(shared: Arc<Shared>, stream: Stream, info: PeerInfo, epoch: u64, 
         Purpose::Compare => compare::serve(&shared, stream).await,
         Purpose::Ask => command::serve(&shared, stream).await,
         Purpose::CatchUp => return catch_up::serve(shared, stream, &info.node).await,
-        Purpose::Client => return listener::passed_on(shared, stream).await,
+        Purpose::Client => return listener::forwarded(shared, stream).await,
     };
     if let Err(error) = ended {
         debug!(from, ?purpose, %error, "a connection of a node ended");

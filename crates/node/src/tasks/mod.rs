@@ -3,10 +3,10 @@
 pub(crate) mod accept_peers;
 pub(crate) mod applier;
 pub(crate) mod backfill;
+pub(crate) mod bootstrap;
 pub(crate) mod certificates;
 pub(crate) mod client_memory;
 pub(crate) mod disk_space;
-pub(crate) mod founding;
 pub(crate) mod log_writer;
 pub(crate) mod packing;
 pub(crate) mod primary;

@@ -44,15 +44,15 @@ pub enum PeerError {
     Outdated(Lineage),
     /// The other side belongs to another cluster of the same name.
     #[error(
-        "node {node} belongs to a cluster {cluster:?} that was founded separately: its database is \
+        "node {node} belongs to a cluster {cluster:?} that was bootstrapped separately: its database is \
          another one. To let it join, move its data file and state directory away"
     )]
     OtherCluster {
         node: String,
         /// The cluster's.
         cluster: String,
-        /// When that was founded, in seconds since 1970, if the node can tell.
-        founded: Option<u64>,
+        /// When that was bootstrapped, in seconds since 1970, if the node can tell.
+        bootstrapped: Option<u64>,
     },
     /// The other side has another history than this node.
     #[error(

@@ -67,14 +67,15 @@ pub(crate) enum Purpose {
     Block,
     /// Checksums of transactions, to compare data files.
     Compare,
-    /// A client that is passed on.
+    /// A client that is forwarded.
     Client,
     /// What an administrator has asked another node for.
     Ask,
     /// Only the hello is wanted.
     Probe,
-    /// The dialling node founds the cluster, and asks the other one to promise itself to it.
-    Found,
+    /// The dialling node bootstraps the cluster, and asks the other one to promise itself to it.
+    #[serde(rename = "found")]
+    Bootstrap,
 }
 
 /// How connections between nodes are protected beyond the handshake.
@@ -120,9 +121,9 @@ pub(crate) struct Introduction {
     pub lineage: Lineage,
     /// Drawn by each process: tells two with the same identity apart.
     pub run: String,
-    /// When its cluster was founded, in seconds since 1970, 0 if that was before it was noted;
+    /// When its cluster was bootstrapped, in seconds since 1970, 0 if that was before it was noted;
     /// `None` if the node cannot tell.
-    pub founded: Option<u64>,
+    pub bootstrapped: Option<u64>,
     /// The last entry of its log; `None` before the log is open.
     pub log_end: Option<LogIndex>,
     /// After how long without an acknowledgement the other machine counts as gone.
@@ -163,9 +164,9 @@ pub(crate) struct PeerInfo {
     /// Its process; empty from a node of an older version.
     #[serde(default)]
     pub run: String,
-    /// When its cluster was founded, if it says so: see [`Introduction::founded`].
-    #[serde(default)]
-    pub founded: Option<u64>,
+    /// When its cluster was bootstrapped, if it says so: see [`Introduction::bootstrapped`].
+    #[serde(default, rename = "founded")]
+    pub bootstrapped: Option<u64>,
     /// The last entry of its log, if it says so.
     #[serde(default)]
     pub log_end: Option<u64>,
@@ -200,7 +201,7 @@ impl PeerInfo {
             witness: member.witness,
             lineage: me.lineage.clone(),
             run: me.run.clone(),
-            founded: me.founded,
+            bootstrapped: me.bootstrapped,
             log_end: me.log_end.map(|index| index.0),
             clock: platform::wall_clock().as_secs(),
             gives_signs: true,
@@ -241,8 +242,12 @@ impl PeerInfo {
             && self.cluster == other.cluster
             && self.cluster_id != other.cluster_id
         {
-            let (node, founded) = (other.node.clone(), other.founded);
-            return Some(PeerError::OtherCluster { node, cluster: other.cluster.clone(), founded });
+            let (node, bootstrapped) = (other.node.clone(), other.bootstrapped);
+            return Some(PeerError::OtherCluster {
+                node,
+                cluster: other.cluster.clone(),
+                bootstrapped,
+            });
         }
         let reason = if self.protocol != other.protocol {
             Some(format!("protocol {} here, {} there", self.protocol, other.protocol))
@@ -530,7 +535,7 @@ mod tests {
             join_token: String::new(),
             lineage: Lineage::default(),
             run: String::new(),
-            founded: None,
+            bootstrapped: None,
             log_end: None,
             silence: Duration::from_secs(10),
         }

@@ -34,14 +34,14 @@ impl Alarms {
 }
 
 impl Machine {
-    /// A majority of the listed members agrees to this node's founding. Whoever has become a member
-    /// of a cluster meanwhile founds none.
-    pub(crate) fn founds(&mut self) {
+    /// A majority of the listed members agrees to this node's bootstrap. Whoever has become a member
+    /// of a cluster meanwhile bootstraps none.
+    pub(crate) fn bootstraps(&mut self) {
         if !self.facts.belongs()
             && self.consensus.membership().members.is_empty()
             && !self.catching_up
         {
-            self.end(Ended::Founds);
+            self.end(Ended::Bootstraps);
         }
     }
 
@@ -93,18 +93,19 @@ impl Machine {
         )));
     }
 
-    /// A listed node belongs to another cluster of the same name. The cluster that was founded
+    /// A listed node belongs to another cluster of the same name. The cluster that was bootstrapped
     /// later is the one that should not be: it came about while the nodes of the other one were
     /// away.
-    pub(crate) fn note_other_cluster(&mut self, node: &str, founded: u64) {
+    pub(crate) fn note_other_cluster(&mut self, node: &str, bootstrapped: u64) {
         let listed = self.config.standby.iter().flat_map(|standby| &standby.members);
         let known = listed.into_iter().any(|member| member.name == node)
             || self.consensus.membership().named(node).is_some();
-        if !known || founded >= self.settings.founded || self.alarms.superseded.is_some() {
+        if !known || bootstrapped >= self.settings.bootstrapped || self.alarms.superseded.is_some()
+        {
             return;
         }
         let text = format!(
-            "{node} belongs to a cluster of the same name that was founded before this one: this \
+            "{node} belongs to a cluster of the same name that was bootstrapped before this one: this \
              node does not serve any more. What it has stays as it is. To let it join the older \
              cluster, stop it, keep its data files and {} in another place, and start it again",
             self.config.state_dir().display()

@@ -114,8 +114,8 @@ impl Machine {
     pub(crate) fn is_failover(&self, group: &str) -> bool {
         if self.settings.failover.is_empty() {
             // Before there were settings, it was the group of the first member.
-            let founder = self.config.standby.as_ref().and_then(|s| s.members.first());
-            return founder.is_some_and(|founder| founder.group == group);
+            let first = self.config.standby.as_ref().and_then(|s| s.members.first());
+            return first.is_some_and(|first| first.group == group);
         }
         self.settings.failover.contains(group)
     }

@@ -13,7 +13,7 @@
 //! A primary whose disk does not answer does not wait in `Draining` for what that disk holds up.
 //!
 //! A ZEO client waits for a server when it has no connection, and notices that only if a call is
-//! under way. So clients are sent away between two transactions, and those that come are held:
+//! under way. So clients are sent away between two transactions, and those that come are parked:
 //! nobody sees an error. A transaction that has begun but not voted is waited for a moment, one
 //! that has voted, an upload, and a pack that its client waits for as long as the grace says.
 //!
@@ -61,7 +61,7 @@ pub(crate) struct Switchover {
     pub(crate) phase: Phase,
     /// When the phase began.
     since: Duration,
-    /// When clients were first held.
+    /// When clients were first parked.
     held_since: Duration,
     /// Since when no transaction is under way.
     idle_since: Option<Duration>,
@@ -159,7 +159,7 @@ impl Machine {
         id == self.me.id || active && self.members.is_present(id)
     }
 
-    /// True if clients that may write are to leave, and those that come are held.
+    /// True if clients that may write are to leave, and those that come are parked.
     pub(crate) fn lets_clients_go(&self) -> bool {
         self.switchover.as_ref().is_some_and(|s| s.phase != Phase::Levelling)
     }
@@ -298,7 +298,7 @@ impl Machine {
         let name = self.name_of(leader).unwrap_or_default();
         let answer: Answer = if leader == switchover.target {
             info!(to = name, held_ms = pause, "the switchover is done");
-            let text = format!("{name} is primary, {pause} ms after clients were held");
+            let text = format!("{name} is primary, {pause} ms after clients were parked");
             Ok(Done { text, token: None })
         } else {
             warn!(wanted = switchover.name, primary = name, "the switchover ended elsewhere");

@@ -1,7 +1,7 @@
 //! The commands of a transcript.
 //!
 //! ```text
-//! nodes n1 n2:g2 n3:witness     nodes, with their groups (g); the first one founds the cluster
+//! nodes n1 n2:g2 n3:witness     nodes, with their groups (g); the first one bootstraps the cluster
 //! join n4 [GROUP]               another node, which nobody lists
 //! run 2s                        time passes; also 50ms
 //! kill n1 · start n1 · start-after-crashes n1 · cut n1 · mute n1 (nobody is told) · heal n1

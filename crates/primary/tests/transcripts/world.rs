@@ -285,7 +285,7 @@ pub struct World {
 }
 
 impl World {
-    /// A world with the nodes of these names and groups; the first one founds the cluster.
+    /// A world with the nodes of these names and groups; the first one bootstraps the cluster.
     pub fn new(nodes: &[(&str, &str, bool)]) -> World {
         DRAWN.set(0);
         let mut world = World { now: Duration::from_secs(1), ..World::default() };
@@ -307,7 +307,7 @@ impl World {
         group: &str,
         witness: bool,
         members: &[(&str, &str, bool)],
-        founds: bool,
+        bootstraps: bool,
     ) {
         let lines = members.iter().map(|(name, group, witness)| {
             let witness = if *witness { " witness" } else { "" };
@@ -344,7 +344,7 @@ impl World {
             shown,
             started,
         });
-        let first = if founds { First::Found } else { First::Join };
+        let first = if bootstraps { First::Bootstrap } else { First::Join };
         self.start(self.nodes.len() - 1, first);
     }
 

@@ -1,4 +1,4 @@
-//! A node that no checkpoint knows: it founds a cluster, or joins one.
+//! A node that no checkpoint knows: it bootstraps a cluster, or joins one.
 
 use std::collections::BTreeMap;
 
@@ -45,7 +45,7 @@ pub fn begin(
         points.insert(section.name.clone(), StoragePoint::of(mark, ceiling));
         storages.insert(section.name.clone(), storage);
     }
-    let found = beginning == Beginning::Found;
+    let found = beginning == Beginning::Bootstrap;
     let now = (platform.wall_clock)().as_secs();
     let mut recovered = recover(disk, &state.log())?;
     // A new cluster's log begins after an entry that never was, so that every other node gets
@@ -55,7 +55,7 @@ pub fn begin(
     let me = self_as_member(config, id);
     let checkpoint = Checkpoint {
         settings: match found {
-            true => Settings { founded: now, ..Settings::founded_in(&me.group) },
+            true => Settings { bootstrapped: now, ..Settings::bootstrapped_in(&me.group) },
             false => Settings::default(),
         },
         acknowledged: BTreeMap::new(),
@@ -68,7 +68,7 @@ pub fn begin(
     };
     state.set_checkpoint(&**disk, &checkpoint)?;
     if found {
-        info!(node = %id, cluster = %checkpoint.cluster_id, "founded a cluster");
+        info!(node = %id, cluster = %checkpoint.cluster_id, "bootstrapped a cluster");
     }
     let unconfirmed = unconfirmed && !found;
     let blobs = open_blobs(place, &recovered, checkpoint.index)?;

@@ -325,7 +325,7 @@ mod tests {
         }
 
         fn start(&self) -> Prepared {
-            prepare(&self.ground.place(), Beginning::Found).unwrap()
+            prepare(&self.ground.place(), Beginning::Bootstrap).unwrap()
         }
 
         fn start_without_order(&self) -> Prepared {
@@ -417,7 +417,7 @@ mod tests {
         );
         let memory = MemoryDisk::new();
         let ground = Ground::new(Arc::new(memory.clone()), &text);
-        let start = || prepare(&ground.place(), Beginning::Found).unwrap();
+        let start = || prepare(&ground.place(), Beginning::Bootstrap).unwrap();
         let mut prepared = start();
         // As if the log had brought it.
         add(prepared.storages.get_mut("1").unwrap(), 10, "data");

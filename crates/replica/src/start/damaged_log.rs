@@ -161,7 +161,7 @@ mod tests {
                  member n1 127.0.0.1:1 g\nstate-dir {path}/state\n</standby>\n"
             );
             let node = Node { dir, ground: Ground::new(Arc::new(OsDisk), &text) };
-            let mut prepared = node.prepare(Beginning::Found).unwrap();
+            let mut prepared = node.prepare(Beginning::Bootstrap).unwrap();
             let storage = prepared.storages.get_mut("1").unwrap();
             for tid in [10, 20] {
                 add(storage, tid);
@@ -199,7 +199,7 @@ mod tests {
 
         /// The node is a new one, with what its checkpoint vouches for.
         fn has_begun_anew(&self, former: &str) {
-            let prepared = self.prepare(Beginning::Found).unwrap();
+            let prepared = self.prepare(Beginning::Bootstrap).unwrap();
             assert_ne!(self.id(), former);
             assert_eq!(format!("{:016x}", prepared.id.0), self.id());
             assert_eq!(prepared.storages["1"].mark().tid, Tid(20));
@@ -270,7 +270,7 @@ mod tests {
         let node = Node::of(2);
         let former = node.id();
         node.damage_the_log();
-        let error = node.prepare(Beginning::Found).err().unwrap().to_string();
+        let error = node.prepare(Beginning::Bootstrap).err().unwrap().to_string();
         assert!(error.contains("is damaged") || error.contains("is not whole"), "{error}");
         assert!(error.contains("recover-quorum"), "{error}");
         assert_eq!(node.id(), former);

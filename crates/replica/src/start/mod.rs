@@ -9,12 +9,12 @@
 //!                                                    the checkpoint (`damaged_log.rs`)
 //!  has an order to   any                             keeps what only its own timeline has, then resumes
 //!  rejoin                                            with what the other one has too (`change_timeline.rs`)
-//!  new               none                            founds a cluster of one
-//!  new               the only member                 founds the cluster
+//!  new               none                            bootstraps a cluster of one
+//!  new               the only member                 bootstraps the cluster
 //!  new               otherwise                       joins: empty, or with a data file that must be
 //!                                                    the beginning of the cluster's history
-//!  `founds`          first member                    founds the cluster: a majority of the members has
-//!                                                    promised itself (`founding.rs`)
+//!  `founds`          first member                    bootstraps the cluster: a majority of the members has
+//!                                                    promised itself (`bootstrap.rs`)
 //!  `rolled-back`     a majority without it           as with a damaged log: what it had promised is lost
 //! ```
 
@@ -92,13 +92,13 @@ pub struct Place<'a> {
 /// Opens everything. `beginning` matters only for a new node.
 pub fn prepare(place: &Place<'_>, beginning: Beginning) -> anyhow::Result<Prepared> {
     let Place { disk, state, .. } = *place;
-    let founds = state.note(&**disk, Note::Founds)?.is_some();
+    let bootstraps = state.note(&**disk, Note::Bootstraps)?.is_some();
     match (state.identity(&**disk)?, state.checkpoint(&**disk)?) {
-        (Some(identity), Some(checkpoint)) if founds && checkpoint.is_blank() => {
-            begin(place, Some(identity), Beginning::Found)
+        (Some(identity), Some(checkpoint)) if bootstraps && checkpoint.is_blank() => {
+            begin(place, Some(identity), Beginning::Bootstrap)
         }
         (Some(mut identity), Some(mut checkpoint)) => {
-            state.end_note(&**disk, Note::Founds)?;
+            state.end_note(&**disk, Note::Bootstraps)?;
             if let Some(reason) = state.note(&**disk, Note::RolledBack)? {
                 // Without members it has begun anew already, and was interrupted.
                 if !checkpoint.membership.members.is_empty() {

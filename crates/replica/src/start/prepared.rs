@@ -11,8 +11,8 @@ use crate::state_dir::Checkpoint;
 /// What a new node does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Beginning {
-    /// Founds a cluster from its data files.
-    Found,
+    /// Bootstraps a cluster from its data files.
+    Bootstrap,
     /// Waits for a cluster to take it in.
     Join,
 }

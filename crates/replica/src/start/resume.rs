@@ -149,7 +149,7 @@ fn adopt(
          is, and Standby's log of the time before is kept"
     );
     disk.rename(&state.0, &kept)?;
-    begin(place, Some(identity.clone()), Beginning::Found)
+    begin(place, Some(identity.clone()), Beginning::Bootstrap)
 }
 
 /// The tids of a storage's transactions in the log after `applied`, in order. Of an entry that says

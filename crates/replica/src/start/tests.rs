@@ -27,7 +27,7 @@ fn row_28_a_new_node_mends_its_file_too() {
     });
     let mut ground = Ground::new(disk.clone(), text);
     ground.repairers.insert("1".to_owned(), repair);
-    let prepared = prepare(&ground.place(), Beginning::Found).unwrap();
+    let prepared = prepare(&ground.place(), Beginning::Bootstrap).unwrap();
     let mut storages = prepared.storages;
     let storage = storages.get_mut("1").unwrap();
     let meta = TransactionMeta::new(Tid(10));

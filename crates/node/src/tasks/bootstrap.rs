@@ -1,18 +1,18 @@
-//! How a cluster begins: the first member founds it, once a majority of the listed members has
+//! How a cluster begins: the first member bootstraps it, once a majority of the listed members has
 //! promised itself.
 //!
 //! ```text
 //!  first member, new                     other members
-//!    asks each (`Purpose::Found`)  ────▶  new, lists the same first member, has promised nothing to another
-//!                                  ◀────    founding: writes the promise, durably, and says yes
+//!    asks each (`Purpose::Bootstrap`)  ────▶  new, lists the same first member, has promised nothing to another
+//!                                  ◀────    bootstrap: writes the promise, durably, and says yes
 //!    has a majority, and nobody knows       member of a cluster: says so; that cluster takes the
 //!    a cluster: writes `founds`,            first member in, as it does any node without a state
-//!    begins anew, and founds
+//!    begins anew, and bootstraps
 //! ```
 //!
-//! A promise names the founder's identity. Two foundings would need two majorities, and a member
-//! promises itself to one only. What this cannot see is a founder that lost its disk while all who
-//! knew its cluster were away: two clusters are then told apart by the time of their founding, and
+//! A promise names the first member's identity. Two bootstraps would need two majorities, and a member
+//! promises itself to one only. What this cannot see is a first member that lost its disk while all who
+//! knew its cluster were away: two clusters are then told apart by the time of their bootstrap, and
 //! the younger one stops serving (`Engine::note_other_cluster`).
 
 use std::sync::Arc;
@@ -30,11 +30,11 @@ use crate::transport::handshake::{PeerInfo, Purpose, Welcome, connect};
 
 /// Time between two rounds.
 const PAUSE: Duration = Duration::from_millis(250);
-/// A founder whose clock is further off is refused: the time of a founding counts.
+/// A first member whose clock is further off is refused: the time of a bootstrap counts.
 const CLOCK_OFF: u64 = 3600;
 
 /// True if the first line of the configuration names this node, and others are listed.
-pub(crate) fn is_founder(shared: &Shared) -> bool {
+pub(crate) fn is_first_member(shared: &Shared) -> bool {
     let members = shared.config.standby.as_ref().map_or(&[][..], |standby| &standby.members);
     members.len() > 1 && members[0].name == shared.member.name
 }
@@ -64,21 +64,21 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             }
         }
         if promised.is_ok() && !exists && agreed * 2 > standby.members.len() {
-            info!(agreed, of = standby.members.len(), "the listed members agree to a founding");
-            shared.report(Input::Founds);
+            info!(agreed, of = standby.members.len(), "the listed members agree to a bootstrap");
+            shared.report(Input::Bootstraps);
         }
         let waits = waits.join("; ");
-        shared.set_founding(Some(match exists {
+        shared.set_bootstrap(Some(match exists {
             true => waits,
             false => format!(
-                "it founds the cluster when a majority of the {} listed members agrees; {agreed} \
+                "it bootstraps the cluster when a majority of the {} listed members agrees; {agreed} \
                 do. {waits}",
                 standby.members.len(),
             ),
         }));
         tokio::time::sleep(PAUSE).await;
     }
-    shared.set_founding(None);
+    shared.set_bootstrap(None);
 }
 
 /// Of each other member: it agrees, its name if it belongs to a cluster, or why it does not agree.
@@ -88,7 +88,7 @@ async fn ask_all(shared: &Shared, others: &[MemberLine]) -> Vec<Result<Option<St
         let (me, name, address) =
             (introduction.clone(), member.name.clone(), member.address.to_string());
         tokio::spawn(async move {
-            let asked = connect(&me, &address, Purpose::Found).await;
+            let asked = connect(&me, &address, Purpose::Bootstrap).await;
             let known = |info: PeerInfo| (!info.cluster_id.is_empty()).then_some(info.node);
             let answer = asked.map(|(_, info)| known(info));
             answer.map_err(|error| format!("{name} ({address}): {error}"))
@@ -102,33 +102,33 @@ async fn ask_all(shared: &Shared, others: &[MemberLine]) -> Vec<Result<Option<St
     answers
 }
 
-/// Promises this node to a founder that asks for it, durably, or says why not.
-pub(crate) async fn promise(shared: &Arc<Shared>, founder: &PeerInfo) -> Result<Welcome, String> {
+/// Promises this node to a first member that asks for it, durably, or says why not.
+pub(crate) async fn promise(shared: &Arc<Shared>, other: &PeerInfo) -> Result<Welcome, String> {
     let name = &shared.member.name;
     let members = shared.config.standby.as_ref().map_or(&[][..], |standby| &standby.members);
     match members.first() {
-        Some(first) if first.name == founder.node => {}
+        Some(first) if first.name == other.node => {}
         Some(first) => {
             return Err(format!(
                 "the file of {name} names {} as the first member, that of {} itself: the member \
                  lines must be the same, in the same order, on each node",
-                first.name, founder.node
+                first.name, other.node
             ));
         }
-        None => return Err(format!("{name} joins a cluster that is there: it founds none")),
+        None => return Err(format!("{name} joins a cluster that is there: it bootstraps none")),
     }
     if shared.belongs() {
         // Its hello has said so.
         return Ok(Welcome::default());
     }
     let here = platform::wall_clock().as_secs();
-    if here.abs_diff(founder.clock) > CLOCK_OFF {
+    if here.abs_diff(other.clock) > CLOCK_OFF {
         return Err(format!(
             "the clocks of {} and {name} are more than an hour apart: set them right",
-            founder.node
+            other.node
         ));
     }
-    let promise = Promise { node: founder.node.clone(), id: founder.id().to_string() };
+    let promise = Promise { node: other.node.clone(), id: other.id().to_string() };
     promise_to(shared, promise).await.map(|()| Welcome::default())
 }
 
@@ -137,18 +137,18 @@ async fn promise_to(shared: &Arc<Shared>, promise: Promise) -> Result<(), String
     let _turn = shared.promising.lock().await;
     let (state, disk, name) =
         (shared.state.clone(), shared.disk.clone(), shared.member.name.clone());
-    let founds = is_founder(shared);
+    let bootstraps = is_first_member(shared);
     let decide = move || -> anyhow::Result<Result<(), String>> {
         Ok(match state.promise(&*disk)? {
             Some(former) if former == promise => Ok(()),
             // Its file named it first then, and does not any more: it will not found anything.
-            Some(former) if former.node == name && !founds => {
+            Some(former) if former.node == name && !bootstraps => {
                 state.set_promise(&*disk, &promise)?;
                 Ok(())
             }
             Some(former) => Err(format!(
-                "{name} has promised itself to a founding by {} with the identity {}, and {} has \
-                 {}. If that founding never came about: stop {name}, remove {}, in which nothing \
+                "{name} has promised itself to a bootstrap by {} with the identity {}, and {} has \
+                 {}. If that bootstrap never came about: stop {name}, remove {}, in which nothing \
                  else is yet, and start it again",
                 former.node,
                 former.id,
@@ -158,7 +158,7 @@ async fn promise_to(shared: &Arc<Shared>, promise: Promise) -> Result<(), String
             )),
             None => {
                 state.set_promise(&*disk, &promise)?;
-                info!(founder = promise.node, id = promise.id, "promised to a founding");
+                info!(first_member = promise.node, id = promise.id, "promised to a bootstrap");
                 Ok(())
             }
         })
