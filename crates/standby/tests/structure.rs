@@ -134,7 +134,7 @@ fn pure_sources_name_no_clock_no_socket_no_randomness_no_file_system() {
         assert!(!files.is_empty());
         for file in files {
             let text = fs::read_to_string(&file).unwrap();
-            let code = text.split("#[cfg(test)]").next().unwrap();
+            let code = text.split("\nmod tests {").next().unwrap();
             for word in banned {
                 assert!(!code.contains(word), "{}: {word}", file.display());
             }
@@ -152,4 +152,29 @@ fn files_can_be_read_in_one_sitting() {
         let lines = fs::read_to_string(&file).unwrap().lines().count();
         assert!(lines <= 1000, "{} has {lines} lines", file.display());
     }
+}
+
+/// A queue without a bound, and a task that nobody joins in the same line, say beside them what
+/// bounds and ends them.
+#[test]
+fn queues_without_a_bound_and_tasks_say_why() {
+    let (mut files, mut silent) = (Vec::new(), Vec::new());
+    collect(&root().join("crates/node/src"), &mut files);
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        let path = file.display().to_string();
+        if path.contains("simulated") {
+            continue;
+        }
+        let code = text.split("\nmod tests {").next().unwrap_or_default();
+        let lines: Vec<&str> = code.lines().collect();
+        for (nth, line) in lines.iter().enumerate() {
+            let wants = line.contains("unbounded_channel(") || line.contains("tokio::spawn(");
+            let says = |line: &&str| line.trim_start().starts_with("//");
+            if wants && !lines[nth.saturating_sub(1)..nth].iter().any(says) {
+                silent.push(format!("{path}:{}", nth + 1));
+            }
+        }
+    }
+    assert!(silent.is_empty(), "no comment says what ends or bounds it: {silent:#?}");
 }

@@ -79,6 +79,7 @@ pub(crate) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
         let Some(pass) = gate.enter(&from.to_string()) else { continue };
         let service = TowerToHyperService::new(app.clone());
         let served = http.serve_connection(TokioIo::new(stream), service);
+        // It ends after `CONNECTION`.
         tokio::spawn(async move {
             // How it ends is the other side's business.
             let _ = tokio::time::timeout(CONNECTION, served).await;
@@ -140,6 +141,7 @@ async fn call(
         let stream = TcpStream::connect(address).await?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        // It ends with `sender`.
         tokio::spawn(connection);
         let request = request.header("host", address).body(Full::new(body))?;
         let response = sender.send_request(request).await?;

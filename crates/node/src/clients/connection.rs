@@ -103,6 +103,7 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Send + Unpin + 'static,
 {
+    // One letter for each answer that the session waits for, and a few that end it.
     let (mailbox, mail) = mpsc::unbounded_channel();
     let id = shared.sessions.next_id();
     let handle = SessionHandle::new(id, peer, mailbox, cutter, &shared.memory, !read_only);
@@ -132,6 +133,7 @@ where
         said: Some(said),
         waits_on: false,
     };
+    // It is joined when the connection ends.
     let sending = tokio::spawn(send(handle.clone(), write));
     let ended = {
         let mut running = pin!(connection.run(&mut read, mail));

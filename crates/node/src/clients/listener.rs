@@ -45,6 +45,7 @@ const LOST_PRIMARY: Duration = Duration::from_secs(2);
 pub(crate) async fn read_write(shared: Arc<Shared>, listener: Listener) {
     loop {
         let (stream, pass) = accept(&shared.clients, &listener).await;
+        // It ends with the connection.
         tokio::spawn(park(shared.clone(), stream, pass));
     }
 }
@@ -53,12 +54,13 @@ pub(crate) async fn read_write(shared: Arc<Shared>, listener: Listener) {
 pub(crate) async fn read_only(shared: Arc<Shared>, listener: Listener) {
     loop {
         let (stream, pass) = accept(&shared.clients, &listener).await;
-        tokio::spawn(hold_reader(shared.clone(), stream, pass));
+        // It ends with the connection.
+        tokio::spawn(park_reader(shared.clone(), stream, pass));
     }
 }
 
 /// A node that has nothing yet, or is far behind, parks its readers too.
-async fn hold_reader(shared: Arc<Shared>, stream: Stream, pass: Pass) {
+async fn park_reader(shared: Arc<Shared>, stream: Stream, pass: Pass) {
     let mut client = Newcomer::new(stream);
     let mut standing = shared.standing.subscribe();
     loop {

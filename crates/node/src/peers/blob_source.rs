@@ -51,6 +51,7 @@ pub(crate) async fn serve(shared: &Arc<Shared>, mut stream: Stream) -> Result<()
                 match sent {
                     Err(PeerError::Damaged) if let Some(revision) = revision => {
                         let shared = shared.clone();
+                        // The attempts to fetch a right copy have deadlines.
                         tokio::spawn(async move {
                             repair_for_another(&shared, &storage, revision).await;
                         });

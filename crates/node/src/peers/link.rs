@@ -66,6 +66,7 @@ fn is_wanted(shared: &Shared, address: &str) -> bool {
 /// Keeps a link to the node at this address from now on.
 pub(crate) fn dial(shared: &Arc<Shared>, address: &str) {
     if address != shared.member.peer_address && shared.peers.begin_dialling(address) {
+        // It ends with the process, or when the node there is none of the cluster any more.
         tokio::spawn(keep_dialling(shared.clone(), address.to_owned()));
     }
 }

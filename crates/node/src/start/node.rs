@@ -102,9 +102,14 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         platform::spawn_blocking(move || lost_transactions::lost_tails(&config, &disk)).await??
     };
 
+    // A report for each piece of work that the machine has asked for.
     let (internal, internal_receiver) = mpsc::unbounded_channel();
     let (events, events_receiver) = mpsc::channel(EVENTS);
+    // The machine bounds what is committed and not applied, in bytes: on the primary by `Commits`,
+    // on a follower by the backlog of consensus.
     let (work, work_receiver) = mpsc::unbounded_channel();
+    // The leader's window bounds it: more entries come when those before are acknowledged, for which
+    // they must be durable.
     let (log, log_receiver) = mpsc::unbounded_channel();
     let opened = Opened { tls, wire, helpers, lost };
     let queues = Queues { internal, events, work };
@@ -122,6 +127,7 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         .skipping(state.skipped(&*disk)?);
     let primary = Primary::new(shared.clone(), consensus, log, &replica);
     start_threads(&shared, &disk, replica, writer, work_receiver, log_receiver)?;
+    // `Running` joins it.
     let primary = tokio::spawn(primary.run(internal_receiver, events_receiver));
     start_tasks(&shared, listeners, &checkpoint);
     if let Some(path) = &shared.config.zeo.pid_file {
@@ -153,11 +159,10 @@ async fn prepare_files(
     opening.await?
 }
 
-/// Starts the tasks that live as long as the node: they end with the process, which runs a node
-/// once.
+/// Starts the tasks that live as long as the node.
 fn start_tasks(shared: &Arc<Shared>, listeners: Listeners, checkpoint: &Checkpoint) {
     if let Some(peer) = listeners.peer {
-        tokio::spawn(accept_peers::listen(shared.clone(), peer));
+        run(accept_peers::listen(shared.clone(), peer));
     }
     let members = checkpoint.membership.members.values();
     let members = members.map(|member| member.peer_address.clone());
@@ -168,21 +173,27 @@ fn start_tasks(shared: &Arc<Shared>, listeners: Listeners, checkpoint: &Checkpoi
         }
     }
     if bootstrap::is_first_member(shared) && checkpoint.cluster_id.is_empty() {
-        tokio::spawn(bootstrap::run(shared.clone()));
+        run(bootstrap::run(shared.clone()));
     }
     if let Some(read_only) = listeners.read_only {
-        tokio::spawn(listener::read_only(shared.clone(), read_only));
+        run(listener::read_only(shared.clone(), read_only));
     }
     #[cfg(not(feature = "simulated"))]
     if let Some(admin) = listeners.admin {
-        tokio::spawn(crate::admin::http::listen(shared.clone(), admin));
+        run(crate::admin::http::listen(shared.clone(), admin));
     }
     if let Some(zeo) = listeners.zeo {
-        tokio::spawn(listener::read_write(shared.clone(), zeo));
-        tokio::spawn(listener::end_silent(shared.clone()));
+        run(listener::read_write(shared.clone(), zeo));
+        run(listener::end_silent(shared.clone()));
     }
-    tokio::spawn(client_memory::guard(shared.clone()));
-    tokio::spawn(certificates::watch(shared.clone()));
+    run(client_memory::guard(shared.clone()));
+    run(certificates::watch(shared.clone()));
+}
+
+/// Runs a task that ends with the process, which runs a node once.
+fn run(task: impl Future<Output = ()> + Send + 'static) {
+    // Nobody joins it.
+    tokio::spawn(task);
 }
 
 /// What a new node does: among several listed members, even the first one waits for the others.

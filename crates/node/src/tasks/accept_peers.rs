@@ -29,6 +29,7 @@ pub(crate) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
             Ok((stream, from)) => {
                 // Until the handshake is over, anybody may be there.
                 if let Some(pass) = shared.strangers.enter(&from.to_string()) {
+                    // It ends with the connection.
                     tokio::spawn(accept(shared.clone(), stream, pass));
                 }
             }

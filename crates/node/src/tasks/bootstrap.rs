@@ -87,6 +87,7 @@ async fn ask_all(shared: &Shared, others: &[MemberLine]) -> Vec<Result<Option<St
     let asking = others.iter().map(|member| {
         let (me, name, address) =
             (introduction.clone(), member.name.clone(), member.address.to_string());
+        // It is joined below; a connection attempt has a deadline.
         tokio::spawn(async move {
             let asked = connect(&me, &address, Purpose::Bootstrap).await;
             let known = |info: PeerInfo| (!info.cluster_id.is_empty()).then_some(info.node);

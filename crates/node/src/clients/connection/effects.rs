@@ -43,6 +43,7 @@ impl Connection {
             let (handle, turn) = (self.handle.clone(), self.undo_log.clone());
             let memory = self.shared.memory.clone();
             handle.unanswered.fetch_add(1, Ordering::AcqRel);
+            // It ends when the client has, at the latest.
             tokio::spawn(async move {
                 let _turn = turn.lock().await;
                 handle.outbox.room().await;
@@ -263,6 +264,7 @@ impl Connection {
         };
         let (shared, blobs) = (self.shared.clone(), blobs.clone());
         let storage = self.storage.clone().unwrap_or_default();
+        // It ends when the outbox is closed, at the latest.
         tokio::spawn(async move {
             let encoding = handle.encoding();
             let opened = open_right(&shared, &storage, &blobs, (oid, serial)).await;

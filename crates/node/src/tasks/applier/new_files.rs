@@ -23,6 +23,7 @@ impl Applier {
             self.packs.start(&self.shared, storage, stored.reader(), job);
         } else if self.replica.wants_backfill(storage) && self.packs.claim(storage) {
             let (shared, storage) = (self.shared.clone(), storage.to_owned());
+            // It reports how it ended; `claim` lets one at a time begin.
             tokio::spawn(async move {
                 let filled = backfill::run(&shared, &storage).await;
                 let through = filled.as_ref().map_or(Tid::NONE, |(_, through)| *through);

@@ -159,6 +159,7 @@ impl Applier {
             session.answered();
         };
         let memory = self.shared.memory.clone();
+        // It ends when the answer is made; its turn bounds how many are.
         tokio::spawn(async move {
             let _turn = memory.invalidations_turn().await;
             // If it fails, its place ends the connection.

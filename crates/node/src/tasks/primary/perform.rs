@@ -107,6 +107,7 @@ impl Primary {
             }
             Action::Arrived(to, transfer) => shared.peers.arrived(to, transfer),
             Action::Obtain { from, address, wanted } => {
+                // Each of its steps has a deadline, and it reports how it ended.
                 tokio::spawn(obtain_blob(shared.clone(), from, address, wanted));
             }
             Action::Discard { storage, transfer } => discard(shared, &storage, transfer),
@@ -172,6 +173,7 @@ impl Primary {
             running.abort();
         }
         let task = fetch(self.shared.clone(), from, address, target);
+        // The next catch-up ends it.
         self.catch_up = Some(tokio::spawn(task));
     }
 
@@ -219,6 +221,7 @@ fn examine(shared: &Arc<Shared>, storage: String, vote: Examination) {
         return;
     };
     let shared = shared.clone();
+    // It ends when it has compared; the machine has one for each vote that waits.
     tokio::spawn(async move {
         let comparing = platform::spawn_blocking(move || {
             let compared = vote.compare(|oid| reader.committed_serial(oid, Access::Blocking));
