@@ -64,7 +64,7 @@ pub fn begin_anew(
     checkpoint: Checkpoint,
     lost: &LostLog,
 ) -> anyhow::Result<(Identity, Checkpoint)> {
-    let Place { config, disk, state, platform, .. } = *place;
+    let Place { config, state, .. } = *place;
     if config.standby.is_none() {
         bail!("{lost}. {}", advice_to_one_alone(state));
     }
@@ -74,6 +74,17 @@ pub fn begin_anew(
             advice(state)
         );
     }
+    leave_log(place, former, checkpoint, lost)
+}
+
+/// The same for a node that knows that the others do without it.
+pub fn leave_log(
+    place: &Place<'_>,
+    former: &Identity,
+    checkpoint: Checkpoint,
+    lost: &LostLog,
+) -> anyhow::Result<(Identity, Checkpoint)> {
+    let Place { disk, state, platform, .. } = *place;
     if state.interrupted_catch_up(&**disk)?.is_none() {
         // What the data files hold beyond the checkpoint cannot be compared with the log: it is cut
         // off.
@@ -142,6 +153,7 @@ mod tests {
     use crate::start::prepare;
     use crate::start::prepared::Beginning;
     use crate::start::prepared::Prepared;
+    use crate::state_dir::Note;
 
     struct Node {
         dir: tempfile::TempDir,
@@ -263,6 +275,22 @@ mod tests {
             }
             node.has_begun_anew(&former);
         }
+    }
+
+    /// Its disk was put back to a moment before it was a member: the others know what it had
+    /// acknowledged under its identity, and would tell it again and again.
+    #[test]
+    fn a_node_without_members_that_was_rolled_back_gets_another_identity() {
+        let node = Node::of(3);
+        let former = node.id();
+        let disk = &*node.ground.disk;
+        let checkpoint = node.ground.state.checkpoint(disk).unwrap().unwrap();
+        node.ground.state.set_checkpoint(disk, &checkpoint.without_log()).unwrap();
+        node.ground.state.set_note(disk, Note::RolledBack, "it was put back").unwrap();
+        node.has_begun_anew(&former);
+        let id = node.id();
+        node.has_begun_anew(&former);
+        assert_eq!(node.id(), id);
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl Ground {
             wall_clock: || Duration::from_secs(1_000_000_000),
             // Another name each time is all that is needed.
             fill_random: |bytes| {
-                bytes.fill(DRAWN.fetch_add(1, Ordering::Relaxed) | 1);
+                bytes.fill(DRAWN.fetch_add(2, Ordering::Relaxed) | 1);
                 Ok(())
             },
             temporary_file,

@@ -100,12 +100,14 @@ pub fn prepare(place: &Place<'_>, beginning: Beginning) -> anyhow::Result<Prepar
         (Some(mut identity), Some(mut checkpoint)) => {
             state.end_note(&**disk, Note::Bootstraps)?;
             if let Some(reason) = state.note(&**disk, Note::RolledBack)? {
-                // Without members it has begun anew already, and was interrupted.
-                if !checkpoint.membership.members.is_empty() {
-                    let lost = LostLog::because(reason);
-                    (identity, checkpoint) =
-                        damaged_log::begin_anew(place, &identity, checkpoint, &lost)?;
-                }
+                let lost = LostLog::because(reason);
+                // A node that knows no members is none of them. Perhaps it has begun anew, and was
+                // interrupted: one more identity does no harm.
+                let begin_anew = match checkpoint.membership.members.is_empty() {
+                    true => damaged_log::leave_log,
+                    false => damaged_log::begin_anew,
+                };
+                (identity, checkpoint) = begin_anew(place, &identity, checkpoint, &lost)?;
                 state.end_note(&**disk, Note::RolledBack)?;
             }
             let Some(lineage) = state.rejoining(&**disk)? else {
