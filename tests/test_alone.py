@@ -268,8 +268,12 @@ def call(number, method, *arguments):
 
 
 def receive(sock):
-    header = exactly(sock, 4)
-    return header and exactly(sock, struct.unpack(">I", header)[0])
+    """The next frame, but for `info`, which a server may send at any time; None at the end."""
+    while True:
+        header = exactly(sock, 4)
+        content = header and exactly(sock, struct.unpack(">I", header)[0])
+        if content is None or b"info" not in content[:24]:
+            return content
 
 
 def exactly(sock, length):

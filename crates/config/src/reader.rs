@@ -57,6 +57,19 @@ impl<'a> SectionReader<'a> {
             .transpose()
     }
 
+    /// The values of a key that may stand several times.
+    pub(super) fn all<T>(
+        &self,
+        key: &str,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<Vec<T>, ConfigError> {
+        let lines = self.section.keys.iter().filter(|(k, _, _)| k == key);
+        let read = |(_, text, line): &(String, String, usize)| {
+            read(text).map_err(|m| self.error(*line, format!("{key}: {m}")))
+        };
+        lines.map(read).collect()
+    }
+
     pub(super) fn required<T>(
         &self,
         key: &str,
@@ -149,7 +162,8 @@ impl Checker {
                 return Err(self.error(*line, format!("unknown key {key:?} in {kind}; {hint}")));
             }
             let repeated = section.keys[..nth].iter().any(|(other, _, _)| other == key);
-            if repeated && key != "member" {
+            let several = [("standby", "member"), ("zeo", "address")];
+            if repeated && !several.contains(&(section.kind.as_str(), key.as_str())) {
                 return Err(self.error(*line, format!("{key:?} stands twice in {kind}")));
             }
         }

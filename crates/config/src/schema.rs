@@ -23,8 +23,8 @@ use crate::zconfig::{ConfigError, Section, parse};
 /// `<zeo>`
 #[derive(Debug, Clone, Default)]
 pub struct ZeoSection {
-    /// Where read-write clients connect; `None` on a witness.
-    pub address: Option<ZeoAddress>,
+    /// Where read-write clients connect; none on a witness.
+    pub addresses: Vec<ZeoAddress>,
     /// TLS for clients.
     pub ssl: Option<SslSection>,
     /// No client may write.
@@ -253,6 +253,13 @@ impl Checker {
             }
             Address::parse(text).map(ZeoAddress::Tcp)
         };
+        reader.required("address", address)?;
+        let addresses = reader.all("address", address)?;
+        let twice = |nth: usize| addresses[..nth].contains(&addresses[nth]);
+        if let Some(nth) = (0..addresses.len()).find(|nth| twice(*nth)) {
+            let message = format!("address: {} stands there twice", addresses[nth]);
+            return Err(reader.error(section.line, message));
+        }
         let queue = reader.get("invalidation-queue-size", number)?.map(|n| n as usize);
         let age = reader.get("invalidation-age", number)?.unwrap_or(0.0);
         let age = Duration::try_from_secs_f64(age).unwrap_or(Duration::MAX);
@@ -264,7 +271,7 @@ impl Checker {
         let timeout = Some(timeout).filter(|seconds| *seconds > 0.0);
         let ssl = section.sections.first().map(|inner| self.ssl(inner)).transpose()?;
         let zeo = ZeoSection {
-            address: Some(reader.required("address", address)?),
+            addresses,
             ssl,
             read_only: reader.boolean("read-only", false)?,
             transaction_timeout: timeout.map(Duration::from_secs_f64),
@@ -443,7 +450,14 @@ mod tests {
         assert!(config.standby.is_none());
         assert_eq!(config.storages[0].name, "1");
         assert_eq!(config.state_dir(), Path::new("/srv/Data.fs.standby"));
-        assert_eq!(config.zeo.address.unwrap().to_string(), "localhost:8100");
+        assert_eq!(config.zeo.addresses[0].to_string(), "localhost:8100");
+    }
+
+    #[test]
+    fn a_node_listens_at_several_addresses() {
+        let config = read(&ALONE.replace("<zeo>", "<zeo>\naddress /run/zeo.sock")).unwrap();
+        let addresses: Vec<String> = config.zeo.addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(addresses, ["/run/zeo.sock", "localhost:8100"]);
     }
 
     #[test]
@@ -468,6 +482,10 @@ mod tests {
             (
                 ALONE.replace("8100", "http"),
                 "zeo.conf:2: address: \"localhost:http\" is not an address",
+            ),
+            (
+                ALONE.replace("<zeo>", "<zeo>\naddress localhost:8100"),
+                "zeo.conf:1: address: localhost:8100 stands there twice",
             ),
             (
                 ALONE.replace("filestorage", "mappingstorage"),

@@ -136,6 +136,10 @@ pub struct Standby {
     pub scrub_rate: Option<u64>,
     /// What a node that was away for long gets.
     pub recovery: Recovery,
+    /// What a shell runs when this node becomes primary.
+    pub on_primary: Option<String>,
+    /// What a shell runs when this node is not primary: at its start, and when it stops serving.
+    pub on_replica: Option<String>,
     /// How old a replica's data may be for its readers; `None` if that does not matter.
     pub max_staleness: Option<Duration>,
     /// How far a tid that a client brings may be ahead of the primary's clock.
@@ -163,6 +167,23 @@ impl Standby {
     pub fn named_addresses(&self) -> impl Iterator<Item = &Address> {
         self.members.iter().map(|member| &member.address).chain(&self.join)
     }
+}
+
+/// A node that joins needs no more than an invitation.
+fn check_join(
+    reader: &SectionReader,
+    members: &[MemberLine],
+    join_token: Option<&str>,
+) -> Result<(), ConfigError> {
+    let message = if !members.is_empty() {
+        "\"member\" lines bootstrap a cluster, \"join\" names a member of one that is there: one of \
+         the two"
+    } else if join_token.is_none() {
+        "\"join\" needs a \"join-token\": standby node add NAME on a member prints it"
+    } else {
+        return Ok(());
+    };
+    Err(reader.error(reader.section.line, message))
 }
 
 /// The node's own line must say what the rest of its file says.
@@ -224,6 +245,10 @@ fn recovery(text: &str) -> Result<Recovery, String> {
         "auto" => Ok(Recovery::Auto),
         _ => Err(format!("{text:?} is no way of recovery: normal, fast, auto")),
     }
+}
+
+fn command(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("no command is given".into()) } else { Ok(text.into()) }
 }
 
 fn count(text: &str) -> Result<usize, String> {
@@ -291,6 +316,8 @@ const KEYS: &[&str] = &[
     "join",
     "join-token",
     "witness",
+    "on-primary",
+    "on-replica",
     "max-staleness",
     "future-tids",
     "client-memory",
@@ -316,16 +343,9 @@ impl Checker {
         let join_token = reader.get("join-token", word)?;
         let witness = reader.boolean("witness", false)?;
         let me = MemberLine { name: node, address: peer_address, group, witness };
-        if join.is_empty() {
-            check_members(&reader, &members, &me)?;
-        } else if !members.is_empty() {
-            let message = "\"member\" lines bootstrap a cluster, \"join\" names a member of one that \
-                           is there: one of the two";
-            return Err(reader.error(section.line, message));
-        } else if join_token.is_none() {
-            let message =
-                "\"join\" needs a \"join-token\": standby node add NAME on a member prints it";
-            return Err(reader.error(section.line, message));
+        match join.is_empty() {
+            true => check_members(&reader, &members, &me)?,
+            false => check_join(&reader, &members, join_token.as_deref())?,
         }
         let secret = |file: &str| Ok((Secrets::read(Path::new(file))?, PathBuf::from(file)));
         let secret = reader.get("secret-file", secret)?;
@@ -355,6 +375,8 @@ impl Checker {
             scrub_rate: (reader.get("scrub-rate", byte_size)?)
                 .map_or(Some(DEFAULT_SCRUB_RATE), |rate| Some(rate).filter(|rate| *rate > 0)),
             recovery: reader.get("recovery", recovery)?.unwrap_or_default(),
+            on_primary: reader.get("on-primary", command)?,
+            on_replica: reader.get("on-replica", command)?,
             max_staleness: reader.get("max-staleness", seconds)?,
             future_tids: reader
                 .get("future-tids", seconds)?
@@ -434,7 +456,7 @@ mod tests {
         let witness =
             standby("witness on\nmember n1 127.0.0.1:1 g\nmember n2 127.0.0.1:2 g witness");
         let config = read(&witness).unwrap();
-        assert!(config.storages.is_empty() && config.zeo.address.is_none());
+        assert!(config.storages.is_empty() && config.zeo.addresses.is_empty());
         assert!(config.standby.unwrap().witness);
         let error = read(&format!("{DATA}{witness}")).unwrap_err();
         assert!(error.contains("a witness holds no data"), "{error}");

@@ -19,4 +19,5 @@ pub(crate) mod sessions;
 pub(crate) mod shared;
 pub(crate) mod status;
 pub(crate) mod storage;
+pub(crate) mod topology;
 pub(crate) mod wire;

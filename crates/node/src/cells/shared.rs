@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use standby_config::{Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Secrets};
+use standby_config::{Config, DEFAULT_RESERVE, DEFAULT_SCRUB_RATE, Profile, Secrets, ZeoAddress};
 use standby_consensus::Member;
 use standby_filestorage::BlobDir;
 use standby_primary::{OwnState, ServingState};
@@ -439,8 +439,11 @@ impl Shared {
         let standby = self.config.standby.as_ref();
         let last_tids =
             |(name, s): (&String, &StorageShared)| (name.clone(), s.reader().last_tid());
+        // The one that others can use, if there are several.
+        let mut zeo = self.config.zeo.addresses.iter();
+        let tcp = zeo.find(|address| matches!(address, ZeoAddress::Tcp(_)));
         let addresses = [
-            text(self.config.zeo.address.as_ref()),
+            text(tcp.or(self.config.zeo.addresses.first())),
             text(standby.and_then(|s| s.read_only_address.as_ref())),
             self.member.peer_address.clone(),
             text(standby.map(|s| &s.admin_address)),

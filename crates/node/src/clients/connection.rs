@@ -29,7 +29,6 @@ use crate::cells::shared::Shared;
 use crate::cells::storage::StorageShared;
 use crate::clients::history_calls::{self, Iterators};
 use crate::clients::newcomer::{MOST_SAID, Newcomer};
-use crate::clients::status_calls::info as storage_info;
 use crate::platform::{self, Instant, drain};
 use crate::transport::blob_files::BlobWriter;
 use crate::transport::socket::Cutter;
@@ -514,7 +513,7 @@ impl Connection {
                 reader.serial(oid, access).map(|serial| answer(serial.to_bytes().into()))
             }
             Read::LastTransaction => Ok(answer(last_tid.to_bytes().into())),
-            Read::Info => Ok(answer(storage_info(storage))),
+            Read::Info => Ok(answer(self.shared.info(storage))),
             Read::Status => Ok(answer(self.shared.server_status(storage, self.storage.as_deref()))),
         };
         match found {

@@ -2,7 +2,7 @@
 //!
 //! On the read-write address a client that comes to a node which is not primary is *parked*: it is
 //! accepted and hears nothing. In ZEO the server speaks first, so it waits. When the node becomes
-//! primary, the session begins at once. If another node has been primary for a second and the
+//! primary, the session begins at once. If another node has been primary for a moment and the
 //! client is still here, its bytes are forwarded to that node: clients do not try a node again
 //! that has disappointed them.
 
@@ -27,7 +27,7 @@ use crate::transport::stream::{Listener, Stream};
 
 /// How long a client is parked although another node is primary: most clients try all nodes at the
 /// same time and find that one by themselves.
-const PARK: Duration = Duration::from_secs(1);
+const PARK: Duration = Duration::from_millis(200);
 /// A client whose machine has acknowledged nothing for so long is gone, and its locks with it. A
 /// client that takes nothing for so long, while something is to be sent to it, counts as gone too.
 /// One that is parked has nothing that others could miss, and is not watched.

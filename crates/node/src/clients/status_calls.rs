@@ -10,12 +10,13 @@ use crate::cells::events::Event;
 use crate::cells::shared::Shared;
 use crate::cells::status::ctime;
 use crate::cells::storage::StorageShared;
+use crate::cells::topology;
 
 /// How long the counters of a status may wait for the primary's machine.
 const SETTLING: Duration = Duration::from_secs(1);
 
-/// `get_info`: what the storage can do.
-pub(crate) fn info(storage: &StorageShared) -> Value {
+/// What `get_info` says of a storage: what it can do.
+fn info(storage: &StorageShared) -> Vec<(Value, Value)> {
     let pair = |module: &str, name: &str| Value::Tuple(vec![Value::str(module), Value::str(name)]);
     // In the order in which Python's server gives them.
     let with_blobs: &[&str] = match storage.blobs {
@@ -33,17 +34,24 @@ pub(crate) fn info(storage: &StorageShared) -> Value {
     let names = with_blobs.iter().chain(&without);
     let mut interfaces: Vec<Value> = names.map(|name| pair("ZODB.interfaces", name)).collect();
     interfaces.push(pair("zope.interface", "Interface"));
-    Value::Dict(vec![
+    vec![
         (Value::str("length"), Value::Int(storage.reader().len() as i64)),
         (Value::str("size"), Value::Int(storage.reader().size() as i64)),
         (Value::str("name"), Value::Str(storage.path.display().to_string())),
         (Value::str("supportsUndo"), Value::Bool(true)),
         (Value::str("supports_record_iternext"), Value::Bool(true)),
         (Value::str("interfaces"), Value::Tuple(interfaces)),
-    ])
+    ]
 }
 
 impl Shared {
+    /// The answer to `get_info`.
+    pub(crate) fn info(&self, storage: &StorageShared) -> Value {
+        let mut items = info(storage);
+        items.extend(self.topology().map(|topology| (Value::str(topology::KEY), topology)));
+        Value::Dict(items)
+    }
+
     fn status_items(&self, storage: &StorageShared, name: &str) -> Vec<(&'static str, i64)> {
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed) as i64;
         let stats = &storage.stats;

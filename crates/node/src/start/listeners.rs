@@ -6,11 +6,11 @@ use standby_config::{Address, Config};
 use crate::platform::TcpListener;
 use crate::transport::stream::{Listener, listen};
 
-/// The sockets at which a node listens, each if it is configured. They are bound before any file is
+/// The sockets at which a node listens, as far as they are configured. They are bound before any file is
 /// touched: a second start of the same node fails there.
 pub(crate) struct Listeners {
     /// For clients that read and write.
-    pub zeo: Option<Listener>,
+    pub zeo: Vec<Listener>,
     /// For clients that only read.
     pub read_only: Option<Listener>,
     /// For other nodes.
@@ -22,10 +22,10 @@ pub(crate) struct Listeners {
 impl Listeners {
     /// Binds all of them, or says which address is taken.
     pub(crate) async fn bind(config: &Config) -> anyhow::Result<Listeners> {
-        let zeo = match &config.zeo.address {
-            Some(address) => Some(Listener::bind(address).await?),
-            None => None,
-        };
+        let mut zeo = Vec::new();
+        for address in &config.zeo.addresses {
+            zeo.push(Listener::bind(address).await?);
+        }
         let standby = config.standby.as_ref();
         let read_only = standby.and_then(|standby| standby.read_only_address.as_ref());
         Ok(Listeners {

@@ -39,7 +39,7 @@ use crate::start::{other_nodes, read_only};
 use crate::tasks::applier::Applier;
 use crate::tasks::primary::Primary;
 use crate::tasks::{
-    accept_peers, bootstrap, certificates, client_memory, disk_space, log_writer, scrub,
+    accept_peers, bootstrap, certificates, client_memory, disk_space, log_writer, scrub, topology,
 };
 use crate::transport::handshake::Wire;
 use crate::transport::tls::Tls;
@@ -134,9 +134,11 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         std::fs::write(path, format!("{}\n", std::process::id()))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    match &shared.config.zeo.address {
-        Some(address) => info!(node = shared.member.name, %address, "listening"),
-        None => info!(node = shared.member.name, "a witness: it votes, and holds no data"),
+    if shared.config.zeo.addresses.is_empty() {
+        info!(node = shared.member.name, "a witness: it votes, and holds no data");
+    }
+    for address in &shared.config.zeo.addresses {
+        info!(node = shared.member.name, %address, "listening");
     }
     Ok(Running { shared, primary, _locks: locks })
 }
@@ -179,13 +181,16 @@ fn start_tasks(shared: &Arc<Shared>, listeners: Listeners, checkpoint: &Checkpoi
         run(listener::read_only(shared.clone(), read_only));
     }
     #[cfg(not(feature = "simulated"))]
+    run(crate::tasks::role_command::watch(shared.clone()));
+    #[cfg(not(feature = "simulated"))]
     if let Some(admin) = listeners.admin {
         run(crate::admin::http::listen(shared.clone(), admin));
     }
-    if let Some(zeo) = listeners.zeo {
+    for zeo in listeners.zeo {
         run(listener::read_write(shared.clone(), zeo));
-        run(listener::end_silent(shared.clone()));
     }
+    run(listener::end_silent(shared.clone()));
+    run(topology::tell_clients(shared.clone()));
     run(client_memory::guard(shared.clone()));
     run(certificates::watch(shared.clone()));
 }
@@ -339,8 +344,10 @@ impl Running {
         if let Some(path) = &self.shared.config.zeo.pid_file {
             let _ = std::fs::remove_file(path);
         }
-        if let Some(ZeoAddress::Unix(path)) = &self.shared.config.zeo.address {
-            let _ = std::fs::remove_file(path);
+        for address in &self.shared.config.zeo.addresses {
+            if let ZeoAddress::Unix(path) = address {
+                let _ = std::fs::remove_file(path);
+            }
         }
         info!("stopped");
         Ok(next)

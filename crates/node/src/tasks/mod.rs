@@ -10,4 +10,7 @@ pub(crate) mod disk_space;
 pub(crate) mod log_writer;
 pub(crate) mod packing;
 pub(crate) mod primary;
+#[cfg(not(feature = "simulated"))]
+pub(crate) mod role_command;
 pub(crate) mod scrub;
+pub(crate) mod topology;

@@ -218,6 +218,11 @@ impl NodeReport {
         }
     }
 
+    /// True if it is primary and may serve.
+    pub fn serves(&self) -> bool {
+        self.serves
+    }
+
     /// The term that the node is in.
     pub fn term(&self) -> u64 {
         self.term

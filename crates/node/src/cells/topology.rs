@@ -1,0 +1,114 @@
+//! What clients are told of the cluster: the key `standby` of ZEO's `info`, and of the answer to
+//! `get_info`. Stock clients keep it and do not look at it.
+//!
+//! ```text
+//! {"version": 1, "cluster": str, "timeline": int, "term": int, "primary": str or None,
+//!  "nodes": [{"node": str, "group": str, "role": "primary" | "replica",
+//!             "state": "up" | "catching-up" | "down" | "cut-off" | "damaged",
+//!             "address": str, "read_only_address": str}, ...]}
+//! ```
+//!
+//! Addresses are `HOST:PORT`, or empty if the node has none that another machine could use. Of two
+//! topologies of one timeline the one with the higher term is newer.
+
+use standby_zeo::Value;
+
+use crate::cells::shared::Shared;
+use crate::cells::status::{NodeStatus, Status};
+
+/// Grows when what is told changes so that who knows only the former version would misread it.
+const VERSION: i64 = 1;
+
+/// The key of the topology within `info`.
+pub(crate) const KEY: &str = "standby";
+
+impl Shared {
+    /// The cluster as this node sees it, for clients; `None` if the node is in none.
+    pub(crate) fn topology(&self) -> Option<Value> {
+        let belongs = self.config.standby.is_some() && self.belongs();
+        belongs.then(|| topology(&self.reports.status()))
+    }
+}
+
+fn topology(status: &Status) -> Value {
+    let data_nodes = status.nodes.iter().filter(|node| node.role != "witness");
+    dict([
+        ("version", Value::Int(VERSION)),
+        ("cluster", Value::str(&status.cluster)),
+        ("timeline", Value::Int(status.timeline as i64)),
+        ("term", Value::Int(status.term as i64)),
+        ("primary", status.primary.as_deref().map_or(Value::None, Value::str)),
+        ("nodes", Value::List(data_nodes.map(node).collect())),
+    ])
+}
+
+fn node(node: &NodeStatus) -> Value {
+    let text = |text: &str| Value::str(text);
+    dict([
+        ("node", text(&node.node)),
+        ("group", text(&node.group)),
+        ("role", text(&node.role)),
+        ("state", text(&node.state)),
+        ("address", Value::Str(reachable(&node.address, &node.peer_address))),
+        ("read_only_address", Value::Str(reachable(&node.read_only_address, &node.peer_address))),
+    ])
+}
+
+fn dict<const N: usize>(items: [(&str, Value); N]) -> Value {
+    Value::Dict(items.into_iter().map(|(key, value)| (Value::str(key), value)).collect())
+}
+
+/// An address as another machine can use it. A node that listens on all its interfaces is where its
+/// peers reach it. A Unix socket is of no use elsewhere.
+fn reachable(address: &str, peer_address: &str) -> String {
+    let Some((host, port)) = address.rsplit_once(':') else { return String::new() };
+    if host.contains('/') {
+        return String::new();
+    }
+    let everywhere = matches!(host, "" | "0.0.0.0" | "[::]");
+    match peer_address.rsplit_once(':') {
+        Some((peer, _)) if everywhere => format!("{peer}:{port}"),
+        _ => address.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_one_that_others_can_use() {
+        assert_eq!(reachable("db1:8100", "10.0.0.1:8101"), "db1:8100");
+        assert_eq!(reachable("0.0.0.0:8100", "10.0.0.1:8101"), "10.0.0.1:8100");
+        assert_eq!(reachable("[::]:8100", "[fd00::1]:8101"), "[fd00::1]:8100");
+        assert_eq!(reachable("/run/zeo.sock", "10.0.0.1:8101"), "");
+        assert_eq!(reachable("/run/a:b/zeo.sock", "10.0.0.1:8101"), "");
+        assert_eq!(reachable("", "10.0.0.1:8101"), "");
+    }
+
+    #[test]
+    fn witnesses_are_not_for_clients() {
+        let named = |name: &str, role: &str| NodeStatus {
+            node: name.into(),
+            role: role.into(),
+            ..NodeStatus::default()
+        };
+        let status = Status {
+            cluster: "c".into(),
+            timeline: 1,
+            term: 4,
+            primary: Some("n1".into()),
+            feature_level: 1,
+            failover_groups: Vec::new(),
+            moving_to: None,
+            forks: Vec::new(),
+            diverged: Default::default(),
+            not_let_in: Default::default(),
+            nodes: vec![named("n1", "primary"), named("n2", "witness"), named("n3", "replica")],
+        };
+        let Value::Dict(items) = topology(&status) else { panic!() };
+        let Some((_, Value::List(nodes))) = items.last() else { panic!("{items:?}") };
+        assert_eq!(nodes.len(), 2);
+        assert!(items.contains(&(Value::str("primary"), Value::str("n1"))));
+    }
+}
