@@ -510,8 +510,8 @@ pub fn blob_of(amount: i64) -> Vec<u8> {
 }
 
 /// Connects as a stock client does (`ClientIO` in `ZEO/asyncio/client.py`): to all addresses at the
-/// same time, and to each that refuses again and again. An address whose connection was closed is tried
-/// again only when all of them were. The first one that registers it is taken.
+/// same time, and to each that refuses again and again. An address whose connection was closed is
+/// tried again only when all of them were. The first one that registers it is taken.
 async fn first_registered(
     addresses: Vec<String>,
     encoding: Encoding,

@@ -83,8 +83,8 @@ pub fn judge(
 /// Two seconds each for which a client may be without a server although others are served.
 const WAITS: u32 = 10;
 
-/// A stock client that has been disappointed by all living nodes waits for the others for ever. While
-/// no process begins or ends, no node may disappoint it.
+/// A stock client that has been disappointed by all living nodes waits for the others for ever.
+/// While no process begins or ends, no node may disappoint it.
 fn nobody_is_left_waiting(events: &[Event]) -> Option<String> {
     // Of each client that waits: for how long while others were served, and whether one just was.
     let mut waiting: BTreeMap<u32, (u32, bool)> = BTreeMap::new();

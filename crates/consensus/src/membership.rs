@@ -166,9 +166,9 @@ impl Membership {
     /// Appends the membership to `out`.
     ///
     /// ```text
-    /// voters, outgoing, learners, next learners: count 4, ids 8 each · flags 1 (1: Raft ends the change
-    /// by itself; 2: witnesses follow) · members: count 4; each: id 8, name, group, peer address
-    /// · if flag 2: witnesses: count 4, ids 8 each
+    /// voters, outgoing, learners, next learners: count 4, ids 8 each · flags 1 (1: Raft ends the
+    /// change by itself; 2: witnesses follow) · members: count 4; each: id 8, name, group, peer
+    /// address · if flag 2: witnesses: count 4, ids 8 each
     /// ```
     pub fn encode(&self, out: &mut BytesMut) {
         for ids in [&self.voters, &self.outgoing, &self.learners, &self.learners_next] {

@@ -87,7 +87,8 @@ pub enum Input {
     /// A node belongs to another cluster of the same name.
     OtherCluster {
         node: String,
-        /// When that cluster was bootstrapped, in seconds since 1970; 0 if that was before it was noted.
+        /// When that cluster was bootstrapped, in seconds since 1970; 0 if that was before it was
+        /// noted.
         bootstrapped: u64,
     },
     /// A checkpoint is durable: the log up to there is not needed for a restart.

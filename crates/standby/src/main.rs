@@ -53,8 +53,8 @@ enum Command {
     ///     secret-file        /srv/standby/secret
     ///   </standby>
     ///
-    /// The first member bootstraps the cluster from the Data.fs that it has, as soon as a majority of
-    /// the members is up; the others start empty and get everything from it. STANDBY_LOG=debug
+    /// The first member bootstraps the cluster from the Data.fs that it has, as soon as a majority
+    /// of the members is up; the others start empty and get everything from it. STANDBY_LOG=debug
     /// shows more.
     ///
     /// SIGTERM and SIGINT end the node in an orderly way, SIGHUP makes it read its certificates

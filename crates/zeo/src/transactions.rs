@@ -186,8 +186,8 @@ impl Transactions {
         self.transactions.clear();
     }
 
-    /// Fails if an invariant does not hold: each transaction has asked for its locks, and nobody else
-    /// has; one that was examined holds them all; one that finishes cannot be timed out.
+    /// Fails if an invariant does not hold: each transaction has asked for its locks, and nobody
+    /// else has; one that was examined holds them all; one that finishes cannot be timed out.
     pub fn invariants(&self) {
         self.locks.invariants();
         assert!(self.locks.owners().all(|owner| self.transactions.contains_key(&owner)));

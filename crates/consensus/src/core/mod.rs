@@ -10,7 +10,8 @@
 //! A change of membership takes effect, on each node, only when it is durable there that it is
 //! committed (`held`). A node that restarts from an older checkpoint then knows that there are
 //! committed changes ahead, and does not stand for election before it has taken them. Otherwise the
-//! first member of a cluster, restarted with the membership of its bootstrap, would elect itself alone.
+//! first member of a cluster, restarted with the membership of its bootstrap, would elect itself
+//! alone.
 
 mod backlog;
 mod broken;

@@ -654,8 +654,8 @@ fn a_member_that_has_moved_keeps_its_vote() {
     assert_eq!(cluster.data(4), [b"one"]);
 }
 
-/// The first member's checkpoint may be older than the cluster: its membership then names the first member
-/// only. The first member must not elect itself with that.
+/// The first member's checkpoint may be older than the cluster: its membership then names the first
+/// member only. The first member must not elect itself with that.
 #[test]
 fn an_old_checkpoint_does_not_bring_an_old_membership_back() {
     let mut cluster = Cluster::of(3);

@@ -17,8 +17,8 @@
 //! A data file only grows, so a block that is durable never changes. Its checksum is taken soon
 //! after the checkpoint that makes it durable. It is compared by a scrub, and whenever a block is
 //! read and may come from the device: what the system has in memory is trusted once the block was
-//! right. A block whose bytes are wrong is repaired with those of another node, if their checksum is
-//! right. What is not a whole block yet, at the file's end, has no checksum.
+//! right. A block whose bytes are wrong is repaired with those of another node, if their checksum
+//! is right. What is not a whole block yet, at the file's end, has no checksum.
 //!
 //! The file belongs to one data file: like the index, it is removed before another data file takes
 //! that one's place, and cut to what is durable when the data file is opened.
@@ -350,9 +350,9 @@ impl ChecksummedFile {
         Ok(whole.then_some(buffer))
     }
 
-    /// Compares a block with its checksum, and repairs it if need be. What cannot be read is damaged
-    /// too. Returns true if the buffer holds the right bytes then, false if the block has no
-    /// checksum.
+    /// Compares a block with its checksum, and repairs it if need be. What cannot be read is
+    /// damaged too. Returns true if the buffer holds the right bytes then, false if the block has
+    /// no checksum.
     fn check(&self, block: usize, buffer: &mut [u8]) -> io::Result<bool> {
         let offset = block as u64 * BLOCK;
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);

@@ -83,8 +83,8 @@ impl FileStorage {
         FileStorage::open_repairing(disk, path, index_path, magic, extent, None, progress)
     }
 
-    /// The same, for a file whose damaged blocks can be repaired: this one's, and those of the files
-    /// that take its place.
+    /// The same, for a file whose damaged blocks can be repaired: this one's, and those of the
+    /// files that take its place.
     pub fn open_repairing(
         disk: Arc<dyn Disk>,
         path: &Path,

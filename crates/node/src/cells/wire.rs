@@ -434,8 +434,8 @@ impl Frame for CatchUpFrame {
     }
 }
 
-/// Reads a frame of each conversation, writes what it has read, and reads it again; an error if that
-/// is something else. For tests and the fuzz target: what cannot be read at first is none.
+/// Reads a frame of each conversation, writes what it has read, and reads it again; an error if
+/// that is something else. For tests and the fuzz target: what cannot be read at first is none.
 pub fn read_in_all_ways(kind: u8, content: &Bytes) -> Result<(), PeerError> {
     fn one<F: Frame + PartialEq>(kind: u8, content: &Bytes, exact: bool) -> Result<(), PeerError> {
         let Ok(frame) = F::take(kind, content.clone()) else { return Ok(()) };

@@ -429,7 +429,8 @@ impl Connection {
         self.shared.storages.get(self.storage.as_deref()?)
     }
 
-    /// Brings into memory what the machine is about to compare, so that it need not wait for a disk.
+    /// Brings into memory what the machine is about to compare, so that it need not wait for a
+    /// disk.
     async fn warm(&self, request: &VoteRequest) {
         let Some(storage) = self.storage() else { return };
         let writes = request.writes.iter().map(|(oid, _)| *oid);

@@ -2,8 +2,8 @@
 //!
 //! The primary announces each complete upload over its links ([`LinkFrame::Announced`]); each node
 //! fetches it into its staging directory and says so. An upload that is given up is called off in
-//! the same way. A node that is to persist an entry of the log whose blobs it lacks fetches them the
-//! same way: it asks, and is answered by [`BlobFrame`]s.
+//! the same way. A node that is to persist an entry of the log whose blobs it lacks fetches them
+//! the same way: it asks, and is answered by [`BlobFrame`]s.
 //!
 //! [`LinkFrame::Announced`]: crate::cells::wire::LinkFrame::Announced
 //!

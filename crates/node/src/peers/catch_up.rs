@@ -1,15 +1,15 @@
 //! Catching up: a node that the log cannot serve any more gets the transactions themselves.
 //!
 //! The follower says what it has of each storage ([`Request`]); the source answers with
-//! [`CatchUpFrame`](crate::cells::wire::CatchUpFrame)s: about how many bytes come, and for each storage the holes in what comes, and the
-//! transactions. A record that has a blob comes after it.
+//! [`CatchUpFrame`](crate::cells::wire::CatchUpFrame)s: about how many bytes come, and for each
+//! storage the holes in what comes, and the transactions. A record that has a blob comes after it.
 //!
 //! Everything sent is committed. It may go beyond the state that was asked for; what the log brings
 //! again later is recognised by its tid.
 //!
-//! A fast recovery makes a hole (see [`Hole`](standby_filestorage::Hole)): of the transactions between the follower's last one
-//! and the source's, only the records come that are current at the source's, which itself always
-//! comes.
+//! A fast recovery makes a hole (see [`Hole`](standby_filestorage::Hole)): of the transactions
+//! between the follower's last one and the source's, only the records come that are current at the
+//! source's, which itself always comes.
 
 use std::collections::BTreeMap;
 use std::path::Path;

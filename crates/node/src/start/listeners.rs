@@ -6,8 +6,8 @@ use standby_config::{Address, Config};
 use crate::platform::TcpListener;
 use crate::transport::stream::{Listener, listen};
 
-/// The sockets at which a node listens, as far as they are configured. They are bound before any file is
-/// touched: a second start of the same node fails there.
+/// The sockets at which a node listens, as far as they are configured. They are bound before any
+/// file is touched: a second start of the same node fails there.
 pub(crate) struct Listeners {
     /// For clients that read and write.
     pub zeo: Vec<Listener>,

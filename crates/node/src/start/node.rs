@@ -108,8 +108,8 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
     // The machine bounds what is committed and not applied, in bytes: on the primary by `Commits`,
     // on a follower by the backlog of consensus.
     let (work, work_receiver) = mpsc::unbounded_channel();
-    // The leader's window bounds it: more entries come when those before are acknowledged, for which
-    // they must be durable.
+    // The leader's window bounds it: more entries come when those before are acknowledged, for
+    // which they must be durable.
     let (log, log_receiver) = mpsc::unbounded_channel();
     let opened = Opened { tls, wire, helpers, lost };
     let queues = Queues { internal, events, work };

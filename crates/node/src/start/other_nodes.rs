@@ -71,8 +71,8 @@ fn asker(config: &Config, standby: &Standby, id: NodeId, wire: Wire) -> Introduc
 }
 
 /// Asks the other nodes which timeline they are of, before this one takes part in anything: a node
-/// that was away while another was promoted must not go on where it was. An order to rejoin on another timeline is
-/// written if it has to.
+/// that was away while another was promoted must not go on where it was. An order to rejoin on
+/// another timeline is written if it has to.
 async fn ask_around(
     disk: &dyn Disk,
     state: &StateDir,

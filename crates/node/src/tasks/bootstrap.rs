@@ -10,10 +10,10 @@
 //!    begins anew, and bootstraps
 //! ```
 //!
-//! A promise names the first member's identity. Two bootstraps would need two majorities, and a member
-//! promises itself to one only. What this cannot see is a first member that lost its disk while all who
-//! knew its cluster were away: two clusters are then told apart by the time of their bootstrap, and
-//! the younger one stops serving (`Engine::note_other_cluster`).
+//! A promise names the first member's identity. Two bootstraps would need two majorities, and a
+//! member promises itself to one only. What this cannot see is a first member that lost its disk
+//! while all who knew its cluster were away: two clusters are then told apart by the time of their
+//! bootstrap, and the younger one stops serving (`Engine::note_other_cluster`).
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,8 +1,8 @@
-//! Runs the command that an administrator has configured for a change of this node's role: to move a
-//! virtual address, for example.
+//! Runs the command that an administrator has configured for a change of this node's role: to move
+//! a virtual address, for example.
 //!
-//! A command that fails, or takes too long, changes nothing: it is logged. Only the last role counts:
-//! while a command runs, others wait, and those that are out of date by then are left out.
+//! A command that fails, or takes too long, changes nothing: it is logged. Only the last role
+//! counts: while a command runs, others wait, and those that are out of date by then are left out.
 
 use std::ffi::OsString;
 use std::process::Stdio;

@@ -34,8 +34,8 @@ impl Alarms {
 }
 
 impl Machine {
-    /// A majority of the listed members agrees to this node's bootstrap. Whoever has become a member
-    /// of a cluster meanwhile bootstraps none.
+    /// A majority of the listed members agrees to this node's bootstrap. Whoever has become a
+    /// member of a cluster meanwhile bootstraps none.
     pub(crate) fn bootstraps(&mut self) {
         if !self.facts.belongs()
             && self.consensus.membership().members.is_empty()

@@ -1,4 +1,5 @@
-//! Data files that are made beside the commits: packs, filled holes, and those that somebody has removed.
+//! Data files that are made beside the commits: packs, filled holes, and those that somebody has
+//! removed.
 
 use anyhow::Context;
 use standby_filestorage::Packed;
