@@ -1,0 +1,271 @@
+"""The client storage."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import Any
+
+import ZEO.ClientStorage
+
+from standby_zodb.topology import KEY, Address, Preference, Topology
+
+logger = logging.getLogger(__name__)
+
+IDLE = 1
+"""Seconds of silence after which the system asks whether the other side's machine is there."""
+UNANSWERED = 2
+"""After so many questions without an answer, a second apart, it counts as gone."""
+PATIENCE = 3000
+"""Milliseconds after which what was sent and not acknowledged means the same."""
+WIDEN = 2.0
+"""Seconds without a connection after which a reader goes to any node that it knows."""
+LEAVING = 5.0
+"""Seconds that what follows the cluster may take to end."""
+MOVE = 10.0
+"""Seconds within which a reader is connected to a node that it prefers, if there is one."""
+
+
+class _Event(Enum):
+    DISCONNECTED = auto()
+    CLOSED = auto()
+
+
+class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
+    """ZEO's client storage, which follows a cluster of Standby.
+
+    ``prefer`` says which nodes are used: ``primary`` (the default), or, for a storage that is
+    opened with ``read_only``, ``replica``, ``nearest`` or ``group:NAME``. If there is none of
+    these, any other node will do.
+    """
+
+    def __init__(
+        self,
+        addr: int | Address | Sequence[Address],
+        *args: Any,
+        prefer: str = "primary",
+        **kwargs: Any,
+    ) -> None:
+        self._preference = Preference.parse(prefer)
+        if self._preference.reads_only and not kwargs.get("read_only"):
+            raise ValueError(
+                f"prefer is {prefer!r}, which needs read_only: replicas take no writes"
+            )
+        self._topology: Topology | None = None
+        self._not_understood: str | None = None
+        self._transport: asyncio.Transport | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._known = self._seeds = self._listed(addr)
+        self._changes: queue.SimpleQueue[list[Address] | _Event] = queue.SimpleQueue()
+        self._follower: threading.Thread | None = None
+        super().__init__(addr, *args, **kwargs)
+        # ZEO's thread, which hears of changes, must not wait for itself.
+        self._follower = threading.Thread(
+            target=self._follow, name=f"{self.__name__} standby", daemon=True
+        )
+        self._follower.start()
+        if self._preference.reads_only and kwargs.get("wait", True):
+            self._move()
+
+    @property
+    def topology(self) -> Topology | None:
+        """The cluster as the connected node sees it; None if the server is no Standby."""
+        return self._topology
+
+    def close(self) -> None:
+        """Ends the connection, and what follows the cluster."""
+        self._changes.put(_Event.CLOSED)
+        super().close()
+        if self._follower is not None:
+            self._follower.join(LEAVING)
+
+    # Called by ZEO's own thread.
+
+    def info(self, told: dict[str, Any]) -> None:
+        """Takes what the server says of itself while the client is connected."""
+        super().info(told)
+        if self._transport is not None:
+            self._note(told)
+
+    def notify_connected(self, conn: Any, info: dict[str, Any]) -> None:
+        """Begins to use a connection."""
+        super().notify_connected(conn, info)
+        self._transport = _transport(conn)
+        self._loop = asyncio.get_running_loop()
+        if self._transport is not None:
+            _keep_alive(self._transport)
+        if KEY not in info:
+            # Not even what another server has said counts.
+            self._topology = None
+            if self._not_understood is None:
+                self._not_understood = "no Standby"
+                logger.info(
+                    "%s: the server is no node of a Standby cluster; it is used as any ZEO server",
+                    self.__name__,
+                )
+        self._note(info)
+
+    def notify_disconnected(self) -> None:
+        """Loses a connection."""
+        self._transport = None
+        super().notify_disconnected()
+        self._changes.put(_Event.DISCONNECTED)
+
+    def _note(self, info: dict[str, Any]) -> None:
+        told = info.get(KEY)
+        if told is None:
+            return
+        try:
+            topology = Topology.read(told)
+        except ValueError as error:
+            if self._not_understood != str(error):
+                self._not_understood = str(error)
+                logger.warning(
+                    "%s: what the server tells of its cluster is not followed: %s",
+                    self.__name__,
+                    error,
+                )
+            return
+        self._not_understood = None
+        known = self._topology
+        if known is not None and known.cluster != topology.cluster:
+            logger.error(
+                "%s: the server %s belongs to cluster %r, and the former one to %r: it is left. "
+                "Is one of the addresses wrong?",
+                self.__name__,
+                self._server_addr,
+                topology.cluster,
+                known.cluster,
+            )
+            # ZEO has compared its cache with that server already.
+            self._cache.clear()
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        self._topology = topology
+        addresses = self._preference.addresses(topology)
+        if not addresses:
+            return
+        if not self._preference.reads_only:
+            # A name, or an address that moves, may lead to nodes that nobody has told of.
+            addresses += [seed for seed in self._seeds if seed not in addresses]
+        if set(addresses) != set(self._known):
+            self._known = addresses
+            self._changes.put(addresses)
+
+    # Called by the follower, and by whoever opens the storage.
+
+    def _follow(self) -> None:
+        patience: float | None = None
+        while True:
+            try:
+                change = self._changes.get(timeout=patience)
+            except queue.Empty:
+                patience = None
+                if not self.is_connected():
+                    self._known = []
+                    self._take(self._everywhere())
+                continue
+            match change:
+                case _Event.CLOSED:
+                    return
+                case _Event.DISCONNECTED:
+                    patience = WIDEN
+                case addresses:
+                    patience = None
+                    self._take(addresses)
+
+    def _take(self, addresses: list[Address]) -> None:
+        try:
+            self.new_addr(addresses)
+        except Exception:
+            # The storage is being closed: the former list stays.
+            logger.debug("%s: new addresses are not taken", self.__name__, exc_info=True)
+        else:
+            logger.info("%s follows the cluster: %s", self.__name__, addresses)
+
+    def _everywhere(self) -> list[Address]:
+        """All addresses that may lead to the cluster, those of nodes that are preferred first."""
+        topology = self._topology
+        known: list[Address | None] = []
+        if topology is not None:
+            known += self._preference.addresses(topology)
+            known += [node.read_only_address for node in topology.nodes]
+            known += [node.address for node in topology.nodes]
+        return list(dict.fromkeys(each for each in [*known, *self._seeds] if each is not None))
+
+    def _move(self) -> None:
+        """Has a reader leave a node that it does not prefer, if there is one that it does."""
+        deadline = time.monotonic() + MOVE
+        generation = self._connection_generation
+        topology, transport = self._topology, self._transport
+        if topology is None or transport is None:
+            return
+        peer = transport.get_extra_info("peername")
+        wanted = [_resolved(address) for address in self._preference.addresses(topology)]
+        if not wanted or peer is None or any(peer[:2] in each for each in wanted):
+            return
+        while self._changes.qsize() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(transport.abort)
+        while time.monotonic() < deadline:
+            if self._connection_generation > generation and self.is_connected():
+                return
+            time.sleep(0.01)
+
+    @staticmethod
+    def _listed(addr: int | Address | Sequence[Address]) -> list[Address]:
+        match addr:
+            case int():
+                return [("127.0.0.1", addr)]
+            case str():
+                return [addr]
+            case (str(host), int(port)):
+                return [(host, port)]
+        return list(addr)
+
+
+def _transport(conn: Any) -> asyncio.Transport | None:
+    """The transport of ZEO's connection: where it is depends on ZEO's version."""
+    protocol = conn.protocol
+    for owner in (getattr(protocol, "sm_protocol", None), protocol):
+        transport = getattr(owner, "transport", None)
+        if transport is not None:
+            return transport  # type: ignore[no-any-return]
+    return None
+
+
+def _keep_alive(transport: asyncio.Transport) -> None:
+    """Has the system notice a host that vanishes: what is not on TCP cannot."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", IDLE),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", UNANSWERED),
+        ("TCP_USER_TIMEOUT", PATIENCE),
+    ):
+        # Not every system has each of them.
+        option = getattr(socket, name, None)
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _resolved(address: Address) -> set[tuple[str, int]]:
+    """What a connection to an address may have as its other side."""
+    if isinstance(address, str):
+        return set()
+    try:
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    except OSError:
+        return set()
+    return {(str(each[4][0]), address[1]) for each in found}
