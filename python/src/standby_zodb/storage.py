@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import socket
 import threading
@@ -196,8 +197,7 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
         known: list[Address | None] = []
         if topology is not None:
             known += self._preference.addresses(topology)
-            known += [node.read_only_address for node in topology.nodes]
-            known += [node.address for node in topology.nodes]
+            known += [node.read_only_address or node.address for node in topology.nodes]
         return list(dict.fromkeys(each for each in [*known, *self._seeds] if each is not None))
 
     def _move(self) -> None:
@@ -247,17 +247,19 @@ def _keep_alive(transport: asyncio.Transport) -> None:
     sock = transport.get_extra_info("socket")
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", IDLE),
-        ("TCP_KEEPINTVL", 1),
-        ("TCP_KEEPCNT", UNANSWERED),
-        ("TCP_USER_TIMEOUT", PATIENCE),
-    ):
-        # Not every system has each of them.
-        option = getattr(socket, name, None)
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    options = [
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", IDLE),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", UNANSWERED),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", PATIENCE),
+    ]
+    # What an event loop gives out need not be a whole socket.
+    with socket.socket(fileno=os.dup(sock.fileno())) as same:
+        for level, name, value in options:
+            # Not every system has each of them.
+            if hasattr(socket, name):
+                same.setsockopt(level, getattr(socket, name), value)
 
 
 def _resolved(address: Address) -> set[tuple[str, int]]:
