@@ -173,6 +173,35 @@ def test_what_is_not_understood_is_not_followed(told, problem):
         standby_zodb.Topology.read(told)
 
 
+def test_an_address_that_a_node_has_not_heard_of_yet_is_kept():
+    def told(*nodes):
+        return standby_zodb.Topology.read(
+            {
+                "version": 1,
+                "cluster": "c",
+                "timeline": 1,
+                "term": 1,
+                "primary": "n1",
+                "nodes": [
+                    {
+                        "node": name,
+                        "group": "g",
+                        "role": "replica",
+                        "state": "up",
+                        "address": address,
+                        "read_only_address": "",
+                    }
+                    for name, address in nodes
+                ],
+            }
+        )
+
+    former = told(("n1", "db1:8100"), ("n2", "db2:8100"), ("n3", "db3:8100"))
+    now = told(("n1", "db9:8100"), ("n2", "")).completed_by(former)
+    assert [node.address for node in now.nodes] == [("db9", 8100), ("db2", 8100)]
+    assert told(("n2", "")).completed_by(None).nodes[0].address is None
+
+
 def test_a_node_of_another_cluster_is_left(nodes, caplog):
     cluster, other = nodes.cluster(count=1).start(), nodes.cluster("other", count=1)
     with open(other.nodes[0].config_path) as file:

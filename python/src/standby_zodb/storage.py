@@ -149,7 +149,7 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
             if self._transport is not None:
                 self._transport.abort()
             return
-        self._topology = topology
+        self._topology = topology = topology.completed_by(known)
         addresses = self._preference.addresses(topology)
         if not addresses:
             return

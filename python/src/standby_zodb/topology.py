@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Address = tuple[str, int] | str
@@ -56,6 +56,24 @@ class Topology:
             }:
                 return cls(cluster, timeline, term, primary, tuple(map(_node, nodes)))
         raise ValueError("it has not the form that is expected")
+
+    def completed_by(self, former: Topology | None) -> Topology:
+        """The same, with addresses that only a former one has.
+
+        A node that has just started knows the members, and has not heard yet where clients reach
+        them.
+        """
+        known = {node.name: node for node in former.nodes} if former else {}
+
+        def complete(node: Node) -> Node:
+            before = known.get(node.name, node)
+            return replace(
+                node,
+                address=node.address or before.address,
+                read_only_address=node.read_only_address or before.read_only_address,
+            )
+
+        return replace(self, nodes=tuple(map(complete, self.nodes)))
 
 
 @dataclass(frozen=True)
