@@ -105,6 +105,9 @@ def measure(world, cluster, make, change, rounds):
         if primary.process is None:
             primary.start()
         cluster.wait_healthy()
+        if change == "vanish":
+            # The one that was away may still take itself for the primary.
+            time.sleep(2)
     if client is not None:
         client.close()
     return sorted(waited), errors

@@ -1,4 +1,4 @@
-"""One client of a cluster in trouble: an application server's process, with stock ZEO.
+"""One client of a cluster in trouble: an application server's process, with stock ZEO, or with standby_zodb.
 
     python tests/chaos/client.py NAME WORLD
 
@@ -34,6 +34,11 @@ from ZODB.blob import Blob  # noqa: E402
 from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError, StorageError  # noqa: E402
 
 from zeo_client import open_storage  # noqa: E402
+
+try:
+    import standby_zodb
+except ImportError:
+    standby_zodb = None
 
 ACCOUNTS = 12
 EACH = 1000
@@ -121,7 +126,11 @@ class Client:
             options.update(read_only=True, server_sync=False)
         while True:
             try:
-                storage = open_storage(addresses, **options)
+                if self.name.startswith("p"):
+                    # It learns the other addresses.
+                    storage = standby_zodb.ClientStorage(addresses[:1], **options)
+                else:
+                    storage = open_storage(addresses, **options)
                 break
             except Exception as error:
                 # Stock clients that find no server in time give up; their supervisors start them again.

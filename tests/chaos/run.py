@@ -17,6 +17,7 @@ wrong, the files stay where they are, and the exit status is 1.
 
 import argparse
 import collections
+import importlib.util
 import json
 import os
 import random
@@ -35,7 +36,8 @@ import cluster as harness  # noqa: E402
 from trouble import CLIENTS, KINDS, OFFICE, World  # noqa: E402
 
 CLIENT = os.path.join(HERE, "client.py")
-WRITERS = ["w1", "w2", "w3", "w4"]
+# Stock clients with the addresses of all nodes, and one with standby_zodb, if that is installed, and one address.
+WRITERS = ["w1", "w2", "w3", "w4"] + ["p1"] * (importlib.util.find_spec("standby_zodb") is not None)
 READERS = ["r1", "r2"]
 # Of writing clients; those that are connected to a replica do not know of the newest commits.
 FRESH = WRITERS + ["r1"]
