@@ -143,13 +143,14 @@ def test_a_server_without_a_cluster_is_an_ordinary_one(nodes, caplog):
         ({"version": 1, "cluster": "c"}, "not the form"),
         ("nonsense", "not the form"),
         (
-            {"version": 1, "cluster": "c", "timeline": 1, "term": 1, "primary": None, "nodes": [{"node": "n1"}]},
+            {"version": 1, "cluster": "c", "cluster_id": "77", "timeline": 1, "term": 1, "primary": None, "nodes": [{"node": "n1"}]},
             "a node in it",
         ),
         (
             {
                 "version": 1,
                 "cluster": "c",
+                "cluster_id": "77",
                 "timeline": 1,
                 "term": 1,
                 "primary": None,
@@ -179,6 +180,7 @@ def test_an_address_that_a_node_has_not_heard_of_yet_is_kept():
             {
                 "version": 1,
                 "cluster": "c",
+                "cluster_id": "77",
                 "timeline": 1,
                 "term": 1,
                 "primary": "n1",
@@ -203,15 +205,13 @@ def test_an_address_that_a_node_has_not_heard_of_yet_is_kept():
 
 
 def test_a_node_of_another_cluster_is_left(nodes, caplog):
+    """Both have the same name: somebody has bootstrapped twice."""
     cluster, other = nodes.cluster(count=1).start(), nodes.cluster("other", count=1)
-    with open(other.nodes[0].config_path) as file:
-        text = file.read()
-    with open(other.nodes[0].config_path, "w") as file:
-        file.write(text.replace("cluster test", "cluster other"))
     other.start()
     client = Follower([cluster.nodes[0].address, other.nodes[0].address])
-    named = client.storage.topology.cluster
-    first, second = (cluster, other) if named == "test" else (other, cluster)
+    known = client.storage.topology.cluster_id
+    at_first = peer(client.storage) == cluster.nodes[0].port
+    first, second = (cluster, other) if at_first else (other, cluster)
     client.commit(lambda root: root.update(x=1))
     # ZEO itself leaves a server that is behind what it knows.
     stranger = Client(second.addresses)
@@ -220,7 +220,7 @@ def test_a_node_of_another_cluster_is_left(nodes, caplog):
     first.nodes[0].stop()
     with caplog.at_level("ERROR", logger="standby_zodb"):
         harness.wait_for("an error", lambda: "belongs to cluster" in caplog.text)
-    assert client.storage.topology.cluster == named
+    assert client.storage.topology.cluster_id == known
     first.nodes[0].start()
     harness.wait_for("its own cluster", lambda: peer(client.storage) == first.nodes[0].port)
     client.commit(lambda root: root.update(y=1))

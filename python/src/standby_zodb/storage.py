@@ -135,14 +135,16 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
             return
         self._not_understood = None
         known = self._topology
-        if known is not None and known.cluster != topology.cluster:
+        if known is not None and known.cluster_id != topology.cluster_id:
             logger.error(
-                "%s: the server %s belongs to cluster %r, and the former one to %r: it is left. "
-                "Is one of the addresses wrong?",
+                "%s: the server %s belongs to cluster %r (%s), the former one to %r (%s): it is "
+                "left. Is one of the addresses wrong?",
                 self.__name__,
                 self._server_addr,
                 topology.cluster,
+                topology.cluster_id,
                 known.cluster,
+                known.cluster_id,
             )
             # ZEO has compared its cache with that server already.
             self._cache.clear()

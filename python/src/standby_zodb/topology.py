@@ -33,6 +33,7 @@ class Topology:
     """A cluster at a moment, as the node sees it that the client is connected to."""
 
     cluster: str
+    cluster_id: str
     timeline: int
     term: int
     primary: str | None
@@ -49,12 +50,14 @@ class Topology:
             case {
                 "version": int(),
                 "cluster": str(cluster),
+                "cluster_id": str(cluster_id),
                 "timeline": int(timeline),
                 "term": int(term),
                 "primary": str() | None as primary,
                 "nodes": [*nodes],
             }:
-                return cls(cluster, timeline, term, primary, tuple(map(_node, nodes)))
+                nodes_read = tuple(map(_node, nodes))
+                return cls(cluster, cluster_id, timeline, term, primary, nodes_read)
         raise ValueError("it has not the form that is expected")
 
     def completed_by(self, former: Topology | None) -> Topology:

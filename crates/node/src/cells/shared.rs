@@ -348,7 +348,7 @@ impl Shared {
         Introduction {
             member: self.member.clone(),
             cluster: self.cluster_name().into(),
-            cluster_id: lock(&self.cluster_id).clone(),
+            cluster_id: self.cluster_id(),
             secrets: lock(&self.secrets).clone(),
             wire: self.wire.clone(),
             unsealed: self.unsealed.load(Ordering::Acquire),
@@ -368,6 +368,11 @@ impl Shared {
     /// True if this node belongs to a cluster.
     pub(crate) fn belongs(&self) -> bool {
         !lock(&self.cluster_id).is_empty()
+    }
+
+    /// Drawn when the cluster was bootstrapped; empty as long as this node belongs to none.
+    pub(crate) fn cluster_id(&self) -> String {
+        lock(&self.cluster_id).clone()
     }
 
     /// This node belongs to that cluster from now on.

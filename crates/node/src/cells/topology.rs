@@ -2,13 +2,16 @@
 //! `get_info`. Stock clients keep it and do not look at it.
 //!
 //! ```text
-//! {"version": 1, "cluster": str, "timeline": int, "term": int, "primary": str or None,
+//! {"version": 1, "cluster": str, "cluster_id": str, "timeline": int, "term": int,
+//!  "primary": str or None,
 //!  "nodes": [{"node": str, "group": str, "role": "primary" | "replica",
 //!             "state": "up" | "catching-up" | "down" | "cut-off" | "damaged",
 //!             "address": str, "read_only_address": str}, ...]}
 //! ```
 //!
-//! Addresses are `HOST:PORT`, or empty if the node has none that another machine could use. Of two
+//! `cluster_id` was drawn when the cluster was bootstrapped: it tells two clusters of one name apart.
+//! Addresses are `HOST:PORT`. One is empty if the node has none that another machine could use, or if
+//! the node that tells has not heard of it since its own start: whoever knows it keeps it. Of two
 //! topologies of one timeline the one with the higher term is newer.
 
 use standby_zeo::Value;
@@ -25,16 +28,18 @@ pub(crate) const KEY: &str = "standby";
 impl Shared {
     /// The cluster as this node sees it, for clients; `None` if the node is in none.
     pub(crate) fn topology(&self) -> Option<Value> {
-        let belongs = self.config.standby.is_some() && self.belongs();
-        belongs.then(|| topology(&self.reports.status()))
+        let id = self.cluster_id();
+        let belongs = self.config.standby.is_some() && !id.is_empty();
+        belongs.then(|| topology(&self.reports.status(), &id))
     }
 }
 
-fn topology(status: &Status) -> Value {
+fn topology(status: &Status, cluster_id: &str) -> Value {
     let data_nodes = status.nodes.iter().filter(|node| node.role != "witness");
     dict([
         ("version", Value::Int(VERSION)),
         ("cluster", Value::str(&status.cluster)),
+        ("cluster_id", Value::str(cluster_id)),
         ("timeline", Value::Int(status.timeline as i64)),
         ("term", Value::Int(status.term as i64)),
         ("primary", status.primary.as_deref().map_or(Value::None, Value::str)),
@@ -106,7 +111,7 @@ mod tests {
             not_let_in: Default::default(),
             nodes: vec![named("n1", "primary"), named("n2", "witness"), named("n3", "replica")],
         };
-        let Value::Dict(items) = topology(&status) else { panic!() };
+        let Value::Dict(items) = topology(&status, "77") else { panic!() };
         let Some((_, Value::List(nodes))) = items.last() else { panic!("{items:?}") };
         assert_eq!(nodes.len(), 2);
         assert!(items.contains(&(Value::str("primary"), Value::str("n1"))));
