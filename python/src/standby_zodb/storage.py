@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import queue
 import socket
-import threading
 import time
 from collections.abc import Sequence
-from enum import Enum, auto
 from typing import Any
 
 import ZEO.ClientStorage
@@ -27,15 +24,8 @@ PATIENCE = 3000
 """Milliseconds after which what was sent and not acknowledged means the same."""
 WIDEN = 2.0
 """Seconds without a connection after which a reader goes to any node that it knows."""
-LEAVING = 5.0
-"""Seconds that what follows the cluster may take to end."""
 MOVE = 10.0
 """Seconds within which a reader is connected to a node that it prefers, if there is one."""
-
-
-class _Event(Enum):
-    DISCONNECTED = auto()
-    CLOSED = auto()
 
 
 class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
@@ -63,14 +53,8 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
         self._transport: asyncio.Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._known = self._seeds = self._listed(addr)
-        self._changes: queue.SimpleQueue[list[Address] | _Event] = queue.SimpleQueue()
-        self._follower: threading.Thread | None = None
+        self._conn: Any = None
         super().__init__(addr, *args, **kwargs)
-        # ZEO's thread, which hears of changes, must not wait for itself.
-        self._follower = threading.Thread(
-            target=self._follow, name=f"{self.__name__} standby", daemon=True
-        )
-        self._follower.start()
         if self._preference.reads_only and kwargs.get("wait", True):
             self._move()
 
@@ -78,13 +62,6 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
     def topology(self) -> Topology | None:
         """The cluster as the connected node sees it; None if the server is no Standby."""
         return self._topology
-
-    def close(self) -> None:
-        """Ends the connection, and what follows the cluster."""
-        self._changes.put(_Event.CLOSED)
-        super().close()
-        if self._follower is not None:
-            self._follower.join(LEAVING)
 
     # Called by ZEO's own thread.
 
@@ -97,7 +74,7 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
     def notify_connected(self, conn: Any, info: dict[str, Any]) -> None:
         """Begins to use a connection."""
         super().notify_connected(conn, info)
-        self._transport = _transport(conn)
+        self._conn, self._transport = conn, _transport(conn)
         self._loop = asyncio.get_running_loop()
         if self._transport is not None:
             _keep_alive(self._transport)
@@ -116,7 +93,8 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
         """Loses a connection."""
         self._transport = None
         super().notify_disconnected()
-        self._changes.put(_Event.DISCONNECTED)
+        if self._preference.reads_only and self._loop is not None:
+            self._loop.call_later(WIDEN, self._widen)
 
     def _note(self, info: dict[str, Any]) -> None:
         told = info.get(KEY)
@@ -160,38 +138,31 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
             addresses += [seed for seed in self._seeds if seed not in addresses]
         if set(addresses) != set(self._known):
             self._known = addresses
-            self._changes.put(addresses)
-
-    # Called by the follower, and by whoever opens the storage.
+        if self._loop is not None:
+            # ZEO is not through with a connection that it has just told of.
+            self._loop.call_soon(self._follow)
 
     def _follow(self) -> None:
-        patience: float | None = None
-        while True:
-            try:
-                change = self._changes.get(timeout=patience)
-            except queue.Empty:
-                patience = None
-                if not self.is_connected():
-                    self._known = []
-                    self._take(self._everywhere())
-                continue
-            match change:
-                case _Event.CLOSED:
-                    return
-                case _Event.DISCONNECTED:
-                    patience = WIDEN
-                case addresses:
-                    patience = None
-                    self._take(addresses)
+        """Has ZEO use the addresses that follow from the cluster for its next connection.
 
-    def _take(self, addresses: list[Address]) -> None:
-        try:
-            self.new_addr(addresses)
-        except Exception:
-            # The storage is being closed: the former list stays.
-            logger.debug("%s: new addresses are not taken", self.__name__, exc_info=True)
+        While ZEO connects, a new list would have it forget a connection that it verifies, and not
+        close it: two would tell it of transactions then. The list waits for the next connection.
+        """
+        if not self._conn.trying_to_connect() and self._conn.addrs != self._known:
+            self._conn.new_addrs(self._known)
+            logger.info("%s follows the cluster: %s", self.__name__, self._known)
+
+    def _widen(self) -> None:
+        """Has a reader that finds no node that it prefers go to any that it knows."""
+        if self._conn.closed or self._conn.operational or self._loop is None:
+            return
+        if self._conn.protocol is None:
+            addresses = self._everywhere()
+            self._conn.new_addrs(addresses)
+            logger.info("%s goes wherever it can: %s", self.__name__, addresses)
         else:
-            logger.info("%s follows the cluster: %s", self.__name__, addresses)
+            # It has found one just now, which may not come to anything.
+            self._loop.call_later(WIDEN, self._widen)
 
     def _everywhere(self) -> list[Address]:
         """All addresses that may lead to the cluster, those of nodes that are preferred first."""
@@ -201,6 +172,8 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
             known += self._preference.addresses(topology)
             known += [node.read_only_address or node.address for node in topology.nodes]
         return list(dict.fromkeys(each for each in [*known, *self._seeds] if each is not None))
+
+    # Called by whoever opens the storage.
 
     def _move(self) -> None:
         """Has a reader leave a node that it does not prefer, if there is one that it does."""
@@ -213,8 +186,6 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
         wanted = [_resolved(address) for address in self._preference.addresses(topology)]
         if not wanted or peer is None or any(peer[:2] in each for each in wanted):
             return
-        while self._changes.qsize() and time.monotonic() < deadline:
-            time.sleep(0.01)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(transport.abort)
         while time.monotonic() < deadline:
