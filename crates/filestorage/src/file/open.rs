@@ -105,7 +105,10 @@ impl FileStorage {
             Extent::Whole => (len, Vec::new()),
             Extent::UpTo { mark, again } => {
                 check_mark(path, file.clone(), mark)?;
-                cut(&*disk, path, &*file, again.last().unwrap_or(&mark).position.0)?;
+                let end = again.last().unwrap_or(&mark).position.0;
+                if end < len {
+                    cut(&*disk, path, &*file, end)?;
+                }
                 (mark.position.0, again)
             }
         };
@@ -425,12 +428,9 @@ fn create_if_new(
 /// Cuts off what a data file has beyond `end`.
 fn cut(disk: &dyn Disk, path: &Path, file: &dyn File, end: u64) -> Result<(), StorageError> {
     let io = |action| StorageError::io(path, action);
-    if end < file.len().map_err(io("read the length of"))? {
-        forget_python_index(disk, path)?;
-        file.set_len(end).map_err(io("cut"))?;
-        file.sync().map_err(io("sync"))?;
-    }
-    Ok(())
+    forget_python_index(disk, path)?;
+    file.set_len(end).map_err(io("cut"))?;
+    file.sync().map_err(io("sync"))
 }
 
 /// Moves the bytes `from..to` into the first free `PATH.trN`.

@@ -14,7 +14,10 @@
 //! the node that tells has not heard of it since its own start: whoever knows it keeps it. Of two
 //! topologies of one timeline the one with the higher term is newer.
 
-use standby_zeo::Value;
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use standby_zeo::{Encoding, Value};
 
 use crate::cells::shared::Shared;
 use crate::cells::status::{NodeStatus, Status};
@@ -31,6 +34,22 @@ impl Shared {
         let id = self.cluster_id();
         let belongs = self.config.standby.is_some() && !id.is_empty();
         belongs.then(|| topology(&self.reports.status(), &id))
+    }
+
+    /// Sends `info` to all sessions of a storage: its size, and the cluster if that has changed.
+    pub(crate) fn tell_info(&self, storage: &str, size: &Value, topology: Option<&Value>) {
+        let mut info = size.clone();
+        if let (Value::Dict(items), Some(topology)) = (&mut info, topology) {
+            items.push((Value::str(KEY), topology.clone()));
+        }
+        let mut frames: BTreeMap<bool, Bytes> = BTreeMap::new();
+        for session in self.sessions.of(storage) {
+            let encoding = session.encoding();
+            let frame = frames
+                .entry(encoding == Encoding::Msgpack)
+                .or_insert_with(|| encoding.notify("info", vec![info.clone()]));
+            session.outbox.push(frame.clone());
+        }
     }
 }
 

@@ -4,11 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use standby_zeo::{Encoding, Value};
+use standby_zeo::Value;
 
 use crate::cells::shared::Shared;
-use crate::cells::topology::KEY;
 use crate::platform::Instant;
 
 /// How often it is looked whether the cluster has changed.
@@ -44,25 +42,10 @@ pub(crate) async fn tell_clients(shared: Arc<Shared>) {
             let size = shared.short_info(name);
             let size_changed = sizes_due && sizes.get(name) != Some(&size);
             if changed || size_changed {
-                tell(&shared, name, &size, topology.as_ref().filter(|_| changed));
+                shared.tell_info(name, &size, topology.as_ref().filter(|_| changed));
                 sizes.insert(name.clone(), size);
             }
         }
         told = topology;
-    }
-}
-
-fn tell(shared: &Shared, storage: &str, size: &Value, topology: Option<&Value>) {
-    let mut info = size.clone();
-    if let (Value::Dict(items), Some(topology)) = (&mut info, topology) {
-        items.push((Value::str(KEY), topology.clone()));
-    }
-    let mut frames: BTreeMap<bool, Bytes> = BTreeMap::new();
-    for session in shared.sessions.of(storage) {
-        let encoding = session.encoding();
-        let frame = frames
-            .entry(encoding == Encoding::Msgpack)
-            .or_insert_with(|| encoding.notify("info", vec![info.clone()]));
-        session.outbox.push(frame.clone());
     }
 }

@@ -160,9 +160,10 @@ impl Connection {
             // Python's server lets a read-only client pack. Who was given this address is not to
             // work on the files.
             Effect::Pack { id, .. } if self.read_only => {
-                let encoding = self.handle.encoding();
-                let refusal = id.map(|id| encoding.error(&id, &ClientError::ReadOnly));
-                refusal.into_iter().for_each(|refusal| self.handle.outbox.push(refusal));
+                if let Some(id) = id {
+                    let refusal = self.handle.encoding().error(&id, &ClientError::ReadOnly);
+                    self.handle.outbox.push(refusal);
+                }
                 return None;
             }
             Effect::Pack { id, time, wait } => {

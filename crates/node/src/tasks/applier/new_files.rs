@@ -96,9 +96,7 @@ impl Applier {
             Cause::Missing => "the data file is in its place again",
         };
         info!(storage = name, before, after, commits_waited_ms, "{done}");
-        for session in shared.sessions.of(&name) {
-            session.outbox.push(session.encoding().notify("info", vec![shared.short_info(&name)]));
-        }
+        shared.tell_info(&name, &shared.short_info(&name), None);
         match cause {
             Cause::Pack(_) => {
                 let keep_old = section.is_some_and(|section| section.blob_keep_old);
