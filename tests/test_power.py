@@ -1,6 +1,6 @@
 """Power fails for all nodes at once, at random moments: only what was synced is there afterwards.
 
-The nodes run in a program of their own (crates/node/examples/unplugged.rs), which is the real node on a disk that
+The nodes run in a program of their own (crates/standby/examples/unplugged.rs), which is the real node on a disk that
 forgets. STANDBY_POWER_ROUNDS says how often; ./check does with a few.
 """
 
