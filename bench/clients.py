@@ -1,7 +1,8 @@
 """How long a client waits for its next commit when the primary goes away: the stock client with the addresses of all nodes,
-and with that of one node only, which is a replica then; and, if it is installed, the storage of standby_zodb with one.
+with that of one node only, which is a replica then, and with that of `standby router`; and, if it is installed, the storage
+of standby_zodb with one.
 
-    python bench/clients.py [--rounds 10] [--changes kill stop switchover vanish]
+    python bench/clients.py [--rounds 10] [--changes kill stop switchover freeze vanish]
 
 needs the program (cargo build --release) and a Python with ZEO; as root each node is in a network namespace of its own, and its
 host can vanish: no connection is closed. One client commits in a loop on a cluster of three nodes. The time of a round is
@@ -12,6 +13,7 @@ once. Who waits for more than 30 s is given up.
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -101,11 +103,14 @@ def measure(world, cluster, make, change, rounds):
             "kill": primary.kill,
             "stop": primary.stop,
             "switchover": lambda: primary.ask("switchover"),
+            "freeze": lambda: primary.signal(signal.SIGSTOP),
             "vanish": lambda: world.cut(primary.name),
         }
         result = next_commit(client, changes[change])
         if change == "vanish":
             world.heal(primary.name)
+        if change == "freeze":
+            primary.signal(signal.SIGCONT)
         if result is None:
             # It hangs: a new one takes its place.
             waited.append(PATIENCE)
@@ -121,12 +126,14 @@ def measure(world, cluster, make, change, rounds):
     return sorted(waited), errors
 
 
-def run(world, cluster, options):
+def run(world, cluster, router, options):
     cluster.start()
+    router.start()
     one = cluster.addresses[:1]
     clients = {
         "ZEO, all nodes": lambda: open_storage(cluster.addresses, wait_timeout=PATIENCE),
         "ZEO, one node": lambda: open_storage(one, wait_timeout=PATIENCE),
+        "ZEO, router": lambda: open_storage([router.writes], wait_timeout=PATIENCE),
     }
     if standby_zodb is not None:
         clients["standby_zodb, one node"] = lambda: standby_zodb.ClientStorage(
@@ -146,19 +153,22 @@ def run(world, cluster, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     root = os.geteuid() == 0
-    changes = ["kill", "stop", "switchover"] + ["vanish"] * root
+    changes = ["kill", "stop", "switchover", "freeze"] + ["vanish"] * root
     parser.add_argument("--rounds", type=int, default=10, help="how often each change is made (10)")
     parser.add_argument("--changes", nargs="+", choices=changes, default=changes)
     options = parser.parse_args()
     directory = tempfile.mkdtemp(prefix="standby-bench-")
     world = Places(["office", "n1", "n2", "n3"]) if root else None
     cluster = harness.Cluster(os.path.join(directory, "cluster"), places=world)
+    within = world.command("office") if world else ()
+    router = harness.Router(os.path.join(directory, "router"), cluster.addresses[:1], within=within)
     try:
         if world:
-            world.run("office", lambda: run(world, cluster, options))
+            world.run("office", lambda: run(world, cluster, router, options))
         else:
-            run(world, cluster, options)
+            run(world, cluster, router, options)
     finally:
+        router.kill()
         for node in cluster.nodes:
             node.kill()
         if world:

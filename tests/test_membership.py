@@ -25,17 +25,9 @@ def wait_for_voters(cluster, *names):
     harness.wait_for("voters %s" % (names,), voters)
 
 
-def token_of(printed):
-    return printed.split("join-token")[1].split()[0]
-
-
 def new_node(cluster, tmp_path, name, printed, group="here", witness=False):
     """A node that joins as `node add` has said."""
-    node = harness.Node(tmp_path / "cluster" / name, name, group=group, witness=witness)
-    peer = printed.split("join  ")[1].split()[0]
-    node.join("test", "  join %s\n  join-token %s\n" % (peer, token_of(printed)), cluster.options)
-    cluster.nodes.append(node)
-    return node
+    return cluster.invited(tmp_path / "cluster" / name, name, printed, group=group, witness=witness)
 
 
 @pytest.fixture
@@ -204,7 +196,7 @@ def test_nodes_are_added_replaced_and_removed_while_clients_commit(stopping, tmp
     other.data_file = os.path.join(other.directory, "Data.fs")
     other.state_dir = os.path.join(other.directory, "state")
     other.join(
-        "test", "  join 127.0.0.1:%s\n  join-token %s\n" % (n1.peer_port, token_of(printed))
+        "test", "  join 127.0.0.1:%s\n  join-token %s\n" % (n1.peer_port, harness.token_of(printed))
     )
     other.start()
     try:

@@ -10,7 +10,7 @@ import ZODB.config
 
 import cluster as harness
 from test_membership import new_node, stopping, wait_for_voters  # noqa: F401 (a fixture)
-from test_scenario import places  # noqa: F401 (a fixture)
+from test_scenario import places, sees  # noqa: F401 (a fixture)
 from zeo_client import Client, is_passing
 
 standby_zodb = pytest.importorskip("standby_zodb", reason="the package is not installed: pip install ./python")
@@ -103,12 +103,7 @@ def test_readers_choose_among_the_nodes(nodes):
         node.kill()
     harness.wait_for("another node", lambda: peer(reader.storage) in ports(0, 1))
     writer.commit(lambda root: root.update(x=2))
-
-    def sees_it():
-        reader.sync()
-        return reader.root["x"] == 2
-
-    harness.wait_for("what was committed since", sees_it)
+    sees(reader, "x", 2)
     reader.close()
     writer.close()
 

@@ -21,7 +21,7 @@
 //!               storages ◀──────appends──────────┘
 //! ```
 
-#![warn(unreachable_pub)]
+#![cfg_attr(not(feature = "simulated"), warn(unreachable_pub))]
 // What only HTTP needs: the simulator asks without it.
 #![cfg_attr(feature = "simulated", allow(dead_code))]
 
@@ -42,5 +42,15 @@ pub use platform::free_room;
 #[cfg(feature = "simulated")]
 pub use platform::simulated;
 pub use platform::watchdog::{Pulse, SUPERVISED, Watchdog};
+/// Connections, and limits to them, for other processes than a node.
+#[cfg(not(feature = "simulated"))]
+pub mod sockets {
+    pub use crate::admin::http::{OPEN_METRICS, serve as serve_http};
+    pub use crate::admin::metrics::{Labels, Page};
+    pub use crate::cells::gate::{Gate, Pass, limits};
+    pub use crate::platform::{ask_for_signs, end_when_silent};
+    pub use crate::transport::stream::{Listener, Stream, listen};
+    pub use crate::transport::tls::Tls;
+}
 pub use start::handle::Handle;
 pub use start::node::{Next, Running, start, start_on};

@@ -6,6 +6,7 @@ mod demo;
 mod process;
 mod promote;
 mod renumber;
+mod router;
 mod serve;
 mod skip_entry;
 mod status;
@@ -76,6 +77,26 @@ enum Command {
         #[arg(long, value_name = "SECONDS", requires = "supervise", default_value_t = 2.0)]
         frozen_after: f64,
     },
+    /// One local address for stock clients: finds the primary, and breaks connections to a host
+    /// that vanished or is frozen, which stock clients wait for.
+    ///
+    /// It runs on the machine of the clients, knows one or more nodes, and learns of the others
+    /// from them:
+    ///
+    ///   standby router --node db1:8100 --node db2:8100 \
+    ///       --writes 127.0.0.1:8100 --reads 127.0.0.1:8101
+    ///
+    /// A client that writes gets the primary, and waits while there is none:
+    ///
+    ///   <zeoclient>
+    ///     server 127.0.0.1:8100
+    ///   </zeoclient>
+    ///
+    /// A client with `read-only true` in its section gets a replica at the other address: of the
+    /// nearest group, and of that the one with the fewest clients. TLS passes through as it is.
+    /// SIGTERM ends the router: each connection as soon as it is quiet.
+    #[command(verbatim_doc_comment)]
+    Router(router::Options),
     /// Shows the nodes of a cluster: role, term, last transaction, lag, addresses.
     Status {
         #[command(flatten)]
@@ -155,6 +176,7 @@ fn main() -> ExitCode {
                 supervise::run(&config, frozen_after).await
             }
             Command::Serve { config, check, .. } => serve::run(&config, check).await,
+            Command::Router(options) => router::run(options).await,
             Command::Status { at, json, watch } => status::run(&at, json, watch).await,
             Command::Switchover(options) => administer::switchover(options).await,
             Command::Node(command) => administer::node(command).await,

@@ -37,7 +37,8 @@ const HEADER: Duration = Duration::from_secs(10);
 /// How long a connection may be open, whatever it is used for.
 const CONNECTION: Duration = Duration::from_secs(600);
 
-const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// What a page of metrics is.
+pub const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Serves `GET /status`, `GET /metrics`, `GET /health`, and `POST /ask`: an [`Ask`] in JSON; the
 /// answer is a [`crate::ask::Done`], or with status 409 the reason as text.
@@ -64,6 +65,11 @@ pub(crate) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
         )
         .route("/health", get(|| async { "ok\n" }))
         .with_state(shared);
+    serve(app, listener).await;
+}
+
+/// Serves HTTP for administrators and monitoring: few connections, none of them for long.
+pub async fn serve(app: Router, listener: TcpListener) {
     let gate = Gate::new("administrators", CONNECTIONS);
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER);

@@ -12,12 +12,13 @@ use crate::cells::shared::Shared;
 use crate::cells::status::NodeStatus;
 use crate::transport::tls::Tls;
 
-type Labels = Vec<(&'static str, String)>;
+/// Names, each with its value.
+pub type Labels = Vec<(&'static str, String)>;
 /// Name, help, and the value for a storage.
 type OfStorage<'a> = (&'a str, &'a str, &'a dyn Fn(&str) -> f64);
 
 pub(crate) fn page(shared: &Shared) -> String {
-    let mut page = Page(Registry::with_prefix("standby"));
+    let mut page = Page::new("standby");
     let status = shared.reports.status();
     let own = status.nodes.iter().find(|node| node.node == shared.member.name);
     if let Some(own) = own {
@@ -53,10 +54,7 @@ pub(crate) fn page(shared: &Shared) -> String {
     let help = "How long each certificate is still valid; nobody is let in with it then";
     page.gauge("certificate_seconds_left", help, ends);
     of_storages(&mut page, shared);
-    let mut text = String::new();
-    // Writing to a string cannot fail.
-    let _ = encode(&mut text, &page.0);
-    text
+    page.text()
 }
 
 fn of_node(page: &mut Page, own: &NodeStatus, term: u64) {
@@ -159,10 +157,22 @@ fn of(holds: bool) -> f64 {
     f64::from(u8::from(holds))
 }
 
-struct Page(Registry);
+/// Metrics, as they are at a moment.
+pub struct Page(Registry);
 
 impl Page {
-    fn gauge(&mut self, name: &str, help: &str, values: impl IntoIterator<Item = (Labels, f64)>) {
+    /// An empty page; all names begin with `prefix`.
+    pub fn new(prefix: &str) -> Page {
+        Page(Registry::with_prefix(prefix))
+    }
+
+    /// Adds values that go up and down, each with its labels.
+    pub fn gauge(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels, f64)>,
+    ) {
         let family = Family::<Labels, Gauge<f64, AtomicU64>>::default();
         for (labels, value) in values {
             family.get_or_create(&labels).set(value);
@@ -170,11 +180,25 @@ impl Page {
         self.0.register(name, help, family);
     }
 
-    fn counter(&mut self, name: &str, help: &str, values: impl IntoIterator<Item = (Labels, f64)>) {
+    /// Adds values that only grow, each with its labels.
+    pub fn counter(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels, f64)>,
+    ) {
         let family = Family::<Labels, Counter<f64, AtomicU64>>::default();
         for (labels, value) in values {
             family.get_or_create(&labels).inc_by(value);
         }
         self.0.register(name, help, family);
+    }
+
+    /// The page in OpenMetrics' text form.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = encode(&mut text, &self.0);
+        text
     }
 }

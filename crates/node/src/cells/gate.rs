@@ -24,7 +24,7 @@ const FEWEST_DESCRIPTORS: u64 = 128;
 const OWN_DESCRIPTORS: u64 = 64;
 
 /// See the module.
-pub(crate) struct Gate {
+pub struct Gate {
     /// The connections, for people.
     what: &'static str,
     limit: usize,
@@ -78,7 +78,7 @@ impl Inside {
 }
 
 /// Lets one connection be open. Given back when it is dropped.
-pub(crate) struct Pass {
+pub struct Pass {
     gate: Arc<Gate>,
     host: String,
     number: u64,
@@ -87,7 +87,7 @@ pub(crate) struct Pass {
 
 impl Pass {
     /// Returns when the connection is to end, for somebody else needs its place.
-    pub(crate) async fn wanted(&self) {
+    pub async fn wanted(&self) {
         self.wanted.notified().await;
     }
 }
@@ -100,14 +100,14 @@ impl Drop for Pass {
 
 impl Gate {
     /// Lets `limit` connections be open.
-    pub(crate) fn new(what: &'static str, limit: usize) -> Arc<Gate> {
+    pub fn new(what: &'static str, limit: usize) -> Arc<Gate> {
         let (inside, refused, told) = (Mutex::default(), AtomicU64::new(0), Mutex::new(None));
         Arc::new(Gate { what, limit, inside, refused, told })
     }
 
     /// Lets one more in, or refuses it, and says so in the log. `from` is an address, with or
     /// without a port.
-    pub(crate) fn enter(self: &Arc<Self>, from: &str) -> Option<Pass> {
+    pub fn enter(self: &Arc<Self>, from: &str) -> Option<Pass> {
         let host = from.rsplit_once(':').map_or(from, |(host, _)| host);
         let mut inside = lock(&self.inside);
         let mut taken = None;
@@ -139,7 +139,7 @@ impl Gate {
     }
 
     /// A connection could not be accepted.
-    pub(crate) fn failed(&self, error: &std::io::Error) {
+    pub fn failed(&self, error: &std::io::Error) {
         if self.may_tell() {
             error!(%error, "cannot accept a connection of {}", self.what);
         }
@@ -155,7 +155,7 @@ impl Gate {
     }
 
     /// How many connections are open.
-    pub(crate) fn inside(&self) -> usize {
+    pub fn inside(&self) -> usize {
         lock(&self.inside).count
     }
 
@@ -165,7 +165,7 @@ impl Gate {
     }
 
     /// How many were refused so far.
-    pub(crate) fn refused(&self) -> u64 {
+    pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
 }
@@ -209,7 +209,7 @@ const STRANGERS: (u64, u64) = (16, 1024);
 /// Raises the limit of descriptors as far as the system lets it. Returns how many connections of
 /// clients fit beside what the node needs for itself, and how many of strangers at the peer address
 /// may be open.
-pub(crate) fn limits() -> anyhow::Result<(usize, usize)> {
+pub fn limits() -> anyhow::Result<(usize, usize)> {
     let (limit, before) = platform::descriptors()?;
     ensure!(
         limit >= FEWEST_DESCRIPTORS,

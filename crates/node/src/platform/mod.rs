@@ -22,12 +22,12 @@ use simulated as chosen;
 
 use tokio::sync::watch;
 
-pub use chosen::free_room;
 pub(crate) use chosen::{
-    Lock, TcpListener, TcpStream, apart, ask_for_signs, begins_tls, deliver, descriptors, device,
-    drain, end_when_silent, every, fill_random, listen, listen_everywhere, lock_file, memory,
-    queue, send_blocking, spawn_blocking, temporary_file, thread, wall_clock,
+    Lock, TcpListener, TcpStream, apart, begins_tls, deliver, descriptors, device, drain, every,
+    fill_random, listen, listen_everywhere, lock_file, memory, queue, send_blocking,
+    spawn_blocking, temporary_file, thread, wall_clock,
 };
+pub use chosen::{ask_for_signs, end_when_silent, free_room};
 /// A moment of the monotonic clock.
 pub(crate) use tokio::time::Instant;
 

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::platform::free_room::FreeRoom;
-pub(crate) use crate::platform::silence::ask_for_signs;
+pub use crate::platform::silence::ask_for_signs;
 pub(crate) use crate::platform::silence::drain;
 
 /// The time of day, since 1970.
@@ -122,7 +122,7 @@ pub(crate) async fn begins_tls(stream: &TcpStream) -> io::Result<bool> {
 /// From now on the connection fails when the other machine has acknowledged nothing for so long:
 /// neither what was sent, nor the kernel's own questions while nothing is sent. A machine that
 /// loses its power says nothing else.
-pub(crate) fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {
+pub fn end_when_silent(stream: &TcpStream, after: Duration) -> io::Result<()> {
     ask_for_signs(stream, after)?;
     Ok(sockopt::set_tcp_user_timeout(stream, after.as_millis() as u32)?)
 }

@@ -32,7 +32,7 @@ const LEFT: usize = 64 << 20;
 
 /// From now on the kernel asks the other machine for a sign of life when nothing else is sent,
 /// often enough that one that is silent for `after` can be told from one that has nothing to say.
-pub(crate) fn ask_for_signs(stream: &TcpStream, after: Duration) -> io::Result<()> {
+pub fn ask_for_signs(stream: &TcpStream, after: Duration) -> io::Result<()> {
     let seconds = Duration::from_secs(1);
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, (after * 2 / 5).max(seconds))?;

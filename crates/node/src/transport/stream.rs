@@ -15,7 +15,8 @@ use tokio_rustls::TlsStream;
 use crate::platform::{self, TcpListener, TcpStream, ask_for_signs, listen_everywhere};
 
 /// See the module.
-pub(crate) enum Stream {
+pub enum Stream {
+    /// Over TCP.
     Tcp(TcpStream),
     /// Over a Unix socket.
     Unix(UnixStream),
@@ -24,7 +25,8 @@ pub(crate) enum Stream {
 }
 
 /// Where clients connect.
-pub(crate) enum Listener {
+pub enum Listener {
+    /// A port.
     Tcp(TcpListener),
     /// A file.
     Unix(UnixListener),
@@ -32,7 +34,7 @@ pub(crate) enum Listener {
 
 impl Listener {
     /// Listens on the address of `<zeo>`.
-    pub(crate) async fn bind(address: &ZeoAddress) -> anyhow::Result<Listener> {
+    pub async fn bind(address: &ZeoAddress) -> anyhow::Result<Listener> {
         let listener = match address {
             ZeoAddress::Tcp(tcp) => listen(tcp).await.map(Listener::Tcp),
             ZeoAddress::Unix(path) => bind_unix(path).await.map(Listener::Unix),
@@ -41,7 +43,7 @@ impl Listener {
     }
 
     /// The next client. One whose machine is silent for `silence` can be told from others.
-    pub(crate) async fn accept(&self, silence: Duration) -> io::Result<Stream> {
+    pub async fn accept(&self, silence: Duration) -> io::Result<Stream> {
         match self {
             Listener::Tcp(tcp) => {
                 let (stream, _) = tcp.accept().await?;
@@ -54,7 +56,7 @@ impl Listener {
 }
 
 /// Listens on an address of the configuration.
-pub(crate) async fn listen(address: &Address) -> io::Result<TcpListener> {
+pub async fn listen(address: &Address) -> io::Result<TcpListener> {
     match address.host.as_str() {
         "" => listen_everywhere(address.port).await,
         _ => platform::listen(&address.to_string()).await,
@@ -76,12 +78,12 @@ async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 
 impl Stream {
     /// A connection that is encrypted now.
-    pub(crate) fn from_tls(tls: impl Into<TlsStream<TcpStream>>) -> Stream {
+    pub fn from_tls(tls: impl Into<TlsStream<TcpStream>>) -> Stream {
         Stream::Tls(Box::new(tls.into()))
     }
 
     /// Who is on the other side, for people.
-    pub(crate) fn peer(&self) -> String {
+    pub fn peer(&self) -> String {
         match self {
             Stream::Tcp(tcp) => tcp.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string()),
             Stream::Unix(_) => "a Unix socket".into(),
@@ -92,7 +94,7 @@ impl Stream {
     }
 
     /// Small messages are to be sent at once.
-    pub(crate) fn set_nodelay(&self) {
+    pub fn set_nodelay(&self) {
         let _ = match self {
             Stream::Tcp(tcp) => tcp.set_nodelay(true),
             Stream::Tls(tls) => tls.get_ref().0.set_nodelay(true),

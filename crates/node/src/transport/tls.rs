@@ -37,7 +37,7 @@ use crate::platform::{self, TcpStream};
 use crate::transport::certificate::Known;
 
 /// What new connections use; can be read again from the files.
-pub(crate) struct Tls {
+pub struct Tls {
     section: SslSection,
     current: RwLock<Current>,
     /// What was told last of the end of each certificate, by its file and subject.
@@ -55,7 +55,7 @@ struct Current {
 
 impl Tls {
     /// Reads the files.
-    pub(crate) fn new(section: &SslSection) -> anyhow::Result<Tls> {
+    pub fn new(section: &SslSection) -> anyhow::Result<Tls> {
         let current = RwLock::new(load(section)?);
         let tls = Tls { section: section.clone(), current, told: Mutex::default() };
         tls.warn_of_ends();
@@ -116,7 +116,7 @@ impl Tls {
     }
 
     /// Begins TLS with a node that was dialled.
-    pub(crate) async fn connect(
+    pub async fn connect(
         &self,
         tcp: TcpStream,
     ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
