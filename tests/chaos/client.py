@@ -129,6 +129,8 @@ class Client:
                 if self.name.startswith("p"):
                     # It learns the other addresses.
                     storage = standby_zodb.ClientStorage(addresses[:1], **options)
+                elif self.name.startswith("q"):
+                    storage = open_storage([tuple(world["router"])], **options)
                 else:
                     storage = open_storage(addresses, **options)
                 break

@@ -36,8 +36,9 @@ import cluster as harness  # noqa: E402
 from trouble import CLIENTS, KINDS, OFFICE, World  # noqa: E402
 
 CLIENT = os.path.join(HERE, "client.py")
-# Stock clients with the addresses of all nodes, and one with standby_zodb, if that is installed, and one address.
-WRITERS = ["w1", "w2", "w3", "w4"] + ["p1"] * (importlib.util.find_spec("standby_zodb") is not None)
+# Stock clients with the addresses of all nodes, one behind a router, and one with standby_zodb, if that is installed, and
+# one address.
+WRITERS = ["w1", "w2", "w3", "w4", "q1"] + ["p1"] * (importlib.util.find_spec("standby_zodb") is not None)
 READERS = ["r1", "r2"]
 # Of writing clients; those that are connected to a replica do not know of the newest commits.
 FRESH = WRITERS + ["r1"]
@@ -68,6 +69,9 @@ class Run:
         self.world.start_pack = self.start_pack
         self.cluster = self.world.cluster
         self.clients = {}
+        seed = [self.cluster.nodes[0].address]
+        within = self.world.places.command(CLIENTS)
+        self.router = harness.Router(os.path.join(directory, "router"), seed, within=within)
         self.world_file = os.path.join(directory, "world.json")
         with open(self.world_file, "w") as file:
             json.dump(
@@ -77,6 +81,7 @@ class Run:
                     seed=options.seed,
                     writers=WRITERS,
                     persistent=["w1", "w2", "r2"],
+                    router=self.router.writes,
                     replicas={"r2": [self.cluster.nodes[-1].read_only_address]},
                     pause=0.03,
                 ),
@@ -143,6 +148,7 @@ class Run:
 
     def begin(self):
         self.cluster.start()
+        self.router.start()
         subprocess.run(
             [*self.world.places.command(CLIENTS), sys.executable, CLIENT, "found", self.world_file], check=True
         )
@@ -249,6 +255,8 @@ class Run:
         for name, client in self.clients.items():
             if client.wait(60) != 0:
                 raise Violation("client %s ended with %s: see %s.err" % (name, client.returncode, name))
+        if self.router.stop() != 0:
+            raise Violation("the router has not ended in order: see router/log.txt")
         try:
             self.cluster.wait_level(REPAIR)
         except AssertionError as error:
@@ -290,6 +298,7 @@ class Run:
             if client.poll() is None:
                 client.kill()
                 client.wait()
+        self.router.kill()
         self.world.close(keep)
 
 
