@@ -104,6 +104,16 @@ def test_readers_choose_among_the_nodes(nodes):
     harness.wait_for("another node", lambda: peer(reader.storage) in ports(0, 1))
     writer.commit(lambda root: root.update(x=2))
     sees(reader, "x", 2)
+    # They are back: so is the reader, while it reads.
+    for node in cluster.nodes[2:]:
+        node.start()
+
+    def reads_there():
+        reader.connection.cacheMinimize()
+        assert reader.root["x"] == 2
+        return peer(reader.storage) in ports(2, 3)
+
+    harness.wait_for("a node that it prefers", reads_there)
     reader.close()
     writer.close()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +28,14 @@ WIDEN = 2.0
 """Seconds without a connection after which a reader goes to any node that it knows."""
 MOVE = 10.0
 """Seconds within which a reader is connected to a node that it prefers, if there is one."""
+LOOK = 3.0
+"""Seconds between two looks of a reader for a node that it prefers to the one that it uses."""
+RARELY = 60.0
+"""The same for one that went to such a node again and again, and could not use it."""
+REACH = 1.0
+"""Seconds within which such a node must accept a connection, and greet."""
+QUIET = 0.02
+"""Seconds between two looks for a moment in which no call of a reader waits for its answer."""
 
 
 class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
@@ -52,6 +62,9 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
         self._not_understood: str | None = None
         self._transport: asyncio.Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._looking = False
+        self._look_after = LOOK
+        self._encrypted = kwargs.get("ssl") is not None
         self._known = self._seeds = self._listed(addr)
         self._conn: Any = None
         super().__init__(addr, *args, **kwargs)
@@ -141,6 +154,58 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
         if self._loop is not None:
             # ZEO is not through with a connection that it has just told of.
             self._loop.call_soon(self._follow)
+        if self._preference.reads_only and not self._looking:
+            self._look_later()
+
+    def _look_later(self) -> None:
+        """Has a reader look for a node that it prefers to the one that it uses."""
+        if self._loop is not None:
+            self._looking = True
+            self._loop.call_later(self._look_after, self._look)
+
+    def _look(self) -> None:
+        """Begins a look; `_looked` gets what it found."""
+        topology, transport, loop = self._topology, self._transport, self._loop
+        if topology is None or transport is None or loop is None or self._conn.closed:
+            # The next connection looks again.
+            self._looking = False
+            return
+        wanted = self._preference.addresses(topology)
+        peer = transport.get_extra_info("peername")
+
+        def look() -> None:
+            better = bool(wanted) and not _is_one_of(peer, wanted)
+            found = better and any(_greets(address, self._encrypted) for address in wanted)
+            # A storage that is closed meanwhile has no loop.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._looked, topology, transport, better, found)
+
+        # Names and connections may take their time, in which ZEO goes on.
+        threading.Thread(target=look, name=f"{self.__name__} looks for a node", daemon=True).start()
+
+    def _looked(
+        self, topology: Topology, transport: asyncio.Transport, better: bool, found: bool
+    ) -> None:
+        if self._transport is transport and found:
+            self._leave(transport, round(LOOK / QUIET))
+        elif better or self._topology is not topology:
+            self._look_later()
+        else:
+            self._looking, self._look_after = False, LOOK
+
+    def _leave(self, transport: asyncio.Transport, looks: int) -> None:
+        """Has a reader leave its node in a moment in which no call waits for its answer."""
+        lost = self._transport is not transport or not self._conn.operational
+        if lost or self._loop is None or looks == 0:
+            self._look_later()
+        elif self._conn.protocol.futures:
+            self._loop.call_later(QUIET, self._leave, transport, looks - 1)
+        else:
+            self._looking, self._look_after = False, min(2 * self._look_after, RARELY)
+            # They are all addresses that it knew, if it found nothing that it prefers.
+            self._conn.new_addrs(self._known)
+            logger.info("%s leaves %s for one of %s", self.__name__, self._server_addr, self._known)
+            transport.abort()
 
     def _follow(self) -> None:
         """Has ZEO use the addresses that follow from the cluster for its next connection.
@@ -182,9 +247,8 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
         topology, transport = self._topology, self._transport
         if topology is None or transport is None:
             return
-        peer = transport.get_extra_info("peername")
-        wanted = [_resolved(address) for address in self._preference.addresses(topology)]
-        if not wanted or peer is None or any(peer[:2] in each for each in wanted):
+        wanted = self._preference.addresses(topology)
+        if not wanted or _is_one_of(transport.get_extra_info("peername"), wanted):
             return
         if self._loop is not None:
             self._loop.call_soon_threadsafe(transport.abort)
@@ -235,6 +299,11 @@ def _keep_alive(transport: asyncio.Transport) -> None:
                 same.setsockopt(level, getattr(socket, name), value)
 
 
+def _is_one_of(peer: Any, addresses: list[Address]) -> bool:
+    """True if a connection with this other side may be one to these addresses."""
+    return peer is None or any(peer[:2] in _resolved(address) for address in addresses)
+
+
 def _resolved(address: Address) -> set[tuple[str, int]]:
     """What a connection to an address may have as its other side."""
     if isinstance(address, str):
@@ -244,3 +313,14 @@ def _resolved(address: Address) -> set[tuple[str, int]]:
     except OSError:
         return set()
     return {(str(each[4][0]), address[1]) for each in found}
+
+
+def _greets(address: Address, encrypted: bool) -> bool:
+    """True if a server speaks first, as those of ZEO do; with TLS, if one accepts a connection."""
+    if isinstance(address, str):
+        return False
+    try:
+        with socket.create_connection(address, timeout=REACH) as sock:
+            return encrypted or sock.recv(1) != b""
+    except OSError:
+        return False
