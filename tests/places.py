@@ -11,11 +11,18 @@ import threading
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WIRE = [sys.executable, os.path.join(HERE, "wire.py")]
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 
 
 def ip(*words):
     subprocess.run(["ip", *words], check=True, stdin=subprocess.DEVNULL)
+
+
+def call(name, *arguments):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), name)
 
 
 class Places:
@@ -128,15 +135,18 @@ class Places:
         port = "port%s" % self.hosts[name].rsplit(".", 1)[1]
         ip("-n", self.switch, "link", "set", port, state)
 
-    def run(self, name, test):
-        """Runs test() in a place: its sockets, and those of threads that it starts, are there."""
+    def run(self, name, test, hosts=None):
+        """Runs test() in a place: its sockets, and those of threads that it starts, are there. `hosts` is a file that they
+        see as /etc/hosts."""
         ended = []
 
         def enter():
             with open("/run/netns/%s-%s" % (self.prefix, name)) as space:
-                libc = ctypes.CDLL(None, use_errno=True)
-                if libc.setns(space.fileno(), CLONE_NEWNET) != 0:
-                    raise OSError(ctypes.get_errno(), "setns")
+                call("setns", space.fileno(), CLONE_NEWNET)
+            if hosts is not None:
+                call("unshare", CLONE_NEWNS)
+                call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
+                call("mount", os.fsencode(hosts), b"/etc/hosts", None, MS_BIND, None)
             test()
 
         def body():

@@ -10,6 +10,7 @@ pub(crate) mod gate;
 pub(crate) mod lease;
 pub(crate) mod log_work;
 pub(crate) mod memory;
+pub(crate) mod moving_address;
 pub(crate) mod outbox;
 pub(crate) mod peer_links;
 pub(crate) mod progress;

@@ -28,6 +28,7 @@ use crate::cells::gate::{self, Gate, StrangersLines};
 use crate::cells::lease::Lease;
 use crate::cells::log_work::Busy;
 use crate::cells::memory::Memory;
+use crate::cells::moving_address::MovingAddress;
 use crate::cells::peer_links::Peers;
 use crate::cells::progress::Progress;
 use crate::cells::repair_sources::RepairSources;
@@ -85,6 +86,8 @@ pub(crate) struct Shared {
     pub reports: Reports,
     /// The node's role.
     pub standing: watch::Sender<ServingState>,
+    /// Of the addresses at which clients write.
+    pub moving: MovingAddress,
     pub lease: Lease,
     /// Storages that nobody may write to.
     pub read_only_storages: Arc<[String]>,
@@ -165,6 +168,7 @@ impl Shared {
             peers: Peers::default(),
             reports: Reports::default(),
             standing: watch::Sender::new(ServingState::default()),
+            moving: MovingAddress::new(standby.is_some_and(|s| s.on_replica.is_some())),
             lease: Lease::default(),
             read_only_storages: (config.storages.iter())
                 .filter(|section| section.read_only)

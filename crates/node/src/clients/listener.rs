@@ -11,12 +11,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use standby_config::ZeoAddress;
+use standby_logging::error_text::with_causes;
 use standby_primary::ServingState;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, copy_bidirectional, join};
 use tokio::sync::watch;
-use tracing::debug;
+use tracing::{debug, error};
 
 use crate::cells::gate::{Gate, Pass};
+use crate::cells::moving_address::moves;
 use crate::cells::shared::Shared;
 use crate::clients::connection;
 use crate::clients::newcomer::Newcomer;
@@ -41,12 +44,39 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How long a client stays with a primary that this node does not hear of any more.
 const LOST_PRIMARY: Duration = Duration::from_secs(2);
 
-/// Accepts clients that may write.
-pub(crate) async fn read_write(shared: Arc<Shared>, listener: Listener) {
+/// Accepts clients that may write. While addresses move it does not listen.
+pub(crate) async fn read_write(
+    shared: Arc<Shared>,
+    address: ZeoAddress,
+    mut listener: Listener,
+    mut stay: watch::Receiver<bool>,
+) {
     loop {
-        let (stream, pass) = accept(&shared.clients, &listener).await;
-        // It ends with the connection.
-        tokio::spawn(park(shared.clone(), stream, pass));
+        loop {
+            let (stream, pass) = tokio::select! {
+                biased;
+                () = moves(&mut stay) => break,
+                accepted = accept(&shared.clients, &listener) => accepted,
+            };
+            // It ends with the connection.
+            tokio::spawn(park(shared.clone(), stream, pass, stay.clone()));
+        }
+        drop((listener, stay));
+        (listener, stay) = listen_again(&shared, &address).await;
+    }
+}
+
+/// Listens when addresses do not move any more. Another process may have taken the address: then
+/// again and again.
+async fn listen_again(shared: &Shared, address: &ZeoAddress) -> (Listener, watch::Receiver<bool>) {
+    loop {
+        let stay = shared.moving.stays().await;
+        match Listener::bind(address).await {
+            Ok(listener) => return (listener, stay),
+            Err(error) => error!("no client can connect: {}", with_causes(&error)),
+        }
+        drop(stay);
+        tokio::time::sleep(LOOK).await;
     }
 }
 
@@ -115,7 +145,7 @@ pub(crate) async fn forwarded(shared: Arc<Shared>, stream: Stream) {
     }
 }
 
-async fn park(shared: Arc<Shared>, stream: Stream, pass: Pass) {
+async fn park(shared: Arc<Shared>, stream: Stream, pass: Pass, mut stay: watch::Receiver<bool>) {
     let mut client = Newcomer::new(stream);
     let mut arrived = Instant::now();
     let mut primary_since: Option<(String, Instant)> = None;
@@ -149,6 +179,7 @@ async fn park(shared: Arc<Shared>, stream: Stream, pass: Pass) {
             changed = standing.changed() => if changed.is_err() { return },
             () = client.gone() => return,
             () = pass.wanted() => return,
+            () = moves(&mut stay) => return,
             () = due => {
                 let other = primary_since.clone().filter(|_| !serves);
                 let Some((address, _)) = other else { continue };
@@ -172,7 +203,12 @@ async fn park(shared: Arc<Shared>, stream: Stream, pass: Pass) {
                         let passes = [&pass, &second];
                         let encrypted = shared.tls.is_some();
                         let lost = is_lost(&address, standing.clone());
-                        match forward(client, primary, encrypted, lost, passes).await {
+                        let forwarded = tokio::select! {
+                            biased;
+                            () = moves(&mut stay) => return,
+                            forwarded = forward(client, primary, encrypted, lost, passes) => forwarded,
+                        };
+                        match forwarded {
                             Some(waiting) => client = waiting,
                             None => return,
                         }

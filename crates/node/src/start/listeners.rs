@@ -1,7 +1,7 @@
 //! The addresses of a node.
 
 use anyhow::Context;
-use standby_config::{Address, Config};
+use standby_config::{Address, Config, ZeoAddress};
 
 use crate::platform::TcpListener;
 use crate::transport::stream::{Listener, listen};
@@ -10,7 +10,7 @@ use crate::transport::stream::{Listener, listen};
 /// file is touched: a second start of the same node fails there.
 pub(crate) struct Listeners {
     /// For clients that read and write.
-    pub zeo: Vec<Listener>,
+    pub zeo: Vec<(ZeoAddress, Listener)>,
     /// For clients that only read.
     pub read_only: Option<Listener>,
     /// For other nodes.
@@ -24,7 +24,7 @@ impl Listeners {
     pub(crate) async fn bind(config: &Config) -> anyhow::Result<Listeners> {
         let mut zeo = Vec::new();
         for address in &config.zeo.addresses {
-            zeo.push(Listener::bind(address).await?);
+            zeo.push((address.clone(), Listener::bind(address).await?));
         }
         let standby = config.standby.as_ref();
         let read_only = standby.and_then(|standby| standby.read_only_address.as_ref());

@@ -181,14 +181,16 @@ fn start_tasks(shared: &Arc<Shared>, listeners: Listeners, checkpoint: &Checkpoi
         run(listener::read_only(shared.clone(), read_only));
     }
     #[cfg(not(feature = "simulated"))]
-    run(crate::tasks::role_command::watch(shared.clone()));
-    #[cfg(not(feature = "simulated"))]
     if let Some(admin) = listeners.admin {
         run(crate::admin::http::listen(shared.clone(), admin));
     }
-    for zeo in listeners.zeo {
-        run(listener::read_write(shared.clone(), zeo));
+    for (address, zeo) in listeners.zeo {
+        // Before a command may move the address.
+        let stay = shared.moving.stay();
+        run(listener::read_write(shared.clone(), address, zeo, stay));
     }
+    #[cfg(not(feature = "simulated"))]
+    run(crate::tasks::role_command::watch(shared.clone()));
     run(listener::end_silent(shared.clone()));
     run(topology::tell_clients(shared.clone()));
     run(client_memory::guard(shared.clone()));

@@ -3,8 +3,13 @@
 //!
 //! A command that fails, or takes too long, changes nothing: it is logged. Only the last role
 //! counts: while a command runs, others wait, and those that are out of date by then are left out.
+//!
+//! While `on-replica` runs, nobody is connected to the addresses at which clients write: a client
+//! that waits for its greeting at an address that leaves this machine would wait for ever, for it
+//! has nothing to send, and what is sent to it from here does not reach it.
 
 use std::ffi::OsString;
+use std::pin::pin;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +23,10 @@ use crate::cells::shared::Shared;
 
 /// After so long a command is killed.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long those who are connected are waited for before `on-replica` runs.
+const LEAVING: Duration = Duration::from_secs(1);
+/// How long clients are refused while it runs: a command that takes longer has moved no address.
+const REFUSED: Duration = Duration::from_secs(2);
 /// How long the report of this node may be behind its role.
 const REPORTED: Duration = Duration::from_secs(1);
 /// How long the last words of a command that has failed are waited for.
@@ -39,8 +48,18 @@ pub(crate) async fn watch(shared: Arc<Shared>) {
             false => ("on-replica", &standby.on_replica),
         };
         if let Some(command) = command {
+            if !serves && !shared.moving.clear(LEAVING).await {
+                warn!("a client is still connected while on-replica runs");
+            }
             reported(&shared, serves).await;
-            match run(command, environment(&shared, standby, serves), PATIENCE).await {
+            let mut running = pin!(run(command, environment(&shared, standby, serves), PATIENCE));
+            let ended = tokio::time::timeout(REFUSED, &mut running).await;
+            shared.moving.end();
+            let ended = match ended {
+                Ok(ended) => ended,
+                Err(_) => running.await,
+            };
+            match ended {
                 Ok(()) => info!(command, "{key} has run"),
                 Err(error) => warn!(command, error, "{key} has failed; the node goes on"),
             }
