@@ -64,6 +64,8 @@ pub trait Facts: Send {
     fn slowest_write(&self, id: NodeId) -> Duration;
     /// True if it has reported damage.
     fn is_damaged(&self, id: NodeId) -> bool;
+    /// True if it has reported that it lost the leadership again and again.
+    fn is_flapping(&self, id: NodeId) -> bool;
     /// For how long nothing was heard of it.
     fn silence_of(&self, id: NodeId) -> Duration;
     /// True if it was heard of lately.

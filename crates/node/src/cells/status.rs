@@ -266,6 +266,11 @@ impl Reports {
         lock(&self.heard).others.get(&id).is_some_and(|(report, _)| report.damage.is_some())
     }
 
+    /// True if a node has said that it lost the leadership again and again.
+    pub(crate) fn is_flapping(&self, id: NodeId) -> bool {
+        lock(&self.heard).others.get(&id).is_some_and(|(report, _)| report.flapping)
+    }
+
     /// True unless a node has said that a disk of it is full.
     pub(crate) fn has_room(&self, id: NodeId) -> bool {
         lock(&self.heard).others.get(&id).is_none_or(|(report, _)| report.no_room.is_none())

@@ -160,11 +160,7 @@ async fn park(shared: Arc<Shared>, stream: Stream, pass: Pass, mut stay: watch::
             arrived = Instant::now();
             continue;
         }
-        primary_since = match (other_primary, primary_since) {
-            (None, _) => None,
-            (Some(address), Some((known, since))) if known == address => Some((known, since)),
-            (Some(address), _) => Some((address, Instant::now())),
-        };
+        primary_since = since_when(other_primary, primary_since);
         let forward_at = primary_since.as_ref().map(|(_, since)| (*since).max(arrived) + PARK);
         let due = async {
             match forward_at {
@@ -219,6 +215,15 @@ async fn park(shared: Arc<Shared>, stream: Stream, pass: Pass, mut stay: watch::
             }
         }
     }
+}
+
+/// A primary with the moment since which it is known.
+fn since_when(
+    other: Option<String>,
+    known: Option<(String, Instant)>,
+) -> Option<(String, Instant)> {
+    let other = other?;
+    Some(known.filter(|(known, _)| *known == other).unwrap_or_else(|| (other, Instant::now())))
 }
 
 /// Forwards what a client and the primary say to each other, until that node is `lost`. When

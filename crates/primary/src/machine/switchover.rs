@@ -112,7 +112,8 @@ impl Machine {
         let Some(name) = to else {
             let own = self.best_voter(|group| group == self.me.group);
             return own.or_else(|| self.best_voter(|_| true)).ok_or_else(|| {
-                "no other voter with data is there: nobody could be primary".to_owned()
+                "no other voter with data is there that would take the role: see standby status"
+                    .to_owned()
             });
         };
         let member = self.member(name)?;
@@ -136,7 +137,21 @@ impl Machine {
         if !self.has_room(member.id) {
             return Err(format!("the disk of {name} is nearly full"));
         }
+        if let Some(reason) = self.yields(member.id) {
+            return Err(format!("{name} {reason}: it would not take the role; see standby status"));
+        }
         Ok(member.id)
+    }
+
+    /// Why a node does not stand for election while there is a primary, if it does not.
+    fn yields(&self, id: NodeId) -> Option<&'static str> {
+        match () {
+            () if self.facts.is_damaged(id) => Some("has damaged data"),
+            () if self.facts.is_flapping(id) => {
+                Some("has lost the leadership again and again within a minute")
+            }
+            () => None,
+        }
     }
 
     /// The voter with data, of the groups that are `wanted`, that is nearest to this one.
@@ -147,6 +162,7 @@ impl Machine {
             *id != self.me.id
                 && member.is_some_and(|m| !m.witness && wanted(&m.group))
                 && self.is_there(*id)
+                && self.yields(*id).is_none()
         };
         let matched = |id: &NodeId| self.consensus.progress(*id).map(|progress| progress.matched);
         let voters = membership.voters.iter().copied().filter(fits);

@@ -6,9 +6,9 @@
 //! run 2s                        time passes; also 50ms
 //! kill n1 · start n1 · start-after-crashes n1 · cut n1 · mute n1 (nobody is told) · heal n1
 //! stall n1 · go n1              the disk of the log does not answer, and does again
-//! know n1 full n2               what a node knows: full, slow, damaged (of a node), room, sound,
-//!                               lacks-data, long-call, no-long-call, clock +2h, said-ahead 2h,
-//!                               more n2, level n2 1
+//! know n1 full n2               what a node knows: full, slow, damaged, flapping (of a node), and
+//!                               that it is over: room, sound, steady; lacks-data, long-call,
+//!                               no-long-call, clock +2h, said-ahead 2h, more n2, level n2 1
 //! ask n1 JSON                   an administrator asks a node
 //! a@n1 register [read-only] [STORAGE]
 //! a oids 3 · a vote 1=none 2=t3 2?t3 · a vote tid=t9 … · a finish · a abort · a gone · a sync
@@ -118,8 +118,10 @@ fn know(world: &mut World, node: &str, what: &[&str]) {
         ("full", Some(id)) => drop(known.full.insert(id)),
         ("slow", Some(id)) => drop(known.slow.insert(id)),
         ("damaged", Some(id)) => drop(known.damaged.insert(id)),
+        ("flapping", Some(id)) => drop(known.flapping.insert(id)),
         ("room", Some(id)) => drop(known.full.remove(&id)),
         ("sound", Some(id)) => drop(known.damaged.remove(&id)),
+        ("steady", Some(id)) => drop(known.flapping.remove(&id)),
         ("level", Some(id)) => drop(known.levels.insert(id, what[2].parse().unwrap())),
         ("more", _) => known.more = Some(what[1].to_owned()),
         ("lacks-data", _) => known.lacks_data = true,

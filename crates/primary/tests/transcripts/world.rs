@@ -69,6 +69,7 @@ pub struct Known {
     pub full: BTreeSet<NodeId>,
     pub slow: BTreeSet<NodeId>,
     pub damaged: BTreeSet<NodeId>,
+    pub flapping: BTreeSet<NodeId>,
     /// What is damaged is in a data file.
     pub lacks_data: bool,
     pub stalled: Option<Duration>,
@@ -197,6 +198,10 @@ impl Facts for Table {
 
     fn slowest_write(&self, id: NodeId) -> Duration {
         if self.is_slow(id) { Duration::from_secs(10) } else { Duration::ZERO }
+    }
+
+    fn is_flapping(&self, id: NodeId) -> bool {
+        self.known().flapping.contains(&id)
     }
 
     fn is_damaged(&self, id: NodeId) -> bool {

@@ -127,6 +127,10 @@ impl Facts for NodeFacts {
         self.0.reports.slowest_write(id)
     }
 
+    fn is_flapping(&self, id: NodeId) -> bool {
+        self.0.reports.is_flapping(id)
+    }
+
     fn is_damaged(&self, id: NodeId) -> bool {
         self.0.reports.is_damaged(id)
     }
