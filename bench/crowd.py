@@ -102,7 +102,7 @@ def measure(name, addresses, directory, server, die, clients):
         for number in range(PROCESSES):
             command = [sys.executable, __file__, "--work", json.dumps(addresses), seed, str(number * each), str(each)]
             crowd.append(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
         for process in crowd:
             assert process.stdout.readline() == "ready\n", "a part of the crowd does not come up"
