@@ -46,9 +46,8 @@ import cluster as harness  # noqa: E402
 import transaction  # noqa: E402
 import ZODB  # noqa: E402
 from persistent.mapping import PersistentMapping  # noqa: E402
-from places import Places  # noqa: E402
-from test_membership import wait_for_voters  # noqa: E402
-from test_supervise import child  # noqa: E402
+from places import Places, moving  # noqa: E402
+from test_membership import replace_all  # noqa: E402
 from zeo_client import is_passing, open_storage  # noqa: E402
 
 try:
@@ -131,16 +130,9 @@ class Site:
         self.hosts = os.path.join(directory, "hosts")
         # Not in their order: the first one may be the one that is down.
         self.name(["n3", "n1", "n2"])
-        # Without the site's packages it starts in a moment.
-        announces = '"%s" -I -S "%s" %s' % (sys.executable, os.path.join(HERE, "..", "tests", "announce.py"), MOVING)
-        options = (
-            "  on-primary ip addr add %s/32 dev eth0; %s\n" % (MOVING, announces)
-            + "  on-replica ip addr del %s/32 dev eth0 2>/dev/null || true\n" % MOVING
-        )
         self.zeo = "  address %d" % PORT
-        self.directory = os.path.join(directory, "cluster")
         self.cluster = harness.Cluster(
-            self.directory, places=world, options=options, zeo=self.zeo, arguments=arguments
+            os.path.join(directory, "cluster"), places=world, options=moving(MOVING), zeo=self.zeo, arguments=arguments
         )
         everywhere, one = self.cluster.addresses, self.cluster.addresses[:1]
         within = world.command("office")
@@ -241,7 +233,7 @@ def freeze(site, primary):
 
 
 def supervised(site, primary):
-    return site.round(lambda: os.kill(child(primary), signal.SIGSTOP))
+    return site.round(lambda: os.kill(primary.child(), signal.SIGSTOP))
 
 
 def vanish(site, primary):
@@ -263,20 +255,11 @@ def partition(site, _primary):
 def replace(site, _primary):
     cluster = site.cluster
 
+    def options(name):
+        return dict(zeo=site.zeo, **harness.Cluster.place(site.world, "here", int(name[1:])))
+
     def change():
-        for name in NODES[3:]:
-            printed = cluster.primary().ask("node", "add", name)
-            where = harness.Cluster.place(site.world, "here", int(name[1:]))
-            node = cluster.invited(os.path.join(site.directory, name), name, printed, zeo=site.zeo, **where)
-            node.start()
-            wait_for_voters(cluster, *(node.name for node in cluster.nodes))
-        site.make_primary(cluster.named("n5"))
-        for name in NODES[:3]:
-            cluster.named("n5").ask("node", "remove", name, "--force")
-            old = cluster.named(name)
-            old.kill()
-            cluster.nodes.remove(old)
-        wait_for_voters(cluster, *NODES[3:])
+        replace_all(cluster, options)
         site.name(NODES[3:])
         # Topology is told within a second.
         time.sleep(1)

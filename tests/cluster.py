@@ -187,6 +187,16 @@ class Node(Process):
     def command(self):
         return self.within + [STANDBY, "serve", "-C", self.config_path] + self.arguments
 
+    def child(self):
+        """The process id of the node that a supervisor watches."""
+        pid = self.process.pid
+
+        def find():
+            with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
+                return [int(word) for word in file.read().split()]
+
+        return wait_for("a child", find)[0]
+
     def ask(self, *words, fails=False, timeout=60):
         """Runs an administrator's command; returns what it prints."""
         command = [STANDBY, *words, "--at", "%s:%s" % (self.host, self.admin_port)]

@@ -15,6 +15,16 @@ CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 
 
+def moving(address, before=""):
+    """Options of nodes in places that have an address go with the primary; `before` is a command that runs before the
+    address leaves."""
+    announce = '"%s" -I -S "%s" %s' % (sys.executable, os.path.join(HERE, "announce.py"), address)
+    return (
+        "  on-primary ip addr add %s/32 dev eth0; %s\n" % (address, announce)
+        + "  on-replica %sip addr del %s/32 dev eth0 || true\n" % (before, address)
+    )
+
+
 def ip(*words):
     subprocess.run(["ip", *words], check=True, stdin=subprocess.DEVNULL)
 

@@ -30,6 +30,23 @@ def new_node(cluster, tmp_path, name, printed, group="here", witness=False):
     return cluster.invited(tmp_path / "cluster" / name, name, printed, group=group, witness=witness)
 
 
+def replace_all(cluster, options=lambda name: {}, added=lambda name: None):
+    """Adds n4, n5 and n6, one of which becomes primary, and removes n1, n2 and n3. `options` gives those of a new node,
+    and `added` is called with each."""
+    former = list(cluster.nodes)
+    for name in ("n4", "n5", "n6"):
+        printed = cluster.primary().ask("node", "add", name)
+        cluster.invited(os.path.join(cluster.directory, name), name, printed, **options(name)).start()
+        wait_for_voters(cluster, *(node.name for node in cluster.nodes))
+        added(name)
+    cluster.make_primary(cluster.named("n5"))
+    for gone in former:
+        cluster.named("n5").ask("node", "remove", gone.name, "--force")
+        gone.kill()
+        cluster.nodes.remove(gone)
+    wait_for_voters(cluster, "n4", "n5", "n6")
+
+
 @pytest.fixture
 def stopping(nodes):
     """Clusters whose nodes are stopped after the test, those that joined later included."""

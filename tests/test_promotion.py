@@ -17,7 +17,6 @@ from places import Places
 from test_blobs import blob_client, put, read
 from test_cluster import Writer, check_files, transactions
 from test_membership import wait_for_voters
-from test_supervise import child
 from zeo_client import Client, make_database
 
 
@@ -301,7 +300,7 @@ def test_row_29_a_frozen_primary_wakes_up_on_a_timeline_that_is_over(nodes, supe
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(number=1))
     cluster.wait_level()
-    pid = child(n1) if supervised else n1.process.pid
+    pid = n1.child() if supervised else n1.process.pid
     os.kill(pid, signal.SIGSTOP)
     wait_no_primary(n2, [n1])
     n2.ask("promote", "--group", "paris", "--force", "--yes")
@@ -312,7 +311,7 @@ def test_row_29_a_frozen_primary_wakes_up_on_a_timeline_that_is_over(nodes, supe
     cluster.failover = "paris"
     cluster.wait_healthy()
     assert not lost_files(n1)
-    assert (child(n1) if supervised else n1.process.pid) == pid
+    assert (n1.child() if supervised else n1.process.pid) == pid
     assert n1.process.poll() is None
     client.close()
     cluster.wait_level()

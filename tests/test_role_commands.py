@@ -1,12 +1,12 @@
 """Commands that an administrator has a node run when its role changes, to move a virtual address for example."""
 
 import os
-import sys
 import time
 
 import pytest
 
 import cluster as harness
+from places import moving
 from test_scenario import places  # noqa: F401 (a fixture)
 from zeo_client import Client
 
@@ -68,27 +68,18 @@ def test_a_command_that_fails_is_logged(nodes):
     assert "on-primary has failed" in node.log()
 
 
-ANNOUNCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "announce.py")
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 def test_a_client_goes_with_a_virtual_address(places, nodes):  # noqa: F811
     """It waits for nobody at a machine that the address has left."""
     world = places("office", "n1", "n2", "n3")
-    moving = "10.77.0.100"
-    options = "  on-primary ip addr add %s/32 dev eth0; %s -I -S %s %s\n  on-replica %s\n" % (
-        moving,
-        sys.executable,
-        ANNOUNCE,
-        moving,
-        # As slow as a script may be.
-        "sleep 0.3; ip addr del %s/32 dev eth0 || true" % moving,
-    )
+    address = "10.77.0.100"
+    # As slow as a script may be.
+    options = moving(address, before="sleep 0.3; ")
     cluster = nodes.cluster(places=world, options=options, zeo="  address 8100")
 
     def test():
         cluster.start()
-        client = Client([(moving, 8100)], wait_timeout=30)
+        client = Client([(address, 8100)], wait_timeout=30)
         for number in range(9):
             node = cluster.nodes[number % 3]
             if cluster.primary() is not node:

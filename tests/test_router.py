@@ -12,7 +12,7 @@ import time
 import pytest
 
 import cluster as harness
-from test_membership import new_node, stopping, wait_for_voters  # noqa: F401 (a fixture)
+from test_membership import replace_all, stopping  # noqa: F401 (a fixture)
 from test_scenario import places, sees  # noqa: F401 (a fixture)
 from test_transport import tls  # noqa: F401 (a fixture)
 from zeo_client import Client
@@ -123,22 +123,12 @@ def test_a_host_that_vanishes_is_left_in_time(places, nodes, router):  # noqa: F
     world.run("office", run)
 
 
-def test_all_nodes_are_replaced_under_it(stopping, router, tmp_path):  # noqa: F811
+def test_all_nodes_are_replaced_under_it(stopping, router):  # noqa: F811
     cluster = stopping().start()
     way = router([cluster.nodes[0].address])
     client = Client([way.writes])
     took(client, 0)
-    for name in ("n4", "n5", "n6"):
-        new_node(cluster, tmp_path, name, cluster.primary().ask("node", "add", name)).start()
-        wait_for_voters(cluster, *(n.name for n in cluster.nodes))
-        took(client, name)
-    cluster.make_primary(cluster.named("n5"))
-    for name in ("n1", "n2", "n3"):
-        cluster.named("n5").ask("node", "remove", name, "--force")
-        gone = cluster.named(name)
-        gone.kill()
-        cluster.nodes.remove(gone)
-    wait_for_voters(cluster, "n4", "n5", "n6")
+    replace_all(cluster, added=lambda name: took(client, name))
     harness.wait_for("it knows", lambda: way.metric("node_answers") == 3)
     cluster.primary().kill()
     took(client, 1)

@@ -9,7 +9,7 @@ import ZODB
 import ZODB.config
 
 import cluster as harness
-from test_membership import new_node, stopping, wait_for_voters  # noqa: F401 (a fixture)
+from test_membership import replace_all, stopping  # noqa: F401 (a fixture)
 from test_scenario import places, sees  # noqa: F401 (a fixture)
 from zeo_client import Client, is_passing
 
@@ -45,25 +45,17 @@ def peer(storage):
     return storage._transport.get_extra_info("peername")[1] if storage._transport else None
 
 
-def test_it_goes_on_after_all_nodes_that_it_was_given_are_gone(stopping, tmp_path, encoding):  # noqa: F811
+def test_it_goes_on_after_all_nodes_that_it_was_given_are_gone(stopping, encoding):  # noqa: F811
     cluster = stopping(zeo=encoding).start()
     first = cluster.nodes[0]
     client = Follower([first.address])
     client.commit(lambda root: root.update(x=0))
     assert client.storage.topology.cluster == "test" and client.names == {"n1", "n2", "n3"}
-    for number, name in enumerate(("n4", "n5", "n6"), 1):
-        node = new_node(cluster, tmp_path, name, cluster.primary().ask("node", "add", name))
-        node.zeo = encoding
-        node.start()
-        wait_for_voters(cluster, *(n.name for n in cluster.nodes))
-        client.commit(lambda root: root.update(x=number))
-    cluster.make_primary(cluster.named("n5"))
-    for name in ("n1", "n2", "n3"):
-        cluster.named("n5").ask("node", "remove", name, "--force")
-        gone = cluster.named(name)
-        gone.kill()
-        cluster.nodes.remove(gone)
-    wait_for_voters(cluster, "n4", "n5", "n6")
+    replace_all(
+        cluster,
+        options=lambda name: dict(zeo=encoding),
+        added=lambda name: client.commit(lambda root: root.update(x=name)),
+    )
     harness.wait_for("the client knows", lambda: client.names == {"n4", "n5", "n6"})
     for number in range(10, 13):
         client.commit(lambda root: root.update(x=number))

@@ -11,17 +11,6 @@ from zeo_client import Client
 SUPERVISED = ["--supervise", "--frozen-after", "1"]
 
 
-def child(node):
-    """The process id of the node that a supervisor watches."""
-
-    def find():
-        pid = node.process.pid
-        with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
-            return [int(word) for word in file.read().split()]
-
-    return harness.wait_for("a child", find)[0]
-
-
 def is_gone(pid):
     try:
         with open("/proc/%d/stat" % pid) as file:
@@ -35,7 +24,7 @@ def test_row_29_clients_leave_a_frozen_primary(nodes):
     client = Client(cluster.addresses)
     client.commit(lambda root: root.update(x=0))
     frozen = cluster.primary()
-    pid = child(frozen)
+    pid = frozen.child()
     os.kill(pid, signal.SIGSTOP)
     stopped = time.monotonic()
     # A stock client, whose connection nobody closes.
@@ -44,7 +33,7 @@ def test_row_29_clients_leave_a_frozen_primary(nodes):
     assert is_gone(pid)
     harness.wait_for("the reason", lambda: "gave no sign of life" in frozen.log())
     cluster.wait_level()
-    assert child(frozen) != pid
+    assert frozen.child() != pid
     reader = Client(frozen.read_only_address, read_only=True)
     assert reader.root["x"] == 1
     reader.close()
@@ -57,16 +46,16 @@ def test_what_ends_and_what_is_started_again(nodes, tmp_path):
     harness.wait_for("a node", node.listens)
     client = Client(node.address)
     client.commit(lambda root: root.update(x=1))
-    first = child(node)
+    first = node.child()
     os.kill(first, signal.SIGKILL)
     client.commit(lambda root: root.update(x=2))
     assert "the node has crashed" in node.log()
-    second = child(node)
+    second = node.child()
     # The supervisor passes on what it is told.
     node.signal(signal.SIGHUP)
     client.commit(lambda root: root.update(x=3))
     client.close()
-    assert child(node) == second
+    assert node.child() == second
     assert node.stop() == 0
     assert is_gone(first) and is_gone(second)
     # Errors are for people: the node is not started again and again.
@@ -80,7 +69,7 @@ def test_what_ends_and_what_is_started_again(nodes, tmp_path):
     assert other.start().wait() == 1
     assert "standbi" in other.log()
     # A node does not outlive its supervisor.
-    pid = child(node)
+    pid = node.child()
     node.kill()
     harness.wait_for("the end of the node", lambda: is_gone(pid))
 
@@ -89,7 +78,7 @@ def test_a_frozen_node_that_was_told_to_end(nodes):
     node = nodes.alone(arguments=SUPERVISED)
     node.start()
     harness.wait_for("a node", node.listens)
-    pid = child(node)
+    pid = node.child()
     os.kill(pid, signal.SIGSTOP)
     node.signal(signal.SIGTERM)
     assert node.wait() == 1

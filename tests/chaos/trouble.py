@@ -14,7 +14,6 @@ import cluster as harness
 from faults import Faults
 from places import Places
 from test_disks import fill, small_disk
-from test_supervise import child
 
 DISK_MB = 700
 # With more files and connections a node refuses.
@@ -272,14 +271,14 @@ class World:
         """Its supervisor kills what stands still for two seconds."""
         machine = self.some()
         try:
-            pid = child(machine.node)
+            pid = machine.node.child()
             os.kill(pid, signal.SIGSTOP)
         except (AssertionError, AttributeError, OSError):
             return lambda: None
 
         def end():
             with contextlib.suppress(AssertionError, AttributeError, OSError):
-                if child(machine.node) == pid:
+                if machine.node.child() == pid:
                     os.kill(pid, signal.SIGCONT)
 
         return end

@@ -261,12 +261,7 @@ class Site:
 
     def serving(self, verb):
         """Does something to the process of the primary, not to its supervisor."""
-        primary = self.cluster.primary()
-        listed = subprocess.run(
-            ["pgrep", "-P", str(primary.process.pid)], check=True, capture_output=True, text=True
-        )
-        for process in listed.stdout.split():
-            os.kill(int(process), verb)
+        os.kill(self.cluster.primary().child(), verb)
 
     def add_node(self):
         printed = self.cluster.primary().ask("node", "add", "n4")
