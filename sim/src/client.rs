@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use standby_node::simulated::{Random, TcpStream};
-use standby_types::{Oid, Tid};
+use standby_types::{Oid, Tid, TransactionToken};
 use standby_zeo::{Encoding, FrameReader, Incoming, MAX_FRAME, Value, frame};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
@@ -70,6 +70,15 @@ pub struct Script {
     pub syncs: bool,
     /// So many clients have blobs.
     pub blobs: u64,
+    /// Each transaction has a token, as those of the package `standby-zodb`.
+    pub tokens: bool,
+}
+
+/// A transaction whose outcome the client does not know.
+struct InDoubt {
+    number: u64,
+    /// What the client had heard of when it finished it.
+    since: Tid,
 }
 
 struct Connection {
@@ -108,6 +117,7 @@ pub struct Client {
     next_address: usize,
     /// What has come of a blob.
     received: Vec<u8>,
+    in_doubt: Option<InDoubt>,
 }
 
 impl Client {
@@ -124,6 +134,7 @@ impl Client {
             created: Vec::new(),
             next_address: 0,
             received: Vec::new(),
+            in_doubt: None,
         }
     }
 
@@ -205,6 +216,7 @@ impl Client {
     }
 
     async fn transaction(&mut self) -> Result<()> {
+        self.settle().await?;
         if self.script.syncs {
             self.sync().await?;
         }
@@ -226,6 +238,37 @@ impl Client {
             6..=9 => self.count().await,
             _ => self.transfer().await,
         }
+    }
+
+    /// Asks what became of the transaction that was under way when the connection broke.
+    async fn settle(&mut self) -> Result<()> {
+        let Some(InDoubt { number, since }) = self.in_doubt else { return Ok(()) };
+        let client = self.script.client;
+        let token = Value::bytes(&self.token(number).to_bytes());
+        let args = vec![token, since.to_bytes().into()];
+        let answer = match self.call("transaction_outcome", args).await {
+            Ok(answer) => answer,
+            // It asks again, elsewhere.
+            Err(_) => return Err(Trouble::Lost),
+        };
+        self.in_doubt = None;
+        match &answer {
+            Value::None => self.history.add(Event::NotCommitted { client, number }),
+            Value::Bytes(_) => {
+                let tid = tid_of(&answer)?;
+                self.history.add(Event::Committed { client, number, tid, asked: true });
+                let told = self.told;
+                self.history.add(Event::Outcome { client, told, tid });
+            }
+            _ => self.history.add(Event::OutcomeUnknown { client, number }),
+        }
+        Ok(())
+    }
+
+    fn token(&self, number: u64) -> TransactionToken {
+        let mut client = [0; 16];
+        client[..4].copy_from_slice(&self.script.client.to_be_bytes());
+        TransactionToken { client, number }
     }
 
     /// Begins with all that was acknowledged before, as a client with `server_sync`.
@@ -395,9 +438,14 @@ impl Client {
             _ => self.random.below(300) as usize,
         };
         let mut out = Vec::new();
+        let token = self.token(number);
         let Some(connection) = &mut self.connection else { return Err(Trouble::Lost) };
         let encoding = connection.encoding;
         out.extend_from_slice(&encoding.notify("tpc_begin", begin));
+        if self.script.tokens {
+            let token = Value::bytes(&token.to_bytes());
+            out.extend_from_slice(&encoding.notify("transaction_token", vec![name.clone(), token]));
+        }
         let mut stored = Vec::new();
         for (oid, serial, amount) in &writes {
             let content = Content { client, number, base: *serial, amount: *amount };
@@ -434,8 +482,15 @@ impl Client {
         }
         let based = writes.iter().map(|(oid, serial, _)| (*oid, *serial)).collect();
         self.history.add(Event::Finishing { client, number, writes: based });
-        let tid = tid_of(&self.call("tpc_finish", vec![name]).await?)?;
-        self.history.add(Event::Committed { client, number, tid });
+        let since = self.told;
+        let finished = self.call("tpc_finish", vec![name]).await;
+        if let Err(Trouble::Lost) = finished
+            && self.script.tokens
+        {
+            self.in_doubt = Some(InDoubt { number, since });
+        }
+        let tid = tid_of(&finished?)?;
+        self.history.add(Event::Committed { client, number, tid, asked: false });
         self.told = self.told.max(tid);
         for (oid, data) in stored {
             self.cache.insert(oid, (data, tid));

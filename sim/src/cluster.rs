@@ -61,6 +61,10 @@ pub struct Outcome {
     pub violations: Vec<String>,
     /// Commits that were acknowledged.
     pub commits: usize,
+    /// Of how many others clients were told, when they asked, that they are not committed.
+    pub refusals: usize,
+    /// Commits of which clients were told when they asked.
+    pub asked: usize,
     /// Faults that came, by kind.
     pub faults: BTreeMap<&'static str, u64>,
     /// How often a node began to serve as primary.
@@ -207,6 +211,8 @@ pub fn run(plan: &Plan) -> Outcome {
     cluster.simulate();
     let mut outcome = cluster.outcome;
     outcome.commits = cluster.history.commits();
+    outcome.asked = cluster.history.asked();
+    outcome.refusals = cluster.history.refusals();
     outcome.trace = trace::end();
     outcome
 }
@@ -334,7 +340,9 @@ impl Cluster {
             let patience = Duration::from_millis(self.random.range(400..4_000));
             let (packs, syncs) = (self.plan.packs, !writes || self.random.one_in(2));
             let blobs = if self.plan.blobs { u64::from(self.plan.writers) } else { 0 };
-            let script = Script { client, addresses, writes, pause, patience, packs, syncs, blobs };
+            let tokens = client % 3 != 0;
+            let script =
+                Script { client, addresses, writes, pause, patience, packs, syncs, blobs, tokens };
             clients.push(Client::new(script, self.random.fork(), self.history.clone()));
         }
         self.clients.start(async move {

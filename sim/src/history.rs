@@ -89,6 +89,32 @@ pub enum Event {
         number: u64,
         /// Its tid.
         tid: Tid,
+        /// The client had lost the connection, and has asked.
+        asked: bool,
+    },
+    /// Its client had lost the connection, has asked what became of it, and was told that it is not
+    /// committed.
+    NotCommitted {
+        /// Who.
+        client: u32,
+        /// Its number.
+        number: u64,
+    },
+    /// It was told that it is, and what it had heard of by then.
+    Outcome {
+        /// Who.
+        client: u32,
+        /// The last transaction that it had heard of.
+        told: Tid,
+        /// That of which it was told.
+        tid: Tid,
+    },
+    /// The same, but the answer was that nobody knows.
+    OutcomeUnknown {
+        /// Who.
+        client: u32,
+        /// Its number.
+        number: u64,
     },
     /// A `ping` was sent.
     Asked {
@@ -143,7 +169,21 @@ impl History {
 
     /// How many commits were acknowledged.
     pub fn commits(&self) -> usize {
+        self.count(|event| matches!(event, Event::Committed { .. }))
+    }
+
+    /// How many of them only when their client asked for the outcome.
+    pub fn asked(&self) -> usize {
+        self.count(|event| matches!(event, Event::Committed { asked: true, .. }))
+    }
+
+    /// How often a client was told that its transaction is not committed.
+    pub fn refusals(&self) -> usize {
+        self.count(|event| matches!(event, Event::NotCommitted { .. }))
+    }
+
+    fn count(&self, which: impl Fn(&Event) -> bool) -> usize {
         let events = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        events.iter().filter(|event| matches!(event, Event::Committed { .. })).count()
+        events.iter().filter(|event| which(event)).count()
     }
 }

@@ -134,6 +134,8 @@ fn run_seeds(seeds: std::ops::Range<u64>, time: Option<Duration>, threads: usize
                     let mut total = total.lock().unwrap_or_else(|error| error.into_inner());
                     total.0 += 1;
                     total.1.commits += outcome.commits;
+                    total.1.asked += outcome.asked;
+                    total.1.refusals += outcome.refusals;
                     total.1.elections += outcome.elections;
                     total.1.lost_tails += outcome.lost_tails;
                     for (name, count) in &outcome.faults {
@@ -152,10 +154,12 @@ fn run_seeds(seeds: std::ops::Range<u64>, time: Option<Duration>, threads: usize
     });
     let (count, total) = total.into_inner().unwrap_or_else(|error| error.into_inner());
     println!(
-        "{count} seeds in {:.1} s: {} commits acknowledged, {} times a node became primary, {} \
-        lost tails kept",
+        "{count} seeds in {:.1} s: {} commits acknowledged, {} of them when their client asked for \
+        the outcome, {} others not committed, {} times a node became primary, {} lost tails kept",
         begun.elapsed().as_secs_f64(),
         total.commits,
+        total.asked,
+        total.refusals,
         total.elections,
         total.lost_tails
     );

@@ -72,6 +72,7 @@ pub fn judge(
         // For some time there may have been two histories, and clients may have been in either.
         return wrong;
     }
+    wrong.extend(outcomes_are_certain(events, histories));
     wrong.extend(one_primary_in_a_term(events));
     wrong.extend(commits_are_in_the_order_of_time(events));
     wrong.extend(clients_go_forward(events));
@@ -190,7 +191,7 @@ fn commits_are_in_the_order_of_time(events: &[Event]) -> Option<String> {
             Event::Finishing { client, number, .. } => {
                 least.insert((*client, *number), acknowledged);
             }
-            Event::Committed { client, number, tid } => {
+            Event::Committed { client, number, tid, .. } => {
                 let before = least.get(&(*client, *number)).copied().unwrap_or(Tid::NONE);
                 if *tid <= before {
                     return Some(format!(
@@ -223,7 +224,7 @@ fn acknowledged_commits_are_there_once(
         return Some(format!("durability: commit {name} is there more than once: {tids:?}"));
     }
     for event in events {
-        let Event::Committed { client, number, tid } = event else { continue };
+        let Event::Committed { client, number, tid, .. } = event else { continue };
         match found.get(format!("{client} {number}").as_str()).map(|tids| &tids[..]) {
             Some([there]) if there == tid => {}
             None if packed || lost.contains(&(*tid, format!("{client} {number}"))) => {}
@@ -236,6 +237,23 @@ fn acknowledged_commits_are_there_once(
         }
     }
     None
+}
+
+/// A transaction of which its client was told that it is not committed is in no history, and no
+/// client is told that nobody knows.
+fn outcomes_are_certain(events: &[Event], histories: &[Vec<Transaction>]) -> Option<String> {
+    let there: BTreeSet<&str> =
+        histories.iter().flatten().map(|transaction| &*transaction.description).collect();
+    events.iter().find_map(|event| match event {
+        Event::NotCommitted { client, number } => {
+            let is_there = there.contains(format!("{client} {number}").as_str());
+            is_there.then(|| format!("outcome: {client} {number} was said not to be committed"))
+        }
+        Event::OutcomeUnknown { client, number } => {
+            Some(format!("outcome: nobody knows what became of {client} {number}"))
+        }
+        _ => None,
+    })
 }
 
 /// Every transaction is one that a client wanted to commit.
@@ -274,7 +292,7 @@ fn revisions(
             Event::Finishing { client, number, writes } => {
                 wanted.insert((*client, *number), writes);
             }
-            Event::Committed { client, number, tid }
+            Event::Committed { client, number, tid, .. }
                 if !lost.contains(&(*tid, format!("{client} {number}")))
                     && !left_out.iter().any(|(last, first)| last < tid && tid < first) =>
             {
@@ -406,6 +424,10 @@ fn invalidations_come_before_replies(events: &[Event]) -> Option<String> {
         Event::Invalidated { client, tid, before } if tid <= before => {
             Some(format!("invalidations: client {client} hears of {tid} after {before}"))
         }
+        Event::Outcome { client, told, tid } if tid > told => Some(format!(
+            "invalidations: client {client} is told that its transaction is {tid}, but not of more \
+            than {told}"
+        )),
         Event::Current { client, told, oid, serial } if serial > told => Some(format!(
             "invalidations: client {client} is told that {oid} is of {serial}, but not of more \
             than {told}"

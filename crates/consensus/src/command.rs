@@ -4,6 +4,7 @@
 //! transaction   't' storage, head (length 4, bytes) · part count 4, indexes 8 each · last part
 //!               'b' the same, but before the last part: blob count 4; each: oid 8, kind 1,
 //!                   for kind 'u': transfer 16, length 8, SHA-256 32; for kind 'c': tid 8
+//!               'T' and 'B' the same as 't' and 'b', but after the letter: transaction token 24
 //! part          'p' bytes
 //! ceiling       'c' storage · oid 8
 //! pack          'k' storage · time (a tid) 8 · garbage collection 1
@@ -17,7 +18,7 @@
 //! term has come, no closing entry can follow.
 
 use bytes::{BufMut, Bytes, BytesMut};
-use standby_types::{Blob, BlobSource, LogIndex, Oid, Tid, Transfer, Upload};
+use standby_types::{Blob, BlobSource, LogIndex, Oid, Tid, TransactionToken, Transfer, Upload};
 
 use crate::codec::{Malformed, Reader, put_bytes, put_list};
 
@@ -55,6 +56,8 @@ pub enum Command {
 pub struct ClosingEntry {
     /// The storage.
     pub storage: String,
+    /// By which its client may ask whether it was committed. Only from feature level 4 on.
+    pub token: Option<TransactionToken>,
     /// What it says about itself.
     pub head: Bytes,
     /// The entries that hold the beginning of its records, in order.
@@ -78,7 +81,7 @@ impl ClosingEntry {
 /// Reads an entry's data if it is a transaction with blobs.
 pub fn closing_with_blobs(data: &Bytes) -> Option<ClosingEntry> {
     match data.first() {
-        Some(b'b') => match Command::decode(data.clone()) {
+        Some(b'b' | b'B') => match Command::decode(data.clone()) {
             Ok(Command::Transaction(closing)) => Some(closing),
             _ => None,
         },
@@ -126,7 +129,14 @@ impl Command {
                 out.put_slice(bytes);
             }
             Command::Transaction(closing) => {
-                out.put_u8(if closing.blobs.is_empty() { b't' } else { b'b' });
+                let kind = if closing.blobs.is_empty() { b't' } else { b'b' };
+                match closing.token {
+                    None => out.put_u8(kind),
+                    Some(token) => {
+                        out.put_u8(kind.to_ascii_uppercase());
+                        out.put_slice(&token.to_bytes());
+                    }
+                }
                 put_bytes(&mut out, closing.storage.as_bytes());
                 put_bytes(&mut out, &closing.head);
                 put_list(&mut out, closing.parts.iter(), |out, index| out.put_u64(index.0));
@@ -159,11 +169,19 @@ impl Command {
         let mut reader = Reader::new(bytes, "log entry");
         Ok(match reader.u8()? {
             b'p' => Command::Part(reader.rest()),
-            kind @ (b't' | b'b') => Command::Transaction(ClosingEntry {
+            kind @ (b't' | b'b' | b'T' | b'B') => Command::Transaction(ClosingEntry {
+                token: match kind {
+                    b'T' | b'B' => TransactionToken::from_slice(&reader.array::<24>()?),
+                    _ => None,
+                },
                 storage: reader.string()?,
                 head: reader.bytes()?,
                 parts: reader.list(|r| r.u64().map(LogIndex))?,
-                blobs: if kind == b'b' { reader.list(take_blob)? } else { Vec::new() },
+                blobs: if matches!(kind, b'b' | b'B') {
+                    reader.list(take_blob)?
+                } else {
+                    Vec::new()
+                },
                 rest: reader.rest(),
             }),
             b'c' => {
@@ -208,6 +226,7 @@ mod tests {
             Command::Part(Bytes::from_static(b"part")),
             Command::Transaction(ClosingEntry {
                 storage: "1".into(),
+                token: None,
                 head: Bytes::from_static(b"head"),
                 parts: vec![LogIndex(4), LogIndex(6)],
                 blobs: Vec::new(),
@@ -215,6 +234,7 @@ mod tests {
             }),
             Command::Transaction(ClosingEntry {
                 storage: "1".into(),
+                token: Some(TransactionToken { client: [5; 16], number: 77 }),
                 head: Bytes::from_static(b"head"),
                 parts: Vec::new(),
                 blobs: vec![

@@ -11,6 +11,7 @@ use standby_zeo::{ClientError, Examination, SessionId, Value, VoteOutcome};
 
 use crate::caller::{Asker, Caller};
 use crate::command::Answer;
+use crate::input::OutcomeQuestion;
 
 /// Something is to be done. The module says in which order.
 #[allow(missing_docs, reason = "fields that say by their names what they are")]
@@ -159,6 +160,8 @@ pub enum Reading {
         /// The last transaction that the client knows.
         since: Tid,
     },
+    /// `transaction_outcome`: nothing of that transaction is under way.
+    Outcome(OutcomeQuestion),
 }
 
 /// Some of the sessions.

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use standby_consensus::{AppliedPoint, Batch, Consensus, Fetched, Member, PeerMessage, Written};
 use standby_replica::lineage::Lineage;
 use standby_replica::settings::Settings;
-use standby_types::{LogIndex, NodeId, Oid, Tid, Transfer, Upload};
+use standby_types::{LogIndex, NodeId, Oid, Tid, TransactionToken, Transfer, Upload};
 use standby_zeo::{Blobs, ClientError, Examination, Meta, SessionId, Value, Vote, VoteAnswer};
 
 use crate::caller::{Asker, Caller};
@@ -112,6 +112,8 @@ pub enum Request {
     Vote { session: SessionId, storage: String, vote: Vote },
     /// `tpc_finish`
     Finish { caller: Caller, storage: String, transaction: Finished },
+    /// `transaction_outcome`
+    Outcome(OutcomeQuestion),
     /// `pack`
     Pack(PackRequest),
     /// `tpc_abort`
@@ -129,11 +131,25 @@ impl Request {
             | Request::Invalidations { .. }
             | Request::Sync { .. }
             | Request::NewOids { .. }
-            | Request::Finish { .. } => true,
+            | Request::Finish { .. }
+            | Request::Outcome(_) => true,
             Request::Pack(request) => request.id.is_some(),
             Request::Vote { .. } | Request::Abort { .. } | Request::Closed { .. } => false,
         }
     }
+}
+
+/// `transaction_outcome`
+#[derive(Debug, Clone, PartialEq)]
+pub struct OutcomeQuestion {
+    /// Who asks.
+    pub caller: Caller,
+    /// In which storage.
+    pub storage: String,
+    /// For which transaction.
+    pub token: TransactionToken,
+    /// The client knew this transaction before it finished the one that it asks for.
+    pub since: Tid,
 }
 
 /// `pack`

@@ -10,6 +10,7 @@ pub(crate) mod disk_health;
 pub(crate) mod held_votes;
 pub(crate) mod leading;
 pub(crate) mod membership;
+pub(crate) mod outcomes;
 pub(crate) mod pack_requests;
 pub(crate) mod promotion;
 pub(crate) mod read_index;
@@ -35,7 +36,7 @@ use crate::Result;
 use crate::action::{Action, Ended};
 use crate::caller::Caller;
 use crate::facts::Facts;
-use crate::input::{Input, PackRequest};
+use crate::input::{Input, OutcomeQuestion, PackRequest};
 use crate::log_tail::LogTail;
 use crate::machine::alarms::Alarms;
 use crate::machine::blob_gate::Blobs;
@@ -109,6 +110,8 @@ pub struct Machine {
     pub(crate) ceilings: BTreeMap<String, Oid>,
     pub(crate) applied: LogIndex,
     pub(crate) commits: Commits,
+    /// Clients that ask what became of a transaction.
+    pub(crate) outcomes: Vec<OutcomeQuestion>,
     pub(crate) readers: Readers,
     pub(crate) freshness: Freshness,
     pub(crate) role: Role,
@@ -220,6 +223,7 @@ impl Machine {
             ceilings,
             applied,
             commits: Commits::default(),
+            outcomes: Vec::new(),
             freshness: Freshness::default(),
             role: Role::default(),
             lease: None,
@@ -255,6 +259,7 @@ impl Machine {
             return Ok(std::mem::take(&mut self.actions));
         }
         self.pump()?;
+        self.answer_outcomes();
         self.tick_switchover()?;
         self.publish_lease();
         if cfg!(debug_assertions) {
@@ -318,7 +323,7 @@ impl Machine {
         self.readers.invariants();
         assert_eq!(self.lease.is_some(), self.serves(), "the lease says who serves");
         assert!(self.role.serves || !self.opening, "a timeline is opened by a replica");
-        let idle = self.commits.is_idle() && self.packs.is_empty();
+        let idle = self.commits.is_idle() && self.packs.is_empty() && self.outcomes.is_empty();
         assert!(self.role.serves || idle, "something is under way, and this node is not primary");
         for (name, storage) in &self.storages {
             assert!(self.role.serves || storage.oids.is_none(), "oids of {name} are handed out");

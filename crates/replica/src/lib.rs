@@ -6,6 +6,7 @@ pub mod changed_in_hole;
 pub mod lineage;
 pub mod lost_transactions;
 pub mod machine;
+pub mod outcomes;
 pub mod settings;
 pub mod start;
 pub mod state_dir;

@@ -16,11 +16,13 @@ use standby_filestorage::{
     TransactionMeta, copy_rest, record_len, take_meta, take_record,
 };
 use standby_types::disk::is_full;
-use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid};
+use standby_types::lock::lock;
+use standby_types::{Blob, BlobSource, LogIndex, Oid, Term, Tid, TransactionToken};
 use standby_zeo::{MakeSpill, Slot, Spill};
 use tracing::{error, warn};
 
 use crate::lineage::{Departure, Fork, Promotion};
+use crate::outcomes::{Outcome, Outcomes, SharedOutcomes};
 use crate::settings::{Setting, Settings};
 use crate::state_dir::{Checkpoint, StoragePoint, decode_shared, encode_shared};
 
@@ -118,6 +120,10 @@ struct Stored {
     packs: VecDeque<Job>,
     /// The holes of the data file are to be filled.
     backfill: bool,
+    /// What has become of transactions with a token.
+    outcomes: SharedOutcomes,
+    /// A catch-up has brought them.
+    outcomes_came: bool,
 }
 
 /// What an entry did.
@@ -144,7 +150,16 @@ impl Replica {
             let ceiling = point.map_or(Oid(0), |point| point.ceiling);
             let packs = point.map_or_else(VecDeque::new, |point| point.packs.clone().into());
             let backfill = point.is_some_and(|point| point.backfill);
-            Stored { storage, blobs: blobs.get(name).cloned(), ceiling, packs, backfill }
+            let outcomes = point.map_or_else(Outcomes::default, |point| point.outcomes.clone());
+            Stored {
+                storage,
+                blobs: blobs.get(name).cloned(),
+                ceiling,
+                packs,
+                backfill,
+                outcomes: SharedOutcomes::new(outcomes.into()),
+                outcomes_came: false,
+            }
         };
         Replica {
             cluster_id: checkpoint.cluster_id.clone(),
@@ -171,6 +186,20 @@ impl Replica {
         Replica { skipped, ..self }
     }
 
+    /// What has become of transactions with a token is kept where others see it.
+    pub fn sharing(
+        mut self,
+        outcomes: impl IntoIterator<Item = (String, SharedOutcomes)>,
+    ) -> Replica {
+        for (name, shared) in outcomes {
+            if let Some(stored) = self.storages.get_mut(&name) {
+                *lock(&shared) = lock(&stored.outcomes).clone();
+                stored.outcomes = shared;
+            }
+        }
+        self
+    }
+
     /// The last entry applied.
     pub fn index(&self) -> LogIndex {
         self.index
@@ -194,6 +223,21 @@ impl Replica {
     /// The storages, by name.
     pub fn storages(&self) -> impl Iterator<Item = (&String, &FileStorage)> {
         self.storages.iter().map(|(name, stored)| (name, &stored.storage))
+    }
+
+    /// What became of a transaction that is not in the log after what is applied. Its client knew
+    /// `since` before it finished it.
+    pub fn outcome(&self, name: &str, token: TransactionToken, since: Tid) -> Outcome {
+        let Some(stored) = self.storages.get(name) else { return Outcome::Forgotten };
+        match lock(&stored.outcomes).outcome(token, since) {
+            // A forced promotion may have lost it.
+            Outcome::NotCommitted | Outcome::Forgotten
+                if since < self.settings.lineage.first(name) =>
+            {
+                Outcome::TimelineChanged
+            }
+            outcome => outcome,
+        }
     }
 
     /// The directories of blobs.
@@ -239,6 +283,7 @@ impl Replica {
                         packs: stored.packs.iter().copied().collect(),
                         holes: stored.storage.reader().holes(),
                         backfill: stored.backfill,
+                        outcomes: lock(&stored.outcomes).clone(),
                     };
                     (name.clone(), point)
                 })
@@ -282,6 +327,7 @@ impl Replica {
         self.membership.invariants();
         let begins = self.log_begins_after;
         assert!(begins.is_none_or(|after| after <= self.index), "the log begins in the future");
+        self.storages.values().for_each(|stored| lock(&stored.outcomes).invariants());
     }
 
     fn decoded(&mut self, index: LogIndex, data: Bytes) -> Result<Done, ApplyError> {
@@ -342,10 +388,11 @@ impl Replica {
         let stored = self.storages.get_mut(&closing.storage).ok_or_else(unknown)?;
         let parts = &self.parts;
         if meta.tid <= stored.storage.mark().tid {
+            note_outcome(&stored.outcomes, closing.token, meta.tid);
             discard(stored.blobs.as_ref(), &closing.blobs)?;
             return Ok(None);
         }
-        let Stored { storage, blobs, ceiling, .. } = stored;
+        let Stored { storage, blobs, ceiling, outcomes, .. } = stored;
         let mut appender = match storage.begin(&meta) {
             Ok(appender) => appender,
             Err(error) => {
@@ -379,6 +426,7 @@ impl Replica {
         }
         appender.finish()?;
         note_oids(ceiling, &oids);
+        note_outcome(outcomes, closing.token, meta.tid);
         Ok(Some(Applied { storage: closing.storage, tid: meta.tid, oids: oids.into() }))
     }
 
@@ -400,6 +448,15 @@ impl Replica {
         Ok(Copying { name, tid: meta.tid, appender, blobs: blobs.as_ref(), ceiling, oids })
     }
 
+    /// A catch-up brings what the other node knows of the outcomes of transactions, not less than
+    /// this node is to know when it has caught up.
+    pub fn set_outcomes(&mut self, name: &str, outcomes: Outcomes) -> Result<(), ApplyError> {
+        let stored = self.stored(name)?;
+        *lock(&stored.outcomes) = outcomes;
+        stored.outcomes_came = true;
+        Ok(())
+    }
+
     /// A catch-up has brought the storages to `target` or beyond.
     pub fn caught_up(&mut self, target: &AppliedPoint) -> anyhow::Result<()> {
         let (cluster_id, ceilings, settings) = decode_shared(&target.state)?;
@@ -409,6 +466,12 @@ impl Replica {
             for (name, ceiling) in ceilings {
                 let stored = self.stored(&name)?;
                 stored.ceiling = stored.ceiling.max(ceiling);
+            }
+        }
+        for stored in self.storages.values_mut() {
+            if !std::mem::take(&mut stored.outcomes_came) {
+                // The other node is of an older version.
+                *lock(&stored.outcomes) = Outcomes::unknown_until(stored.storage.mark().tid);
             }
         }
         if target.index > self.index {
@@ -585,6 +648,13 @@ fn discard(dir: Option<&BlobDir>, blobs: &[Blob]) -> Result<(), ApplyError> {
         }
     }
     Ok(())
+}
+
+/// A transaction is in the data file.
+fn note_outcome(outcomes: &SharedOutcomes, token: Option<TransactionToken>, tid: Tid) {
+    if let Some(token) = token {
+        lock(outcomes).committed(token, tid);
+    }
 }
 
 /// An oid in use was handed out, whoever did it.

@@ -12,8 +12,11 @@ use crate::lineage::Lineage;
 /// command, when every node can do it.
 ///
 /// 1: transactions, packs, blobs. 2: settings, and with them groups, witnesses, invitations. 3:
-/// connections between nodes that share a secret are sealed.
-pub const FEATURE_LEVEL: u32 = 3;
+/// connections between nodes that share a secret are sealed. 4: transactions have tokens, by which
+/// clients ask for their outcome.
+pub const FEATURE_LEVEL: u32 = 4;
+/// The level from which transactions may have tokens.
+pub const TOKENS_LEVEL: u32 = 4;
 /// The level from which connections between nodes are sealed.
 pub const SEALED_LEVEL: u32 = 3;
 /// The level from which there are settings.

@@ -30,10 +30,12 @@ use standby_consensus::{AppliedPoint, Member, Membership};
 use standby_filestorage::{Hole, Holes, Job, Mark};
 use standby_logging::error_text::with_causes;
 use standby_types::disk::{parent, read_all, replace};
+use standby_types::hex::{hex, unhex};
 use standby_types::{Disk, LogIndex, NodeId, Oid, Position, Term, Tid};
 use tracing::warn;
 
 use crate::lineage::Lineage;
+use crate::outcomes::Outcomes;
 use crate::settings::Settings;
 
 /// Who this node is.
@@ -91,13 +93,22 @@ pub struct StoragePoint {
     pub holes: Holes,
     /// The holes are to be filled.
     pub backfill: bool,
+    /// What has become of transactions with a token.
+    pub outcomes: Outcomes,
 }
 
 impl StoragePoint {
     /// A data file that is as it was found.
     pub fn of(mark: Mark, ceiling: Oid) -> StoragePoint {
-        let (packs, holes) = (Vec::new(), Holes::default());
-        StoragePoint { mark, ceiling, packed: None, packs, holes, backfill: false }
+        StoragePoint {
+            mark,
+            ceiling,
+            packed: None,
+            packs: Vec::new(),
+            holes: Holes::default(),
+            backfill: false,
+            outcomes: Outcomes::unknown_until(mark.tid),
+        }
     }
 }
 
@@ -454,6 +465,9 @@ struct StorageFile {
     holes: Vec<HoleFile>,
     #[serde(default)]
     backfill: bool,
+    /// Hexadecimal. Empty from a version without tokens.
+    #[serde(default)]
+    outcomes: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -475,6 +489,14 @@ fn holes_of(files: &[HoleFile]) -> anyhow::Result<Holes> {
         holes.add(Hole { after, through });
     }
     Ok(holes)
+}
+
+fn outcomes_of(text: &str) -> anyhow::Result<Outcomes> {
+    if text.is_empty() {
+        return Ok(Outcomes::default());
+    }
+    let bytes = unhex(text).context("the outcomes of transactions are not hexadecimal")?;
+    Outcomes::decode(&bytes).context("the outcomes of transactions cannot be read")
 }
 
 #[derive(Serialize, Deserialize)]
@@ -525,6 +547,7 @@ fn encode(checkpoint: &Checkpoint) -> io::Result<Vec<u8>> {
                 .collect(),
             holes: hole_files(&storage.holes),
             backfill: storage.backfill,
+            outcomes: hex(&storage.outcomes.encode()),
         };
         (name.clone(), file)
     });
@@ -591,6 +614,7 @@ fn decode(bytes: &[u8]) -> anyhow::Result<Checkpoint> {
             packs: storage.packs.iter().map(job).collect::<anyhow::Result<_>>()?,
             holes: holes_of(&storage.holes)?,
             backfill: storage.backfill,
+            outcomes: outcomes_of(&storage.outcomes)?,
         };
         storages.insert(name, point);
     }
@@ -640,6 +664,7 @@ pub fn decode_shared(bytes: &[u8]) -> anyhow::Result<(String, BTreeMap<String, O
 
 #[cfg(test)]
 mod tests {
+    use standby_types::TransactionToken;
     use standby_types::memory::MemoryDisk;
 
     use super::*;
@@ -671,6 +696,12 @@ mod tests {
                     packs: vec![Job { time: Tid(3), gc: true }],
                     holes,
                     backfill: true,
+                    outcomes: {
+                        let mut outcomes = Outcomes::unknown_until(Tid(3));
+                        let token = TransactionToken { client: [7; 16], number: 2 };
+                        outcomes.committed(token, Tid(0x0102));
+                        outcomes
+                    },
                 },
             )]),
             acknowledged: BTreeMap::from([(NodeId(8), LogIndex(4))]),

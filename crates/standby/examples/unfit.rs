@@ -22,6 +22,7 @@ fn main() -> anyhow::Result<()> {
     put_meta(&TransactionMeta::new(Tid(u64::MAX)), &mut head);
     let ending = ClosingEntry {
         storage: "1".into(),
+        token: None,
         head: head.freeze(),
         parts: Vec::new(),
         blobs: Vec::new(),

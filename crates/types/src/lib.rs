@@ -14,8 +14,10 @@ pub mod lock;
 pub mod memory;
 pub mod mutation;
 pub mod time;
+pub mod token;
 
 pub use blob::{Blob, BlobSource, Transfer, Upload};
 pub use disk::{Disk, File};
 pub use id::{LogIndex, NodeId, Oid, Position, Term, Tid};
 pub use mutation::Mutation;
+pub use token::TransactionToken;

@@ -34,11 +34,13 @@ pub enum Mutation {
     ForgetMissed,
     /// A blob is not compared with its checksum before a client gets it.
     GiveOutDamagedBlobs,
+    /// A client that asks what became of its transaction is answered while it is under way.
+    GuessOutcome,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 14] = [
+    pub const ALL: [Mutation; 15] = [
         Mutation::AcknowledgeBeforeMajority,
         Mutation::ForgetVote,
         Mutation::SkipLogSync,
@@ -53,6 +55,7 @@ impl Mutation {
         Mutation::CheckpointBeforeSync,
         Mutation::ForgetMissed,
         Mutation::GiveOutDamagedBlobs,
+        Mutation::GuessOutcome,
     ];
 }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 
 use bytes::Bytes;
-use standby_types::{Blob, BlobSource, Oid, Tid};
+use standby_types::{Blob, BlobSource, Oid, Tid, TransactionToken};
 
 use crate::error::ClientError;
 use crate::spill::{MakeSpill, Slot, Spill};
@@ -30,12 +30,21 @@ pub struct Meta {
     pub description: Bytes,
     /// A pickled dict, or nothing.
     pub extension: Bytes,
+    /// By which the client may ask what became of it.
+    pub token: Option<TransactionToken>,
 }
 
 impl Default for Meta {
     fn default() -> Self {
         let empty = Bytes::new;
-        Meta { tid: None, status: b' ', user: empty(), description: empty(), extension: empty() }
+        Meta {
+            tid: None,
+            status: b' ',
+            user: empty(),
+            description: empty(),
+            extension: empty(),
+            token: None,
+        }
     }
 }
 
@@ -318,6 +327,7 @@ impl PendingTransaction {
     pub fn request(&self) -> VoteRequest {
         let mut request = VoteRequest {
             tid: self.meta.tid,
+            token: self.meta.token,
             writes: self.writes.iter().map(|write| (write.oid, write.expected)).collect(),
             checks: self.checks.clone(),
             undos: Vec::new(),

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use standby_pickle::Value;
-use standby_types::{BlobSource, Oid, Tid, Upload};
+use standby_types::{BlobSource, Oid, Tid, TransactionToken, Upload};
 
 use self::args::Args;
 use self::transaction::{Phase, Transaction, conflict_list};
@@ -126,6 +126,14 @@ pub enum Effect {
         id: Value,
         /// What to commit.
         transaction: Box<PendingTransaction>,
+    },
+    /// What has become of the transaction with this token? Answer when it is certain: with its
+    /// tid; with `None` if it was not committed, and never will be; with a text if nobody knows.
+    Outcome {
+        id: Value,
+        token: TransactionToken,
+        /// The client knew this transaction before it finished the one that it asks for.
+        since: Tid,
     },
     /// Free the locks of the session's transaction.
     Abort,
@@ -464,7 +472,8 @@ impl Session {
             None => return Some(Err(ClientError::arguments(&call.method))),
         };
         let step = is_step(&call.method);
-        let writing = step || matches!(call.method.as_str(), "new_oids" | "vote");
+        let writing =
+            step || matches!(call.method.as_str(), "new_oids" | "vote" | "transaction_outcome");
         if writing && read_only {
             return Some(Err(ClientError::ReadOnly));
         }
@@ -495,7 +504,11 @@ impl Session {
                 .and_then(|tid| args.tid(tid))
                 .map(|since| wanted(Effect::Invalidations { id: id(), since })),
             "new_oids" => args.count().map(|count| wanted(Effect::NewOids { id: id(), count })),
+            "transaction_outcome" => args
+                .outcome()
+                .map(|(token, since)| wanted(Effect::Outcome { id: id(), token, since })),
             "tpc_begin" => self.begin(&args).map(|()| None),
+            "transaction_token" => self.token(&args).map(|()| None),
             "storea" => self.store(&args).map(|()| None),
             "restorea" => self.restore(&args).map(|()| None),
             "deleteObject" => self.delete(&args).map(|()| None),
@@ -560,6 +573,7 @@ fn is_step(method: &str) -> bool {
             | "deleteObject"
             | "undoa"
             | "checkCurrentSerialInTransaction"
+            | "transaction_token"
             | "storeBlobStart"
             | "storeBlobChunk"
             | "storeBlobEnd"

@@ -21,7 +21,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use standby_types::{Mutation, Oid, Tid, mutation};
+use standby_types::{Mutation, Oid, Tid, TransactionToken, mutation};
 
 use crate::SessionId;
 use crate::error::ClientError;
@@ -210,6 +210,14 @@ impl Transactions {
     pub fn undecided(&self) -> Vec<SessionId> {
         let undecided = |t: &Transaction| t.phase != Phase::Finishing;
         self.transactions.iter().filter(|(_, t)| undecided(t)).map(|(id, _)| *id).collect()
+    }
+
+    /// The session whose transaction has this token, and whether it has finished: then only the log
+    /// knows its fate.
+    pub fn with_token(&self, token: TransactionToken) -> Option<(SessionId, bool)> {
+        let (session, transaction) =
+            self.transactions.iter().find(|(_, t)| t.request.token == Some(token))?;
+        Some((*session, transaction.phase == Phase::Finishing))
     }
 
     /// True if a transaction that undoes another one is between vote and the end.

@@ -1,6 +1,6 @@
 //! What a transaction wants to change, and on what it relies.
 
-use standby_types::{Oid, Tid};
+use standby_types::{Oid, Tid, TransactionToken};
 
 use crate::locks::Mode;
 
@@ -20,6 +20,8 @@ pub enum Expected {
 pub struct VoteRequest {
     /// The tid that the transaction must get.
     pub tid: Option<Tid>,
+    /// By which the client may ask what became of it.
+    pub token: Option<TransactionToken>,
     /// Objects to write, with what the change relies on.
     pub writes: Vec<(Oid, Expected)>,
     /// Objects that must still have this serial.

@@ -132,7 +132,7 @@ fn of_storages(page: &mut Page, shared: &Shared) {
         page.gauge(name, help, each(value));
     }
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
-    let counters: [OfStorage<'_>; 7] = [
+    let counters: [OfStorage<'_>; 10] = [
         ("loads", "Reads of objects", &|name| count(&storage(name).stats.loads)),
         ("repaired_blocks", "Damaged blocks that were repaired from another node", &|name| {
             storage(name).reader().damage().repaired as f64
@@ -146,6 +146,15 @@ fn of_storages(page: &mut Page, shared: &Shared) {
         ("aborts", "Transactions aborted", &|name| count(&storage(name).stats.aborts)),
         ("conflicts", "Votes that ended in a conflict", &|name| {
             count(&storage(name).stats.conflicts)
+        }),
+        ("outcomes_committed", "Questions for a transaction that was committed", &|name| {
+            count(&storage(name).stats.outcomes_committed)
+        }),
+        ("outcomes_not_committed", "Questions for a transaction that was not", &|name| {
+            count(&storage(name).stats.outcomes_not_committed)
+        }),
+        ("outcomes_unknown", "Questions for a transaction of which nobody knows", &|name| {
+            count(&storage(name).stats.outcomes_unknown)
         }),
     ];
     for (name, help, value) in counters {

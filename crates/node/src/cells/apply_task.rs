@@ -4,6 +4,7 @@ use standby_consensus::{AppliedPoint, Committed};
 use standby_filestorage::{Hole, Job, Outcome, Record, Staged, TransactionMeta};
 use standby_primary::{Caller, Reading};
 use standby_replica::lineage::Promotion;
+use standby_replica::outcomes::Outcomes;
 use standby_types::{Blob, Tid};
 use tokio::sync::{mpsc, oneshot};
 
@@ -50,6 +51,8 @@ pub(crate) enum ApplyTask {
 pub(crate) enum CatchUpItem {
     /// These transactions of a storage come only as far as they are current at the hole's end.
     Hole(String, Hole),
+    /// What has become of transactions with a token.
+    Outcomes(String, Outcomes),
     /// A transaction begins.
     Begin(String, TransactionMeta),
     /// The blob of the next record.

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 use standby_filestorage::{BlobDir, Reader, Source};
+use standby_replica::outcomes::SharedOutcomes;
 use standby_types::Tid;
 
 use crate::cells::progress::Progress;
@@ -22,6 +23,12 @@ pub(crate) struct Stats {
     pub aborts: AtomicU64,
     /// Votes that ended in a conflict.
     pub conflicts: AtomicU64,
+    /// Clients that asked what became of a transaction: it was committed.
+    pub outcomes_committed: AtomicU64,
+    /// It was not.
+    pub outcomes_not_committed: AtomicU64,
+    /// Nobody knows.
+    pub outcomes_unknown: AtomicU64,
     /// Votes that wait for locks.
     pub waiting: AtomicUsize,
     /// Transactions between vote and the end.
@@ -41,6 +48,8 @@ pub(crate) struct StorageShared {
     /// How far the filling of its holes is.
     pub backfilling: Progress,
     pub stats: Stats,
+    /// What has become of transactions with a token.
+    pub outcomes: SharedOutcomes,
 }
 
 impl StorageShared {
@@ -48,8 +57,8 @@ impl StorageShared {
     pub(crate) fn new(source: Source, path: &Path, blobs: Option<BlobDir>) -> StorageShared {
         let (packing, backfilling) = (Progress::default(), Progress::default());
         let (differs, stats) = (Mutex::default(), Stats::default());
-        let path = path.to_owned();
-        StorageShared { source, path, blobs, differs, packing, backfilling, stats }
+        let (path, outcomes) = (path.to_owned(), SharedOutcomes::default());
+        StorageShared { source, path, blobs, differs, packing, backfilling, stats, outcomes }
     }
 
     /// Reads the data file as it is now; not to be kept for long, for a pack replaces the file.

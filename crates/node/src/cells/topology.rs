@@ -3,13 +3,14 @@
 //!
 //! ```text
 //! {"version": 1, "cluster": str, "cluster_id": str, "timeline": int, "term": int,
-//!  "primary": str or None,
+//!  "primary": str or None, "tokens": bool,
 //!  "nodes": [{"node": str, "group": str, "role": "primary" | "replica",
 //!             "state": "up" | "catching-up" | "down" | "cut-off" | "damaged",
 //!             "address": str, "read_only_address": str}, ...]}
 //! ```
 //!
 //! `cluster_id` was drawn when the cluster was bootstrapped: it tells two clusters of one name apart.
+//! With `tokens` the node takes transaction tokens, and can be asked for the outcome of a transaction.
 //! Addresses are `HOST:PORT`. One is empty if the node has none that another machine could use, or if
 //! the node that tells has not heard of it since its own start: whoever knows it keeps it. Of two
 //! topologies of one timeline the one with the higher term is newer.
@@ -17,6 +18,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use standby_replica::settings::TOKENS_LEVEL;
 use standby_zeo::{Encoding, Value};
 
 use crate::cells::shared::Shared;
@@ -62,6 +64,7 @@ fn topology(status: &Status, cluster_id: &str) -> Value {
         ("timeline", Value::Int(status.timeline as i64)),
         ("term", Value::Int(status.term as i64)),
         ("primary", status.primary.as_deref().map_or(Value::None, Value::str)),
+        ("tokens", Value::Bool(status.feature_level >= TOKENS_LEVEL)),
         ("nodes", Value::List(data_nodes.map(node).collect())),
     ])
 }

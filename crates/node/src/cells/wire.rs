@@ -354,6 +354,9 @@ pub(crate) enum CatchUpFrame {
     Storage(String),
     /// 'f': a hole in what comes: after 8, through 8.
     Hole(Hole),
+    /// 'o': what has become of the storage's transactions with a token, as
+    /// [`Outcomes`](standby_replica::outcomes::Outcomes) encodes it.
+    Outcomes(Bytes),
     /// 't': a transaction's head.
     Begin(TransactionMeta),
     /// 'b': the oid of the next record, which has a blob.
@@ -378,6 +381,7 @@ impl Frame for CatchUpFrame {
             CatchUpFrame::Total(_) => b'p',
             CatchUpFrame::Storage(_) => b's',
             CatchUpFrame::Hole(_) => b'f',
+            CatchUpFrame::Outcomes(_) => b'o',
             CatchUpFrame::Begin(_) => b't',
             CatchUpFrame::Blob(_) => b'b',
             CatchUpFrame::BlobPiece(_) => b'c',
@@ -401,7 +405,9 @@ impl Frame for CatchUpFrame {
             }
             CatchUpFrame::Begin(meta) => put_meta(meta, out),
             CatchUpFrame::Blob(oid) => out.put_u64(oid.0),
-            CatchUpFrame::BlobPiece(bytes) | CatchUpFrame::BlobEnd(bytes) => out.put_slice(bytes),
+            CatchUpFrame::Outcomes(bytes)
+            | CatchUpFrame::BlobPiece(bytes)
+            | CatchUpFrame::BlobEnd(bytes) => out.put_slice(bytes),
             CatchUpFrame::Record(record) => put_record(record, out),
             CatchUpFrame::End | CatchUpFrame::Done => {}
         }
@@ -421,6 +427,7 @@ impl Frame for CatchUpFrame {
                 let (after, through) = (Tid(number(after)?), Tid(number(through)?));
                 CatchUpFrame::Hole(Hole { after, through })
             }
+            b'o' => CatchUpFrame::Outcomes(content),
             b't' => CatchUpFrame::Begin(take_meta(&mut content).map_err(transaction)?),
             b'b' => CatchUpFrame::Blob(Oid(number(&content)?)),
             b'c' => CatchUpFrame::BlobPiece(content),
@@ -486,6 +493,7 @@ mod tests {
                 CatchUpFrame::Begin(TransactionMeta { tid, status, user, description, extension })
             }),
             any::<u64>().prop_map(|oid| CatchUpFrame::Blob(Oid(oid))),
+            bytes().prop_map(CatchUpFrame::Outcomes),
             bytes().prop_map(CatchUpFrame::BlobPiece),
             bytes().prop_map(CatchUpFrame::BlobEnd),
             (any::<u64>(), data)

@@ -2,7 +2,8 @@
 //!
 //! The follower says what it has of each storage ([`Request`]); the source answers with
 //! [`CatchUpFrame`](crate::cells::wire::CatchUpFrame)s: about how many bytes come, and for each
-//! storage the holes in what comes, and the transactions. A record that has a blob comes after it.
+//! storage the holes in what comes, what has become of its transactions with a token, and the
+//! transactions. A record that has a blob comes after it.
 //!
 //! Everything sent is committed. It may go beyond the state that was asked for; what the log brings
 //! again later is recognised by its tid.
@@ -40,6 +41,9 @@ struct Request {
     /// It understands 'f'.
     #[serde(default)]
     holes: bool,
+    /// It understands 'o'.
+    #[serde(default)]
+    outcomes: bool,
     #[serde(default)]
     recovery: Recovery,
     /// Records come without their blobs.

@@ -123,8 +123,10 @@ async fn begin_on(config: Config, disk: Arc<dyn Disk>) -> anyhow::Result<Running
         &recovered,
         checkpoint.applied_point(),
     )?;
+    let outcomes = shared.storages.iter().map(|(name, s)| (name.clone(), s.outcomes.clone()));
     let replica = Replica::new(&checkpoint, storages, blobs, shared.make_spill.clone())
-        .skipping(state.skipped(&*disk)?);
+        .skipping(state.skipped(&*disk)?)
+        .sharing(outcomes);
     let primary = Primary::new(shared.clone(), consensus, log, &replica);
     start_threads(&shared, &disk, replica, writer, work_receiver, log_receiver)?;
     // `Running` joins it.

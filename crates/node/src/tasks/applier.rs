@@ -283,6 +283,9 @@ impl Applier {
                     }
                 }
                 Some(CatchUpItem::Hole(storage, hole)) => self.dig(&storage, hole)?,
+                Some(CatchUpItem::Outcomes(storage, outcomes)) => {
+                    self.replica.set_outcomes(&storage, outcomes)?;
+                }
                 Some(CatchUpItem::Done) => break,
                 Some(CatchUpItem::Blob(..) | CatchUpItem::Record(_) | CatchUpItem::End) => {}
             }

@@ -7,6 +7,7 @@ use std::io;
 use bytes::{Bytes, BytesMut};
 use standby_consensus::{ClosingEntry, Command};
 use standby_filestorage::{TransactionMeta, put_meta};
+use standby_replica::settings::TOKENS_LEVEL;
 use standby_types::time::{new_tid, tid_at, time_of, utc};
 use standby_types::{LogIndex, Mutation, Term, Tid, mutation};
 use standby_zeo::{Blobs, ClientError, Meta, Value};
@@ -255,6 +256,7 @@ impl Machine {
         put_meta(&meta, &mut head);
         let closing = ClosingEntry {
             storage: outgoing.storage.clone(),
+            token: outgoing.meta.token.filter(|_| self.settings.level() >= TOKENS_LEVEL),
             head: head.freeze(),
             parts: outgoing.parts.clone(),
             blobs: outgoing.blobs.all.clone(),

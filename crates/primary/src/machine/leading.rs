@@ -126,6 +126,7 @@ impl Machine {
         self.act(Action::PacksEnd);
         self.packs.clear();
         self.commits.clear();
+        self.outcomes.clear();
         self.blobs.demoted();
     }
 

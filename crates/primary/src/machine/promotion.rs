@@ -215,6 +215,7 @@ impl Machine {
         put_meta(&meta, &mut head);
         let closing = ClosingEntry {
             storage: storage.into(),
+            token: None,
             head: head.freeze(),
             parts: Vec::new(),
             blobs: Vec::new(),

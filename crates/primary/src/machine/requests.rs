@@ -37,6 +37,7 @@ impl Machine {
             Request::Finish { caller, storage, transaction } => {
                 self.finish(caller, storage, transaction);
             }
+            Request::Outcome(question) => self.outcome(question),
             Request::Pack(request) => return self.pack(request),
             Request::Abort { session, storage } => {
                 self.unlocked(&storage, |t| t.abort(now, session));

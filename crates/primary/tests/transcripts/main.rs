@@ -57,6 +57,7 @@ fn there_are_transcripts_of_each_kind_of_decision() {
         "read_index",
         "blob",
         "oids",
+        "outcome",
         "pack",
     ];
     for kind in kinds {

@@ -16,15 +16,16 @@
 //! a finish-with-blob 7          the transaction has the upload 7
 //! a pack · n2 has 7             a node has fetched the upload 7
 //! a undo t3                     a vote that undoes a transaction
+//! a vote 1=t3 token=1.2 · a finish token=1.2 · b outcome token=1.2 since t1
 //! ```
 
 use std::time::Duration;
 
 use bytes::BytesMut;
 use standby_filestorage::{Record, RecordData, put_record};
-use standby_primary::input::{Finished, Obtained, PackRequest, Records};
+use standby_primary::input::{Finished, Obtained, OutcomeQuestion, PackRequest, Records};
 use standby_primary::{Caller, Input, Request};
-use standby_types::{Blob, BlobSource, Oid, Tid, Transfer};
+use standby_types::{Blob, BlobSource, Oid, Tid, TransactionToken, Transfer};
 use standby_zeo::{Blobs, Expected, Meta, SessionId, Value, Vote, VoteRequest};
 
 use crate::world::World;
@@ -168,13 +169,19 @@ fn client(world: &mut World, who: &str, words: &[&str]) {
             let request = VoteRequest { writes, undos, ..VoteRequest::default() };
             Request::Vote { session, storage, vote: Vote::from(request) }
         }
-        ["finish"] => finish(world, who, Blobs::default()),
+        ["finish"] => finish(world, who, None, Blobs::default()),
+        ["finish", token] => finish(world, who, Some(token_named(token)), Blobs::default()),
+        ["outcome", token, "since", tid] => {
+            let since = world.tid_named(tid).unwrap_or(Tid::NONE);
+            let (caller, token) = (caller(session), token_named(token));
+            Request::Outcome(OutcomeQuestion { caller, storage, token, since })
+        }
         ["finish-with-blob", upload] => {
             let upload = world.stage(at, transfer(upload));
             let blob = Blob { oid: Oid(1), source: BlobSource::Upload(upload) };
             let mut blobs = Blobs::default();
             blobs.all.push(blob);
-            finish(world, who, blobs)
+            finish(world, who, None, blobs)
         }
         ["abort"] => {
             world.set_busy(who, false, None);
@@ -194,7 +201,7 @@ fn client(world: &mut World, who: &str, words: &[&str]) {
     world.tell(at, Input::Client(request));
 }
 
-/// Each word is a change (`OID=SERIAL`), a check (`OID?SERIAL`), or the tid.
+/// Each word is a change (`OID=SERIAL`), a check (`OID?SERIAL`), the tid, or a token.
 fn vote(world: &World, at: usize, words: &[&str]) -> Vote {
     let mut request = VoteRequest::default();
     let tid = |oid: Oid, name: &str| match name {
@@ -205,6 +212,8 @@ fn vote(world: &World, at: usize, words: &[&str]) -> Vote {
     for word in words {
         if let Some(wanted) = word.strip_prefix("tid=") {
             request.tid = Some(Tid(u64::from_str_radix(wanted, 16).unwrap()));
+        } else if word.starts_with("token=") {
+            request.token = Some(token_named(word));
         } else if let Some((oid, serial)) = word.split_once('?') {
             let oid = Oid(oid.parse().unwrap());
             request.checks.push((oid, tid(oid, serial)));
@@ -216,9 +225,16 @@ fn vote(world: &World, at: usize, words: &[&str]) -> Vote {
     Vote::from(request)
 }
 
-fn finish(world: &World, who: &str, blobs: Blobs) -> Request {
+/// `token=CLIENT.NUMBER`
+fn token_named(word: &str) -> TransactionToken {
+    let (client, number) = word.strip_prefix("token=").unwrap().split_once('.').unwrap();
+    let client = [client.parse().unwrap(); 16];
+    TransactionToken { client, number: number.parse().unwrap() }
+}
+
+fn finish(world: &World, who: &str, token: Option<TransactionToken>, blobs: Blobs) -> Request {
     let (_, session) = world.session(who);
-    let meta = Meta { tid: world.wanted_tid(who), ..Meta::default() };
+    let meta = Meta { tid: world.wanted_tid(who), token, ..Meta::default() };
     let mut records = BytesMut::new();
     let data = RecordData::Data("data".into());
     put_record(&Record { oid: Oid(1), data }, &mut records);

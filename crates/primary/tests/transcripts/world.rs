@@ -13,11 +13,12 @@ use standby_consensus::{AppliedPoint, Batch, Committed, Consensus, LogWriter, de
 use standby_filestorage::{Access, Reader};
 use standby_primary::action::{Wanted, Which};
 use standby_primary::consensus_config::raft_config;
-use standby_primary::input::Arrival;
+use standby_primary::input::{Arrival, OutcomeQuestion};
 use standby_primary::{
     Action, Asker, Beginning, Caller, Facts, Input, Machine, Reading, Request, ServingState,
 };
 use standby_replica::machine::{Done, Replica};
+use standby_replica::outcomes::Outcome;
 use standby_replica::settings::FEATURE_LEVEL;
 use standby_replica::start::prepared::Beginning as First;
 use standby_replica::start::{Place, Platform, prepare, self_as_member};
@@ -832,7 +833,20 @@ impl World {
             }
             Reading::Sync(caller) => self.answered(&caller, "in sync"),
             Reading::Invalidations { caller, .. } => self.answered(&caller, "invalidations"),
+            Reading::Outcome(question) => self.outcome(at, &question),
         }
+    }
+
+    fn outcome(&mut self, at: usize, question: &OutcomeQuestion) {
+        let OutcomeQuestion { caller, storage, token, since } = question;
+        let Some(running) = &self.nodes[at].running else { return };
+        let text = match running.replica.outcome(storage, *token, *since) {
+            Outcome::Committed(tid) => format!("it was committed as {}", self.tid(tid)),
+            Outcome::NotCommitted => "it is not committed".to_owned(),
+            Outcome::Forgotten => "nobody knows: it is forgotten".to_owned(),
+            Outcome::TimelineChanged => "nobody knows: the timeline has changed".to_owned(),
+        };
+        self.answered(caller, &text);
     }
 
     fn obtain(&mut self, name: &str, from: NodeId, wanted: &Wanted) {

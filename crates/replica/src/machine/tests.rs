@@ -55,12 +55,25 @@ fn records(list: &[(u64, usize)]) -> Bytes {
 fn closing(index: u64, term: u64, tid: u64, parts: &[u64], rest: Bytes) -> Committed {
     let command = Command::Transaction(ClosingEntry {
         storage: "1".into(),
+        token: None,
         head: head(tid),
         parts: parts.iter().map(|i| LogIndex(*i)).collect(),
         blobs: Vec::new(),
         rest,
     });
     Committed::Command(LogIndex(index), Term(term), command.encode())
+}
+
+fn named(index: u64, tid: u64, token: TransactionToken) -> Committed {
+    let command = Command::Transaction(ClosingEntry {
+        storage: "1".into(),
+        token: Some(token),
+        head: head(tid),
+        parts: Vec::new(),
+        blobs: Vec::new(),
+        rest: records(&[(1, 1)]),
+    });
+    Committed::Command(LogIndex(index), Term(1), command.encode())
 }
 
 fn part(index: u64, term: u64, bytes: Bytes) -> Committed {
@@ -92,6 +105,35 @@ fn entries_are_applied_once() {
     assert!(apply(&mut replica, &closing(3, 1, 10, &[], records(&[(1, 5)]))).is_none());
     assert_eq!(replica.index(), LogIndex(3));
     assert_eq!(replica.ceilings()["1"], Oid(2));
+}
+
+#[test]
+fn what_became_of_a_transaction_is_known_after_a_restart_and_a_catch_up() {
+    let disk = MemoryDisk::new();
+    let mut replica = replica(&disk);
+    let token = |number| TransactionToken { client: [1; 16], number };
+    let known = |replica: &Replica, number| replica.outcome("1", token(number), Tid::NONE);
+    replica.apply(&named(2, 10, token(1))).unwrap();
+    assert_eq!(known(&replica, 1), Outcome::Committed(Tid(10)));
+    assert_eq!(known(&replica, 2), Outcome::NotCommitted);
+    let checkpoint = replica.checkpoint().unwrap();
+    // The data file has the transaction already; what is known of it comes from the log alone.
+    replica.apply(&named(3, 11, token(2))).unwrap();
+    *lock(&replica.storages["1"].outcomes) = checkpoint.storages["1"].outcomes.clone();
+    replica.apply(&named(4, 11, token(2))).unwrap();
+    assert_eq!(known(&replica, 2), Outcome::Committed(Tid(11)));
+    assert_eq!(known(&replica, 3), Outcome::NotCommitted);
+    // A node that catches up gets what the other one knows; of an old version it gets nothing.
+    let point = |index| AppliedPoint { index: LogIndex(index), ..replica.point() };
+    let (first, second) = (point(7), point(8));
+    let mut theirs = Outcomes::default();
+    theirs.committed(token(4), Tid(11));
+    replica.set_outcomes("1", theirs).unwrap();
+    replica.caught_up(&first).unwrap();
+    assert_eq!(known(&replica, 4), Outcome::Committed(Tid(11)));
+    replica.caught_up(&second).unwrap();
+    assert_eq!(known(&replica, 4), Outcome::Forgotten);
+    assert_eq!(replica.outcome("1", token(5), Tid(11)), Outcome::NotCommitted);
 }
 
 #[test]
@@ -188,6 +230,7 @@ fn unknown_storages_and_garbage_are_errors() {
     let mut replica = replica(&disk);
     let ending = ClosingEntry {
         storage: "2".into(),
+        token: None,
         head: head(1),
         parts: vec![],
         blobs: vec![],
@@ -217,7 +260,8 @@ fn blobs_are_there_with_their_transaction_and_replayed() {
     let blob = |source| Blob { oid: Oid(1), source };
     let entry = |index, tid, blobs: Vec<Blob>| {
         let (storage, rest) = ("1".into(), records(&[(1, 5)]));
-        let ending = ClosingEntry { storage, head: head(tid), parts: Vec::new(), blobs, rest };
+        let ending =
+            ClosingEntry { storage, token: None, head: head(tid), parts: Vec::new(), blobs, rest };
         let data = Command::Transaction(ending).encode();
         Committed::Command(LogIndex(index), Term(1), data)
     };
@@ -300,6 +344,7 @@ fn what_this_machine_lacks_is_never_left_out() {
     let mut replica = replica(&disk).skipping(skipped);
     let ending = ClosingEntry {
         storage: "another".into(),
+        token: None,
         head: head(10),
         parts: Vec::new(),
         blobs: Vec::new(),

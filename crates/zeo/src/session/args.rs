@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use standby_pickle::Value;
-use standby_types::{Oid, Tid};
+use standby_types::{Oid, Tid, TransactionToken};
 
 use crate::error::ClientError;
 
@@ -49,6 +49,25 @@ impl<'a> Args<'a> {
     pub fn tid(&self, value: &Value) -> Result<Tid, ClientError> {
         match value {
             Value::Bytes(bytes) => Tid::from_slice(bytes).ok_or_else(|| self.wrong()),
+            _ => Err(self.wrong()),
+        }
+    }
+
+    pub fn token(&self, value: &Value) -> Result<TransactionToken, ClientError> {
+        let bytes = value.as_bytes().ok_or_else(|| self.wrong())?;
+        TransactionToken::from_slice(&bytes).ok_or_else(|| {
+            ClientError::storage(format!(
+                "a transaction token has {} bytes, this one has {}",
+                TransactionToken::LEN,
+                bytes.len()
+            ))
+        })
+    }
+
+    /// The arguments of `transaction_outcome(token, since)`.
+    pub fn outcome(&self) -> Result<(TransactionToken, Tid), ClientError> {
+        match self.args {
+            [token, since] => Ok((self.token(token)?, self.tid(since)?)),
             _ => Err(self.wrong()),
         }
     }

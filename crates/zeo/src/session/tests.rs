@@ -377,6 +377,42 @@ fn wrong_arguments_are_type_errors() {
 }
 
 #[test]
+fn a_transaction_has_the_token_that_its_client_gives_it() {
+    let mut client = Client::registered(Encoding::Msgpack);
+    let token = TransactionToken { client: [3; 16], number: 9 };
+    let bytes = || Value::bytes(&token.to_bytes());
+    client.begin_and_store(1);
+    assert!(client.notify("transaction_token", vec![Value::Int(1), bytes()]).is_empty());
+    match &client.call("vote", vec![Value::Int(1)])[..] {
+        [Effect::Vote(request)] => assert_eq!(request.token, Some(token)),
+        other => panic!("{other:?}"),
+    }
+    match &client.call("transaction_outcome", vec![bytes(), Value::bytes(&[1; 8])])[..] {
+        [Effect::Outcome { token: asked, since, .. }] => {
+            assert_eq!((*asked, *since), (token, Tid(0x0101_0101_0101_0101)));
+        }
+        other => panic!("{other:?}"),
+    }
+    // Only whoever writes has transactions.
+    let mut reader = Client::connect(Encoding::Msgpack, true);
+    reader.call("register", vec![Value::str("1"), true.into()]);
+    reader.session.registered(true);
+    let refused = reader.replied("transaction_outcome", vec![bytes(), Value::bytes(&[1; 8])]);
+    assert_eq!(refused.unwrap_err().0, "ZODB.POSException.ReadOnlyError");
+}
+
+#[test]
+fn a_token_of_the_wrong_size_fails_the_vote() {
+    let mut client = Client::registered(Encoding::Pickle);
+    client.begin_and_store(1);
+    assert!(
+        client.notify("transaction_token", vec![Value::Int(1), Value::bytes(b"short")]).is_empty()
+    );
+    let refused = client.replied("vote", vec![Value::Int(1)]).unwrap_err();
+    assert!(format!("{refused:?}").contains("has 24 bytes, this one has 5"), "{refused:?}");
+}
+
+#[test]
 fn texts_that_do_not_fit_the_file_fail_the_vote() {
     let mut client = Client::registered(Encoding::Pickle);
     let long = Value::bytes(&[b'x'; 65_536]);

@@ -70,7 +70,7 @@ impl Session {
             .find(|(_, text)| text.len() > usize::from(u16::MAX));
         let doomed = too_long
             .map(|(name, _)| ClientError::file_storage(format!("{name} of more than 65535 bytes")));
-        let meta = Meta { tid, status, user, description, extension };
+        let meta = Meta { tid, status, user, description, extension, token: None };
         self.transaction = Some(Transaction {
             name: name.clone(),
             phase: Phase::Open,
@@ -78,6 +78,22 @@ impl Session {
             doomed,
             changed: BTreeSet::new(),
         });
+        Ok(())
+    }
+
+    /// `transaction_token(transaction, token)`: how the client names its transaction when it asks
+    /// what became of it. Stock clients do not call it.
+    pub(super) fn token(&mut self, args: &Args<'_>) -> Result<(), ClientError> {
+        let [name, token] = args.args else {
+            return Err(args.wrong());
+        };
+        let token = args.token(token);
+        let transaction = self.open(name)?;
+        match token {
+            Ok(token) => transaction.buffer.meta.token = Some(token),
+            // The client hears of it when it votes.
+            Err(error) => transaction.doomed = Some(error),
+        }
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use standby_filestorage::{Staged, StorageError};
 use standby_primary::client_errors::undo_disabled;
-use standby_primary::input::PackRequest;
+use standby_primary::input::{OutcomeQuestion, PackRequest};
 use standby_primary::{Caller, MANY, Request};
 use standby_types::{Oid, Tid, Upload};
 use standby_zeo::{
@@ -168,6 +168,10 @@ impl Connection {
             }
             Effect::Pack { id, time, wait } => {
                 Request::Pack(PackRequest { session, storage, id, time, wait })
+            }
+            Effect::Outcome { id, token, since } => {
+                let caller = caller(id);
+                Request::Outcome(OutcomeQuestion { caller, storage, token, since })
             }
             Effect::Abort => {
                 self.count(|stats| &stats.aborts, 1);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use standby_config::Recovery;
 use standby_consensus::AppliedPoint;
 use standby_filestorage::Mark;
+use standby_replica::outcomes::Outcomes;
 use standby_types::{Blob, BlobSource, NodeId, Oid, Tid};
 use tokio::io::BufReader;
 use tokio::sync::mpsc;
@@ -103,6 +104,7 @@ pub(crate) async fn fetch_history(
         storages: BTreeMap::from([(storage.to_owned(), have)]),
         progress: true,
         holes: false,
+        outcomes: false,
         recovery: Recovery::Normal,
         without_blobs: true,
         only: Some(storage.to_owned()),
@@ -187,6 +189,11 @@ impl<'a> Source<'a> {
                 return Ok(None);
             }
             CatchUpFrame::Hole(hole) => CatchUpItem::Hole(self.storage.clone(), hole),
+            CatchUpFrame::Outcomes(bytes) => {
+                let unreadable = || PeerError::Protocol("outcomes that cannot be read".into());
+                let outcomes = Outcomes::decode(&bytes).ok_or_else(unreadable)?;
+                CatchUpItem::Outcomes(self.storage.clone(), outcomes)
+            }
             CatchUpFrame::Begin(meta) => {
                 self.progress.transactions += 1;
                 CatchUpItem::Begin(self.storage.clone(), meta)
@@ -287,6 +294,14 @@ fn request(shared: &Shared, unconfirmed: bool, index: u64) -> Result<Request, Pe
         storages.insert(name.clone(), have);
     }
     let recovery = shared.config.standby.as_ref().map(|s| s.recovery).unwrap_or_default();
-    let (progress, holes, without_blobs, only) = (true, true, false, None);
-    Ok(Request { storages, progress, holes, recovery, without_blobs, only, index })
+    Ok(Request {
+        storages,
+        progress: true,
+        holes: true,
+        outcomes: true,
+        recovery,
+        without_blobs: false,
+        only: None,
+        index,
+    })
 }

@@ -12,6 +12,7 @@ use standby_filestorage::{
     Transactions, may_be_blob,
 };
 use standby_types::disk::{Open, read_full};
+use standby_types::lock::lock;
 use standby_types::{Disk, Position, Tid};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
@@ -148,6 +149,11 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
             Recovery::Auto => transactions.bytes_left() > MUCH,
         } && request.holes;
         send_holes(&reader, &transactions, (request, have, known), fast, frames)?;
+        if request.outcomes {
+            // Of what is applied by now. Entries of the log that come again change nothing.
+            let outcomes = lock(&storage.outcomes).encode();
+            frames.send(&CatchUpFrame::Outcomes(outcomes))?;
+        }
         let blobs = storage.blobs.as_ref().filter(|_| !request.without_blobs);
         Sending { storage: name, transactions, blobs, fast }.run(frames)?;
     }

@@ -4,16 +4,25 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use standby_primary::input::OutcomeQuestion;
 use standby_primary::{Caller, Input, Reading};
 use standby_replica::machine::Applied;
+use standby_replica::outcomes::Outcome;
 use standby_types::time::tid_at;
 use standby_types::{Mutation, Oid, Tid, mutation};
 use standby_zeo::{Encoding, History, SessionId, Value};
 use tokio::sync::oneshot;
+use tracing::info;
 
 use crate::cells::sessions::{Mail, SessionHandle};
 use crate::platform;
 use crate::tasks::applier::Applier;
+
+/// Why nobody knows what became of a transaction.
+const FORGOTTEN: &str = "the cluster does not know any more what was committed at that time";
+/// The same.
+const TIMELINE_CHANGED: &str = "the timeline has changed: a forced promotion may have lost the \
+    transaction. If it did, the former primary keeps it in a file when it comes back";
 
 impl Applier {
     pub(super) fn report(&self, finished: Vec<SessionId>) {
@@ -101,6 +110,7 @@ impl Applier {
     pub(super) fn read(&self, reading: Reading) {
         let (Reading::Register { caller, .. }
         | Reading::Invalidations { caller, .. }
+        | Reading::Outcome(OutcomeQuestion { caller, .. })
         | Reading::Sync(caller)) = &reading;
         // Without its session nobody waits.
         let Some(session) = self.shared.sessions.get(caller.session) else { return };
@@ -111,10 +121,28 @@ impl Applier {
             Reading::Sync(caller) => {
                 session.answer(session.encoding().reply(&caller.call, Value::None));
             }
+            Reading::Outcome(question) => self.outcome(&question, &session),
             Reading::Invalidations { storage, caller, since } => {
                 self.invalidations(&storage, session, caller.call, since);
             }
         }
+    }
+
+    /// What became of a transaction of which nothing is under way any more.
+    fn outcome(&self, question: &OutcomeQuestion, session: &SessionHandle) {
+        let OutcomeQuestion { caller, storage, token, since } = question;
+        let Some(shared) = self.shared.storages.get(storage) else { return };
+        let outcome = self.replica.outcome(storage, *token, *since);
+        info!(storage, %token, ?outcome, "a client asks what became of its transaction");
+        let stats = &shared.stats;
+        let (counter, answer) = match outcome {
+            Outcome::Committed(tid) => (&stats.outcomes_committed, tid.to_bytes().into()),
+            Outcome::NotCommitted => (&stats.outcomes_not_committed, Value::None),
+            Outcome::Forgotten => (&stats.outcomes_unknown, Value::str(FORGOTTEN)),
+            Outcome::TimelineChanged => (&stats.outcomes_unknown, Value::str(TIMELINE_CHANGED)),
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        session.answer(session.encoding().reply(&caller.call, answer));
     }
 
     pub(super) fn register(&self, storage: &str, session: Arc<SessionHandle>, id: &Value) {
