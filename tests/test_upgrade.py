@@ -55,7 +55,7 @@ def test_rows_36_and_37_an_upgraded_node_follows_and_leads_at_the_old_level(node
     before.start()
     cluster.wait_healthy()
     # All of them know more: it may be used.
-    assert "the feature level is 3" in n1.ask("feature-level", "raise")
+    assert "the feature level is 4" in n1.ask("feature-level", "raise")
     assert "already" in n1.ask("feature-level", "raise")
     n1.ask("node", "add", "n4")
     # What was so by itself is said now.
@@ -63,7 +63,7 @@ def test_rows_36_and_37_an_upgraded_node_follows_and_leads_at_the_old_level(node
     # It is so after a restart of all.
     cluster.stop()
     cluster.start()
-    assert n1.ask("feature-level", "show").strip() == "3"
+    assert n1.ask("feature-level", "show").strip() == "4"
     client.commit(lambda root: root.update(number=3))
 
 

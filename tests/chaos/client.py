@@ -125,6 +125,7 @@ class Client:
             addresses = world["replicas"][self.name]
             options.update(read_only=True, server_sync=False)
         while True:
+            storage = None
             try:
                 if self.name.startswith("p"):
                     # It learns the other addresses.
@@ -133,10 +134,14 @@ class Client:
                     storage = open_storage([tuple(world["router"])], **options)
                 else:
                     storage = open_storage(addresses, **options)
+                # It reads the root object, and the server may die at that moment.
+                self.db = ZODB.DB(storage)
                 break
             except Exception as error:
                 # Stock clients that find no server in time give up; their supervisors start them again.
                 self.say(at=time.monotonic(), connecting="%s: %s" % (type(error).__name__, error))
+                if storage is not None:
+                    storage.close()
                 if self.stopping:
                     sys.exit()
                 time.sleep(0.2)
@@ -148,7 +153,6 @@ class Client:
             return finish(*args)
 
         storage.tpc_finish = tpc_finish
-        self.db = ZODB.DB(storage)
         self.manager = transaction.TransactionManager(explicit=False)
         while True:
             try:
@@ -193,6 +197,10 @@ class Client:
         except (ConflictError, StorageError) as refused:
             self.manager.abort()
             outcome = "unknown" if self.finishing else "refused"
+            if standby_zodb is not None and isinstance(refused, standby_zodb.NotCommittedError):
+                outcome = "refused"
+            elif outcome == "unknown" and self.name.startswith("p"):
+                self.say(violation="a commit is ambiguous: %r" % refused, seq=seq)
             error = "%s: %s" % (type(refused).__name__, str(refused)[:200])
             if isinstance(refused, ReadOnlyError):
                 self.say(violation="a client that writes is told to read only", seq=seq)

@@ -9,11 +9,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ZEO.ClientStorage
+from ZEO.Exceptions import ClientDisconnected
+from ZODB.POSException import ReadOnlyError
+from ZODB.utils import z64
 
+from standby_zodb.outcome import ASK_FOR, PAUSE, Naming, NotCommittedError, OutcomeUnknownError
 from standby_zodb.topology import KEY, Address, Preference, Topology
 
 logger = logging.getLogger(__name__)
@@ -67,6 +71,8 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
         self._encrypted = kwargs.get("ssl") is not None
         self._known = self._seeds = self._listed(addr)
         self._conn: Any = None
+        self._naming = Naming()
+        self._token: bytes | None = None
         super().__init__(addr, *args, **kwargs)
         if self._preference.reads_only and kwargs.get("wait", True):
             self._move()
@@ -75,6 +81,70 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
     def topology(self) -> Topology | None:
         """The cluster as the connected node sees it; None if the server is no Standby."""
         return self._topology
+
+    # Called by whoever commits. From `tpc_begin` to `tpc_end` ZEO holds its commit lock.
+
+    def tpc_begin(self, txn: Any, tid: bytes | None = None, status: str = " ") -> None:
+        """Begins a transaction, and gives it a token if the cluster takes tokens."""
+        super().tpc_begin(txn, tid, status)
+        self._token = None
+        if self._topology is None or not self._topology.tokens:
+            return
+        token = self._naming.next()
+        try:
+            self._async("transaction_token", id(txn), token)
+        except ClientDisconnected:
+            self.tpc_end(txn)
+            raise
+        self._token = token
+
+    def tpc_finish(self, txn: Any, f: Callable[[bytes], Any] = lambda tid: None) -> bytes:
+        """Commits; if the connection breaks meanwhile, asks the cluster what became of it."""
+        buffer = self._check_trans(txn, "tpc_finish")
+        token, since = self._token, self.lastTransaction() or z64
+
+        def told(tid: bytes) -> None:
+            self._naming.finished()
+            f(tid)
+
+        self._naming.finishing()
+        try:
+            return super().tpc_finish(txn, told)  # type: ignore[no-any-return]
+        except ClientDisconnected as error:
+            if token is None:
+                raise
+            tid = self._outcome(token, since, error)
+        f(tid)
+        self._update_blob_cache(buffer, tid)
+        return tid
+
+    def _outcome(self, token: bytes, since: bytes, cause: ClientDisconnected) -> bytes:
+        """The tid of a transaction that was committed; an error if it was not, or nobody knows."""
+        deadline = time.monotonic() + ASK_FOR
+        while True:
+            try:
+                answer = self._call("transaction_outcome", token, since)
+                break
+            except (ClientDisconnected, ReadOnlyError) as error:
+                # There is no primary yet, or it has changed again.
+                if self._conn.closed or time.monotonic() > deadline:
+                    raise OutcomeUnknownError(
+                        "the connection broke during the commit, and no primary could be asked "
+                        f"within {ASK_FOR:.0f} s whether the transaction is committed"
+                    ) from error
+                time.sleep(PAUSE)
+        if isinstance(answer, bytes):
+            logger.info("%s: a commit was under way, and succeeded: %r", self.__name__, answer)
+            return answer
+        if answer is None:
+            logger.info("%s: a commit was under way, and is not there", self.__name__)
+            raise NotCommittedError(
+                "the connection broke during the commit: the transaction is not committed"
+            ) from cause
+        raise OutcomeUnknownError(
+            f"the connection broke during the commit, and nobody knows whether the transaction is "
+            f"committed: {answer}"
+        ) from cause
 
     # Called by ZEO's own thread.
 

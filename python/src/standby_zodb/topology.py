@@ -38,6 +38,8 @@ class Topology:
     term: int
     primary: str | None
     nodes: tuple[Node, ...]
+    tokens: bool = False
+    """Transactions may have tokens, and a node can be asked for their outcome."""
 
     @classmethod
     def read(cls, told: object) -> Topology:
@@ -55,9 +57,11 @@ class Topology:
                 "term": int(term),
                 "primary": str() | None as primary,
                 "nodes": [*nodes],
+                **more,
             }:
                 nodes_read = tuple(map(_node, nodes))
-                return cls(cluster, cluster_id, timeline, term, primary, nodes_read)
+                tokens = more.get("tokens") is True
+                return cls(cluster, cluster_id, timeline, term, primary, nodes_read, tokens)
         raise ValueError("it has not the form that is expected")
 
     def completed_by(self, former: Topology | None) -> Topology:
