@@ -5,7 +5,8 @@ starts again at once. And what an idle client costs the server.
 
 needs the program (cargo build --release) and a Python with ZEO. Each client is ZEO's own with a cache file of 1,000 objects, one
 transaction behind when it connects for the first time. All of them commit once as soon as they can after the server was killed;
-the time is that from the kill to each client's reply. They run in four processes on the machine of the server.
+the time is that from the kill to each client's reply. They run in four processes on the machine of the server: whose time that
+is, the processors' time of clients and of servers until the last reply says.
 """
 
 import argparse
@@ -92,8 +93,19 @@ def resident(process):
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
 
+def processor_time(processes):
+    """Seconds of processors that processes have used."""
+    seconds = 0
+    for process in processes:
+        with open("/proc/%d/stat" % process.pid) as stat:
+            # The name, in parentheses, may have spaces.
+            fields = stat.read().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
 def measure(name, addresses, directory, server, die, clients):
-    """`server` is a process, `die` has another one take its place."""
+    """`server` is a process, `die` has others take its place, and returns those."""
     seed = fill_cache(addresses, directory)
     before = resident(server)
     each = clients // PROCESSES
@@ -110,11 +122,13 @@ def measure(name, addresses, directory, server, die, clients):
         time.sleep(2)
         idle = (resident(server) - before) / clients
         began = time.monotonic()
-        die()
+        servers = die()
+        of_clients, of_servers = processor_time(crowd), processor_time(servers)
         for process in crowd:
             process.stdin.write("go\n")
             process.stdin.flush()
         taken = sorted(reply - began for process in crowd for reply in json.loads(process.stdout.readline()))
+        of_clients, of_servers = processor_time(crowd) - of_clients, processor_time(servers) - of_servers
         for process in crowd:
             process.stdin.close()
             process.wait(PATIENCE)
@@ -123,8 +137,9 @@ def measure(name, addresses, directory, server, die, clients):
             process.kill()
             process.wait()
     print(
-        "%-12s %4d clients: first %5.2f s, median %5.2f s, last %5.2f s after the kill; %3.0f kB for an idle client"
-        % (name, len(taken), taken[0], statistics.median(taken), taken[-1], idle),
+        "%-12s %4d clients: first %5.2f s, median %5.2f s, last %5.2f s after the kill; %3.0f kB for an idle client; "
+        "processors: %4.1f s of the clients, %4.1f s of the server"
+        % (name, len(taken), taken[0], statistics.median(taken), taken[-1], idle, of_clients, of_servers),
         flush=True,
     )
 
@@ -147,6 +162,11 @@ def main():
         def restart():
             runzeo.kill()
             runzeo.start()
+            return [runzeo.process]
+
+        def lose():
+            primary.kill()
+            return [node.process for node in cluster.running()]
 
         caches = os.path.join(directory, "caches")
         measure("runzeo", [("127.0.0.1", runzeo.port)], caches, runzeo.process, restart, options.clients)
@@ -155,7 +175,7 @@ def main():
         os.mkdir(caches)
         cluster.start()
         primary = cluster.primary()
-        measure("three nodes", cluster.addresses, caches, primary.process, primary.kill, options.clients)
+        measure("three nodes", cluster.addresses, caches, primary.process, lose, options.clients)
     finally:
         for server in [runzeo, *cluster.nodes]:
             server.kill()

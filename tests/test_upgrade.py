@@ -6,6 +6,7 @@ import socket
 import threading
 
 import cluster as harness
+from test_standby_zodb import Follower
 from zeo_client import Client
 
 
@@ -46,6 +47,10 @@ def test_rows_36_and_37_an_upgraded_node_follows_and_leads_at_the_old_level(node
     assert n1.ask("feature-level", "show").strip() == "1"
     refused = n1.ask("node", "add", "n4", fails=True)
     assert "works at feature level 1" in refused and "feature-level raise" in refused
+    # Transactions have no tokens yet.
+    follower = Follower(cluster.addresses)
+    follower.commit(lambda root: root.update(follows=1))
+    assert not follower.storage.topology.tokens and follower.storage._token is None
     # What changes nothing in the log works: followers are upgraded first, the primary last.
     before = cluster.primary()
     n1.ask("switchover")
@@ -58,6 +63,10 @@ def test_rows_36_and_37_an_upgraded_node_follows_and_leads_at_the_old_level(node
     assert "the feature level is 4" in n1.ask("feature-level", "raise")
     assert "already" in n1.ask("feature-level", "raise")
     n1.ask("node", "add", "n4")
+    harness.wait_for("tokens", lambda: follower.storage.topology.tokens)
+    follower.commit(lambda root: root.update(follows=2))
+    assert follower.storage._token is not None
+    follower.close()
     # What was so by itself is said now.
     harness.wait_for("the group", lambda: cluster.status()["failover_groups"] == ["here"])
     # It is so after a restart of all.

@@ -10,6 +10,7 @@ use standby_filestorage::{
     Hole, Record, TransactionMeta, put_meta, put_record, take_meta, take_record,
 };
 use standby_primary::command::Answer;
+use standby_replica::outcomes::Outcomes;
 use standby_types::{Oid, Tid, Transfer};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
@@ -354,9 +355,9 @@ pub(crate) enum CatchUpFrame {
     Storage(String),
     /// 'f': a hole in what comes: after 8, through 8.
     Hole(Hole),
-    /// 'o': what has become of the storage's transactions with a token, as
-    /// [`Outcomes`](standby_replica::outcomes::Outcomes) encodes it.
-    Outcomes(Bytes),
+    /// 'o': what has become of the storage's transactions with a token, as [`Outcomes::encode`]
+    /// writes it.
+    Outcomes(Outcomes),
     /// 't': a transaction's head.
     Begin(TransactionMeta),
     /// 'b': the oid of the next record, which has a blob.
@@ -405,9 +406,8 @@ impl Frame for CatchUpFrame {
             }
             CatchUpFrame::Begin(meta) => put_meta(meta, out),
             CatchUpFrame::Blob(oid) => out.put_u64(oid.0),
-            CatchUpFrame::Outcomes(bytes)
-            | CatchUpFrame::BlobPiece(bytes)
-            | CatchUpFrame::BlobEnd(bytes) => out.put_slice(bytes),
+            CatchUpFrame::Outcomes(outcomes) => out.put_slice(&outcomes.encode()),
+            CatchUpFrame::BlobPiece(bytes) | CatchUpFrame::BlobEnd(bytes) => out.put_slice(bytes),
             CatchUpFrame::Record(record) => put_record(record, out),
             CatchUpFrame::End | CatchUpFrame::Done => {}
         }
@@ -427,7 +427,9 @@ impl Frame for CatchUpFrame {
                 let (after, through) = (Tid(number(after)?), Tid(number(through)?));
                 CatchUpFrame::Hole(Hole { after, through })
             }
-            b'o' => CatchUpFrame::Outcomes(content),
+            b'o' => CatchUpFrame::Outcomes(
+                Outcomes::decode(&content).ok_or_else(|| malformed("outcomes"))?,
+            ),
             b't' => CatchUpFrame::Begin(take_meta(&mut content).map_err(transaction)?),
             b'b' => CatchUpFrame::Blob(Oid(number(&content)?)),
             b'c' => CatchUpFrame::BlobPiece(content),
@@ -467,11 +469,25 @@ pub fn read_in_all_ways(kind: u8, content: &Bytes) -> Result<(), PeerError> {
 mod tests {
     use proptest::prelude::*;
     use standby_filestorage::RecordData;
+    use standby_types::TransactionToken;
 
     use super::*;
 
     fn bytes() -> impl Strategy<Value = Bytes> {
         proptest::collection::vec(any::<u8>(), 0..200).prop_map(Bytes::from)
+    }
+
+    fn outcomes() -> impl Strategy<Value = Outcomes> {
+        let committed = (any::<[u8; 16]>(), any::<u64>());
+        (any::<u64>(), proptest::collection::vec(committed, 0..5)).prop_map(
+            |(horizon, committed)| {
+                let mut outcomes = Outcomes::unknown_until(Tid(horizon));
+                for (tid, (client, number)) in committed.into_iter().enumerate() {
+                    outcomes.committed(TransactionToken { client, number }, Tid(tid as u64));
+                }
+                outcomes
+            },
+        )
     }
 
     fn catch_up_frame() -> impl Strategy<Value = CatchUpFrame> {
@@ -493,7 +509,7 @@ mod tests {
                 CatchUpFrame::Begin(TransactionMeta { tid, status, user, description, extension })
             }),
             any::<u64>().prop_map(|oid| CatchUpFrame::Blob(Oid(oid))),
-            bytes().prop_map(CatchUpFrame::Outcomes),
+            outcomes().prop_map(CatchUpFrame::Outcomes),
             bytes().prop_map(CatchUpFrame::BlobPiece),
             bytes().prop_map(CatchUpFrame::BlobEnd),
             (any::<u64>(), data)

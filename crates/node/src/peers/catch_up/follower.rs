@@ -7,7 +7,6 @@ use std::time::Duration;
 use standby_config::Recovery;
 use standby_consensus::AppliedPoint;
 use standby_filestorage::Mark;
-use standby_replica::outcomes::Outcomes;
 use standby_types::{Blob, BlobSource, NodeId, Oid, Tid};
 use tokio::io::BufReader;
 use tokio::sync::mpsc;
@@ -189,9 +188,7 @@ impl<'a> Source<'a> {
                 return Ok(None);
             }
             CatchUpFrame::Hole(hole) => CatchUpItem::Hole(self.storage.clone(), hole),
-            CatchUpFrame::Outcomes(bytes) => {
-                let unreadable = || PeerError::Protocol("outcomes that cannot be read".into());
-                let outcomes = Outcomes::decode(&bytes).ok_or_else(unreadable)?;
+            CatchUpFrame::Outcomes(outcomes) => {
                 CatchUpItem::Outcomes(self.storage.clone(), outcomes)
             }
             CatchUpFrame::Begin(meta) => {

@@ -151,7 +151,7 @@ fn send_all(shared: &Shared, request: &Request, frames: &mut Frames) -> Result<(
         send_holes(&reader, &transactions, (request, have, known), fast, frames)?;
         if request.outcomes {
             // Of what is applied by now. Entries of the log that come again change nothing.
-            let outcomes = lock(&storage.outcomes).encode();
+            let outcomes = lock(&storage.outcomes).clone();
             frames.send(&CatchUpFrame::Outcomes(outcomes))?;
         }
         let blobs = storage.blobs.as_ref().filter(|_| !request.without_blobs);
