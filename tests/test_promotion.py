@@ -15,7 +15,7 @@ import cluster as harness
 import pytest
 from places import Places
 from test_blobs import blob_client, put, read
-from test_cluster import Writer, check_files, transactions
+from test_cluster import check_files, transactions
 from test_membership import wait_for_voters
 from zeo_client import Client, make_database
 

@@ -133,6 +133,11 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
                         f"within {ASK_FOR:.0f} s whether the transaction is committed"
                     ) from error
                 time.sleep(PAUSE)
+            except Exception as error:
+                raise OutcomeUnknownError(
+                    "the connection broke during the commit, and the server cannot say whether the "
+                    f"transaction is committed: {error}"
+                ) from error
         if isinstance(answer, bytes):
             logger.info("%s: a commit was under way, and succeeded: %r", self.__name__, answer)
             return answer
