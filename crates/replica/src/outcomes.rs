@@ -2,8 +2,10 @@
 //! before it was told (Raft thesis §6.3).
 //!
 //! Of each client its last transaction is kept, for a client begins the next one only when it knows
-//! the outcome. A storage keeps [`MOST_CLIENTS`] of them, each for [`KEPT_FOR`] by the time of the
-//! tids; what is dropped moves the horizon. So every answer is certain, or says that it is not.
+//! the outcome. A storage keeps at most [`MOST_CLIENTS`] of them. Of more than [`KEPT_ANYWAY`] those
+//! go that are older than [`KEPT_FOR`] by the time of the tids, which a clock that leaps can make of
+//! all of them. What is dropped moves the horizon: so every answer is certain, or says that it is
+//! not.
 //!
 //! ```text
 //! encoded: horizon 8 · for each client: client 16, number 8, tid 8
@@ -19,7 +21,9 @@ use standby_types::{Tid, TransactionToken};
 
 /// So many clients' last transactions are kept.
 pub const MOST_CLIENTS: usize = 10_000;
-/// For so long.
+/// So many are kept however old they are.
+pub const KEPT_ANYWAY: usize = 1_000;
+/// The others are kept for so long.
 pub const KEPT_FOR: Duration = Duration::from_secs(3600);
 /// Bytes of a client.
 const ROW: usize = 32;
@@ -131,7 +135,8 @@ impl Outcomes {
     /// Forgets what is too much, or too long before `now`.
     fn forget(&mut self, now: Tid) {
         let oldest = time_of(now).saturating_sub(KEPT_FOR);
-        while let Some(first) = self.by_tid.first_entry()
+        while self.clients.len() > KEPT_ANYWAY
+            && let Some(first) = self.by_tid.first_entry()
             && (self.clients.len() > MOST_CLIENTS || time_of(*first.key()) < oldest)
         {
             let (tid, client) = first.remove_entry();
@@ -187,8 +192,10 @@ mod tests {
     fn what_was_forgotten_is_not_said_to_be_lost() {
         let mut outcomes = Outcomes::default();
         outcomes.committed(token(1, 4), at(1));
-        outcomes.committed(token(2, 1), at(3700));
-        assert_eq!(outcomes.len(), 1);
+        for client in 0..KEPT_ANYWAY {
+            outcomes.committed(token(2 + client as u16, 1), Tid(at(3700).0 + client as u64));
+        }
+        assert_eq!(outcomes.len(), KEPT_ANYWAY);
         // The client knew nothing later: the forgotten one may be the one that it asks for.
         assert_eq!(outcomes.outcome(token(1, 4), at(0)), Outcome::Forgotten);
         // What it asks for would be later than all that is forgotten.
@@ -198,6 +205,16 @@ mod tests {
             Outcomes::unknown_until(at(5)).outcome(token(1, 1), at(5)),
             Outcome::NotCommitted
         );
+    }
+
+    /// Found by a simulation: a clock that leaps by a day has made all others a day old.
+    #[test]
+    fn a_clock_that_leaps_has_few_forgotten() {
+        let mut outcomes = Outcomes::default();
+        outcomes.committed(token(1, 4), at(1));
+        outcomes.committed(token(2, 1), at(90_000));
+        assert_eq!(outcomes.outcome(token(1, 4), at(0)), Outcome::Committed(at(1)));
+        assert_eq!(outcomes.outcome(token(1, 5), at(0)), Outcome::NotCommitted);
     }
 
     #[test]

@@ -53,6 +53,18 @@ fn a_source_that_was_restarted_sends_all_that_was_asked_for() {
     nothing_is_violated(2528, &steps);
 }
 
+/// A clock that leapt by a day made all transactions a day old: what clients asked for was forgotten.
+#[test]
+fn what_became_of_a_commit_is_known_after_a_clock_has_leapt() {
+    let at = Duration::from_millis;
+    let steps = [
+        (2666, Fault::Cut { node: 0, operations: 2, torn: false, down: at(64) }),
+        (3848, Fault::Skew { node: 0, seconds: 87_600 }),
+        (5571, Fault::SlowDisk { node: Some(0), most: at(497), time: at(3095) }),
+    ];
+    nothing_is_violated(822, &steps);
+}
+
 /// A node that was away while another was added, and became primary, had no link to it: its answers
 /// went nowhere.
 #[test]
