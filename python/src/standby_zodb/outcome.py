@@ -36,9 +36,9 @@ class Naming:
     """
 
     def __init__(self) -> None:
-        self._name = b""
+        self._name = os.urandom(16)
         self._number = 0
-        self._settled = False
+        self._settled = True
 
     def next(self) -> bytes:
         """Names a transaction that begins."""
