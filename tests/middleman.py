@@ -43,8 +43,9 @@ class Middleman:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
+        # One that has just accepted a client may not have seen that; none keeps the process alive.
         for thread in self._threads:
-            thread.join(10)
+            thread.join(1)
 
     def _start(self, target, *args):
         thread = threading.Thread(target=target, args=args, daemon=True)
