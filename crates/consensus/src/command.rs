@@ -171,7 +171,7 @@ impl Command {
             b'p' => Command::Part(reader.rest()),
             kind @ (b't' | b'b' | b'T' | b'B') => Command::Transaction(ClosingEntry {
                 token: match kind {
-                    b'T' | b'B' => TransactionToken::from_slice(&reader.array::<24>()?),
+                    b'T' | b'B' => Some(TransactionToken::from_bytes(reader.array()?)),
                     _ => None,
                 },
                 storage: reader.string()?,

@@ -110,7 +110,8 @@ pub struct Machine {
     pub(crate) ceilings: BTreeMap<String, Oid>,
     pub(crate) applied: LogIndex,
     pub(crate) commits: Commits,
-    /// Clients that ask what became of a transaction.
+    /// Clients that ask what became of a transaction. The node lets a client have a thousand calls
+    /// without an answer.
     pub(crate) outcomes: Vec<OutcomeQuestion>,
     pub(crate) readers: Readers,
     pub(crate) freshness: Freshness,

@@ -8,7 +8,7 @@
 //! not.
 //!
 //! ```text
-//! encoded: horizon 8 · for each client: client 16, number 8, tid 8
+//! encoded: horizon 8 · for each client: token 24, tid 8
 //! ```
 
 use std::collections::{BTreeMap, HashMap};
@@ -26,7 +26,7 @@ pub const KEPT_ANYWAY: usize = 1_000;
 /// The others are kept for so long.
 pub const KEPT_FOR: Duration = Duration::from_secs(3600);
 /// Bytes of a client.
-const ROW: usize = 32;
+const ROW: usize = TransactionToken::LEN + 8;
 
 /// What became of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,10 +47,11 @@ pub type SharedOutcomes = Arc<Mutex<Outcomes>>;
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Outcomes {
-    clients: HashMap<[u8; 16], (u64, Tid)>,
-    /// The same by their tids. Each transaction of a storage has its own.
-    by_tid: BTreeMap<Tid, [u8; 16]>,
-    /// Nothing is known of transactions up to this one, unless it is in `clients`.
+    /// The last transaction of each client.
+    last: BTreeMap<Tid, TransactionToken>,
+    /// Where that of a client stands.
+    clients: HashMap<[u8; 16], Tid>,
+    /// Nothing is known of transactions up to this one, unless it is in `last`.
     horizon: Tid,
 }
 
@@ -62,23 +63,23 @@ impl Outcomes {
 
     /// A transaction is committed. Transactions come in the order of their tids, some of them again.
     pub fn committed(&mut self, token: TransactionToken, tid: Tid) {
-        let TransactionToken { client, number } = token;
-        match self.clients.get(&client) {
-            Some((_, later)) if tid <= *later => return,
-            Some((_, before)) => drop(self.by_tid.remove(before)),
+        match self.clients.get(&token.client) {
+            Some(later) if tid <= *later => return,
+            Some(before) => drop(self.last.remove(before)),
             None => {}
         }
-        self.clients.insert(client, (number, tid));
-        self.by_tid.insert(tid, client);
+        self.clients.insert(token.client, tid);
+        self.last.insert(tid, token);
         self.forget(tid);
     }
 
     /// What became of a transaction whose client knew `since` before it finished it.
     pub fn outcome(&self, token: TransactionToken, since: Tid) -> Outcome {
-        match self.clients.get(&token.client) {
-            Some((number, tid)) if *number == token.number => Outcome::Committed(*tid),
+        let last = self.clients.get(&token.client).and_then(|tid| self.last.get_key_value(tid));
+        match last {
+            Some((tid, last)) if *last == token => Outcome::Committed(*tid),
             // The client has gone on: it is not to ask.
-            Some((number, _)) if *number > token.number => Outcome::Forgotten,
+            Some((_, last)) if last.number > token.number => Outcome::Forgotten,
             _ if since < self.horizon => Outcome::Forgotten,
             _ => Outcome::NotCommitted,
         }
@@ -98,10 +99,8 @@ impl Outcomes {
     pub fn encode(&self) -> Bytes {
         let mut out = BytesMut::with_capacity(8 + ROW * self.len());
         out.put_u64(self.horizon.0);
-        for (tid, client) in &self.by_tid {
-            let number = self.clients.get(client).map_or(0, |(number, _)| *number);
-            out.put_slice(client);
-            out.put_u64(number);
+        for (tid, token) in &self.last {
+            out.put_slice(&token.to_bytes());
             out.put_u64(tid.0);
         }
         out.freeze()
@@ -114,12 +113,12 @@ impl Outcomes {
             return None;
         }
         while !bytes.is_empty() {
-            let mut client = [0; 16];
-            bytes.try_copy_to_slice(&mut client).ok()?;
-            let number = bytes.try_get_u64().ok()?;
+            let mut token = [0; TransactionToken::LEN];
+            bytes.try_copy_to_slice(&mut token).ok()?;
+            let token = TransactionToken::from_bytes(token);
             let tid = Tid(bytes.try_get_u64().ok()?);
-            let is_new = outcomes.clients.insert(client, (number, tid)).is_none();
-            if !is_new || outcomes.by_tid.insert(tid, client).is_some() {
+            let is_new = outcomes.clients.insert(token.client, tid).is_none();
+            if !is_new || outcomes.last.insert(tid, token).is_some() {
                 return None;
             }
         }
@@ -128,7 +127,7 @@ impl Outcomes {
 
     /// Fails if an invariant does not hold.
     pub(crate) fn invariants(&self) {
-        assert_eq!(self.clients.len(), self.by_tid.len(), "each client has one transaction");
+        assert_eq!(self.clients.len(), self.last.len(), "each client has one transaction");
         assert!(self.len() <= MOST_CLIENTS, "more clients than are kept");
     }
 
@@ -136,11 +135,11 @@ impl Outcomes {
     fn forget(&mut self, now: Tid) {
         let oldest = time_of(now).saturating_sub(KEPT_FOR);
         while self.clients.len() > KEPT_ANYWAY
-            && let Some(first) = self.by_tid.first_entry()
+            && let Some(first) = self.last.first_entry()
             && (self.clients.len() > MOST_CLIENTS || time_of(*first.key()) < oldest)
         {
-            let (tid, client) = first.remove_entry();
-            self.clients.remove(&client);
+            let (tid, token) = first.remove_entry();
+            self.clients.remove(&token.client);
             self.horizon = self.horizon.max(tid);
         }
     }

@@ -30,12 +30,17 @@ impl TransactionToken {
         bytes
     }
 
-    /// Reads what [`TransactionToken::to_bytes`] wrote; `None` for any other length.
+    /// Reads what [`TransactionToken::to_bytes`] wrote.
+    pub fn from_bytes(bytes: [u8; Self::LEN]) -> TransactionToken {
+        let (mut client, mut number) = ([0; 16], [0; 8]);
+        client.copy_from_slice(&bytes[..16]);
+        number.copy_from_slice(&bytes[16..]);
+        TransactionToken { client, number: u64::from_be_bytes(number) }
+    }
+
+    /// The same; `None` for any other length.
     pub fn from_slice(bytes: &[u8]) -> Option<TransactionToken> {
-        let (client, number) = bytes.split_at_checked(16)?;
-        let client = client.try_into().ok()?;
-        let number = u64::from_be_bytes(number.try_into().ok()?);
-        Some(TransactionToken { client, number })
+        bytes.try_into().ok().map(TransactionToken::from_bytes)
     }
 }
 

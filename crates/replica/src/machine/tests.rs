@@ -52,28 +52,29 @@ fn records(list: &[(u64, usize)]) -> Bytes {
     out.freeze()
 }
 
-fn closing(index: u64, term: u64, tid: u64, parts: &[u64], rest: Bytes) -> Committed {
-    let command = Command::Transaction(ClosingEntry {
+fn ending(tid: u64, parts: &[u64], rest: Bytes) -> ClosingEntry {
+    ClosingEntry {
         storage: "1".into(),
         token: None,
         head: head(tid),
         parts: parts.iter().map(|i| LogIndex(*i)).collect(),
         blobs: Vec::new(),
         rest,
-    });
-    Committed::Command(LogIndex(index), Term(term), command.encode())
+    }
+}
+
+fn committed(index: u64, term: u64, ending: ClosingEntry) -> Committed {
+    let data = Command::Transaction(ending).encode();
+    Committed::Command(LogIndex(index), Term(term), data)
+}
+
+fn closing(index: u64, term: u64, tid: u64, parts: &[u64], rest: Bytes) -> Committed {
+    committed(index, term, ending(tid, parts, rest))
 }
 
 fn named(index: u64, tid: u64, token: TransactionToken) -> Committed {
-    let command = Command::Transaction(ClosingEntry {
-        storage: "1".into(),
-        token: Some(token),
-        head: head(tid),
-        parts: Vec::new(),
-        blobs: Vec::new(),
-        rest: records(&[(1, 1)]),
-    });
-    Committed::Command(LogIndex(index), Term(1), command.encode())
+    let ending = ending(tid, &[], records(&[(1, 1)]));
+    committed(index, 1, ClosingEntry { token: Some(token), ..ending })
 }
 
 fn part(index: u64, term: u64, bytes: Bytes) -> Committed {
@@ -228,14 +229,7 @@ fn packs_stand_in_the_checkpoint() {
 fn unknown_storages_and_garbage_are_errors() {
     let disk = MemoryDisk::new();
     let mut replica = replica(&disk);
-    let ending = ClosingEntry {
-        storage: "2".into(),
-        token: None,
-        head: head(1),
-        parts: vec![],
-        blobs: vec![],
-        rest: Bytes::new(),
-    };
+    let ending = ClosingEntry { storage: "2".into(), ..ending(1, &[], Bytes::new()) };
     let entry = Committed::Command(LogIndex(2), Term(1), Command::Transaction(ending).encode());
     assert!(matches!(replica.apply(&entry), Err(ApplyError::UnknownStorage(_))));
     let entry = Committed::Command(LogIndex(2), Term(1), Bytes::from_static(b"?"));
@@ -259,11 +253,8 @@ fn blobs_are_there_with_their_transaction_and_replayed() {
     staged.keep();
     let blob = |source| Blob { oid: Oid(1), source };
     let entry = |index, tid, blobs: Vec<Blob>| {
-        let (storage, rest) = ("1".into(), records(&[(1, 5)]));
-        let ending =
-            ClosingEntry { storage, token: None, head: head(tid), parts: Vec::new(), blobs, rest };
-        let data = Command::Transaction(ending).encode();
-        Committed::Command(LogIndex(index), Term(1), data)
+        let ending = ending(tid, &[], records(&[(1, 5)]));
+        committed(index, 1, ClosingEntry { blobs, ..ending })
     };
     let entries = [
         entry(2, 10, vec![blob(BlobSource::Upload(upload))]),
@@ -342,14 +333,7 @@ fn what_this_machine_lacks_is_never_left_out() {
     let disk = MemoryDisk::new();
     let skipped = BTreeSet::from([(LogIndex(2), Term(1))]);
     let mut replica = replica(&disk).skipping(skipped);
-    let ending = ClosingEntry {
-        storage: "another".into(),
-        token: None,
-        head: head(10),
-        parts: Vec::new(),
-        blobs: Vec::new(),
-        rest: Bytes::new(),
-    };
+    let ending = ClosingEntry { storage: "another".into(), ..ending(10, &[], Bytes::new()) };
     let entry = Command::Transaction(ending).encode();
     let entry = Committed::Command(LogIndex(2), Term(1), entry);
     assert!(matches!(replica.apply(&entry), Err(ApplyError::UnknownStorage(_))));
