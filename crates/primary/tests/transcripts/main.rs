@@ -5,6 +5,7 @@
 //! followed. After a change, `TRANSCRIPTS=write cargo test -p standby-primary --test transcripts`
 //! writes the files again; the difference is for a person to judge.
 
+mod facts;
 mod script;
 mod world;
 
