@@ -27,6 +27,7 @@ import conftest  # noqa: E402, F401  (quiet logs)
 import cluster as harness  # noqa: E402
 import ZODB  # noqa: E402
 from commits import RunZeo  # noqa: E402
+from loads import cpu_of  # noqa: E402
 from persistent.mapping import PersistentMapping  # noqa: E402
 from zeo_client import Client, is_passing, open_storage  # noqa: E402
 from ZODB.Connection import TransactionMetaData  # noqa: E402
@@ -95,13 +96,7 @@ def resident(process):
 
 def processor_time(processes):
     """Seconds of processors that processes have used."""
-    seconds = 0
-    for process in processes:
-        with open("/proc/%d/stat" % process.pid) as stat:
-            # The name, in parentheses, may have spaces.
-            fields = stat.read().rpartition(")")[2].split()
-        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return seconds
+    return sum(map(cpu_of, processes))
 
 
 def measure(name, addresses, directory, server, die, clients):

@@ -221,6 +221,13 @@ class Node(Process):
         except OSError:
             return None
 
+    def metric(self, name):
+        """A number that the node shows to monitoring systems."""
+        url = "http://%s:%s/metrics" % (self.host, self.admin_port)
+        with urllib.request.urlopen(url, timeout=10) as page:
+            lines = page.read().decode().splitlines()
+        return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")))
+
     def listens(self):
         try:
             socket.create_connection(self.address, timeout=1).close()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 
 import pytest
 import transaction
@@ -452,7 +451,7 @@ def test_a_client_that_goes_while_it_is_waited_for_leaves_nothing(nodes, tmp_pat
     for name in oids:
         client.root[name]._p_activate()
         serials[name] = client.root[name]._p_serial
-    sessions = lambda: gauge(primary, "standby_sessions")
+    sessions = lambda: primary.metric("standby_sessions")
     files = lambda: len(os.listdir("/proc/%d/fd" % primary.process.pid))
     before = (sessions(), files())
     sock = registered(primary.address, read_only=False)
@@ -472,20 +471,13 @@ def test_a_client_that_goes_while_it_is_waited_for_leaves_nothing(nodes, tmp_pat
         send(sock, call(number, *asks[waits]))
     # Some of it has been asked for, and nobody takes it.
     time.sleep(1)
-    assert (sessions(), gauge(primary, "standby_transactions_active")) == (before[0] + 1, 1)
+    assert (sessions(), primary.metric("standby_transactions_active")) == (before[0] + 1, 1)
     sock.close()
     began = time.monotonic()
     client.commit(lambda root: setattr(root["locked"], "content", "y"))
     print("the lock was free after %.1f s" % (time.monotonic() - began))
     harness.wait_for("the end of the session", lambda: (sessions(), files()) <= before, 20)
     client.close()
-
-
-def gauge(node, name):
-    """A number that the node shows to monitoring systems."""
-    with urllib.request.urlopen("http://%s:%s/metrics" % (node.host, node.admin_port), timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")))
 
 
 def test_five_hundred_clients_of_one_address_are_served(nodes):
@@ -501,7 +493,7 @@ def test_five_hundred_clients_of_one_address_are_served(nodes):
     for sock in socks:
         for _ in range(4):
             send(sock, frame)
-    held = [gauge(node, "standby_client_memory" + which) for which in ("_bytes", "_limit_bytes")]
+    held = [node.metric("standby_client_memory" + which) for which in ("_bytes", "_limit_bytes")]
     for sock in socks:
         for _ in range(4):
             assert len(receive(sock)) > 200_000
@@ -556,7 +548,7 @@ def test_row_38_five_hundred_clients_come_to_another_primary_at_once(nodes):
         % (time.monotonic() - began, 1000 * p99(taken))
     )
     assert "too many connections" not in second.log()
-    assert gauge(second, "standby_sessions") >= 500
+    assert second.metric("standby_sessions") >= 500
     for sock in socks:
         sock.close()
     client.close()

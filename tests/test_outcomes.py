@@ -2,7 +2,6 @@
 
 import os
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -55,11 +54,6 @@ def with_root(addresses):
     """A stock storage of a database that is there."""
     Follower(addresses).close()
     return open_storage(addresses)
-
-
-def metrics(node):
-    with urllib.request.urlopen("http://%s:%s/metrics" % (node.host, node.admin_port), timeout=10) as page:
-        return page.read().decode()
 
 
 def outcome(storage, token, since):
@@ -152,8 +146,7 @@ def test_what_is_known_survives(stopping):  # noqa: F811
     cluster.make_primary(node)
     is_known()
     for name in ("committed", "not_committed"):
-        counter = 'standby_outcomes_%s_total{storage="1"} ' % name
-        assert sum(float(page.split(counter)[1].split()[0]) for page in map(metrics, cluster.nodes)) >= 2
+        assert sum(node.metric("standby_outcomes_%s_total" % name) for node in cluster.nodes) >= 2
     storage.close()
 
 
