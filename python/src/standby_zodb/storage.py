@@ -139,7 +139,9 @@ class ClientStorage(ZEO.ClientStorage.ClientStorage):  # type: ignore[misc]
                     f"transaction is committed: {error}"
                 ) from error
         if isinstance(answer, bytes):
-            logger.info("%s: a commit was under way, and succeeded: %r", self.__name__, answer)
+            logger.info(
+                "%s: a commit was under way, and succeeded: %s", self.__name__, answer.hex()
+            )
             return answer
         if answer is None:
             logger.info("%s: a commit was under way, and is not there", self.__name__)
